@@ -1,0 +1,104 @@
+"""What the kernels share: tile loads, the logit transform, launch configurations."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # Triton older than the host-side descriptors: every GPU takes the pointer kernels
+    TensorDescriptor = None
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# Stands for a logit of -inf: finite, so that differences of two of them are 0 and not NaN, and far below any real logit.
+NEG = tl.constexpr(-1.0e30)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile shape and pipelining of one matrix kernel: ``rows`` x ``cols`` of output, ``depth`` of the inner product."""
+
+    rows: int
+    cols: int
+    depth: int
+    warps: int
+    stages: int
+
+
+@functools.cache
+def device_limits(device: torch.device) -> tuple[int, int, bool]:
+    """(programs of a persistent grid, shared memory of a block in bytes, whether the device has TMA)."""
+    if device.type != "cuda":
+        return 4, 1 << 30, TensorDescriptor is not None  # the interpreter: any limits do, and it knows descriptors
+    properties = torch.cuda.get_device_properties(device)
+    shared = getattr(properties, "shared_memory_per_block_optin", 64 << 10)
+    tma = TensorDescriptor is not None and torch.version.cuda is not None and properties.major >= 9
+    return properties.multi_processor_count, shared, tma
+
+
+def matmul_config(dtype: torch.dtype, device: torch.device) -> Config:
+    """Tiles for a product with operands of ``dtype``: the largest that the device's shared memory holds."""
+    shared = device_limits(device)[1]
+    if dtype == torch.float32:
+        return Config(128, 64, 32, 4, 3)
+    if shared >= 3 * (128 + 256) * 64 * 2:
+        return Config(128, 256, 64, 8, 3)
+    return Config(128, 128, 32, 4, 4)
+
+
+def interpreted(kernel) -> bool:
+    """Whether Triton runs this kernel in its CPU interpreter (TRITON_INTERPRET=1)."""
+    return isinstance(kernel, InterpretedFunction)
+
+
+def tma_ready(*matrices: torch.Tensor) -> bool:
+    """Whether TMA can read these matrices: contiguous rows, 16-byte aligned base and row stride."""
+    return all(
+        m.stride(1) == 1 and m.stride(0) * m.element_size() % 16 == 0 and m.data_ptr() % 16 == 0 and m.numel() > 0
+        for m in matrices
+    )
+
+
+@triton.jit
+def load_tile(
+    source, row, col, n_rows, n_cols, stride_row, stride_col, ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr
+):
+    """Tile [row : row + ROWS, col : col + COLS] of a matrix, zero outside it.
+
+    With TMA ``source`` is a descriptor of that tile shape; otherwise a pointer, read through the two strides.
+    """
+    if TMA:
+        return source.load([row, col])
+    else:
+        r = row + tl.arange(0, ROWS)
+        c = col + tl.arange(0, COLS)
+        # 64-bit offsets: vocabulary x hidden size passes 2^31 elements.
+        pointers = source + r.to(tl.int64)[:, None] * stride_row + c.to(tl.int64)[None, :] * stride_col
+        return tl.load(pointers, mask=(r < n_rows)[:, None] & (c < n_cols)[None, :], other=0.0)
+
+
+@triton.jit
+def chunk_rows(counts, which, first_row, chunk):
+    """How many of the ``counts[which]`` leading rows fall into the chunk [first_row, first_row + chunk)."""
+    return tl.minimum(tl.maximum(tl.load(counts + which) - first_row, 0), chunk)
+
+
+@triton.jit
+def logits_of(product, softcap, scale, SOFTCAP: tl.constexpr):
+    """(z, damping): logits in units of ln 2, and dz/d(product) over its constant factor ``scale`` = log2(e)/temperature.
+
+    ``product`` is h W^T + b. softcap * tanh(x / softcap) is written as 1 - 2/(1 + e^2x): its absolute error, about
+    1e-7 * softcap, is what counts, and e^2x = inf or 0 gives the right limits.
+    """
+    if SOFTCAP:
+        t = 1.0 - 2.0 / (1.0 + tl.exp2(product * (2.0 * LOG2E / softcap)))
+        return t * (softcap * scale), 1.0 - t * t
+    else:
+        return product * scale, 1.0

@@ -1,0 +1,77 @@
+"""``linear_logp``: differentiable log p of the targets without full logits, for any policy-gradient loss."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from . import inputs
+from .problem import DEFAULT_CHUNK_BYTES, Head, Rows
+
+
+class _LinearLogp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, softcap, temperature, target_ids, valid, backend, chunk_bytes):
+        ctx.save_for_backward(hidden, weight, bias, target_ids, valid)
+        ctx.arguments = softcap, temperature, backend, chunk_bytes
+        head = Head(weight, bias, softcap, temperature)
+        return backend.statistics(head, hidden, target_ids, Rows.build(valid, valid), chunk_bytes)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_logp):
+        hidden, weight, bias, target_ids, valid = ctx.saved_tensors
+        softcap, temperature, backend, chunk_bytes = ctx.arguments
+        rows = Rows.build(valid, d_logp != 0)
+        head = Head(weight, bias, softcap, temperature)
+        gradients = backend.student_pass(
+            head, hidden, target_ids, rows, torch.zeros_like(d_logp), lambda *_: d_logp, ctx.needs_input_grad[:3],
+            chunk_bytes,
+        )  # fmt: skip
+        operands = hidden, weight, bias
+        cast = (None if g is None else g.to(x.dtype) for g, x in zip(gradients, operands, strict=True))
+        return *cast, *(None,) * 6
+
+
+@torch.compiler.disable
+def linear_logp(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target_ids: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    backend: Literal["auto", "triton", "torch"] = "auto",
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+) -> torch.Tensor:
+    """log p(y) = z_y - logsumexp(z), in nats, differentiable in hidden, weight and bias.
+
+    z = softcap · tanh((h Wᵀ + b) / softcap) / temperature. The backward pass makes the exponentials again, chunk by
+    chunk: nothing logits-sized is kept between forward and backward. Rows whose incoming gradient is 0 cost nothing in
+    the matrix products of the gradient.
+
+    Args:
+        hidden: (B, T, D) or (N, D). weight: (V, D), the dtype of hidden. bias: (V,).
+        target_ids: (B, T) or (N,) integers; -100 masks a position. mask: the same shape, bool or 0/1.
+        temperature, softcap, backend, chunk_bytes: as in :func:`egrsd_kernels.fused_egrsd_loss`.
+
+    Returns:
+        float32 (float64 for float64 input), shaped like target_ids, 0 where masked.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got and what it expects.
+    """
+    inputs.hidden_states("hidden", hidden)
+    hidden, weight = inputs.autocast(hidden, weight)
+    inputs.head("", "hidden", hidden, weight, bias, softcap, temperature)
+    flat_targets, valid = inputs.targets(target_ids, hidden, weight.shape[0], mask)
+    ops = inputs.backend(backend, hidden)
+    with torch.cuda.device_of(hidden):
+        logp = _LinearLogp.apply(
+            inputs.batched(hidden), weight, bias, softcap, temperature, flat_targets, valid, ops, chunk_bytes
+        )
+    return logp.view(target_ids.shape)

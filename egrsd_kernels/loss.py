@@ -1,0 +1,262 @@
+"""``fused_egrsd_loss``: the EGRSD and CL-EGRSD loss without full logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Literal
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from . import inputs
+from .inputs import expect, number
+from .problem import DEFAULT_CHUNK_BYTES, Head, Options, Rows, TokenStats, compute_dtype
+
+
+@dataclass(frozen=True)
+class _Credit:
+    """What the student pass needs beside the student: (N,) tensors in the callers' order, and the method's options."""
+
+    backend: ModuleType
+    target_ids: torch.Tensor
+    rows: Rows
+    advantages: torch.Tensor
+    teacher_logp: torch.Tensor
+    teacher_entropy: torch.Tensor
+    lookahead_entropy: torch.Tensor
+    scale: torch.Tensor  # 0-d, nats: what entropies are divided by
+    normalizer: torch.Tensor  # 0-d
+    options: Options
+
+    def student(self, head: Head, hidden: torch.Tensor, needs: tuple[bool, bool, bool]):
+        """(loss, stats, gradients of loss · normalizer for hidden, weight and bias).
+
+        Before the normaliser a token's hidden gradient is of the head's own size, which float16 can hold.
+        """
+        logp, loss, magnitude, gate, token_advantage = (torch.zeros_like(self.advantages) for _ in range(5))
+        stats = TokenStats(
+            logp, self.teacher_logp, self.teacher_entropy, self.lookahead_entropy, magnitude, gate, token_advantage
+        )
+
+        def credit(first_row: int, chunk: int) -> torch.Tensor:
+            self.backend.token_credit(
+                self.rows, first_row, chunk, self.advantages, self.teacher_logp, logp, self.lookahead_entropy,
+                self.scale, self.options, stats, loss,
+            )  # fmt: skip
+            return -token_advantage
+
+        arguments = head, hidden, self.target_ids, self.rows
+        if any(needs):
+            gradients = self.backend.student_pass(*arguments, logp, credit, needs, self.options.chunk_bytes)
+        else:
+            logp.copy_(self.backend.statistics(*arguments, self.options.chunk_bytes)[0])
+            credit(0, logp.numel())
+            gradients = (None, None, None)
+        return loss.sum() / self.normalizer, stats, gradients
+
+
+class _FusedLoss(torch.autograd.Function):
+    """The loss with its gradients made in the forward pass, while each chunk's exponentials are there."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, softcap, temperature, credit: _Credit, needs):
+        loss, stats, ctx.gradients = credit.student(Head(weight, bias, softcap, temperature), hidden, needs)
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.arguments = softcap, temperature, credit, needs
+        ctx.mark_non_differentiable(*stats)
+        ctx.set_materialize_grads(False)
+        return loss, *stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_loss, *_):
+        if d_loss is None:
+            return (None,) * 7
+        softcap, temperature, credit, needs = ctx.arguments
+        operands = ctx.saved_tensors
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            # A second backward: the first one scaled its gradients in place and gave them away. They are made again.
+            hidden, weight, bias = operands
+            gradients = credit.student(Head(weight, bias, softcap, temperature), hidden, needs)[2]
+        factor = d_loss / credit.normalizer
+        return *(finish(credit.backend, g, factor, x) for g, x in zip(gradients, operands, strict=True)), *(None,) * 4
+
+
+def finish(backend: ModuleType, gradient, factor: torch.Tensor, operand):
+    """gradient · factor in the operand's dtype, in place where the dtypes agree; None for None."""
+    if gradient is None:
+        return None
+    out = gradient if gradient.dtype == operand.dtype else torch.empty_like(gradient, dtype=operand.dtype)
+    return backend.multiply(gradient, factor, out)
+
+
+def _entropy_scale(options: Options, entropy, lookahead_entropy, group) -> torch.Tensor:
+    """The normaliser of Ĥ (0-d, nats): the batch maximum (Eq. 8) or the given scale, and at least min_entropy_scale."""
+    scale = options.entropy_scale
+    if isinstance(scale, str):
+        # Masked tokens hold 0 and no entropy is below that, so they change no maximum.
+        source = entropy if scale == "batch_max" else lookahead_entropy
+        scale = source.max() if source.numel() else source.new_zeros(())
+        if group is not None:
+            torch.distributed.all_reduce(scale, op=torch.distributed.ReduceOp.MAX, group=group)
+    return scale.clamp(min=options.min_entropy_scale)
+
+
+def _options(
+    gamma, gate_floor, lookahead, clip_eps, entropy_scale, min_entropy_scale, chunk_bytes, like, dtype
+) -> Options:
+    if isinstance(entropy_scale, str):
+        expected = '"batch_max", "batch_max_lookahead" or nats'
+        expect(entropy_scale in ("batch_max", "batch_max_lookahead"), "entropy_scale", entropy_scale, expected)
+    else:
+        entropy_scale = inputs.scalar("entropy_scale", entropy_scale, like, dtype)
+    for name, value, low in (("lookahead", lookahead, 0), ("chunk_bytes", chunk_bytes, 1)):
+        expect(isinstance(value, int) and not isinstance(value, bool), name, value, "an integer", TypeError)
+        expect(value >= low, name, value, f"at least {low}")
+    return Options(
+        gamma=number("gamma", gamma, low=0),
+        gate_floor=number("gate_floor", gate_floor, low=0, high=1),
+        lookahead=lookahead,
+        clip_eps=number("clip_eps", clip_eps, low=0, high=1),
+        entropy_scale=entropy_scale,
+        min_entropy_scale=number("min_entropy_scale", min_entropy_scale, low=0, strict=True),
+        chunk_bytes=chunk_bytes,
+    )
+
+
+@torch.compiler.disable
+def fused_egrsd_loss(
+    student_hidden: torch.Tensor,
+    student_weight: torch.Tensor,
+    teacher_hidden: torch.Tensor | None,
+    target_ids: torch.Tensor,
+    advantages: torch.Tensor,
+    *,
+    teacher_weight: torch.Tensor | None = None,
+    student_bias: torch.Tensor | None = None,
+    teacher_bias: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    teacher_logp: torch.Tensor | None = None,
+    teacher_entropy: torch.Tensor | None = None,
+    gamma: float = 0.3,
+    gate_floor: float = 0.1,
+    lookahead: int = 0,
+    clip_eps: float = 0.2,
+    entropy_scale: Literal["batch_max", "batch_max_lookahead"] | float | torch.Tensor = "batch_max",
+    min_entropy_scale: float = 1.0,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    normalizer: float | torch.Tensor | None = None,
+    data_group: torch.distributed.ProcessGroup | None = None,
+    backend: Literal["auto", "triton", "torch"] = "auto",
+    return_stats: bool = False,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+) -> torch.Tensor | tuple[torch.Tensor, TokenStats]:
+    """The EGRSD loss, or CL-EGRSD's with ``lookahead`` > 0 (arXiv 2605.13255), without full logits.
+
+    L = -(1/Σm) Σ_t m_t Â_t log p_S(y_t), where Â = A · w · ω is a constant (no gradient):
+
+    - magnitude w = clip(exp(sign(A) · δ), 1 - clip_eps, 1 + clip_eps), δ = log p_T(y) - log p_S(y);
+    - gate ω = clip(1 - gamma · Ĥ, gate_floor, 1), Ĥ = H^CL / max(scale, min_entropy_scale) (Eq. 8);
+    - H^CL_t = the minimum of the teacher's entropy H over valid j in [t, min(t + lookahead, end of the sequence)].
+
+    gamma = 0 is RLSD's loss; gamma = 0 with clip_eps = 0 is REINFORCE with the given advantages.
+
+    Args:
+        student_hidden: (B, T, D), or packed (N, D); bfloat16, float16, float32, or float64 (torch backend).
+        student_weight: (V, D), the student's LM head, in the dtype of student_hidden.
+        teacher_hidden: like student_hidden, never differentiated; its D and dtype may differ when teacher_weight is
+            given. None when teacher_logp and teacher_entropy are given.
+        target_ids: (B, T) or (N,) integers: the token that each position predicts. -100 masks a position.
+        advantages: (B,) one a sequence or (B, T) one a token; packed (S,) or (N,).
+        teacher_weight, teacher_bias: the teacher's head. Without teacher_weight the teacher shares the student's head,
+            its bias included unless teacher_bias is given.
+        student_bias: (V,).
+        mask: (B, T) or (N,), bool or 0/1. Masked positions are never read and cost nothing.
+        cu_seqlens: (S + 1,) int32 or int64 boundaries of packed sequences; without it, packed input is one sequence.
+        teacher_logp, teacher_entropy: (B, T) or (N,), nats: teacher statistics computed earlier.
+        gamma, gate_floor, lookahead, clip_eps: γ, the gate's floor, W and ε above.
+        entropy_scale: what H^CL is divided by, in nats: "batch_max", the maximum of the valid tokens' raw H (Eq. 8);
+            "batch_max_lookahead", the maximum of H^CL (Algorithm 1's order); or a number or 0-d tensor.
+        min_entropy_scale: lower bound of that scale, nats.
+        temperature, softcap: z = softcap · tanh((h Wᵀ + b) / softcap) / temperature, for student and teacher.
+        normalizer: instead of Σm, the number of valid tokens: a number or 0-d tensor.
+        data_group: the torch.distributed group over which the minibatch is spread; the batch maximum is the group's.
+        backend: "triton", "torch" (plain PyTorch), or "auto": Triton on a GPU where it runs, else PyTorch.
+        return_stats: also return the per-token :class:`TokenStats`.
+        chunk_bytes: the most logits-sized memory held at a time.
+
+    Returns:
+        The loss, 0-d float32 (float64 for float64 input), differentiable in student_hidden, student_weight and
+        student_bias; with return_stats, (loss, TokenStats). No valid token: loss 0 and zero gradients.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got and what it expects. What can only be seen in the values
+            (targets outside the vocabulary, NaN advantages, boundaries that do not ascend) is checked on CPU tensors,
+            and on a GPU when EGRSD_KERNELS_CHECK=1; unchecked, such a target makes its log p and the loss NaN.
+    """
+    inputs.hidden_states("student_hidden", student_hidden)
+    if teacher_weight is None:
+        teacher_weight, shared_bias = student_weight, student_bias
+        teacher_bias = shared_bias if teacher_bias is None else teacher_bias
+    student_hidden, student_weight = inputs.autocast(student_hidden, student_weight)
+    student = inputs.head(
+        "student_", "student_hidden", student_hidden, student_weight, student_bias, softcap, temperature
+    )
+    target_ids_flat, valid = inputs.targets(target_ids, student_hidden, student_weight.shape[0], mask)
+    n, dtype = valid.numel(), compute_dtype(student_hidden.dtype)
+    boundaries = inputs.boundaries(cu_seqlens, student_hidden)
+    sequence = inputs.sequence_of(boundaries, n)
+    flat_advantages = inputs.token_advantages(advantages, student_hidden, sequence, boundaries.numel() - 1).to(dtype)
+    options = _options(
+        gamma, gate_floor, lookahead, clip_eps, entropy_scale, min_entropy_scale, chunk_bytes, valid, dtype
+    )
+    ops = inputs.backend(backend, student_hidden)
+
+    with torch.cuda.device_of(student_hidden), torch.no_grad():
+        rows = Rows.build(valid, flat_advantages != 0)
+        if teacher_hidden is not None:
+            given = teacher_logp if teacher_logp is not None else teacher_entropy
+            expect(given is None, "teacher_logp, teacher_entropy", given, "None beside teacher_hidden")
+            inputs.hidden_states("teacher_hidden", teacher_hidden)
+            same = teacher_hidden.shape[:-1] == student_hidden.shape[:-1]
+            expect(same, "teacher_hidden", teacher_hidden, f"shape {(*student_hidden.shape[:-1], 'D')}")
+            inputs.tensor("teacher_hidden", teacher_hidden, like=student_hidden)
+            teacher_hidden, teacher_weight = inputs.autocast(teacher_hidden, teacher_weight)
+            teacher = inputs.head(
+                "teacher_", "teacher_hidden", teacher_hidden, teacher_weight, teacher_bias, softcap, temperature
+            )
+            same = teacher_weight.shape[0] == student_weight.shape[0]
+            expect(same, "teacher_weight", teacher_weight, f"the student's vocabulary, {student_weight.shape[0]} rows")
+            logp_t, entropy, _ = ops.statistics(
+                teacher.detach(), inputs.batched(teacher_hidden), target_ids_flat, rows, chunk_bytes
+            )
+        else:
+            given = {"teacher_logp": teacher_logp, "teacher_entropy": teacher_entropy}
+            for name, value in given.items():
+                expected = "a tensor, since teacher_hidden is None"
+                expect(value is not None, name, value, expected)
+                inputs.tensor(name, value, shape=target_ids.shape, like=student_hidden)
+            logp_t, entropy = (torch.where(valid, x.detach().reshape(n).to(dtype), 0) for x in given.values())
+        end_of_sequence = (boundaries[1:] - 1)[sequence].to(torch.int32)
+        lookahead_entropy = ops.lookahead_entropy(entropy, valid, end_of_sequence, lookahead)
+        scale = _entropy_scale(options, entropy, lookahead_entropy, data_group)
+        tokens = rows.counts[0].to(dtype)
+        divisor = tokens if normalizer is None else inputs.scalar("normalizer", normalizer, valid, dtype)
+        divisor = torch.where(tokens == 0, 1, divisor)
+        credit = _Credit(
+            ops, target_ids_flat, rows, flat_advantages, logp_t, entropy, lookahead_entropy, scale, divisor, options
+        )
+
+    hidden = inputs.batched(student_hidden)
+    needs = tuple(
+        torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, student.weight, student.bias)
+    )
+    with torch.cuda.device_of(student_hidden):
+        loss, *stats = _FusedLoss.apply(hidden, student.weight, student.bias, softcap, temperature, credit, needs)
+    if not return_stats:
+        return loss
+    return loss, TokenStats(*(x.view(target_ids.shape) for x in stats))

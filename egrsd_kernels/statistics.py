@@ -1,0 +1,55 @@
+"""``token_statistics``: log p of the targets, entropy and logsumexp, without full logits and without gradient."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+
+from . import inputs
+from .problem import DEFAULT_CHUNK_BYTES, Rows
+
+
+class TokenStatistics(NamedTuple):
+    """float32 tensors shaped like ``target_ids`` (float64 for float64 input), in nats, 0 where masked."""
+
+    logp: torch.Tensor
+    entropy: torch.Tensor
+    logsumexp: torch.Tensor
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def token_statistics(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target_ids: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    backend: Literal["auto", "triton", "torch"] = "auto",
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+) -> TokenStatistics:
+    """(logp, entropy, logsumexp) of softmax(z), z = softcap · tanh((h Wᵀ + b) / softcap) / temperature; no gradient.
+
+    logp = z_y - logsumexp(z); entropy H = -Σ_v p_v log p_v over the full vocabulary.
+
+    Args:
+        hidden: (B, T, D) or (N, D). weight: (V, D), the dtype of hidden. bias: (V,).
+        target_ids: (B, T) or (N,) integers; -100 masks a position. mask: the same shape, bool or 0/1.
+        temperature, softcap, backend, chunk_bytes: as in :func:`egrsd_kernels.fused_egrsd_loss`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got and what it expects.
+    """
+    inputs.hidden_states("hidden", hidden)
+    hidden, weight = inputs.autocast(hidden, weight)
+    head = inputs.head("", "hidden", hidden, weight, bias, softcap, temperature)
+    flat_targets, valid = inputs.targets(target_ids, hidden, weight.shape[0], mask)
+    ops = inputs.backend(backend, hidden)
+    with torch.cuda.device_of(hidden):
+        rows = Rows.build(valid, valid)
+        out = ops.statistics(head, inputs.batched(hidden), flat_targets, rows, chunk_bytes)
+    return TokenStatistics(*(x.view(target_ids.shape) for x in out))

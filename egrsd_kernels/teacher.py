@@ -1,0 +1,186 @@
+"""The privileged teacher's context, and the alignment of its positions with the student's (arXiv 2605.13255).
+
+Student and teacher read the same response y behind different prompts: the student behind x, the teacher behind x and a
+reference solution s*. Token y_t is predicted by the hidden state one position *before* it, and that position differs
+between the two:
+
+    student   x  x  x  y0 y1 y2 .          response_positions -> 2 3 4
+    teacher   x  x  x  s* s* s* s* q  y0 y1 y2   response_positions -> 7 8 9
+
+:func:`align_responses` builds both padded batches and these positions; :func:`response_hidden` gathers the two hidden
+states of each response token into (B, T, D) tensors whose entries [b, t] belong to the same token.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Message = Mapping[str, str]
+
+TWO_TURN: tuple[Message, ...] = (
+    {"role": "assistant", "content": "{solution}"},
+    {
+        "role": "user",
+        "content": "The solution above is a correct reference. "
+        "Solve the same problem again with your own reasoning, and end with the final answer.",
+    },
+)
+"""The reference solution as a finished first turn, then a second turn that asks the problem again."""
+
+
+def teacher_messages(
+    prompt: str | Sequence[Message], solution: str, template: Sequence[Message] = TWO_TURN
+) -> list[dict[str, str]]:
+    """The teacher's conversation: the student's prompt x, then the reference solution s* as ``template`` words it.
+
+    The result is what ``tokenizer.apply_chat_template(..., add_generation_prompt=True)`` takes. Some chat templates
+    drop the reasoning block of earlier turns (Qwen3's drops ``<think>…</think>``): a solution given as such a block would
+    vanish, so pass it without its tags.
+
+    Args:
+        prompt: the user's message, or the conversation that ends with it.
+        solution: s*, the privileged reference solution.
+        template: messages that follow the prompt, with ``{solution}`` where the solution goes.
+    """
+    # replace, not str.format: solutions and templates are full of LaTeX braces.
+    if not any("{solution}" in message["content"] for message in template):
+        raise ValueError("template: expected '{solution}' in one of its messages; without it the teacher knows no more")
+    conversation = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return [dict(message) for message in conversation] + [
+        {**message, "content": message["content"].replace("{solution}", solution)} for message in template
+    ]
+
+
+@dataclass(frozen=True)
+class AlignedBatch:
+    """One batch of responses, ready for both models; T is the longest response.
+
+    ``student`` and ``teacher`` hold input_ids, attention_mask and position_ids, (B, L_S) and (B, L_T), to be passed to a
+    model as keyword arguments. Everything else is (B, T): ``target_ids`` (−100 at padding), ``mask`` (bool) and the
+    positions whose hidden states predict the targets.
+    """
+
+    student: dict[str, Tensor]
+    teacher: dict[str, Tensor]
+    student_positions: Tensor
+    teacher_positions: Tensor
+    target_ids: Tensor
+    mask: Tensor
+
+    def to(self, device: torch.device | str) -> "AlignedBatch":
+        """The same batch on ``device``."""
+        moved = {
+            name: {key: tensor.to(device) for key, tensor in value.items()}
+            if isinstance(value, dict)
+            else value.to(device)
+            for name, value in vars(self).items()
+        }
+        return replace(self, **moved)
+
+
+def align_responses(
+    student_prompts: Sequence[Sequence[int]],
+    teacher_prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    pad_token_id: int,
+    padding_side: Literal["left", "right"] = "right",
+) -> AlignedBatch:
+    """Append each response to its student's and its teacher's prompt, pad both, and say where each token is predicted.
+
+    Args:
+        student_prompts: token ids of x, one non-empty sequence a rollout.
+        teacher_prompts: token ids of x and s*, e.g. of :func:`teacher_messages`.
+        responses: token ids of y. An empty response gives a row without a valid token.
+        pad_token_id: what fills the rest; attention never sees it.
+        padding_side: the same for both models. It does not change which token a position belongs to.
+    """
+    if not len(student_prompts) == len(teacher_prompts) == len(responses):
+        raise ValueError(
+            "expected as many student_prompts as teacher_prompts and responses, "
+            f"got {len(student_prompts)}, {len(teacher_prompts)} and {len(responses)}"
+        )
+    if not responses:
+        raise ValueError("responses: expected at least one")
+    for name, prompts in (("student_prompts", student_prompts), ("teacher_prompts", teacher_prompts)):
+        if any(len(prompt) == 0 for prompt in prompts):
+            raise ValueError(f"{name}: expected no empty prompt: its last token predicts the first response token")
+
+    def inputs(prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+        return pad_inputs(rows, pad_token_id, padding_side)
+
+    student, teacher = inputs(student_prompts), inputs(teacher_prompts)
+    lengths = torch.tensor([len(response) for response in responses])
+    targets = _pad(responses, -100, "right")
+    return AlignedBatch(
+        student=student,
+        teacher=teacher,
+        student_positions=response_positions(student["attention_mask"], lengths),
+        teacher_positions=response_positions(teacher["attention_mask"], lengths),
+        target_ids=targets,
+        mask=torch.arange(targets.shape[1]) < lengths[:, None],
+    )
+
+
+def pad_inputs(
+    sequences: Sequence[Sequence[int]], pad_token_id: int, padding_side: Literal["left", "right"] = "right"
+) -> dict[str, Tensor]:
+    """input_ids, attention_mask and position_ids, (B, L) int64 each; positions count from a row's first real token."""
+    if padding_side not in ("left", "right"):
+        raise ValueError(f"padding_side: expected 'left' or 'right', got {padding_side!r}")
+    attention_mask = _pad([[1] * len(sequence) for sequence in sequences], 0, padding_side)
+    return {
+        "input_ids": _pad(sequences, pad_token_id, padding_side),
+        "attention_mask": attention_mask,
+        "position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0),
+    }
+
+
+def response_positions(attention_mask: Tensor, response_lengths: Tensor) -> Tensor:
+    """Where the hidden state that predicts each response token stands.
+
+    A row's response is its last ``response_lengths[b]`` attended tokens, and a token is predicted at the attended
+    position before it. Only the order of attended positions counts, so padding may stand left, right, on both sides, or
+    between prompt and response.
+
+    Args:
+        attention_mask: (B, L), bool or 0/1, of prompt and response together.
+        response_lengths: (B,) tokens in each response; fewer than the row's attended tokens.
+
+    Returns:
+        (B, T) int64 with T = max(response_lengths). Entries past a row's response are in range but mean nothing.
+    """
+    attended = attention_mask.bool()
+    if attended.device.type == "cpu" and not (response_lengths < attended.sum(1)).all():
+        raise ValueError(
+            "response_lengths: expected fewer tokens than each row attends to (a prompt of at least one), "
+            f"got {response_lengths.tolist()} of {attended.sum(1).tolist()}"
+        )
+    # A stable sort moves the attended positions to the front of each row and keeps their order.
+    positions = (~attended).long().argsort(dim=1, stable=True)
+    width = int(response_lengths.max())
+    first = attended.sum(1) - response_lengths.to(attended.device) - 1
+    rank = first[:, None] + torch.arange(width, device=attended.device)
+    return positions.gather(1, rank.clamp(max=attended.shape[1] - 1))
+
+
+def response_hidden(hidden: Tensor, positions: Tensor) -> Tensor:
+    """The hidden states (B, T, D) at ``positions`` (B, T) of ``hidden`` (B, L, D); differentiable in ``hidden``."""
+    if hidden.ndim != 3 or positions.ndim != 2 or hidden.shape[0] != positions.shape[0]:
+        raise ValueError(
+            "expected hidden (B, L, D) and positions (B, T) of the same B, "
+            f"got {tuple(hidden.shape)} and {tuple(positions.shape)}"
+        )
+    return hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
+
+
+def _pad(rows: Sequence[Sequence[int]], value: int, side: str) -> Tensor:
+    width = max(len(row) for row in rows)
+    padded = torch.full((len(rows), width), value, dtype=torch.int64)
+    for out, row in zip(padded, rows, strict=True):
+        start = width - len(row) if side == "left" else 0
+        out[start : start + len(row)] = torch.as_tensor(row, dtype=torch.int64)
+    return padded

@@ -1,0 +1,70 @@
+"""The backend in Triton: chunk by chunk through the kernels, with every count kept on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from .kernels.common import interpreted
+from .kernels.credit import lookahead_entropy, token_credit
+from .kernels.gather import gather_kernel, gather_rows
+from .kernels.gradient import ChunkGradients, multiply
+from .kernels.vocab import VocabPass
+from .problem import Head, Rows
+
+__all__ = ["DTYPES", "lookahead_entropy", "multiply", "runs_on", "statistics", "student_pass", "token_credit"]
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+STATISTICS_ROWS = 4096  # nothing logits-sized is kept there: enough rows to fill any GPU
+ROW_MULTIPLE = 128
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether the kernels run on tensors of this device: a GPU, or a CPU under TRITON_INTERPRET=1."""
+    return device.type == "cuda" or (device.type == "cpu" and interpreted(gather_kernel))
+
+
+def _chunk_size(n: int, most: int) -> int:
+    """Rows of a chunk: at most ``most`` and at least one tile, with the ``n`` rows spread evenly over the chunks."""
+    most = max(ROW_MULTIPLE, most // ROW_MULTIPLE * ROW_MULTIPLE)
+    chunks = -(-n // most)
+    return -(-n // (chunks * ROW_MULTIPLE)) * ROW_MULTIPLE
+
+
+def statistics(head: Head, hidden, target_ids, rows: Rows, chunk_bytes: int, use_tma: bool | None = None):
+    """(logp, entropy, logsumexp), each (N,) float32, in nats, 0 at masked rows."""
+    n = target_ids.numel()
+    logp, entropy, logsumexp = torch.zeros(3, n, dtype=torch.float32, device=hidden.device)
+    if n:
+        vocab = VocabPass(head, _chunk_size(n, STATISTICS_ROWS), hidden.dtype, hidden.device, use_tma)
+        for first_row in range(0, n, vocab.chunk):
+            gather_rows(head, hidden, target_ids, rows, first_row, vocab.hidden, vocab.logit)
+            vocab.statistics(rows, first_row, logp, entropy, logsumexp)
+    return logp, entropy, logsumexp
+
+
+def student_pass(
+    head: Head, hidden, target_ids, rows: Rows, logp, gradient_of: Callable[[int, int], torch.Tensor],
+    needs: tuple[bool, bool, bool], chunk_bytes: int, use_tma: bool | None = None,
+):  # fmt: skip
+    """Write log p of the targets into ``logp`` (N,) and return the gradients (hidden, weight, bias), None if not needed.
+
+    gradient_of: called with (first row, number of rows) once their ``logp`` is there; gives dL/dlogp, an (N,) tensor.
+    The weight and bias gradients are float32, that of the hidden states in their dtype.
+    """
+    n, device = target_ids.numel(), hidden.device
+    d_hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=device) if needs[0] else None
+    new = torch.empty if n else torch.zeros
+    d_weight = new(head.weight.shape, dtype=torch.float32, device=device) if needs[1] else None
+    d_bias = new(head.bias.shape, dtype=torch.float32, device=device) if needs[2] else None
+    if n:
+        row_bytes = head.weight.shape[0] * hidden.dtype.itemsize
+        chunk = _chunk_size(n, chunk_bytes // max(row_bytes, 1))
+        vocab = VocabPass(head, chunk, hidden.dtype, device, use_tma)
+        gradients = ChunkGradients(vocab, d_hidden, d_weight, d_bias)
+        for first_row in range(0, n, chunk):
+            gather_rows(head, hidden, target_ids, rows, first_row, vocab.hidden, vocab.logit)
+            gradients.forward(rows, first_row, logp)
+            gradients.backward(rows, first_row, target_ids, gradient_of(first_row, chunk))
+    return d_hidden, d_weight, d_bias

@@ -1,0 +1,25 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TRAIN = ["transformers>=4.51", "peft>=0.14", "rich>=13", "matplotlib>=3.7"]
+BENCH = ["pytest>=8", "pytest-benchmark>=4", "matplotlib>=3.7"]
+TEST = ["pytest>=8", "pytest-timeout>=2", "pytest-xdist>=3", "hypothesis>=6", "numpy>=1.26", "ruff>=0.6"]
+
+setup(
+    name="egrsd-kernels",
+    version="0.1.0",
+    description="Fused Triton kernels for entropy-guided reinforced self-distillation (EGRSD, CL-EGRSD)",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["egrsd_kernels", "egrsd_kernels.*"]),
+    python_requires=">=3.10",
+    install_requires=["torch>=2.7", "triton>=3.3; platform_system == 'Linux'"],
+    extras_require={
+        "train": TRAIN,
+        "bench": BENCH,
+        "test": [*TEST, *TRAIN],
+        "all": sorted({*TRAIN, *BENCH, *TEST}),
+    },
+)
