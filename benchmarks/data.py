@@ -47,5 +47,5 @@ def peaked_hidden(weight: torch.Tensor, n: int, generator: torch.Generator) -> t
         noise = torch.randn(len(rows), size, device=device, generator=generator)
         hidden[rows] = (direction.sum(1) + noise * (spread / (0.02 * size**0.5))).to(weight.dtype)
     pick = (uniform(n) * used.sum(1)).long()
-    order = used.to(torch.uint8).argsort(1, descending=True, stable=True)
+    order = used.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
     return hidden, candidate.gather(1, order.gather(1, pick[:, None])).squeeze(1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+from numbers import Integral, Real
 from types import ModuleType
 
 import torch
@@ -43,11 +44,18 @@ def tensor(name: str, value: object, *, shape: tuple | None = None, like: torch.
 
 def number(name: str, value: object, *, low: float = -math.inf, high: float = math.inf, strict: bool = False) -> float:
     """A finite real number in [low, high], or in (low, high] with ``strict``."""
-    expect(isinstance(value, int | float) and not isinstance(value, bool), name, value, "a number", TypeError)
+    expect(isinstance(value, Real) and not isinstance(value, bool), name, value, "a number", TypeError)
     fits = low <= value <= high and math.isfinite(value) and not (strict and value == low)
     bounds = f"{'above' if strict else 'at least'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
     expect(fits, name, value, f"a finite number {bounds}")
     return float(value)
+
+
+def integer(name: str, value: object, *, low: int) -> int:
+    fits = isinstance(value, Integral) and not isinstance(value, bool)
+    expect(fits, name, value, "an integer", TypeError)
+    expect(value >= low, name, value, f"at least {low}")
+    return int(value)
 
 
 def scalar(name: str, value: object, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -69,6 +69,7 @@ def linear_logp(
     hidden, weight = inputs.autocast(hidden, weight)
     inputs.head("", "hidden", hidden, weight, bias, softcap, temperature)
     flat_targets, valid = inputs.targets(target_ids, hidden, weight.shape[0], mask)
+    chunk_bytes = inputs.integer("chunk_bytes", chunk_bytes, low=1)
     ops = inputs.backend(backend, hidden)
     with torch.cuda.device_of(hidden):
         logp = _LinearLogp.apply(

@@ -112,17 +112,14 @@ def _options(
         expect(entropy_scale in ("batch_max", "batch_max_lookahead"), "entropy_scale", entropy_scale, expected)
     else:
         entropy_scale = inputs.scalar("entropy_scale", entropy_scale, like, dtype)
-    for name, value, low in (("lookahead", lookahead, 0), ("chunk_bytes", chunk_bytes, 1)):
-        expect(isinstance(value, int) and not isinstance(value, bool), name, value, "an integer", TypeError)
-        expect(value >= low, name, value, f"at least {low}")
     return Options(
         gamma=number("gamma", gamma, low=0),
         gate_floor=number("gate_floor", gate_floor, low=0, high=1),
-        lookahead=lookahead,
+        lookahead=inputs.integer("lookahead", lookahead, low=0),
         clip_eps=number("clip_eps", clip_eps, low=0, high=1),
         entropy_scale=entropy_scale,
         min_entropy_scale=number("min_entropy_scale", min_entropy_scale, low=0, strict=True),
-        chunk_bytes=chunk_bytes,
+        chunk_bytes=inputs.integer("chunk_bytes", chunk_bytes, low=1),
     )
 
 
@@ -199,10 +196,10 @@ def fused_egrsd_loss(
             and on a GPU when EGRSD_KERNELS_CHECK=1; unchecked, such a target makes its log p and the loss NaN.
     """
     inputs.hidden_states("student_hidden", student_hidden)
-    if teacher_weight is None:
-        teacher_weight, shared_bias = student_weight, student_bias
-        teacher_bias = shared_bias if teacher_bias is None else teacher_bias
     student_hidden, student_weight = inputs.autocast(student_hidden, student_weight)
+    if teacher_weight is None:
+        teacher_weight = student_weight
+        teacher_bias = student_bias if teacher_bias is None else teacher_bias
     student = inputs.head(
         "student_", "student_hidden", student_hidden, student_weight, student_bias, softcap, temperature
     )

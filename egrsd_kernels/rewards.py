@@ -23,9 +23,7 @@ def length_shaped_reward(correct: Tensor, lengths: Tensor, max_length: int, beta
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if correct.shape != lengths.shape:
-        raise ValueError(
-            f"lengths: expected the shape of correct, {tuple(correct.shape)}, got {tuple(lengths.shape)}"
-        )
+        raise ValueError(f"lengths: expected the shape of correct, {tuple(correct.shape)}, got {tuple(lengths.shape)}")
     if max_length <= 0:
         raise ValueError(f"max_length: expected a positive number of tokens, got {max_length}")
     if beta < 0:

@@ -48,6 +48,7 @@ def token_statistics(
     hidden, weight = inputs.autocast(hidden, weight)
     head = inputs.head("", "hidden", hidden, weight, bias, softcap, temperature)
     flat_targets, valid = inputs.targets(target_ids, hidden, weight.shape[0], mask)
+    chunk_bytes = inputs.integer("chunk_bytes", chunk_bytes, low=1)
     ops = inputs.backend(backend, hidden)
     with torch.cuda.device_of(hidden):
         rows = Rows.build(valid, valid)

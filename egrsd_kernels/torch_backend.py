@@ -74,7 +74,7 @@ def _zero_masked(rows: Rows, *values: torch.Tensor) -> None:
         value.masked_fill_(masked, 0)
 
 
-def statistics(head: Head, hidden, target_ids, rows: Rows, chunk_bytes: int, use_tma: None = None):
+def statistics(head: Head, hidden, target_ids, rows: Rows, chunk_bytes: int):
     """(logp, entropy, logsumexp), each (N,), in nats, 0 at masked rows."""
     dtype = compute_dtype(hidden.dtype)
     logp_y, entropy, logsumexp = torch.zeros(3, target_ids.numel(), dtype=dtype, device=hidden.device)
@@ -133,9 +133,9 @@ def token_credit(
 
 def student_pass(
     head: Head, hidden, target_ids, rows: Rows, logp, gradient_of: Callable[[int, int], torch.Tensor],
-    needs: tuple[bool, bool, bool], chunk_bytes: int, use_tma: None = None,
+    needs: tuple[bool, bool, bool], chunk_bytes: int,
 ):  # fmt: skip
-    """Write log p of the targets into ``logp`` (N,) and return the gradients (hidden, weight, bias), None if not needed.
+    """Write log p of the targets into ``logp`` (N,) and return the gradients (hidden, weight, bias) that are needed.
 
     gradient_of: called with (first row, number of rows) once their ``logp`` is there; gives dL/dlogp, an (N,) tensor.
     The weight and bias gradients are in the compute dtype, that of the hidden states in theirs.

@@ -32,12 +32,12 @@ def _chunk_size(n: int, most: int) -> int:
     return -(-n // (chunks * ROW_MULTIPLE)) * ROW_MULTIPLE
 
 
-def statistics(head: Head, hidden, target_ids, rows: Rows, chunk_bytes: int, use_tma: bool | None = None):
+def statistics(head: Head, hidden, target_ids, rows: Rows, chunk_bytes: int):
     """(logp, entropy, logsumexp), each (N,) float32, in nats, 0 at masked rows."""
     n = target_ids.numel()
     logp, entropy, logsumexp = torch.zeros(3, n, dtype=torch.float32, device=hidden.device)
     if n:
-        vocab = VocabPass(head, _chunk_size(n, STATISTICS_ROWS), hidden.dtype, hidden.device, use_tma)
+        vocab = VocabPass(head, _chunk_size(n, STATISTICS_ROWS), hidden.dtype, hidden.device)
         for first_row in range(0, n, vocab.chunk):
             gather_rows(head, hidden, target_ids, rows, first_row, vocab.hidden, vocab.logit)
             vocab.statistics(rows, first_row, logp, entropy, logsumexp)
@@ -46,9 +46,9 @@ def statistics(head: Head, hidden, target_ids, rows: Rows, chunk_bytes: int, use
 
 def student_pass(
     head: Head, hidden, target_ids, rows: Rows, logp, gradient_of: Callable[[int, int], torch.Tensor],
-    needs: tuple[bool, bool, bool], chunk_bytes: int, use_tma: bool | None = None,
+    needs: tuple[bool, bool, bool], chunk_bytes: int,
 ):  # fmt: skip
-    """Write log p of the targets into ``logp`` (N,) and return the gradients (hidden, weight, bias), None if not needed.
+    """Write log p of the targets into ``logp`` (N,) and return the gradients (hidden, weight, bias) that are needed.
 
     gradient_of: called with (first row, number of rows) once their ``logp`` is there; gives dL/dlogp, an (N,) tensor.
     The weight and bias gradients are float32, that of the hidden states in their dtype.
@@ -61,7 +61,7 @@ def student_pass(
     if n:
         row_bytes = head.weight.shape[0] * hidden.dtype.itemsize
         chunk = _chunk_size(n, chunk_bytes // max(row_bytes, 1))
-        vocab = VocabPass(head, chunk, hidden.dtype, device, use_tma)
+        vocab = VocabPass(head, chunk, hidden.dtype, device)
         gradients = ChunkGradients(vocab, d_hidden, d_weight, d_bias)
         for first_row in range(0, n, chunk):
             gather_rows(head, hidden, target_ids, rows, first_row, vocab.hidden, vocab.logit)

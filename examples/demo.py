@@ -12,29 +12,32 @@ disabled, which has seen a reference solution, says how much each token should c
 
 import argparse
 import json
+import math
 import random
 import re
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from egrsd_kernels import fused_egrsd_loss
 from torch import Tensor, nn
 
+from egrsd_kernels import fused_egrsd_loss
 from egrsd_kernels.advantages import WelfordAdvantage
-from egrsd_kernels.regimes import regime_shares
+from egrsd_kernels.regimes import regime_shares, token_regimes
 from egrsd_kernels.report import Rollout, write_token_report
 from egrsd_kernels.rewards import length_shaped_reward
-from egrsd_kernels.teacher import AlignedBatch, align_responses, pad_inputs, response_hidden, teacher_messages
+from egrsd_kernels.teacher import align_responses, pad_inputs, response_hidden, teacher_messages
 
 try:
+    import matplotlib
     from peft import LoraConfig, PeftModel, get_peft_model
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Table
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 except ImportError as error:
     raise ImportError(f"the demo needs {error.name}: pip install 'egrsd-kernels[train]'") from error
 
@@ -80,7 +83,7 @@ class Problem:
 
 def sample_problem(rng: random.Random) -> Problem:
     terms = [rng.randint(1, 20)]
-    for _ in range(rng.randint(2, 4)):
+    for _ in range(rng.randint(2, 3)):
         total = sum(terms)
         terms.append(rng.choice([term for term in range(-9, 10) if term and 0 <= total + term <= 20]))
     return Problem(tuple(terms))
@@ -124,18 +127,368 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=32,
-            max_position_embeddings=256,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=None,
-        )
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=256,
+        initializer_range=0.06,  # near 1/sqrt(hidden_size); the default 0.02 suits wide models and learns slowly here
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
     )
+    return Qwen3ForCausalLM(config)
+
+
+# --------------------------------------------------------------------------------------------------- prompts, responses
+
+
+class Classroom:
+    """A model with its tokenizer: writes prompts for student and teacher, and lets the model answer them."""
+
+    def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerFast, device: torch.device):
+        self.model, self.tokenizer, self.device = model, tokenizer, device
+
+    def _prompt(self, messages: list[dict[str, str]]) -> list[int]:
+        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return self.tokenizer.encode(text)
+
+    def student_prompt(self, problem: Problem) -> list[int]:
+        return self._prompt([{"role": "user", "content": problem.question}])
+
+    def teacher_prompt(self, problem: Problem) -> list[int]:
+        return self._prompt(teacher_messages(problem.question, problem.solution("terse"), TEACHER_TEMPLATE))
+
+    def response(self, text: str) -> list[int]:
+        return [*self.tokenizer.encode(text), self.tokenizer.eos_token_id]
+
+    @torch.no_grad()
+    def answer(self, prompts: Sequence[list[int]], sample: bool) -> list[list[int]]:
+        """Responses of the model as token ids, up to and with <end>."""
+        inputs = pad_inputs(prompts, self.tokenizer.pad_token_id, padding_side="left")
+        # top_k = 0: sampling from the full softmax, the distribution that the loss differentiates.
+        how = {"do_sample": True, "top_k": 0} if sample else {"do_sample": False}
+        output = self.model.generate(
+            input_ids=inputs["input_ids"].to(self.device),
+            attention_mask=inputs["attention_mask"].to(self.device),
+            max_new_tokens=MAX_RESPONSE,
+            **how,
+        )
+        end = self.tokenizer.eos_token_id
+        rows = output[:, inputs["input_ids"].shape[1] :].tolist()
+        return [row[: row.index(end) + 1] if end in row else row for row in rows]
+
+    def grade(self, problems: Sequence[Problem], responses: Sequence[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """(B,) each: correct (bool), lengths in tokens, rewards. A response that was cut off is wrong."""
+        end = self.tokenizer.eos_token_id
+        correct = torch.tensor(
+            [
+                response[-1] == end and problem.accepts(self.tokenizer.decode(response[:-1]))
+                for problem, response in zip(problems, responses, strict=True)
+            ]
+        )
+        lengths = torch.tensor([len(response) for response in responses])
+        return correct, lengths, length_shaped_reward(correct, lengths, MAX_RESPONSE)
+
+    def evaluate(self, problems: Sequence[Problem], teacher: bool = False) -> dict[str, float]:
+        """Greedy accuracy, mean reward and mean length; with ``teacher``, the reference solution stands in the prompt."""
+        prompt = self.teacher_prompt if teacher else self.student_prompt
+        correct, lengths, rewards = self.grade(problems, self.answer([prompt(p) for p in problems], sample=False))
+        return {
+            "accuracy": correct.float().mean().item(),
+            "reward": rewards.mean().item(),
+            "length": lengths.float().mean().item(),
+        }
+
+
+# --------------------------------------------------------------------------------------------------- supervised warm-up
+
+STYLES = {"verbose": 0.5, "terse": 0.3, "blurt": 0.2}
+
+
+def warm_up(classroom: Classroom, rng: random.Random, exclude: frozenset[Problem], steps: int) -> Iterator[float]:
+    """Train on demonstrations in mixed styles; yields the loss (nats a token) of each step.
+
+    Every third batch has the teacher's format, so the model learns to profit from a reference solution. It stops well
+    before the model is good: that is left to the reinforcement.
+    """
+    model, tokenizer = classroom.model, classroom.tokenizer
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 20, 1.0) * (1 - 0.9 * step / steps)
+    )
+    for step in range(steps):
+        problems = sample_problems(rng, 32, exclude)
+        privileged = step % 3 == 2
+        prompts = [(classroom.teacher_prompt if privileged else classroom.student_prompt)(p) for p in problems]
+        styles = rng.choices(list(STYLES), list(STYLES.values()), k=len(problems))
+        responses = [classroom.response(p.solution(style)) for p, style in zip(problems, styles, strict=True)]
+        batch = align_responses(prompts, prompts, responses, tokenizer.pad_token_id).to(classroom.device)
+        hidden = response_hidden(model.model(**batch.student).last_hidden_state, batch.student_positions)
+        loss = nn.functional.cross_entropy(model.lm_head(hidden).flatten(0, 1), batch.target_ids.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        yield loss.item()
+
+
+# ---------------------------------------------------------------------------------------------------- the method itself
+
+
+METRICS = (
+    "reward",
+    "accuracy",
+    "length",
+    "entropy",
+    "gate",
+    "loss",
+    "lock",
+    "fork",
+    "pivot",
+    "mid",
+    "tokens_per_second",
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of :func:`train`: its ``METRICS`` (entropy in nats) and the rollouts behind them."""
+
+    metrics: dict[str, float]
+    rollouts: list[Rollout]
+
+
+def train(
+    classroom: Classroom, rng: random.Random, exclude: frozenset[Problem], args: argparse.Namespace
+) -> Iterator[Step]:
+    """Entropy-guided reinforced self-distillation of the LoRA adapters; the backbone and the head stay frozen."""
+    model, tokenizer, device = classroom.model, classroom.tokenizer, classroom.device
+    base = model.get_base_model()
+    backbone, head = base.model, base.lm_head.weight
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
+    advantage = WelfordAdvantage()
+
+    for _ in range(args.steps):
+        start = time.perf_counter()
+        problems = sample_problems(rng, args.batch, exclude)
+        student_prompts = [classroom.student_prompt(problem) for problem in problems]
+        teacher_prompts = [classroom.teacher_prompt(problem) for problem in problems]
+        responses = classroom.answer(student_prompts, sample=True)
+        correct, lengths, rewards = classroom.grade(problems, responses)
+        advantages = advantage(rewards)
+
+        batch = align_responses(student_prompts, teacher_prompts, responses, tokenizer.pad_token_id).to(device)
+        with torch.no_grad(), model.disable_adapter():  # the frozen backbone, which sees the reference solution
+            teacher_hidden = response_hidden(backbone(**batch.teacher).last_hidden_state, batch.teacher_positions)
+        student_hidden = response_hidden(backbone(**batch.student).last_hidden_state, batch.student_positions)
+        loss, stats = fused_egrsd_loss(
+            student_hidden,
+            head,
+            teacher_hidden,
+            batch.target_ids,
+            advantages.to(device),
+            mask=batch.mask,
+            gamma=args.gamma,
+            lookahead=args.lookahead,
+            return_stats=True,
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, args.clip)
+        optimizer.step()
+
+        scale = math.log(len(tokenizer))
+        regimes = token_regimes(stats.teacher_entropy / scale, stats.lookahead_entropy / scale, mask=batch.mask)
+        metrics = {
+            "reward": rewards.mean().item(),
+            "accuracy": correct.float().mean().item(),
+            "length": lengths.float().mean().item(),
+            "entropy": stats.teacher_entropy[batch.mask].mean().item(),
+            "gate": stats.gate[batch.mask].mean().item(),
+            "loss": loss.item(),
+            **regime_shares(regimes),
+            "tokens_per_second": lengths.sum().item() / (time.perf_counter() - start),
+        }
+        rollouts = [
+            Rollout.from_stats(
+                stats,
+                row,
+                prompt=problem.question,
+                tokens=[tokenizer.decode([token]) for token in responses[row]],
+                reward=rewards[row].item(),
+                advantage=advantages[row].item(),
+                reference=problem.solution("terse"),
+            )
+            for row, problem in enumerate(problems[:SHOWN])
+        ]
+        yield Step(metrics, rollouts)
+
+
+# -------------------------------------------------------------------------------------------------------------- results
+
+
+def plot_curves(path: Path, curves: dict[str, list[float]], before: dict[str, float], after: dict[str, float]) -> None:
+    """Smoothed curves over the faint raw ones; dots are the greedy answers to held-out problems."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import PercentFormatter
+
+    panels = {
+        "reward": "Reward",
+        "accuracy": "Accuracy",
+        "length": "Response length, tokens",
+        "entropy": "Teacher entropy, nats a token",
+        "gate": "Gate ω",
+    }
+    steps = range(1, len(curves["reward"]) + 1)
+    style = {
+        "font.size": 10,
+        "axes.titlesize": 11,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.color": "#e6e9ee",
+        "axes.edgecolor": "#8a93a3",
+        "legend.frameon": False,
+    }
+    with plt.rc_context(style):
+        figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
+        for axis, (name, label) in zip(axes.flat, panels.items(), strict=False):
+            axis.plot(steps, curves[name], color="#2563eb", alpha=0.25, linewidth=1)
+            axis.plot(steps, smooth(curves[name]), color="#2563eb", linewidth=2.2, label="sampled rollouts")
+            if name in before:
+                dots = [before[name], after[name]]
+                axis.plot([0, len(steps)], dots, "o", color="#c2410c", markersize=7, label="held-out, greedy", zorder=3)
+                axis.legend(loc="best", fontsize=9)
+            axis.set_title(label)
+        axes.flat[1].yaxis.set_major_formatter(PercentFormatter(1.0))
+        shares = axes.flat[5]
+        colors = {"lock": "#94a3b8", "mid": "#0f766e", "pivot": "#6d28d9", "fork": "#dc2626"}
+        shares.stackplot(steps, [smooth(curves[name]) for name in colors], labels=list(colors), colors=colors.values())
+        shares.set(title="Token regimes", ylim=(0, 1))
+        shares.yaxis.set_major_formatter(PercentFormatter(1.0))
+        shares.legend(loc="lower left", ncols=4, fontsize=9, frameon=True)
+        for axis in axes.flat:
+            axis.margins(x=0.02)
+            axis.set_xlabel("step")
+        figure.savefig(path, dpi=150)
+        plt.close(figure)
+
+
+def smooth(values: Sequence[float], half_life: float = 5.0) -> list[float]:
+    """Exponential moving average, its weights normalised so that the start is not pulled to zero."""
+    keep = 0.5 ** (1 / half_life)
+    total = weight = 0.0
+    smoothed = []
+    for value in values:
+        total, weight = keep * total + value, keep * weight + 1
+        smoothed.append(total / weight)
+    return smoothed
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+
+SHOWN = 4  # rollouts on the page from the first, the middle and the last step
+LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=150, help="reinforcement steps (default %(default)s)")
+    parser.add_argument("--warmup-steps", type=int, default=400, help="supervised steps (default %(default)s)")
+    parser.add_argument("--batch", type=int, default=64, help="rollouts a step (default %(default)s)")
+    parser.add_argument("--lookahead", type=int, default=3, help="window W, tokens; 0 is EGRSD (default %(default)s)")
+    parser.add_argument("--gamma", type=float, default=0.3, help="strength of the entropy gate (default %(default)s)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="of the LoRA adapters (default %(default)s)")
+    parser.add_argument("--clip", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder (default %(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    for name in ("steps", "warmup_steps", "batch"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}: expected at least 1")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    console = Console()
+    start = time.perf_counter()
+    torch.manual_seed(args.seed)
+    rng = random.Random(args.seed)
+    held_out = sample_problems(rng, HELD_OUT)
+    exclude = frozenset(held_out)
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer).to(args.device)
+    classroom = Classroom(model, tokenizer, torch.device(args.device))
+    console.print(
+        f"Qwen3 with {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters and {len(tokenizer)} tokens "
+        f"on {args.device}; for example {held_out[0].question} = {held_out[0].answer}"
+    )
+
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[figures]}"),
+        console=console,
+    )
+    with progress:
+        bar = progress.add_task("warm-up ", total=args.warmup_steps, figures="")
+        for loss in warm_up(classroom, rng, exclude, args.warmup_steps):
+            progress.update(bar, advance=1, figures=f"loss {loss:.3f}")
+
+        before, teacher = classroom.evaluate(held_out), classroom.evaluate(held_out, teacher=True)
+        lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=LORA_MODULES)
+        classroom.model = get_peft_model(model, lora)
+        bar = progress.add_task("training", total=args.steps, figures="")
+        curves: dict[str, list[float]] = {name: [] for name in METRICS}
+        shown: list[Rollout] = []
+        for index, step in enumerate(train(classroom, rng, exclude, args)):
+            for name, value in step.metrics.items():
+                curves[name].append(value)
+            if index in {0, args.steps // 2, args.steps - 1}:
+                shown += [replace(rollout, title=f"step {index + 1}") for rollout in step.rollouts]
+            figures = (
+                "reward {reward:.2f}  accuracy {accuracy:.0%}  length {length:.1f}\n"
+                "entropy {entropy:.3f}  gate {gate:.3f}  loss {loss:+.3f}  {tokens_per_second:,.0f} tokens/s"
+            ).format(**step.metrics)
+            progress.update(bar, advance=1, figures=figures)
+        after = classroom.evaluate(held_out)
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    plot_curves(args.output / "curves.png", curves, before, after)
+    page = write_token_report(
+        args.output / "rollouts.html", shown, vocab_size=len(tokenizer), title="EGRSD demo: sampled rollouts"
+    )
+    record = {
+        "settings": {name: value for name, value in vars(args).items() if name != "output"},
+        "held_out": {"before": before, "after": after, "teacher": teacher},
+        "curves": curves,
+    }
+    (args.output / "curves.json").write_text(json.dumps(record, indent=1))
+
+    table = Table("held-out problems, greedy", *before, title_justify="left")
+    for name, figures in (
+        ("before", before),
+        ("after", after),
+        ("before, with the reference solution (the teacher)", teacher),
+    ):
+        table.add_row(name, f"{figures['accuracy']:.1%}", f"{figures['reward']:.3f}", f"{figures['length']:.1f}")
+    console.print(table)
+    console.print(f"{time.perf_counter() - start:.0f} s. Curves: {args.output / 'curves.png'}, rollouts: {page}")
+
+
+if __name__ == "__main__":
+    main()

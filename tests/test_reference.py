@@ -183,7 +183,7 @@ def test_magnitude_at_impossible_tokens():
     assert_close(magnitude(advantage, impossible, impossible, 0.2), [NAN, NAN, 1])  # no ratio, unless it is not asked
 
 
-H = f64(5, 3, 4, 1, 2, 6, 7)  # two sequences: five tokens and two
+H = f64(5, 3, 4, 1, 2, 0.5, 7)  # two sequences: five tokens and two, whose entropies no window of the first may see
 SEQ_END = torch.tensor([4, 4, 4, 4, 4, 6, 6])
 ALL = torch.ones(7, dtype=torch.bool)
 HOLE = torch.tensor([True, True, True, False, True, True, False])  # 1 and 7 are not valid
@@ -192,15 +192,15 @@ HOLE = torch.tensor([True, True, True, False, True, True, False])  # 1 and 7 are
 @pytest.mark.parametrize(
     ("mask", "window", "expected"),
     [
-        (ALL, 0, [5, 3, 4, 1, 2, 6, 7]),
-        (ALL, 1, [3, 3, 1, 1, 2, 6, 7]),
-        (ALL, 2, [3, 1, 1, 1, 2, 6, 7]),
-        (ALL, 3, [1, 1, 1, 1, 2, 6, 7]),
-        (ALL, 1000, [1, 1, 1, 1, 2, 6, 7]),
-        (HOLE, 0, [5, 3, 4, 0, 2, 6, 0]),
-        (HOLE, 1, [3, 3, 4, 0, 2, 6, 0]),  # position 2 sees itself and the hole
-        (HOLE, 2, [3, 3, 2, 0, 2, 6, 0]),  # and here looks over the hole
-        (HOLE, 1000, [2, 2, 2, 0, 2, 6, 0]),
+        (ALL, 0, [5, 3, 4, 1, 2, 0.5, 7]),
+        (ALL, 1, [3, 3, 1, 1, 2, 0.5, 7]),
+        (ALL, 2, [3, 1, 1, 1, 2, 0.5, 7]),
+        (ALL, 3, [1, 1, 1, 1, 2, 0.5, 7]),
+        (ALL, 1000, [1, 1, 1, 1, 2, 0.5, 7]),
+        (HOLE, 0, [5, 3, 4, 0, 2, 0.5, 0]),
+        (HOLE, 1, [3, 3, 4, 0, 2, 0.5, 0]),  # position 2 sees itself and the hole
+        (HOLE, 2, [3, 3, 2, 0, 2, 0.5, 0]),  # and here looks over the hole
+        (HOLE, 1000, [2, 2, 2, 0, 2, 0.5, 0]),
         (~ALL, 2, [0] * 7),
     ],
 )
@@ -221,9 +221,9 @@ def test_lookahead_of_nothing():
 
 
 def test_entropy_scale_by_eye():
-    h_cl = f64(3, 3, 4, 0, 2, 6, 0)
+    h_cl = f64(3, 3, 2, 0, 2, 0.5, 0)
     assert entropy_scale(H, h_cl, ALL) == 7  # the raw maximum, Eq. 8
-    assert entropy_scale(H, h_cl, HOLE) == 6  # of valid tokens
+    assert entropy_scale(H, h_cl, HOLE) == 5  # of valid tokens
     first = torch.arange(7) < 2
     assert entropy_scale(H, h_cl, first, "batch_max") == 5
     assert entropy_scale(H, h_cl, first, "batch_max_lookahead") == 3  # Algorithm 1

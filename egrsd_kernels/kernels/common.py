@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ except ImportError:  # Triton older than the host-side descriptors: every GPU ta
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# Stands for a logit of -inf: finite, so that differences of two of them are 0 and not NaN, and far below any real logit.
+# Stands for a logit of -inf: far below any real logit, but finite, so that the difference of two is 0 and not NaN.
 NEG = tl.constexpr(-1.0e30)
 
 
@@ -31,16 +32,35 @@ class Config:
     warps: int
     stages: int
 
+    @property
+    def tile(self) -> dict[str, int]:
+        """The tile's shape, as the kernels name it."""
+        return {"ROWS": self.rows, "COLS": self.cols, "DEPTH": self.depth}
+
+    @property
+    def launch(self) -> dict[str, int]:
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+# float32 operands as three TF32 products: full float32 accuracy on tensor cores. Half-precision operands ignore it.
+# AMD has no such mode and multiplies in float32.
+PRECISION = "tf32x3" if torch.version.hip is None else "ieee"
+
 
 @functools.cache
-def device_limits(device: torch.device) -> tuple[int, int, bool]:
-    """(programs of a persistent grid, shared memory of a block in bytes, whether the device has TMA)."""
+def device_limits(device: torch.device) -> tuple[int, int]:
+    """(programs of a persistent grid, shared memory of a block in bytes)."""
     if device.type != "cuda":
-        return 4, 1 << 30, TensorDescriptor is not None  # the interpreter: any limits do, and it knows descriptors
+        return 4, 1 << 30  # the interpreter: any do
     properties = torch.cuda.get_device_properties(device)
-    shared = getattr(properties, "shared_memory_per_block_optin", 64 << 10)
-    tma = TensorDescriptor is not None and torch.version.cuda is not None and properties.major >= 9
-    return properties.multi_processor_count, shared, tma
+    return properties.multi_processor_count, getattr(properties, "shared_memory_per_block_optin", 64 << 10)
+
+
+def has_tma(device: torch.device) -> bool:
+    """Whether the TMA kernels are taken: on Hopper and newer, and in the interpreter, unless EGRSD_KERNELS_TMA=0."""
+    if TensorDescriptor is None or os.environ.get("EGRSD_KERNELS_TMA") == "0":
+        return False
+    return device.type != "cuda" or (torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9)
 
 
 def matmul_config(dtype: torch.dtype, device: torch.device) -> Config:
@@ -92,10 +112,10 @@ def chunk_rows(counts, which, first_row, chunk):
 
 @triton.jit
 def logits_of(product, softcap, scale, SOFTCAP: tl.constexpr):
-    """(z, damping): logits in units of ln 2, and dz/d(product) over its constant factor ``scale`` = log2(e)/temperature.
+    """(z, damping): logits in units of ln 2, and dz/d(product) over its constant factor.
 
-    ``product`` is h W^T + b. softcap * tanh(x / softcap) is written as 1 - 2/(1 + e^2x): its absolute error, about
-    1e-7 * softcap, is what counts, and e^2x = inf or 0 gives the right limits.
+    That factor is ``scale`` = log2(e)/temperature. ``product`` is h W^T + b. tanh(x) is written as 1 - 2/(1 + e^2x): its
+    absolute error, about 1e-7, is what counts beside other logits, and e^2x = inf or 0 gives the right limits.
     """
     if SOFTCAP:
         t = 1.0 - 2.0 / (1.0 + tl.exp2(product * (2.0 * LOG2E / softcap)))

@@ -1,8 +1,8 @@
 """Gradients from stored exponentials.
 
-A row's softmax gradient is dlogp_y/dz = 1_y - e/S with e = e^(z - offset) and S = sum e. Subtracting S from the target's
-entry first turns it into the single factor -1/S on e - S 1_y, and the cancellation at p_y near 1 happens in float32.
-With row_scale = -(dL/dlogp) / (S temperature) everything else is a matrix product over the stored matrix E:
+A row's softmax gradient is dlogp_y/dz = 1_y - e/S with e = e^(z - offset) and S = sum e. Subtracting S from the
+target's entry first makes it -1/S times (e - S 1_y), and the cancellation at p_y near 1 happens in float32. With
+row_scale = -(dL/dlogp) / (S temperature) the rest is matrix products over the stored matrix E:
 
     dhidden = row_scale * (E W)      dW = E^T (row_scale * hidden)      dbias = E^T row_scale
 """
@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import LOG2E, chunk_rows, load_tile
+from .common import LOG2E, PRECISION, chunk_rows, load_tile
 
 REDUCE_ROWS = 8
 
@@ -61,7 +61,7 @@ def split_count(tiles, limit, PROGRAMS: tl.constexpr, MAX_SPLITS: tl.constexpr):
 def hidden_kernel(
     exponentials, stride_e, weight, stride_wv, stride_wd, partial, counts, first_row, chunk, D, V, limit,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, PROGRAMS: tl.constexpr, MAX_SPLITS: tl.constexpr,
-    TMA: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row_tiles = tl.cdiv(chunk_rows(counts, 1, first_row, chunk), ROWS)
     tiles = row_tiles * tl.cdiv(D, COLS)
@@ -77,7 +77,7 @@ def hidden_kernel(
         for v in range(first, tl.minimum(first + length, V), DEPTH):
             e = load_tile(exponentials, row, v, chunk, V, stride_e, 1, ROWS, DEPTH, TMA)
             w = load_tile(weight, v, col, V, D, stride_wv, stride_wd, DEPTH, COLS, TMA)
-            product = tl.dot(e, w, product, input_precision="tf32x3")
+            product = tl.dot(e, w, product, input_precision=PRECISION)
         at = unit * (ROWS * COLS) + tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
         tl.store(partial + at, product)
 
@@ -124,7 +124,7 @@ def scale_rows_kernel(matrix, row_scale, D, BLOCK: tl.constexpr):
 def head_kernel(
     exponentials, stride_e, hidden, out, counts, first_row, chunk, D, V, unit,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
-    TMA: tl.constexpr, ACCUMULATE: tl.constexpr,
+    TMA: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     n = chunk_rows(counts, 1, first_row, chunk)
     row_tiles = tl.cdiv(V, ROWS)
@@ -142,7 +142,7 @@ def head_kernel(
         for r in range(0, n, DEPTH):
             e = load_tile(exponentials, r, row, chunk, V, stride_e, 1, DEPTH, ROWS, TMA)
             h = load_tile(hidden, r, col, chunk, D, D, 1, DEPTH, COLS, TMA)
-            product = tl.dot(e.T, h, product, input_precision="tf32x3")
+            product = tl.dot(e.T, h, product, input_precision=PRECISION)
         product *= unit
         v = row + tl.arange(0, ROWS)
         d = col + tl.arange(0, COLS)
@@ -226,24 +226,24 @@ class ChunkGradients:
             self.row_scale, first_row, chunk, softcap, scale, head.temperature, self.unit,
             SOFTCAP=head.softcap is not None, BLOCK=128,
         )  # fmt: skip
-        tile = dict(ROWS=c.rows, COLS=c.cols, PROGRAMS=vocab.programs)
-        launch = dict(num_warps=c.warps, num_stages=c.stages)
+        product = dict(PROGRAMS=vocab.programs, TMA=vocab.tma, PRECISION=PRECISION, **c.tile, **c.launch)
         if self.out_hidden is not None:
             hidden_kernel[(vocab.programs,)](
                 vocab.descriptor(e, c.rows, c.depth), e.stride(0), vocab.descriptor(head.weight, c.depth, c.cols),
                 head.weight.stride(0), head.weight.stride(1), self.partial, rows.counts, first_row, chunk, D, V,
-                self.limit, DEPTH=c.depth, MAX_SPLITS=self.MAX_SPLITS, TMA=vocab.tma, **tile, **launch,
+                self.limit, MAX_SPLITS=self.MAX_SPLITS, **product,
             )  # fmt: skip
             hidden_reduce_kernel[(triton.cdiv(chunk, REDUCE_ROWS), triton.cdiv(D, c.cols))](
                 self.partial, self.row_scale, rows.order, rows.counts, self.out_hidden, first_row, chunk, D,
-                self.limit, self.unit, MAX_SPLITS=self.MAX_SPLITS, BLOCK=REDUCE_ROWS, **tile,
+                self.limit, self.unit, ROWS=c.rows, COLS=c.cols, PROGRAMS=vocab.programs, MAX_SPLITS=self.MAX_SPLITS,
+                BLOCK=REDUCE_ROWS,
             )  # fmt: skip
         if self.out_weight is not None:
             scale_rows_kernel[(chunk,)](vocab.hidden, self.row_scale, D, BLOCK=min(1024, triton.next_power_of_2(D)))
             head_kernel[(vocab.programs,)](
                 vocab.descriptor(e, c.depth, c.rows), e.stride(0), vocab.descriptor(vocab.hidden, c.depth, c.cols),
-                self.out_weight, rows.counts, first_row, chunk, D, V, self.unit, DEPTH=c.depth, GROUP=8,
-                TMA=vocab.tma, ACCUMULATE=first_row > 0, **tile, **launch,
+                self.out_weight, rows.counts, first_row, chunk, D, V, self.unit, GROUP=8, ACCUMULATE=first_row > 0,
+                **product,
             )  # fmt: skip
         if self.out_bias is not None:
             bias_kernel[(triton.cdiv(V, 128),)](

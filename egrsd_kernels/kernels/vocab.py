@@ -16,9 +16,11 @@ from .common import (
     LN2,
     LOG2E,
     NEG,
+    PRECISION,
     TensorDescriptor,
     chunk_rows,
     device_limits,
+    has_tma,
     load_tile,
     logits_of,
     matmul_config,
@@ -45,7 +47,7 @@ def vocab_kernel(
     first_row, chunk, V, softcap, scale,
     D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr, TMA: tl.constexpr, STORE: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
-    FLAG_BLOCK: tl.constexpr,
+    FLAG_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     n_rows = chunk_rows(counts, 0, first_row, chunk)
     n_active = chunk_rows(counts, 1, first_row, chunk)
@@ -63,7 +65,7 @@ def vocab_kernel(
         for d in range(0, D, DEPTH):
             h = load_tile(hidden, row_tile * ROWS, d, chunk, D, D, 1, ROWS, DEPTH, TMA)
             w = load_tile(weight, col_tile * COLS, d, V, D, stride_wv, stride_wd, COLS, DEPTH, TMA)
-            product = tl.dot(h, w.T, product, input_precision="tf32x3")
+            product = tl.dot(h, w.T, product, input_precision=PRECISION)
         r = row_tile * ROWS + tl.arange(0, ROWS)
         v = col_tile * COLS + tl.arange(0, COLS)
         if BIAS:
@@ -166,22 +168,24 @@ class VocabPass:
     """The vocabulary pass over chunks of up to ``chunk`` gathered rows: buffers, descriptors and launches.
 
     head: what has ``weight`` (V, D), ``bias`` (V,) or None, ``softcap``, ``temperature``.
-    use_tma: None for whatever the device and the layouts allow; False forces the pointer kernel.
     """
 
-    def __init__(self, head, chunk: int, dtype: torch.dtype, device: torch.device, use_tma: bool | None = None):
+    def __init__(self, head, chunk: int, dtype: torch.dtype, device: torch.device):
         self.head, self.chunk = head, chunk
         self.V, self.D = head.weight.shape
         self.config = matmul_config(dtype, device)
-        self.programs, _, has_tma = device_limits(device)
+        self.programs, _ = device_limits(device)
         self.hidden = torch.empty(chunk, self.D, dtype=dtype, device=device)
         self.logit = torch.empty(chunk, dtype=torch.float32, device=device)
-        self.tma = (has_tma if use_tma is None else use_tma) and tma_ready(self.hidden, head.weight)
+        self.tma = has_tma(device) and tma_ready(self.hidden, head.weight)
         self.col_tiles = triton.cdiv(self.V, self.config.cols)
         self.n_flags = triton.cdiv(chunk, ROW_BLOCK)
 
     def _float(self, *shape: int) -> torch.Tensor:
         return torch.empty(*shape, dtype=torch.float32, device=self.hidden.device)
+
+    def _flag_block(self, flags: torch.Tensor | None) -> int:
+        return 0 if flags is None else triton.next_power_of_2(self.n_flags)
 
     def descriptor(self, matrix: torch.Tensor, rows: int, cols: int):
         """What ``load_tile`` reads tiles of rows x cols from."""
@@ -196,17 +200,16 @@ class VocabPass:
             self.descriptor(exponentials, c.rows, c.cols) if store else None, exponentials.stride(0) if store else 0,
             offset, partial, rows.counts, flags, self.n_flags,
             first_row, self.chunk, self.V, head.softcap or 0.0, LOG2E.value / head.temperature,
-            D=self.D, ROWS=c.rows, COLS=c.cols, DEPTH=c.depth, GROUP=GROUP, PROGRAMS=self.programs, TMA=self.tma,
-            STORE=store, BIAS=head.bias is not None, SOFTCAP=head.softcap is not None,
-            FLAG_BLOCK=0 if flags is None else triton.next_power_of_2(self.n_flags),
-            num_warps=c.warps, num_stages=c.stages,
+            D=self.D, GROUP=GROUP, PROGRAMS=self.programs, TMA=self.tma, STORE=store, BIAS=head.bias is not None,
+            SOFTCAP=head.softcap is not None, FLAG_BLOCK=self._flag_block(flags), PRECISION=PRECISION,
+            **c.tile, **c.launch,
         )  # fmt: skip
 
     def _combine_statistics(self, rows, first_row, partial, *, flags=None, offset=None, shift=0.0, out=(None,) * 3):
         combine_statistics_kernel[(self.n_flags,)](
             partial, self.logit, rows.order, rows.counts, flags, self.n_flags, offset, *out,
             first_row, self.chunk, self.col_tiles, shift,
-            OFFSET=offset is not None, FLAG_BLOCK=0 if flags is None else triton.next_power_of_2(self.n_flags),
+            OFFSET=offset is not None, FLAG_BLOCK=self._flag_block(flags),
             ROW_BLOCK=ROW_BLOCK, TILE_BLOCK=TILE_BLOCK,
         )  # fmt: skip
 
@@ -214,7 +217,7 @@ class VocabPass:
         combine_sums_kernel[(self.n_flags,)](
             partial, self.logit, offset, rows.order, rows.counts, flags, self.n_flags, total, logp,
             first_row, self.chunk, self.col_tiles,
-            SET_FLAGS=set_flags, FLAG_BLOCK=0 if flags is None or set_flags else triton.next_power_of_2(self.n_flags),
+            SET_FLAGS=set_flags, FLAG_BLOCK=self._flag_block(None if set_flags else flags),
             ROW_BLOCK=ROW_BLOCK, TILE_BLOCK=TILE_BLOCK,
         )  # fmt: skip
 

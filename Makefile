@@ -1,0 +1,32 @@
+# make demo       train a small model with EGRSD here, on a GPU when there is one
+# make test       the tests that need no GPU (CUDA tests too, where there is one)
+# make test-cuda  the CUDA parity tests, with the Python and torch that the machine already has
+
+VENV ?= .venv
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+CUDA_PYTHON ?= python3
+WORKERS ?= 2
+
+.PHONY: demo test test-cuda lint
+.DEFAULT_GOAL := test
+
+$(VENV)/ready: setup.py Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet "$(TORCH)"
+	$(VENV)/bin/python -m pip install --quiet --editable ".[all]"
+	touch $@
+
+demo: $(VENV)/ready
+	$(VENV)/bin/python examples/demo.py
+
+lint: $(VENV)/ready
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+
+# One thread a worker: the workers share the cores.
+test: lint
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS)
+
+test-cuda:
+	$(CUDA_PYTHON) -m pytest -m cuda -p no:cacheprovider
