@@ -114,8 +114,8 @@ def chunk_rows(counts, which, first_row, chunk):
 def logits_of(product, softcap, scale, SOFTCAP: tl.constexpr):
     """(z, damping): logits in units of ln 2, and dz/d(product) over its constant factor.
 
-    That factor is ``scale`` = log2(e)/temperature. ``product`` is h W^T + b. tanh(x) is written as 1 - 2/(1 + e^2x): its
-    absolute error, about 1e-7, is what counts beside other logits, and e^2x = inf or 0 gives the right limits.
+    That factor is ``scale`` = log2(e)/temperature; ``product`` is h W^T + b. tanh(x) is written as 1 - 2/(1 + e^2x):
+    its absolute error, about 1e-7, is what counts beside other logits, and e^2x = inf or 0 gives the right limits.
     """
     if SOFTCAP:
         t = 1.0 - 2.0 / (1.0 + tl.exp2(product * (2.0 * LOG2E / softcap)))

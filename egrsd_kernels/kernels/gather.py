@@ -39,8 +39,9 @@ def gather_kernel(
 def gather_rows(head, hidden, target_ids, rows, first_row, out_hidden, out_logit) -> None:
     """From hidden states (B, T, D), fill ``out_hidden`` (C, D) and ``out_logit`` (C,) for the chunk's rows.
 
-    Logits are float32, in units of ln 2; the dot product is accumulated in float32 from the operands as they are. A
-    target outside the vocabulary gives NaN and is never used as an address. Rows past ``rows.counts[0]`` are left alone.
+    Logits are float32, in units of ln 2; the dot product is accumulated in float32 from the operands as they are.
+    A target outside the vocabulary gives NaN and is never used as an address. Rows past ``rows.counts[0]`` are left
+    alone.
     """
     chunk, size = out_hidden.shape
     gather_kernel[(chunk,)](

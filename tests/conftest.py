@@ -1,0 +1,397 @@
+"""What the tests share: the backends, devices and dtypes they run on, fresh random problems, and how near is near enough.
+
+How near is near enough. The reference runs in float64 on the same rounded operands, so what is left is the arithmetic
+of the package: float32 (float64 for float64 operands), unit roundoff u = 2^-24. The bounds follow the data:
+
+- A logit is a sum of D products. Its rounding errors add up to at most D·u·Σ|h||w| (Higham, 2002, section 3.1), and with
+  signs at random they stay under 4·√D·u·Σ|h||w| (Higham and Mary, 2019, λ = 4), which the Cauchy-Schwarz inequality
+  bounds by 4·√D·u·‖h‖‖w‖. Changing its unit (log2 e, temperature, exp2, log2) costs a few u of the logit, so 8·u·‖h‖‖w‖
+  more; TF32 split in three costs no more than that. Together: Δz.
+- log p = z_y − logsumexp(z) moves by at most 2·Δz, and the sum over the vocabulary by a relative 32·u.
+- H moves by Σ p |log p + H| Δz ≤ 2·H·2·Δz, by Δz itself where logsumexp is subtracted first, and by 32·u·(1 + log V).
+- Everything later is clip, min, product and quotient: each bound is carried through by its derivative.
+
+For ordinary logits a promise of the package caps this: |Δ log p| ≤ 2e-4 nat. Gradients are compared as a whole, by the
+relative error in the Frobenius norm, against the promise alone: 3e-3 in bfloat16, 1e-3 in float16 (stored exponentials
+and the result are rounded to 8 and 11 bits), 1e-5 in float32, and 1e-12 in float64. At extreme logits (±1e4) no float32
+logit is better than Δz, so there a row's gradient may be off by 2·Δz more.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: this has to come first
+
+import pytest
+
+from egrsd_kernels import TokenStats, fused_egrsd_loss
+from reference import egrsd_loss
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
+
+LEARNED = ("student_hidden", "student_weight", "student_bias")
+GRADIENT_TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 1e-3, torch.float32: 1e-5, torch.float64: 1e-12}
+LOGP_TOLERANCE = 2e-4  # nat: what the package promises for ordinary logits
+
+
+def pytest_configure(config):
+    # Rows past the last valid one hold anything; the interpreter's numpy speaks up where a GPU computes in silence.
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+# ------------------------------------------------------------------------------------------------ where tests run
+
+
+class Combo(NamedTuple):
+    backend: str
+    device: str
+    dtype: torch.dtype
+
+    @property
+    def interpreted(self) -> bool:
+        return self.backend == "triton" and self.device == "cpu"
+
+    @property
+    def unit_roundoff(self) -> float:
+        """Of the arithmetic, not of the operands."""
+        return 2.0**-53 if self.dtype == torch.float64 else 2.0**-24
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+
+def _parameter(backend: str, device: str, dtype: torch.dtype):
+    where = "interpreter" if (backend, device) == ("triton", "cpu") else device
+    marks = [pytest.mark.cuda] if device == "cuda" else []
+    if where == "interpreter":
+        reason = "a GPU is there: set TRITON_INTERPRET=1 to run Triton's interpreter instead"
+        marks.append(pytest.mark.skipif(not INTERPRETED, reason=reason))
+    return pytest.param(Combo(backend, device, dtype), marks=marks, id=f"{backend}-{where}-{str(dtype)[6:]}")
+
+
+CPU_COMBOS = [
+    _parameter("torch", "cpu", torch.float64),
+    _parameter("torch", "cpu", torch.float32),
+    _parameter("torch", "cpu", torch.bfloat16),
+    _parameter("triton", "cpu", torch.float32),
+    _parameter("triton", "cpu", torch.float16),
+]
+CUDA_COMBOS = [
+    _parameter("triton", "cuda", torch.bfloat16),
+    _parameter("triton", "cuda", torch.float16),
+    _parameter("triton", "cuda", torch.float32),
+    _parameter("torch", "cuda", torch.bfloat16),
+    _parameter("torch", "cuda", torch.float32),
+]
+all_combos = pytest.mark.parametrize("combo", CPU_COMBOS + CUDA_COMBOS)
+cuda_combos = pytest.mark.parametrize("combo", CUDA_COMBOS)
+# One dtype a backend, for what does not depend on the dtype.
+few_combos = pytest.mark.parametrize("combo", [CPU_COMBOS[1], CPU_COMBOS[3], CUDA_COMBOS[0], CUDA_COMBOS[3]])
+
+
+# ------------------------------------------------------------------------------------------------ random problems
+
+
+@dataclass
+class Draw:
+    """Random tensors on the CPU, in float32, from one seed."""
+
+    seed: int = 0
+    generator: torch.Generator = field(init=False)
+
+    def __post_init__(self):
+        self.generator = torch.Generator().manual_seed(self.seed)
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=self.generator)
+
+    def uniform(self, *shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=self.generator)
+
+    def integers(self, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(high, shape, generator=self.generator)
+
+
+def draw_head(draw: Draw, vocabulary: int, width: int) -> torch.Tensor:
+    """(V, D) with rows of norm about 1, so that hidden states have the norm of their logits."""
+    return draw.normal(vocabulary, width) / math.sqrt(width)
+
+
+def draw_hidden(draw: Draw, kind: str, weight: torch.Tensor, *shape: int) -> torch.Tensor:
+    """Hidden states (..., D). peaked: like a language model's, from undecided to decided, each token drawn towards one
+    vocabulary entry; flat: nearly uniform; extreme: logits up to some ±1e4."""
+    vocabulary, width = weight.shape
+    noise = draw.normal(*shape, width)
+    if kind == "flat":
+        return 0.02 * noise
+    if kind == "extreme":
+        return 1e4 * noise / noise.norm(dim=-1, keepdim=True) / weight.norm(dim=-1).max()
+    assert kind == "peaked"
+    favourite = weight[draw.integers(vocabulary, *shape)]
+    favourite = favourite / favourite.norm(dim=-1, keepdim=True)
+    return noise + 2 * math.log(vocabulary + 1) * draw.uniform(*shape, 1) * favourite
+
+
+def draw_targets(draw: Draw, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Target ids (...): three quarters sampled from the softmax, as rollouts are, and the rest from anywhere."""
+    p = torch.softmax(hidden.flatten(0, -2) @ weight.T, -1)
+    sampled = torch.multinomial(p, 1, generator=draw.generator)[:, 0] if len(p) else p.new_zeros(0, dtype=torch.long)
+    anywhere = draw.integers(weight.shape[0], len(p))
+    return torch.where(draw.uniform(len(p)) < 0.25, anywhere, sampled).view(hidden.shape[:-1])
+
+
+def make_case(
+    combo: Combo,
+    *,
+    seed: int = 0,
+    layout: str = "padded",  # "packed": with cu_seqlens; "one sequence": packed without
+    lengths: tuple[int, ...] = (6, 6, 6),  # padded: every sequence is as long as the first
+    width: int = 16,
+    vocabulary: int = 61,
+    kind: str = "peaked",
+    bias: bool = False,
+    per_token: bool = False,
+    mask: str | None = None,  # "holes" | "a sequence" | "all"
+    ignored: bool = False,
+    teacher: str = "shared head",  # | "own head" | "statistics"
+    **options,
+) -> dict:
+    """Arguments of ``fused_egrsd_loss``; operands rounded to the combo's dtype, everything on its device."""
+    draw = Draw(seed)
+    if layout == "padded":
+        shape = (len(lengths), lengths[0] if lengths else 4)
+    else:
+        shape = (sum(lengths),)
+    case = dict(options)
+    weight = draw_head(draw, vocabulary, width)
+    hidden = draw_hidden(draw, kind, weight, *shape, width)
+    case["student_hidden"], case["student_weight"] = hidden, weight
+    case["target_ids"] = draw_targets(draw, hidden, weight)
+    if bias:
+        case["student_bias"] = draw.normal(vocabulary)
+    scale = 0.3 * hidden.norm(dim=-1, keepdim=True) / math.sqrt(width)
+    case["teacher_hidden"] = hidden + scale * draw.normal(*shape, width)
+    if teacher == "own head":
+        case["teacher_weight"] = draw_head(draw, vocabulary, width + 8)
+        case["teacher_hidden"] = draw_hidden(draw, kind, case["teacher_weight"], *shape, width + 8)
+        if bias:
+            case["teacher_bias"] = draw.normal(vocabulary)
+    case = {
+        k: x.to(combo.dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() and k not in options else x
+        for k, x in case.items()
+    }
+    if teacher == "statistics":
+        case["teacher_hidden"] = None
+        case["teacher_logp"] = -3 * draw.normal(*shape).abs()
+        case["teacher_entropy"] = 2 * draw.normal(*shape).abs()
+
+    sequences = 1 if layout == "one sequence" else len(lengths)
+    advantages = draw.normal(*shape) if per_token else draw.normal(sequences)
+    if per_token:
+        advantages[draw.uniform(*shape) < 0.2] = 0.0
+    case["advantages"] = advantages
+    if layout == "packed":
+        case["cu_seqlens"] = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    if mask is not None:
+        keep = draw.uniform(*shape) < 0.7
+        if mask == "a sequence":
+            keep.view(-1)[: lengths[0]] = False
+        elif mask == "all":
+            keep[...] = False
+        case["mask"] = keep
+    if ignored:
+        case["target_ids"][draw.uniform(*shape) < 0.3] = -100
+    return {k: x.to(combo.device) if isinstance(x, torch.Tensor) else x for k, x in case.items()}
+
+
+# ------------------------------------------------------------------------------------------------ both results
+
+
+@dataclass
+class Result:
+    """On the CPU. gradients: of LEARNED, as far as the case has them."""
+
+    loss: torch.Tensor
+    stats: TokenStats
+    gradients: dict[str, torch.Tensor]
+
+
+def package_result(case: dict, combo: Combo, factor: float = 1.0, **more) -> Result:
+    """``fused_egrsd_loss`` and its gradients when the incoming one is ``factor``."""
+    leaves = {k: case[k].detach().clone().requires_grad_() for k in LEARNED if case.get(k) is not None}
+    loss, stats = fused_egrsd_loss(**{**case, **leaves, **more}, backend=combo.backend, return_stats=True)
+    loss.backward(torch.full_like(loss, factor))
+    gradients = {k: x.grad.cpu() for k, x in leaves.items()}
+    return Result(loss.detach().cpu(), TokenStats(*(x.cpu() for x in stats)), gradients)
+
+
+def reference_result(case: dict, factor: float = 1.0) -> Result:
+    """The reference in float64 on the CPU, on the case's operands as they are."""
+    case = {k: x.detach().cpu() if isinstance(x, torch.Tensor) else x for k, x in case.items() if k != "chunk_bytes"}
+    leaves = {k: case[k].double().requires_grad_() for k in LEARNED if case.get(k) is not None}
+    loss, stats = egrsd_loss(**{**case, **leaves}, return_stats=True, dtype=torch.float64)
+    if loss.requires_grad:
+        (loss * factor).backward()
+    gradients = {k: torch.zeros_like(x) if x.grad is None else x.grad for k, x in leaves.items()}
+    return Result(loss.detach(), stats, gradients)
+
+
+# ------------------------------------------------------------------------------------------------ how near
+
+
+def logit_error(combo: Combo, hidden, weight, bias=None, softcap=None, temperature=1.0) -> torch.Tensor:
+    """Δz (...) in float64 on the CPU: how far the logits of each row may be off. See the top of this file."""
+    hidden, weight = hidden.detach().cpu().double(), weight.detach().cpu().double()
+    size = hidden.norm(dim=-1) * weight.norm(dim=-1).max()
+    if bias is not None:
+        finite = bias.detach().cpu().double()
+        size = size + finite[finite.isfinite()].abs().max()
+    if softcap is not None:
+        size = size + softcap
+    return combo.unit_roundoff * (4 * math.sqrt(hidden.shape[-1]) + 8) * size / temperature
+
+
+def logp_error(combo: Combo, dz: torch.Tensor, ordinary: bool = True) -> torch.Tensor:
+    bound = 2 * dz + 32 * combo.unit_roundoff
+    return bound.clamp(max=LOGP_TOLERANCE) if ordinary else bound
+
+
+def entropy_error(combo: Combo, dz: torch.Tensor, entropy: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    return (1 + 4 * entropy) * dz + 32 * combo.unit_roundoff * (1 + math.log(vocabulary))
+
+
+def assert_within(name: str, got: torch.Tensor, want: torch.Tensor, tolerance: torch.Tensor | float) -> None:
+    """|got − want| ≤ tolerance everywhere; what is not finite has to be the same."""
+    got, want = got.detach().cpu().double(), want.detach().cpu().double()
+    assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(want.shape)}"
+    same = (got == want) | (got.isnan() & want.isnan())
+    excess = torch.where(same, 0.0, (got - want).abs() - torch.as_tensor(tolerance, dtype=torch.float64))
+    wrong = ~(excess <= 0)
+    if wrong.any():
+        at = tuple(int(i) for i in wrong.nonzero()[0])
+        allowed = torch.as_tensor(tolerance, dtype=torch.float64).expand(want.shape)[at]
+        raise AssertionError(
+            f"{name}: {int(wrong.sum())} of {wrong.numel()} differ; at {at} got {got[at]}, want {want[at]}, "
+            f"off by {(got - want)[at]:.2e}, allowed {allowed:.2e}"
+        )
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """‖got − want‖ / ‖want‖ over the entries where both are finite; the others have to be the same."""
+    got, want = got.detach().cpu().double(), want.detach().cpu().double()
+    assert got.shape == want.shape
+    finite = got.isfinite() & want.isfinite()
+    assert ((got == want) | (got.isnan() & want.isnan()) | finite).all(), "not finite at different places"
+    error, size = (got - want)[finite].norm(), want[finite].norm()
+    return 0.0 if error == 0 else (error / size).item()
+
+
+def assert_gradient(name: str, got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
+    error = relative_error(got, want)
+    assert error <= tolerance, f"gradient of {name}: relative error {error:.2e}, allowed {tolerance:.2e}"
+
+
+def assert_result(case: dict, combo: Combo, got: Result, want: Result, *, ordinary: bool = True) -> None:
+    """Loss, every field of the statistics, and every gradient."""
+    u = combo.unit_roundoff
+    shared = case.get("teacher_weight") is None
+    weight_t = case["student_weight"] if shared else case["teacher_weight"]
+    bias_t = case.get("teacher_bias")
+    if shared and bias_t is None:
+        bias_t = case.get("student_bias")
+    transform = {k: case[k] for k in ("softcap", "temperature") if case.get(k) is not None}
+    valid = case["target_ids"].cpu() != -100
+    if case.get("mask") is not None:
+        valid = valid & (case["mask"].cpu() != 0)
+    tokens = int(valid.sum())
+
+    for name, value in got.stats._asdict().items():
+        assert value.dtype == combo.compute_dtype and not value.requires_grad, name
+        assert value.shape == case["target_ids"].shape, name
+        assert (value[~valid] == 0).all(), f"{name} is not 0 at masked positions"
+    assert got.loss.ndim == 0 and got.loss.dtype == combo.compute_dtype
+
+    def of_valid(x: torch.Tensor) -> torch.Tensor:  # masked positions may hold anything, NaN included
+        return torch.where(valid, x, 0.0)
+
+    def peak(x: torch.Tensor) -> torch.Tensor:
+        return x.nan_to_num(0, 0, 0).max() if x.numel() else torch.zeros(())
+
+    s = want.stats
+    h_student = torch.where(valid[..., None], case["student_hidden"].cpu().double(), 0.0)
+    dz_s = logit_error(combo, h_student, case["student_weight"], case.get("student_bias"), **transform)
+    d_logp_s = of_valid(logp_error(combo, dz_s, ordinary))
+    if case.get("teacher_hidden") is not None:
+        h_teacher = torch.where(valid[..., None], case["teacher_hidden"].cpu().double(), 0.0)
+        dz_t = logit_error(combo, h_teacher, weight_t, bias_t, **transform)
+        d_logp_t = of_valid(logp_error(combo, dz_t, ordinary))
+        d_entropy = of_valid(entropy_error(combo, dz_t, s.teacher_entropy, weight_t.shape[0]))
+    else:
+        d_logp_t, d_entropy = (u * of_valid(x.abs()) for x in (s.teacher_logp, s.teacher_entropy))
+
+    # From here on by the derivative of each formula; ·4u for its own roundings.
+    scale = case.get("entropy_scale", "batch_max")
+    if isinstance(scale, str):
+        source = s.teacher_entropy if scale == "batch_max" else s.lookahead_entropy
+        scale = source.max() if source.numel() else 0.0
+    scale = max(float(scale), case.get("min_entropy_scale", 1.0))
+    normalised = s.lookahead_entropy / scale
+    d_gate = case.get("gamma", 0.3) * (peak(d_entropy) / scale * (1 + normalised) + 4 * u * normalised) + 4 * u
+    eps = case.get("clip_eps", 0.2)
+    d_magnitude = ((1 + eps) * (d_logp_s + d_logp_t)).clamp(max=2 * eps) + 4 * u
+    a = case["advantages"].cpu().double()
+    if a.shape != valid.shape:
+        if valid.ndim == 2:
+            a = a[:, None].expand(valid.shape)
+        else:
+            bounds = case.get("cu_seqlens")
+            lengths = torch.tensor([valid.numel()]) if bounds is None else bounds.cpu().long().diff()
+            a = a.repeat_interleave(lengths)
+    d_credit = a.abs() * (d_magnitude * s.gate + s.magnitude * d_gate + 4 * u)
+    bounds = TokenStats(d_logp_s, d_logp_t, d_entropy, peak(d_entropy), d_magnitude, d_gate, d_credit)
+    for name, bound in bounds._asdict().items():
+        assert_within(name, getattr(got.stats, name), getattr(s, name), bound)
+
+    divisor = float(case["normalizer"]) if case.get("normalizer") is not None else max(tokens, 1)
+    terms = (s.token_advantage * s.student_logp).nan_to_num(0, 0, 0).abs().sum()
+    d_loss = (s.token_advantage.abs() * d_logp_s + s.student_logp.abs() * d_credit).nan_to_num(0, 0, 0).sum()
+    assert_within("loss", got.loss, want.loss, (d_loss + u * (math.sqrt(tokens) + 8) * terms) / divisor)
+
+    tolerance = GRADIENT_TOLERANCE[combo.dtype]
+    if not ordinary:
+        relative = (d_credit / s.token_advantage.abs()).nan_to_num(0, 0, 0)
+        tolerance += float(peak(2 * dz_s + relative))
+    for name, gradient in got.gradients.items():
+        assert gradient.dtype == case[name].dtype, name
+        assert_gradient(name, gradient, want.gradients[name], tolerance)
+    silent = ~valid | (a == 0)
+    assert (got.gradients["student_hidden"][silent] == 0).all(), "a token without advantage or mask has a gradient"
+
+
+def check_parity(case: dict, combo: Combo, *, ordinary: bool = True) -> tuple[Result, Result]:
+    """Package against reference; both come back, for what else there is to say about them.
+
+    float16 gradients of a mean over many tokens fall below its smallest normal number, 6e-5. A loss scaler multiplies
+    the loss for that reason, and so does this.
+    """
+    factor = float(case["target_ids"].numel() or 1) if combo.dtype == torch.float16 else 1.0
+    got, want = package_result(case, combo, factor), reference_result(case, factor)
+    assert_result(case, combo, got, want, ordinary=ordinary)
+    return got, want

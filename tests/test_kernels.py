@@ -1,0 +1,263 @@
+"""The Triton kernels one by one: both families (TMA and pointer), odd shapes, poisoned buffers.
+
+On a machine without a GPU they run in Triton's interpreter, in float32 and float16 (its bfloat16 products are wrong).
+``torch.use_deterministic_algorithms`` fills every fresh buffer with NaN, so that reading what no kernel wrote shows.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from egrsd_kernels import triton_backend
+from egrsd_kernels.kernels import gradient, vocab
+from egrsd_kernels.problem import Head, Rows
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
+CHUNK_BYTES = 1 << 30
+
+# Gradients: stored exponentials and scaled rows are rounded once each to the operands' dtype, at most half a unit in
+# the last place: 2^-9 in bfloat16, 2^-12 in float16 (relative, per term, of random sign), and the result once more.
+# The root of three such roundings, uniformly distributed, is 2^-9 = 2e-3 (2.4e-4); float32 adds about sqrt(terms) 2^-24.
+GRADIENT_ERROR = {torch.bfloat16: 3e-3, torch.float16: 4e-4, torch.float32: 1e-5}
+
+pytestmark = [pytest.mark.cuda] if CUDA else []
+
+
+@pytest.fixture(autouse=True)
+def poisoned_buffers():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["tma", "pointer"])
+def family(request, monkeypatch):
+    monkeypatch.setenv("EGRSD_KERNELS_TMA", "1" if request.param == "tma" else "0")
+    return request.param
+
+
+@pytest.fixture(params=DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def dtype(request):
+    return request.param
+
+
+class Case:
+    """Random operands on the device, and their float64 softmax."""
+
+    def __init__(self, n, d, v, dtype, *, bias=False, softcap=None, temperature=1.0, scale=1.0, seed=0):
+        g = torch.Generator().manual_seed(seed + 1000 * n + d)
+
+        def normal(*shape):
+            return torch.randn(*shape, generator=g).to(dtype).to(DEVICE)
+
+        self.hidden = normal(1, n, d) * scale
+        self.head = Head(normal(v, d) * (3 / math.sqrt(d)), normal(v) if bias else None, softcap, temperature)
+        self.targets = torch.randint(0, v, (n,), generator=g).to(DEVICE)
+        self.valid = (torch.rand(n, generator=g) < 0.8).to(DEVICE)
+        self.gradient = torch.randn(n, generator=g).to(DEVICE)
+        self.gradient[::3] = 0
+        self.rows = Rows.build(self.valid, self.gradient != 0)
+
+    def reference(self):
+        """(logp, entropy, logsumexp, gradients of Σ g · logp over the valid rows), in float64."""
+        leaves = [x.detach().double().requires_grad_() for x in (self.hidden, self.head.weight)]
+        z = leaves[0][0] @ leaves[1].t()
+        if self.head.bias is not None:
+            leaves.append(self.head.bias.double().requires_grad_())
+            z = z + leaves[2]
+        if self.head.softcap is not None:
+            z = self.head.softcap * torch.tanh(z / self.head.softcap)
+        z = z / self.head.temperature
+        log_p = z.log_softmax(-1)
+        logp = log_p.gather(1, self.targets[:, None]).squeeze(1)
+        p = log_p.exp()
+        entropy = -torch.where(p > 0, p * log_p, 0).sum(-1)
+        (logp * self.gradient)[self.valid].sum().backward()
+        # A float32 accumulation over D terms errs by a few units in the last place of the largest partial sums.
+        size = (leaves[0][0].abs() @ leaves[1].abs().t()).max() / self.head.temperature
+        self.tolerance = 4 * 2.0**-24 * float(size.detach()) * math.sqrt(self.hidden.shape[-1]) + 4e-6
+        if CUDA:  # tensor cores truncate where an FMA rounds
+            self.tolerance *= 4
+        return logp.detach(), entropy.detach(), z.logsumexp(-1).detach(), [x.grad for x in leaves]
+
+    def student_pass(self, needs=(True, True, True), chunk_bytes=CHUNK_BYTES):
+        logp = torch.zeros(self.targets.numel(), device=DEVICE)
+        needs = (*needs[:2], needs[2] and self.head.bias is not None)
+        gradients = triton_backend.student_pass(
+            self.head, self.hidden, self.targets, self.rows, logp, lambda *_: self.gradient, needs, chunk_bytes
+        )
+        return logp, gradients
+
+
+def relative(actual, expected):
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+SHAPES = [(1, 16, 1), (3, 17, 33), (140, 40, 300), (261, 72, 515)]
+if CUDA:
+    SHAPES += [(1000, 1000, 5003), (300, 5120, 2049), (2049, 256, 32_003)]
+TRANSFORMS = [{}, {"bias": True, "softcap": 4.0, "temperature": 0.7}]
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "bias-softcap-temperature"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_statistics(shape, transform, dtype, family):
+    case = Case(*shape, dtype, **transform)
+    expected = case.reference()
+    actual = triton_backend.statistics(case.head, case.hidden, case.targets, case.rows, CHUNK_BYTES)
+    for name, a, e in zip(("logp", "entropy", "logsumexp"), actual, expected, strict=False):
+        assert (a - e)[case.valid].abs().max() <= case.tolerance, name
+        assert (a[~case.valid] == 0).all(), name
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "bias-softcap-temperature"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_student_pass(shape, transform, dtype, family):
+    case = Case(*shape, dtype, **transform)
+    if shape[0] == 1:  # its only row must take part
+        case.gradient[0], case.valid[0] = 1, True
+        case.rows = Rows.build(case.valid, case.gradient != 0)
+    expected, *_, expected_gradients = case.reference()
+    logp, gradients = case.student_pass(chunk_bytes=1)  # one row tile a chunk: several chunks, and accumulation
+    assert (logp - expected)[case.valid].abs().max() <= case.tolerance
+    assert (logp[~case.valid] == 0).all()
+    for name, a, e in zip(("hidden", "weight", "bias"), gradients, expected_gradients, strict=False):
+        if e.norm() == 0:
+            assert a.abs().max() == 0, name
+        else:
+            assert relative(a, e) <= GRADIENT_ERROR[dtype], name
+    untouched = ~case.valid | (case.gradient == 0)
+    assert (gradients[0][0][untouched] == 0).all()
+
+
+def test_unlikely_targets_are_done_again(dtype, family):
+    """1/p_y beyond float32's range: e^(z - z_y) overflows, and the chunk falls back on the exact logsumexp."""
+    case = Case(200, 32, 400, dtype, bias=True)
+    case.head.bias[7] = 300.0
+    case.targets[::2] = 7  # half the rows have p_y = 1, half p_y < 1e-100
+    expected, *_, expected_gradients = case.reference()
+    assert expected.min() < -250
+    logp, gradients = case.student_pass()
+    assert (logp - expected)[case.valid].abs().max() <= case.tolerance + 300 * 2.0**-22
+    for a, e in zip(gradients, expected_gradients, strict=True):
+        assert relative(a, e) <= GRADIENT_ERROR[dtype]
+
+
+def test_logits_of_minus_infinity(dtype, family):
+    """Words forbidden through a bias of -inf, whole tiles of them, and one of them a target."""
+    case = Case(150, 32, 700, dtype, bias=True)
+    case.head.bias[100:600] = -math.inf
+    case.targets = torch.where((case.targets >= 100) & (case.targets < 600), 5, case.targets)
+    expected, expected_entropy, *_, expected_gradients = case.reference()
+    logp, entropy, _ = triton_backend.statistics(case.head, case.hidden, case.targets, case.rows, CHUNK_BYTES)
+    assert (entropy - expected_entropy)[case.valid].abs().max() <= case.tolerance
+    assert (logp - expected)[case.valid].abs().max() <= case.tolerance
+    student_logp, gradients = case.student_pass()
+    assert (student_logp - expected)[case.valid].abs().max() <= case.tolerance
+    for a, e in zip(gradients, expected_gradients, strict=True):
+        assert relative(a, e.nan_to_num()) <= GRADIENT_ERROR[dtype]
+    first = int(case.valid.nonzero()[0])
+    case.targets[first] = 300
+    logp, *_ = triton_backend.statistics(case.head, case.hidden, case.targets, case.rows, CHUNK_BYTES)
+    assert logp[first] == -math.inf
+    student_logp, gradients = case.student_pass()
+    assert student_logp[first] == -math.inf
+    assert all(g.isfinite().all() for g in gradients)
+
+
+def test_masked_rows_are_never_read(dtype, family):
+    case = Case(200, 40, 300, dtype)
+    clean_logp, clean = case.student_pass(chunk_bytes=1)
+    case.hidden[0][~case.valid] = math.nan
+    case.targets[~case.valid] = 10**9
+    logp, gradients = case.student_pass(chunk_bytes=1)
+    assert torch.equal(logp, clean_logp)
+    assert torch.equal(gradients[0], clean[0]) and torch.equal(gradients[1], clean[1])
+
+
+def test_target_outside_the_vocabulary_is_nan(dtype, family):
+    case = Case(60, 40, 300, dtype)
+    valid = case.valid.nonzero().squeeze(1)
+    for row, target in ((valid[0], -1), (valid[1], 300), (valid[2], 2**40)):
+        case.targets[row] = target
+    logp, entropy, _ = triton_backend.statistics(case.head, case.hidden, case.targets, case.rows, CHUNK_BYTES)
+    student_logp, (hidden, *_) = case.student_pass(needs=(True, False, False))
+    for values in (logp, student_logp):
+        assert values[valid[:3]].isnan().all() and values[valid[3:]].isfinite().all()
+    assert entropy.isfinite().all()
+    assert hidden[0][valid[3:]].isfinite().all()
+
+
+@pytest.mark.parametrize("programs", [1, 3, 37])
+def test_result_does_not_hang_on_the_number_of_programs(programs, family, monkeypatch):
+    """Few programs: several tiles each. Many: the sum over the vocabulary is split."""
+    monkeypatch.setattr(vocab, "device_limits", lambda device: (programs, 0))
+    case = Case(200, 72, 515, torch.float32)
+    *_, expected = case.reference()
+    _, gradients = case.student_pass()
+    for a, e in zip(gradients[:2], expected, strict=True):
+        assert relative(a, e) <= GRADIENT_ERROR[torch.float32]
+
+
+def test_same_bits_every_time(dtype, family):
+    case = Case(261, 72, 515, dtype, bias=True)
+    first_logp, first = case.student_pass(chunk_bytes=1)
+    for _ in range(3 if CUDA else 1):
+        logp, gradients = case.student_pass(chunk_bytes=1)
+        assert torch.equal(logp, first_logp)
+        assert all(torch.equal(a, b) for a, b in zip(gradients, first, strict=True))
+
+
+def test_any_layout(dtype, family):
+    """Hidden states cut out of a longer batch, and a head stored transposed or with unaligned rows."""
+    case = Case(120, 40, 300, dtype)
+    clean_logp, clean = case.student_pass()
+    wide = torch.full((1, 240, 41), math.nan, dtype=dtype, device=DEVICE)[:, ::2, 1:]
+    wide.copy_(case.hidden)
+    case.hidden = wide
+    for weight in (case.head.weight.t().contiguous().t(), torch.empty(300, 41, dtype=dtype, device=DEVICE)[:, 1:]):
+        weight.copy_(case.head.weight)
+        other = Head(weight)
+        case.head, original = other, case.head
+        logp, gradients = case.student_pass()
+        case.head = original
+        assert torch.allclose(logp, clean_logp, atol=case.tolerance if hasattr(case, "tolerance") else 1e-5)
+        assert gradients[0].is_contiguous() and gradients[1].is_contiguous()
+        for a, b in zip(gradients[:2], clean, strict=False):
+            assert relative(a, b.double()) <= GRADIENT_ERROR[dtype]
+
+
+@pytest.mark.parametrize("lookahead", [0, 1, 3, 8, 1000])
+def test_lookahead_entropy(lookahead):
+    g = torch.Generator().manual_seed(lookahead)
+    lengths = [1, 0, 7, 300, 1, 55]
+    n = sum(lengths)
+    entropy = torch.rand(n, generator=g)
+    valid = torch.rand(n, generator=g) < 0.7
+    ends = torch.cat([torch.full((length,), sum(lengths[: i + 1]) - 1) for i, length in enumerate(lengths)])
+    expected = torch.zeros(n)
+    for t in range(n):
+        window = [entropy[j] for j in range(t, min(t + lookahead, int(ends[t])) + 1) if valid[j]]
+        expected[t] = min(window) if valid[t] else 0
+    arguments = entropy.to(DEVICE), valid.to(DEVICE), ends.to(torch.int32).to(DEVICE), lookahead
+    assert torch.equal(triton_backend.lookahead_entropy(*arguments).cpu(), expected)
+
+
+def test_lookahead_keeps_nan():
+    entropy = torch.tensor([1.0, math.nan, 2.0, 3.0], device=DEVICE)
+    ends = torch.full((4,), 3, dtype=torch.int32, device=DEVICE)
+    out = triton_backend.lookahead_entropy(entropy, torch.ones(4, dtype=torch.bool, device=DEVICE), ends, 1)
+    assert out.isnan().tolist() == [True, True, False, False]
+
+
+def test_multiply_rounds_once():
+    x = torch.randn(2500, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.float16)
+    factor = torch.tensor(1 / 3, device=DEVICE)
+    expected = (x.float() * factor).half()
+    assert torch.equal(gradient.multiply(x, factor, torch.empty_like(x)), expected)
+    assert torch.equal(gradient.multiply(x, factor, x), expected)
