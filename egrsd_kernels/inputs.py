@@ -79,6 +79,7 @@ def head(prefix: str, hidden_name: str, hidden, weight, bias, softcap, temperatu
     if bias is not None:
         tensor(f"{prefix}bias", bias, shape=(weight.shape[0],), like=hidden)
         expect(bias.is_floating_point(), f"{prefix}bias", bias, "a floating-point tensor", TypeError)
+        bias = bias.contiguous()
     if softcap is not None:
         softcap = number("softcap", softcap, low=0, strict=True)
     return Head(weight, bias, softcap, number("temperature", temperature, low=0, strict=True))
@@ -121,7 +122,7 @@ def targets(value: object, hidden: torch.Tensor, vocabulary: int, mask: object) 
         outside = valid & ((value < 0) | (value >= vocabulary))
         if outside.any():
             raise ValueError(f"target_ids: expected ids in [0, {vocabulary}), got {int(value[outside][0])}")
-    return value.reshape(-1), valid.reshape(-1)
+    return value.reshape(-1).contiguous(), valid.reshape(-1).contiguous()
 
 
 def boundaries(cu_seqlens: object, hidden: torch.Tensor) -> torch.Tensor:
@@ -154,14 +155,13 @@ def token_advantages(value: object, hidden: torch.Tensor, sequence: torch.Tensor
     """A (N,): one advantage a token, from one a token or one a sequence."""
     tensor("advantages", value, like=hidden)
     expect(value.is_floating_point(), "advantages", value, "a floating-point tensor", TypeError)
-    n = sequence.numel()
     per_token, per_sequence = tuple(hidden.shape[:-1]), (sequences,)
     fits = tuple(value.shape) in (per_token, per_sequence)
     expect(fits, "advantages", value, f"one a sequence, shape {per_sequence}, or one a token, shape {per_token}")
     if values_checked(value):
         expect(not value.isnan().any(), "advantages", value, "no NaN")
     value = value.detach()
-    return value.reshape(n) if tuple(value.shape) == per_token else value[sequence]
+    return (value.reshape(-1) if tuple(value.shape) == per_token else value[sequence]).contiguous()
 
 
 def backend(name: object, hidden: torch.Tensor) -> ModuleType:

@@ -24,6 +24,7 @@ class _LinearLogp(torch.autograd.Function):
     def backward(ctx, d_logp):
         hidden, weight, bias, target_ids, valid = ctx.saved_tensors
         softcap, temperature, backend, chunk_bytes = ctx.arguments
+        d_logp = d_logp.contiguous()
         rows = Rows.build(valid, d_logp != 0)
         head = Head(weight, bias, softcap, temperature)
         gradients = backend.student_pass(
@@ -67,12 +68,20 @@ def linear_logp(
     """
     inputs.hidden_states("hidden", hidden)
     hidden, weight = inputs.autocast(hidden, weight)
-    inputs.head("", "hidden", hidden, weight, bias, softcap, temperature)
+    head = inputs.head("", "hidden", hidden, weight, bias, softcap, temperature)
     flat_targets, valid = inputs.targets(target_ids, hidden, weight.shape[0], mask)
     chunk_bytes = inputs.integer("chunk_bytes", chunk_bytes, low=1)
     ops = inputs.backend(backend, hidden)
     with torch.cuda.device_of(hidden):
         logp = _LinearLogp.apply(
-            inputs.batched(hidden), weight, bias, softcap, temperature, flat_targets, valid, ops, chunk_bytes
+            inputs.batched(hidden),
+            head.weight,
+            head.bias,
+            head.softcap,
+            head.temperature,
+            flat_targets,
+            valid,
+            ops,
+            chunk_bytes,
         )
     return logp.view(target_ids.shape)

@@ -253,7 +253,9 @@ def fused_egrsd_loss(
         torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, student.weight, student.bias)
     )
     with torch.cuda.device_of(student_hidden):
-        loss, *stats = _FusedLoss.apply(hidden, student.weight, student.bias, softcap, temperature, credit, needs)
+        loss, *stats = _FusedLoss.apply(
+            hidden, student.weight, student.bias, student.softcap, student.temperature, credit, needs
+        )
     if not return_stats:
         return loss
     return loss, TokenStats(*(x.view(target_ids.shape) for x in stats))

@@ -181,7 +181,7 @@ def make_case(
         shape = (sum(lengths),)
     case = dict(options)
     weight = draw_head(draw, vocabulary, width)
-    hidden = draw_hidden(draw, kind, weight, *shape, width)
+    hidden = draw_hidden(draw, kind, weight, *shape)
     case["student_hidden"], case["student_weight"] = hidden, weight
     case["target_ids"] = draw_targets(draw, hidden, weight)
     if bias:
@@ -190,7 +190,7 @@ def make_case(
     case["teacher_hidden"] = hidden + scale * draw.normal(*shape, width)
     if teacher == "own head":
         case["teacher_weight"] = draw_head(draw, vocabulary, width + 8)
-        case["teacher_hidden"] = draw_hidden(draw, kind, case["teacher_weight"], *shape, width + 8)
+        case["teacher_hidden"] = draw_hidden(draw, kind, case["teacher_weight"], *shape)
         if bias:
             case["teacher_bias"] = draw.normal(vocabulary)
     case = {
