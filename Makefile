@@ -1,6 +1,7 @@
 # make demo       train a small model with EGRSD here, on a GPU when there is one
 # make test       the tests that need no GPU (CUDA tests too, where there is one)
 # make test-cuda  the CUDA parity tests, with the Python and torch that the machine already has
+# make memcheck   the kernels at odd shapes under compute-sanitizer, every allocation its own
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -8,7 +9,7 @@ TORCH ?= torch==2.13.0
 CUDA_PYTHON ?= python3
 WORKERS ?= 2
 
-.PHONY: demo test test-cuda lint
+.PHONY: demo test test-cuda memcheck lint
 .DEFAULT_GOAL := test
 
 $(VENV)/ready: setup.py Makefile
@@ -30,3 +31,7 @@ test: lint
 
 test-cuda:
 	$(CUDA_PYTHON) -m pytest -m cuda -p no:cacheprovider
+
+memcheck:
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
+		$(CUDA_PYTHON) -m pytest tests/test_kernels.py -m cuda -p no:cacheprovider -k "not 5120 and not 32003 and not 5003"

@@ -25,7 +25,8 @@ class _LinearLogp(torch.autograd.Function):
         hidden, weight, bias, target_ids, valid = ctx.saved_tensors
         softcap, temperature, backend, chunk_bytes = ctx.arguments
         d_logp = d_logp.contiguous()
-        rows = Rows.build(valid, d_logp != 0)
+        needed = valid & (d_logp != 0)
+        rows = Rows.build(needed, needed)
         head = Head(weight, bias, softcap, temperature)
         gradients = backend.student_pass(
             head, hidden, target_ids, rows, torch.zeros_like(d_logp), lambda *_: d_logp, ctx.needs_input_grad[:3],
@@ -52,8 +53,8 @@ def linear_logp(
     """log p(y) = z_y - logsumexp(z), in nats, differentiable in hidden, weight and bias.
 
     z = softcap · tanh((h Wᵀ + b) / softcap) / temperature. The backward pass makes the exponentials again, chunk by
-    chunk: nothing logits-sized is kept between forward and backward. Rows whose incoming gradient is 0 cost nothing in
-    the matrix products of the gradient.
+    chunk: nothing logits-sized is kept between forward and backward. Rows whose incoming gradient is 0 cost nothing
+    there.
 
     Args:
         hidden: (B, T, D) or (N, D). weight: (V, D), the dtype of hidden. bias: (V,).
