@@ -29,11 +29,17 @@ class _Credit:
     normalizer: torch.Tensor  # 0-d
     options: Options
 
-    def student(self, head: Head, hidden: torch.Tensor, needs: tuple[bool, bool, bool]):
-        """(loss, stats, gradients of loss · normalizer for hidden, weight and bias).
+    @property
+    def power(self) -> torch.Tensor:
+        """The power of two in the normaliser (0-d).
 
-        Before the normaliser a token's hidden gradient is of the head's own size, which float16 can hold.
+        The forward pass leaves it out of the gradients: a token's hidden gradient is then of the head's own size, which
+        float16 can hold, and to divide by it in the backward pass rounds nothing.
         """
+        return self.normalizer / torch.frexp(self.normalizer).mantissa
+
+    def student(self, head: Head, hidden: torch.Tensor, needs: tuple[bool, bool, bool]):
+        """(loss, stats, gradients of loss · :attr:`power` for hidden, weight and bias)."""
         logp, loss, magnitude, gate, token_advantage = (torch.zeros_like(self.advantages) for _ in range(5))
         stats = TokenStats(
             logp, self.teacher_logp, self.teacher_entropy, self.lookahead_entropy, magnitude, gate, token_advantage
@@ -44,7 +50,7 @@ class _Credit:
                 self.rows, first_row, chunk, self.advantages, self.teacher_logp, logp, self.lookahead_entropy,
                 self.scale, self.options, stats, loss,
             )  # fmt: skip
-            return -token_advantage
+            return token_advantage * (-self.power / self.normalizer)
 
         arguments = head, hidden, self.target_ids, self.rows
         if any(needs):
@@ -80,7 +86,7 @@ class _FusedLoss(torch.autograd.Function):
             # A second backward: the first one scaled its gradients in place and gave them away. They are made again.
             hidden, weight, bias = operands
             gradients = credit.student(Head(weight, bias, softcap, temperature), hidden, needs)[2]
-        factor = d_loss / credit.normalizer
+        factor = d_loss / credit.power
         return *(finish(credit.backend, g, factor, x) for g, x in zip(gradients, operands, strict=True)), *(None,) * 4
 
 

@@ -42,6 +42,8 @@ except ImportError as error:
     raise ImportError(f"the demo needs {error.name}: pip install 'egrsd-kernels[train]'") from error
 
 MAX_RESPONSE = 64  # L_max, tokens
+SLIP_RATE = 0.6  # of the carries in the warm-up's demonstrations
+VERBOSE_RATE = 0.6  # of those demonstrations
 HELD_OUT = 256  # problems never trained on
 
 # ---------------------------------------------------------------------------------------------------------------- task
@@ -55,30 +57,37 @@ class Problem:
 
     @property
     def question(self) -> str:
-        return str(self.terms[0]) + "".join(f"{term:+d}" for term in self.terms[1:])
+        return _sum(self.terms)
 
     @property
     def answer(self) -> int:
         return sum(self.terms)
 
-    def solution(self, style: str) -> str:
-        """A right answer in one of three styles: verbose steps, terse steps, or none at all."""
-        lines, total = [], self.terms[0]
-        if style == "verbose":
-            lines.append(f"start with {total}")
-        for term in self.terms[1:]:
-            step = f"{total}{term:+d}={total + term}"
-            if style == "verbose":
-                step = f"{'add' if term > 0 else 'take'} {abs(term)}: {step}"
-            lines.append(step)
-            total += term
-        final = f"so the answer is {total}" if style == "verbose" else f"answer {total}"
-        return "\n".join([final] if style == "blurt" else [*lines, final])
+    def solution(self, verbose: bool = False, slips: random.Random | None = None) -> str:
+        """The working, step by step, in one of two styles; with ``slips``, in the hand of a careless student.
+
+        That student forgets the carry (or the borrow) more often than not, works on with the wrong number, and so
+        arrives at a wrong answer.
+        """
+        lines, rest = [], list(self.terms)
+        while len(rest) > 1:
+            first, second, *others = rest
+            total = first + second
+            if slips is not None and total // 10 != first // 10 and slips.random() < SLIP_RATE:
+                total += 10 if second < 0 else -10
+            rest = [total, *others]
+            step = f"{first}{second:+d}={total}"
+            lines.append(f"now {step}\nthat leaves {_sum(rest)}" if verbose else f"={_sum(rest)}")
+        return "\n".join([*lines, f"so the answer is {rest[0]}"]) if verbose else "".join(lines)
 
     def accepts(self, response: str) -> bool:
-        """The verifier: the final answer alone counts, in whatever style."""
-        found = re.search(r"answer (?:is )?(\d+)$", response)
+        """The verifier: the number at the end alone counts, in whatever style."""
+        found = re.search(r"(?:=|is )(-?\d+)$", response)
         return found is not None and int(found[1]) == self.answer
+
+
+def _sum(terms: Sequence[int]) -> str:
+    return str(terms[0]) + "".join(f"{term:+d}" for term in terms[1:])
 
 
 def sample_problem(rng: random.Random) -> Problem:
@@ -101,7 +110,7 @@ def sample_problems(rng: random.Random, count: int, exclude: frozenset[Problem] 
 # -------------------------------------------------------------------------------------------------- tokenizer and model
 
 SPECIAL = ["<pad>", "<end>", "<user>", "<assistant>"]
-WORDS = ["start", " with", "add", "take", "so", " the", "answer", " answer", " is", "again"]
+WORDS = ["now ", "that ", "leaves ", "so ", "the ", "answer ", "is ", "again"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}<end>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -112,9 +121,9 @@ TEACHER_TEMPLATE = ({"role": "assistant", "content": "{solution}"}, {"role": "us
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Words, and every digit, sign, blank and line break a token of its own."""
-    vocabulary = [*SPECIAL, *WORDS, *"0123456789", "+", "-", "=", ":", " ", "\n"]
+    vocabulary = [*SPECIAL, *WORDS, *"0123456789", "+", "-", "=", "\n"]
     tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(vocabulary)}, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?[a-z]+|[\s\S]"), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[a-z]+ ?|[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -161,7 +170,7 @@ class Classroom:
         return self._prompt([{"role": "user", "content": problem.question}])
 
     def teacher_prompt(self, problem: Problem) -> list[int]:
-        return self._prompt(teacher_messages(problem.question, problem.solution("terse"), TEACHER_TEMPLATE))
+        return self._prompt(teacher_messages(problem.question, problem.solution(), TEACHER_TEMPLATE))
 
     def response(self, text: str) -> list[int]:
         return [*self.tokenizer.encode(text), self.tokenizer.eos_token_id]
@@ -207,9 +216,6 @@ class Classroom:
 
 # --------------------------------------------------------------------------------------------------- supervised warm-up
 
-STYLES = {"verbose": 0.5, "terse": 0.3, "blurt": 0.2}
-
-
 def warm_up(classroom: Classroom, rng: random.Random, exclude: frozenset[Problem], steps: int) -> Iterator[float]:
     """Train on demonstrations in mixed styles; yields the loss (nats a token) of each step.
 
@@ -225,8 +231,8 @@ def warm_up(classroom: Classroom, rng: random.Random, exclude: frozenset[Problem
         problems = sample_problems(rng, 32, exclude)
         privileged = step % 3 == 2
         prompts = [(classroom.teacher_prompt if privileged else classroom.student_prompt)(p) for p in problems]
-        styles = rng.choices(list(STYLES), list(STYLES.values()), k=len(problems))
-        responses = [classroom.response(p.solution(style)) for p, style in zip(problems, styles, strict=True)]
+        slips = None if privileged else rng
+        responses = [classroom.response(p.solution(rng.random() < VERBOSE_RATE, slips)) for p in problems]
         batch = align_responses(prompts, prompts, responses, tokenizer.pad_token_id).to(classroom.device)
         hidden = response_hidden(model.model(**batch.student).last_hidden_state, batch.student_positions)
         loss = nn.functional.cross_entropy(model.lm_head(hidden).flatten(0, 1), batch.target_ids.flatten())
@@ -324,7 +330,7 @@ def train(
                 tokens=[tokenizer.decode([token]) for token in responses[row]],
                 reward=rewards[row].item(),
                 advantage=advantages[row].item(),
-                reference=problem.solution("terse"),
+                reference=problem.solution(),
             )
             for row, problem in enumerate(problems[:SHOWN])
         ]

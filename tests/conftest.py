@@ -1,12 +1,12 @@
-"""What the tests share: the backends, devices and dtypes they run on, fresh random problems, and how near is near enough.
+"""What the tests share: backends, devices and dtypes to run on, fresh random problems, and how near is near enough.
 
 How near is near enough. The reference runs in float64 on the same rounded operands, so what is left is the arithmetic
 of the package: float32 (float64 for float64 operands), unit roundoff u = 2^-24. The bounds follow the data:
 
-- A logit is a sum of D products. Its rounding errors add up to at most D·u·Σ|h||w| (Higham, 2002, section 3.1), and with
-  signs at random they stay under 4·√D·u·Σ|h||w| (Higham and Mary, 2019, λ = 4), which the Cauchy-Schwarz inequality
-  bounds by 4·√D·u·‖h‖‖w‖. Changing its unit (log2 e, temperature, exp2, log2) costs a few u of the logit, so 8·u·‖h‖‖w‖
-  more; TF32 split in three costs no more than that. Together: Δz.
+- A logit is a sum of D products. Its rounding errors add up to at most D·u·Σ|h||w| (Higham, 2002, section 3.1), and
+  with signs at random they stay under 4·√D·u·Σ|h||w| (Higham and Mary, 2019, λ = 4), which the Cauchy-Schwarz
+  inequality bounds by 4·√D·u·‖h‖‖w‖. Changing its unit (log2 e, temperature, exp2, log2) costs a few u of the logit,
+  so 8·u·‖h‖‖w‖ more; TF32 split in three costs no more than that. Together: Δz.
 - log p = z_y − logsumexp(z) moves by at most 2·Δz, and the sum over the vocabulary by a relative 32·u.
 - H moves by Σ p |log p + H| Δz ≤ 2·H·2·Δz, by Δz itself where logsumexp is subtracted first, and by 32·u·(1 + log V).
 - Everything later is clip, min, product and quotient: each bound is carried through by its derivative.

@@ -20,9 +20,9 @@ DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
 CHUNK_BYTES = 1 << 30
 
-# Gradients: stored exponentials and scaled rows are rounded once each to the operands' dtype, at most half a unit in
-# the last place: 2^-9 in bfloat16, 2^-12 in float16 (relative, per term, of random sign), and the result once more.
-# The root of three such roundings, uniformly distributed, is 2^-9 = 2e-3 (2.4e-4); float32 adds about sqrt(terms) 2^-24.
+# Gradients: exponentials and scaled rows are rounded to the operands' dtype, and so is the result, each once. Rounding
+# a number of log-uniform mantissa errs by 0.42 of the largest error, 2^-8 in bfloat16 and 2^-11 in float16: 1.6e-3 and
+# 2.0e-4 in the root mean square, and sqrt(3) of that for three. float32 is left with accumulation, sqrt(terms) 2^-24.
 GRADIENT_ERROR = {torch.bfloat16: 3e-3, torch.float16: 4e-4, torch.float32: 1e-5}
 
 pytestmark = [pytest.mark.cuda] if CUDA else []
@@ -127,8 +127,8 @@ def test_student_pass(shape, transform, dtype, family):
     assert (logp - expected)[case.valid].abs().max() <= case.tolerance
     assert (logp[~case.valid] == 0).all()
     for name, a, e in zip(("hidden", "weight", "bias"), gradients, expected_gradients, strict=False):
-        if e.norm() == 0:
-            assert a.abs().max() == 0, name
+        if shape[2] == 1:  # one word, p = 1: the gradient is 0, but for the error of the logit
+            assert e.norm() == 0 and a.abs().max() <= 10 * case.tolerance, name
         else:
             assert relative(a, e) <= GRADIENT_ERROR[dtype], name
     untouched = ~case.valid | (case.gradient == 0)
@@ -216,6 +216,7 @@ def test_same_bits_every_time(dtype, family):
 def test_any_layout(dtype, family):
     """Hidden states cut out of a longer batch, and a head stored transposed or with unaligned rows."""
     case = Case(120, 40, 300, dtype)
+    case.reference()
     clean_logp, clean = case.student_pass()
     wide = torch.full((1, 240, 41), math.nan, dtype=dtype, device=DEVICE)[:, ::2, 1:]
     wide.copy_(case.hidden)
@@ -226,7 +227,7 @@ def test_any_layout(dtype, family):
         case.head, original = other, case.head
         logp, gradients = case.student_pass()
         case.head = original
-        assert torch.allclose(logp, clean_logp, atol=case.tolerance if hasattr(case, "tolerance") else 1e-5)
+        assert (logp - clean_logp).abs().max() <= case.tolerance
         assert gradients[0].is_contiguous() and gradients[1].is_contiguous()
         for a, b in zip(gradients[:2], clean, strict=False):
             assert relative(a, b.double()) <= GRADIENT_ERROR[dtype]

@@ -61,7 +61,7 @@ def split_count(tiles, limit, PROGRAMS: tl.constexpr, MAX_SPLITS: tl.constexpr):
 def hidden_kernel(
     exponentials, stride_e, weight, stride_wv, stride_wd, partial, counts, first_row, chunk, D, V, limit,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, PROGRAMS: tl.constexpr, MAX_SPLITS: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row_tiles = tl.cdiv(chunk_rows(counts, 1, first_row, chunk), ROWS)
     tiles = row_tiles * tl.cdiv(D, COLS)
@@ -75,8 +75,8 @@ def hidden_kernel(
         first = (unit // tiles) * length
         product = tl.zeros([ROWS, COLS], tl.float32)
         for v in range(first, tl.minimum(first + length, V), DEPTH):
-            e = load_tile(exponentials, row, v, chunk, V, stride_e, 1, ROWS, DEPTH, TMA)
-            w = load_tile(weight, v, col, V, D, stride_wv, stride_wd, DEPTH, COLS, TMA)
+            e = load_tile(exponentials, row, v, chunk, V, stride_e, 1, ROWS, DEPTH, TMA, False, not EVEN)
+            w = load_tile(weight, v, col, V, D, stride_wv, stride_wd, DEPTH, COLS, TMA, not EVEN, False)
             product = tl.dot(e, w, product, input_precision=PRECISION)
         at = unit * (ROWS * COLS) + tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
         tl.store(partial + at, product)
@@ -139,9 +139,10 @@ def head_kernel(
         row = (group * GROUP + (tile % width) % group_rows) * ROWS
         col = ((tile % width) // group_rows) * COLS
         product = tl.zeros([ROWS, COLS], tl.float32)
+        # The chunk is whole tiles of rows; past the n that count, those of ``exponentials`` and ``hidden`` are zero.
         for r in range(0, n, DEPTH):
-            e = load_tile(exponentials, r, row, chunk, V, stride_e, 1, DEPTH, ROWS, TMA)
-            h = load_tile(hidden, r, col, chunk, D, D, 1, DEPTH, COLS, TMA)
+            e = load_tile(exponentials, r, row, chunk, V, stride_e, 1, DEPTH, ROWS, TMA, False, False)
+            h = load_tile(hidden, r, col, chunk, D, D, 1, DEPTH, COLS, TMA, False, False)
             product = tl.dot(e.T, h, product, input_precision=PRECISION)
         product *= unit
         v = row + tl.arange(0, ROWS)
@@ -163,7 +164,7 @@ def bias_kernel(
     total = tl.zeros([COLS], tl.float32)
     for start in range(0, n, ROWS):
         r = start + tl.arange(0, ROWS)
-        e = load_tile(exponentials, start, tl.program_id(0) * COLS, n, V, stride_e, 1, ROWS, COLS, False)
+        e = load_tile(exponentials, start, tl.program_id(0) * COLS, n, V, stride_e, 1, ROWS, COLS, False, True, True)
         total += tl.sum(e.to(tl.float32) * tl.load(row_scale + r, mask=r < n, other=0.0)[:, None], 0)
     total *= unit
     if ACCUMULATE:
@@ -231,7 +232,7 @@ class ChunkGradients:
             hidden_kernel[(vocab.programs,)](
                 vocab.descriptor(e, c.rows, c.depth), e.stride(0), vocab.descriptor(head.weight, c.depth, c.cols),
                 head.weight.stride(0), head.weight.stride(1), self.partial, rows.counts, first_row, chunk, D, V,
-                self.limit, MAX_SPLITS=self.MAX_SPLITS, **product,
+                self.limit, MAX_SPLITS=self.MAX_SPLITS, EVEN=V % c.depth == 0, **product,
             )  # fmt: skip
             hidden_reduce_kernel[(triton.cdiv(chunk, REDUCE_ROWS), triton.cdiv(D, c.cols))](
                 self.partial, self.row_scale, rows.order, rows.counts, self.out_hidden, first_row, chunk, D,

@@ -56,15 +56,17 @@ def vocab_kernel(
     row_tiles = tl.cdiv(n_rows, ROWS)
     col_tiles = tl.cdiv(V, COLS)
     width = GROUP * col_tiles
-    for tile in tl.range(tl.program_id(0), row_tiles * col_tiles, PROGRAMS, flatten=True):
+    for tile in tl.range(tl.program_id(0), row_tiles * col_tiles, PROGRAMS, flatten=TMA):
         group = tile // width
         group_rows = tl.minimum(row_tiles - group * GROUP, GROUP)
         row_tile = group * GROUP + (tile % width) % group_rows
         col_tile = (tile % width) // group_rows
         product = tl.zeros([ROWS, COLS], tl.float32)
         for d in range(0, D, DEPTH):
-            h = load_tile(hidden, row_tile * ROWS, d, chunk, D, D, 1, ROWS, DEPTH, TMA)
-            w = load_tile(weight, col_tile * COLS, d, V, D, stride_wv, stride_wd, COLS, DEPTH, TMA)
+            h = load_tile(hidden, row_tile * ROWS, d, chunk, D, D, 1, ROWS, DEPTH, TMA, False, D % DEPTH != 0)
+            w = load_tile(
+                weight, col_tile * COLS, d, V, D, stride_wv, stride_wd, COLS, DEPTH, TMA, False, D % DEPTH != 0
+            )
             product = tl.dot(h, w.T, product, input_precision=PRECISION)
         r = row_tile * ROWS + tl.arange(0, ROWS)
         v = col_tile * COLS + tl.arange(0, COLS)
