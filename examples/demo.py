@@ -18,6 +18,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -41,9 +42,11 @@ try:
 except ImportError as error:
     raise ImportError(f"the demo needs {error.name}: pip install 'egrsd-kernels[train]'") from error
 
-MAX_RESPONSE = 64  # L_max, tokens
-SLIP_RATE = 0.6  # of the carries in the warm-up's demonstrations
-VERBOSE_RATE = 0.6  # of those demonstrations
+MAX_RESPONSE = 56  # L_max, tokens
+PAUSES = ["hmm", "well", "okay", "now", "then", "so"]
+CHATTER_RATE = 0.5  # of the warm-up's demonstrations: in words instead of terse
+SLIP_RATE = 0.6  # of the carries in those demonstrations
+LARGEST = 29  # number: the largest total, 20, and a carry too many
 HELD_OUT = 256  # problems never trained on
 
 # ---------------------------------------------------------------------------------------------------------------- task
@@ -63,26 +66,31 @@ class Problem:
     def answer(self) -> int:
         return sum(self.terms)
 
-    def solution(self, verbose: bool = False, slips: random.Random | None = None) -> str:
-        """The working, step by step, in one of two styles; with ``slips``, in the hand of a careless student.
+    def solution(self, chatter: random.Random | None = None, slips: random.Random | None = None) -> str:
+        """The working, step by step: terse (``=15-4=11``), or with ``chatter`` in words and with pauses for thought.
 
-        That student forgets the carry (or the borrow) more often than not, works on with the wrong number, and so
-        arrives at a wrong answer.
+        With ``slips`` it is the work of a careless student, who forgets the carry (or the borrow) more often than not,
+        goes on with the wrong number, and so arrives at a wrong answer.
         """
         lines, rest = [], list(self.terms)
         while len(rest) > 1:
             first, second, *others = rest
             total = first + second
             if slips is not None and total // 10 != first // 10 and slips.random() < SLIP_RATE:
-                total += 10 if second < 0 else -10
+                slipped = total + (10 if second < 0 else -10)
+                if all(0 <= later <= LARGEST for later in accumulate([slipped, *others])):
+                    total = slipped
             rest = [total, *others]
-            step = f"{first}{second:+d}={total}"
-            lines.append(f"now {step}\nthat leaves {_sum(rest)}" if verbose else f"={_sum(rest)}")
-        return "\n".join([*lines, f"so the answer is {rest[0]}"]) if verbose else "".join(lines)
+            if chatter is None:
+                lines.append(f"={_sum(rest)}")
+            else:
+                pause = " ".join(chatter.choices(PAUSES, k=chatter.randint(2, 6)))
+                lines.append(f"{pause} {first}{second:+d}={total}\nleaves {_sum(rest)}\n")
+        return "".join(lines) + ("" if chatter is None else f"the answer is {rest[0]}")
 
     def accepts(self, response: str) -> bool:
         """The verifier: the number at the end alone counts, in whatever style."""
-        found = re.search(r"(?:=|is )(-?\d+)$", response)
+        found = re.search(r"(?:=|is )(\d+)$", response)
         return found is not None and int(found[1]) == self.answer
 
 
@@ -110,7 +118,7 @@ def sample_problems(rng: random.Random, count: int, exclude: frozenset[Problem] 
 # -------------------------------------------------------------------------------------------------- tokenizer and model
 
 SPECIAL = ["<pad>", "<end>", "<user>", "<assistant>"]
-WORDS = ["now ", "that ", "leaves ", "so ", "the ", "answer ", "is ", "again"]
+WORDS = [*(f"{word} " for word in [*PAUSES, "leaves", "the", "answer", "is"]), "again"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}<end>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -120,10 +128,12 @@ TEACHER_TEMPLATE = ({"role": "assistant", "content": "{solution}"}, {"role": "us
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Words, and every digit, sign, blank and line break a token of its own."""
-    vocabulary = [*SPECIAL, *WORDS, *"0123456789", "+", "-", "=", "\n"]
+    """One token for each word, number and signed term."""
+    numbers = [str(number) for number in range(LARGEST + 1)]
+    terms = [f"{term:+d}" for term in range(-9, 10) if term]
+    vocabulary = [*SPECIAL, *WORDS, *numbers, *terms, "=", "\n"]
     tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(vocabulary)}, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[a-z]+ ?|[\s\S]"), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[a-z]+ ?|[+-]?\d+|[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -232,7 +242,7 @@ def warm_up(classroom: Classroom, rng: random.Random, exclude: frozenset[Problem
         privileged = step % 3 == 2
         prompts = [(classroom.teacher_prompt if privileged else classroom.student_prompt)(p) for p in problems]
         slips = None if privileged else rng
-        responses = [classroom.response(p.solution(rng.random() < VERBOSE_RATE, slips)) for p in problems]
+        responses = [classroom.response(p.solution(rng if rng.random() < CHATTER_RATE else None, slips)) for p in problems]
         batch = align_responses(prompts, prompts, responses, tokenizer.pad_token_id).to(classroom.device)
         hidden = response_hidden(model.model(**batch.student).last_hidden_state, batch.student_positions)
         loss = nn.functional.cross_entropy(model.lm_head(hidden).flatten(0, 1), batch.target_ids.flatten())

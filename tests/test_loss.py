@@ -161,7 +161,7 @@ def test_a_target_impossible_for_both(combo):
 
 @all_combos
 def test_an_extreme_hidden_state_beside_ordinary_ones(combo):
-    """One row with logits of ±1e4 and an unlikely target: its p_y underflows, and its neighbours keep their accuracy."""
+    """One row with logits of ±1e4 and an unlikely target: its p_y underflows; its neighbours keep their accuracy."""
     case = make_case(combo, lengths=(5, 5), teacher="own head")
     direction = case["student_hidden"][0, 1].float()
     case["student_hidden"][0, 1] = (direction / direction.norm() * 1e4).to(combo.dtype)
@@ -601,7 +601,7 @@ def test_credit_properties(combo):
 
 @pytest.mark.parametrize("combo", CPU_COMBOS[3:4])
 def test_credit_properties_of_the_kernels(combo):
-    check_credit_properties(combo, examples=20)
+    check_credit_properties(combo, examples=12)
 
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "temperature": 0.7}, {"chunk_bytes": 1}])

@@ -89,29 +89,28 @@ def tma_ready(*matrices: torch.Tensor) -> bool:
 @triton.jit
 def load_tile(
     source, row, col, n_rows, n_cols, stride_row, stride_col,
-    ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr, ZERO_ROWS: tl.constexpr, ZERO_COLS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr, EVEN_ROWS: tl.constexpr, EVEN_COLS: tl.constexpr,
 ):  # fmt: skip
-    """Tile [row : row + ROWS, col : col + COLS] of a matrix.
+    """Tile [row : row + ROWS, col : col + COLS] of a matrix, zero outside it.
 
-    With TMA ``source`` is a descriptor of that tile shape, and what lies outside the matrix is zero. Otherwise it is a
-    pointer, read through the two strides; rows and columns outside are zero where ZERO_ROWS and ZERO_COLS ask for it
-    (along the dimension that a product sums over), elsewhere the last one again, which spares the inner loop a mask.
+    With TMA ``source`` is a descriptor of that tile shape. Otherwise it is a pointer, read through the two strides;
+    EVEN_ROWS and EVEN_COLS say that no tile crosses that edge, which spares the inner loop a mask.
     """
     if TMA:
         return source.load([row, col])
     else:
         r = row + tl.arange(0, ROWS)
         c = col + tl.arange(0, COLS)
-        mask = ((r < n_rows) | (not ZERO_ROWS))[:, None] & ((c < n_cols) | (not ZERO_COLS))[None, :]
-        r = tl.minimum(r, n_rows - 1)
-        if not ZERO_COLS:
-            c = tl.minimum(c, n_cols - 1)
         # 64-bit offsets: vocabulary x hidden size passes 2^31 elements.
         pointers = source + r.to(tl.int64)[:, None] * stride_row + c.to(tl.int64)[None, :] * stride_col
-        if ZERO_ROWS or ZERO_COLS:
-            return tl.load(pointers, mask=mask, other=0.0)
-        else:
+        if EVEN_ROWS and EVEN_COLS:
             return tl.load(pointers)
+        elif EVEN_COLS:
+            return tl.load(pointers, mask=(r < n_rows)[:, None], other=0.0)
+        elif EVEN_ROWS:
+            return tl.load(pointers, mask=(c < n_cols)[None, :], other=0.0)
+        else:
+            return tl.load(pointers, mask=(r < n_rows)[:, None] & (c < n_cols)[None, :], other=0.0)
 
 
 @triton.jit

@@ -75,8 +75,8 @@ def hidden_kernel(
         first = (unit // tiles) * length
         product = tl.zeros([ROWS, COLS], tl.float32)
         for v in range(first, tl.minimum(first + length, V), DEPTH):
-            e = load_tile(exponentials, row, v, chunk, V, stride_e, 1, ROWS, DEPTH, TMA, False, not EVEN)
-            w = load_tile(weight, v, col, V, D, stride_wv, stride_wd, DEPTH, COLS, TMA, not EVEN, False)
+            e = load_tile(exponentials, row, v, chunk, V, stride_e, 1, ROWS, DEPTH, TMA, True, EVEN)
+            w = load_tile(weight, v, col, V, D, stride_wv, stride_wd, DEPTH, COLS, TMA, EVEN, False)
             product = tl.dot(e, w, product, input_precision=PRECISION)
         at = unit * (ROWS * COLS) + tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
         tl.store(partial + at, product)
@@ -141,8 +141,8 @@ def head_kernel(
         product = tl.zeros([ROWS, COLS], tl.float32)
         # The chunk is whole tiles of rows; past the n that count, those of ``exponentials`` and ``hidden`` are zero.
         for r in range(0, n, DEPTH):
-            e = load_tile(exponentials, r, row, chunk, V, stride_e, 1, DEPTH, ROWS, TMA, False, False)
-            h = load_tile(hidden, r, col, chunk, D, D, 1, DEPTH, COLS, TMA, False, False)
+            e = load_tile(exponentials, r, row, chunk, V, stride_e, 1, DEPTH, ROWS, TMA, True, False)
+            h = load_tile(hidden, r, col, chunk, D, D, 1, DEPTH, COLS, TMA, True, False)
             product = tl.dot(e.T, h, product, input_precision=PRECISION)
         product *= unit
         v = row + tl.arange(0, ROWS)
@@ -164,7 +164,7 @@ def bias_kernel(
     total = tl.zeros([COLS], tl.float32)
     for start in range(0, n, ROWS):
         r = start + tl.arange(0, ROWS)
-        e = load_tile(exponentials, start, tl.program_id(0) * COLS, n, V, stride_e, 1, ROWS, COLS, False, True, True)
+        e = load_tile(exponentials, start, tl.program_id(0) * COLS, n, V, stride_e, 1, ROWS, COLS, False, False, False)
         total += tl.sum(e.to(tl.float32) * tl.load(row_scale + r, mask=r < n, other=0.0)[:, None], 0)
     total *= unit
     if ACCUMULATE:

@@ -63,9 +63,10 @@ def vocab_kernel(
         col_tile = (tile % width) // group_rows
         product = tl.zeros([ROWS, COLS], tl.float32)
         for d in range(0, D, DEPTH):
-            h = load_tile(hidden, row_tile * ROWS, d, chunk, D, D, 1, ROWS, DEPTH, TMA, False, D % DEPTH != 0)
+            # The chunk is whole tiles of rows.
+            h = load_tile(hidden, row_tile * ROWS, d, chunk, D, D, 1, ROWS, DEPTH, TMA, True, D % DEPTH == 0)
             w = load_tile(
-                weight, col_tile * COLS, d, V, D, stride_wv, stride_wd, COLS, DEPTH, TMA, False, D % DEPTH != 0
+                weight, col_tile * COLS, d, V, D, stride_wv, stride_wd, COLS, DEPTH, TMA, False, D % DEPTH == 0
             )
             product = tl.dot(h, w.T, product, input_precision=PRECISION)
         r = row_tile * ROWS + tl.arange(0, ROWS)
