@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from .kernels.common import interpreted
+from .kernels.common import ROW_TILE, interpreted
 from .kernels.credit import lookahead_entropy, token_credit
 from .kernels.gather import gather_kernel, gather_rows
 from .kernels.gradient import ChunkGradients, multiply
@@ -17,7 +17,6 @@ __all__ = ["DTYPES", "lookahead_entropy", "multiply", "runs_on", "statistics", "
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 STATISTICS_ROWS = 4096  # nothing logits-sized is kept there: enough rows to fill any GPU
-ROW_MULTIPLE = 128
 
 
 def runs_on(device: torch.device) -> bool:
@@ -27,9 +26,9 @@ def runs_on(device: torch.device) -> bool:
 
 def _chunk_size(n: int, most: int) -> int:
     """Rows of a chunk: at most ``most`` and at least one tile, with the ``n`` rows spread evenly over the chunks."""
-    most = max(ROW_MULTIPLE, most // ROW_MULTIPLE * ROW_MULTIPLE)
+    most = max(ROW_TILE, most // ROW_TILE * ROW_TILE)
     chunks = -(-n // most)
-    return -(-n // (chunks * ROW_MULTIPLE)) * ROW_MULTIPLE
+    return -(-n // (chunks * ROW_TILE)) * ROW_TILE
 
 
 def statistics(head: Head, hidden, target_ids, rows: Rows, chunk_bytes: int):

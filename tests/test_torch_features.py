@@ -1,4 +1,4 @@
-"""The loss among PyTorch's other features: autocast, views, checkpointing, compilation, graphs used twice, real models."""
+"""The loss among PyTorch's other features: autocast, views, checkpoints, compilation, graphs used twice, real models."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def test_autocast(combo):
     for name, x in leaves.items():
         assert x.grad.dtype == torch.float32
         assert_gradient(name, x.grad, want.gradients[name], GRADIENT_TOLERANCE[low])
-    full = reference_result(case)
-    assert abs(full.loss - want.loss) > 1e-4, "the case does not show which precision was used"
+    shift = (reference_result(case).stats.student_logp - want.stats.student_logp).abs().max()
+    assert shift > 1e-4, "the case does not show which precision was used"
     plain = linear_logp(rounded["student_hidden"], rounded["student_weight"], case["target_ids"], backend=combo.backend)
     assert torch.equal(logp, plain) and torch.equal(h.logp, plain)
 
@@ -135,9 +135,6 @@ def test_a_slice_of_a_larger_head(combo):
     def views(leaves, rest):
         return {**rest, **leaves, "student_weight": leaves["student_weight"][:50, 1:21]}
 
-    learned = {k: x.detach().clone().requires_grad_() for k, x in leaves.items()}
-    loss = fused_egrsd_loss(**views(learned, case), backend=combo.backend)
-    assert loss.isfinite()
     check_views(combo, leaves, case, views)
 
 
@@ -145,22 +142,25 @@ def test_a_slice_of_a_larger_head(combo):
 def test_expanded_inputs(combo):
     """One advantage for all, one mask for all sequences, one hidden state for all tokens of a sequence."""
     case = make_case(combo, lengths=(5, 5, 5), bias=True)
-    leaves = {k: case.pop(k) for k in LEARNED}
+    leaves = {k: case.pop(k) for k in LEARNED[:2]}
     leaves["student_hidden"] = leaves["student_hidden"][:, :1]
-    leaves["student_bias"] = leaves["student_bias"][:1]
-    rest = case | {
-        "advantages": torch.tensor([0.7], device=combo.device),
-        "mask": torch.tensor([1, 1, 0, 1, 1], device=combo.device),
-        "target_ids": case["target_ids"][:1],
-        "teacher_hidden": case["teacher_hidden"][:1],
-    }
+    rest = (
+        case
+        | {
+            "student_bias": case["student_bias"][:1],  # without gradient: a common shift of all logits has none
+            "advantages": torch.tensor([0.7], device=combo.device),
+            "mask": torch.tensor([1, 1, 0, 1, 1], device=combo.device),
+            "target_ids": case["target_ids"][:1],
+            "teacher_hidden": case["teacher_hidden"][:1],
+        }
+    )
 
     def views(leaves, rest, advantages=(3,)):
         return {
             **rest,
             "student_weight": leaves["student_weight"],
             "student_hidden": leaves["student_hidden"].expand(3, 5, -1),
-            "student_bias": leaves["student_bias"].expand(61),
+            "student_bias": rest["student_bias"].expand(61),
             "advantages": rest["advantages"].expand(*advantages),
             "mask": rest["mask"].expand(3, 5),
             "target_ids": rest["target_ids"].expand(3, 5),
@@ -263,10 +263,15 @@ def test_one_term_of_a_sum(combo):
 def test_a_second_backward(combo):
     case, leaves = with_leaves(make_case(combo, bias=True, lookahead=2, mask="holes"))
     loss = fused_egrsd_loss(**case, backend=combo.backend)
-    first = torch.autograd.grad(loss, [*leaves.values()], retain_graph=True)
+
+    def gradients(factor, **options):
+        # 1024: doubling rounds nothing, unless a float16 gradient lies below its smallest normal number.
+        return torch.autograd.grad(loss, [*leaves.values()], torch.full_like(loss, 1024 * factor), **options)
+
+    first = gradients(1, retain_graph=True)
     kept = [x.clone() for x in first]
-    second = torch.autograd.grad(loss, [*leaves.values()], retain_graph=True)
-    twice = torch.autograd.grad(loss, [*leaves.values()], grad_outputs=torch.full_like(loss, 2))
+    second = gradients(1, retain_graph=True)
+    twice = gradients(2)
     for x, y, z, w in zip(kept, second, twice, first, strict=True):
         assert torch.equal(x, y) and torch.equal(2 * x, z), "a later backward pass gives another gradient"
         assert torch.equal(x, w), "a later backward pass wrote into an earlier one's gradient"

@@ -22,6 +22,10 @@ LN2 = tl.constexpr(0.6931471805599453)
 NEG = tl.constexpr(-1.0e30)
 
 
+# Rows of a tile in every configuration; chunks are whole tiles.
+ROW_TILE = 128
+
+
 @dataclass(frozen=True)
 class Config:
     """Tile shape and pipelining of one matrix kernel: ``rows`` x ``cols`` of output, ``depth`` of the inner product."""
@@ -67,10 +71,10 @@ def matmul_config(dtype: torch.dtype, device: torch.device) -> Config:
     """Tiles for a product with operands of ``dtype``: the largest that the device's shared memory holds."""
     shared = device_limits(device)[1]
     if dtype == torch.float32:
-        return Config(128, 64, 32, 4, 3)
+        return Config(ROW_TILE, 64, 32, 4, 3)
     if shared >= 3 * (128 + 256) * 64 * 2:
-        return Config(128, 256, 64, 8, 3)
-    return Config(128, 128, 32, 4, 4)
+        return Config(ROW_TILE, 256, 64, 8, 3)
+    return Config(ROW_TILE, 128, 32, 4, 4)
 
 
 def interpreted(kernel) -> bool:

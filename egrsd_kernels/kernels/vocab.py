@@ -49,6 +49,7 @@ def vocab_kernel(
     PROGRAMS: tl.constexpr, TMA: tl.constexpr, STORE: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
     FLAG_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    # The chunk's buffers are whole tiles of rows: what a tile holds past n_rows is computed and never used.
     n_rows = chunk_rows(counts, 0, first_row, chunk)
     n_active = chunk_rows(counts, 1, first_row, chunk)
     if FLAG_BLOCK > 0:  # a second attempt, needed only if a row of the chunk was flagged
@@ -63,7 +64,6 @@ def vocab_kernel(
         col_tile = (tile % width) // group_rows
         product = tl.zeros([ROWS, COLS], tl.float32)
         for d in range(0, D, DEPTH):
-            # The chunk is whole tiles of rows.
             h = load_tile(hidden, row_tile * ROWS, d, chunk, D, D, 1, ROWS, DEPTH, TMA, True, D % DEPTH == 0)
             w = load_tile(
                 weight, col_tile * COLS, d, V, D, stride_wv, stride_wd, COLS, DEPTH, TMA, False, D % DEPTH == 0
@@ -78,24 +78,24 @@ def vocab_kernel(
             z = tl.where(z == float("-inf"), NEG, z)
         z = tl.where((v < V)[None, :], z, NEG)
         if STORE:
-            e = tl.exp2(z - tl.load(offset + r, mask=r < chunk, other=0.0)[:, None])
-            tl.store(partial + col_tile * chunk + r, tl.sum(e, 1), mask=r < chunk)
+            e = tl.exp2(z - tl.load(offset + r)[:, None])
+            tl.store(partial + col_tile * chunk + r, tl.sum(e, 1))
             # Rows without gradient become zeros: the products that sum over rows then need no mask.
             e = tl.where((r < n_active)[:, None], e * damping, 0.0)
             if TMA:
                 exponentials.store([row_tile * ROWS, col_tile * COLS], e.to(exponentials.dtype))
             else:
                 pointers = exponentials + r.to(tl.int64)[:, None] * stride_e + v[None, :]
-                tl.store(pointers, e.to(exponentials.dtype.element_ty), mask=(r < chunk)[:, None] & (v < V)[None, :])
+                tl.store(pointers, e.to(exponentials.dtype.element_ty), mask=(v < V)[None, :])
         else:
             m = tl.max(z, 1)
             z -= m[:, None]
             e = tl.exp2(z)
             at = partial + col_tile * chunk + r
             plane = col_tiles * chunk
-            tl.store(at, m, mask=r < chunk)
-            tl.store(at + plane, tl.sum(e, 1), mask=r < chunk)
-            tl.store(at + 2 * plane, tl.sum(e * z, 1), mask=r < chunk)
+            tl.store(at, m)
+            tl.store(at + plane, tl.sum(e, 1))
+            tl.store(at + 2 * plane, tl.sum(e * z, 1))
 
 
 @triton.jit
