@@ -8,6 +8,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CUDA_PYTHON ?= python3
 WORKERS ?= 2
+CUDA_WORKERS ?= 4
 
 .PHONY: demo test test-cuda memcheck lint
 .DEFAULT_GOAL := test
@@ -29,9 +30,13 @@ lint: $(VENV)/ready
 test: lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS)
 
+# The second run forces the pointer kernels, which older GPUs take.
 test-cuda:
-	$(CUDA_PYTHON) -m pytest -m cuda -p no:cacheprovider
+	$(CUDA_PYTHON) -m pytest -m cuda -p no:cacheprovider -n $(CUDA_WORKERS)
+	EGRSD_KERNELS_TMA=0 $(CUDA_PYTHON) -m pytest -m cuda -p no:cacheprovider -n $(CUDA_WORKERS) \
+		--ignore tests/test_kernels.py
 
 memcheck:
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
-		$(CUDA_PYTHON) -m pytest tests/test_kernels.py -m cuda -p no:cacheprovider -k "not 5120 and not 32003 and not 5003"
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --target-processes all --error-exitcode 1 \
+		$(CUDA_PYTHON) -m pytest tests/test_kernels.py -m cuda -p no:cacheprovider -n $(CUDA_WORKERS) \
+		-k "not 5120 and not 32003 and not 5003"
