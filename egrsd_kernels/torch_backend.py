@@ -65,11 +65,16 @@ def _chunks(rows: Rows, head: Head, dtype: torch.dtype, chunk_bytes: int) -> Ite
         yield first, rows.order[first : min(first + size, count)].long()
 
 
+def _among(rows: Rows, which: int, first: int, n: int) -> torch.Tensor:
+    """Which of the rows first, ..., first + n - 1 of the order are among the leading ``counts[which]``."""
+    return torch.arange(first, first + n, device=rows.order.device) < rows.counts[which]
+
+
 def _zero_masked(rows: Rows, *values: torch.Tensor) -> None:
     """Zero, in place, the entries of the (N,) ``values`` at masked rows."""
     order = rows.order.long()
     masked = torch.empty_like(order, dtype=torch.bool)
-    masked[order] = torch.arange(order.numel(), device=order.device) >= rows.counts[0]
+    masked[order] = ~_among(rows, 0, 0, order.numel())
     for value in values:
         value.masked_fill_(masked, 0)
 
@@ -119,14 +124,17 @@ def token_credit(
     For the valid rows of the chunk; all tensors are (N,) in the callers' order, ``scale`` is 0-d (nats).
     """
     t = rows.order[first_row : min(first_row + chunk, _count(rows, 0))].long()
-    a, logp = advantages[t], student_logp[t]
+    # Where no count was asked for, masked tokens are here too; they get nothing.
+    valid = _among(rows, 0, first_row, t.numel())
+    a, logp = torch.where(valid, advantages[t], 0), torch.where(valid, student_logp[t], 0)
     log_ratio = teacher_logp[t] - logp
     # sign(0) · inf would be NaN; direction 0 means a ratio of 1.
     ratio = torch.where(a == 0, 1, torch.exp(a.sign() * log_ratio))
     magnitude = ratio.clamp(1 - options.clip_eps, 1 + options.clip_eps)
     gate = (1 - options.gamma * (lookahead_entropy[t] / scale)).clamp(options.gate_floor, 1)
     credit = torch.where(a == 0, 0, a * magnitude * gate)
-    stats.magnitude[t], stats.gate[t], stats.token_advantage[t] = magnitude, gate, credit
+    for out, value in zip(stats[-3:], (magnitude, gate, credit), strict=True):
+        out[t] = torch.where(valid, value, 0)
     # Without an advantage log p = -inf costs nothing, but the NaN of a target outside the vocabulary must be seen.
     loss[t] = torch.where((credit == 0) & ~logp.isnan(), 0, -credit * logp)
 
@@ -154,7 +162,7 @@ def student_pass(
         if not g.numel():
             continue
         n, index = g.numel(), index[: g.numel()]
-        g = g.to(dtype) / head.temperature
+        g = torch.where(_among(rows, 1, first, n), g.to(dtype) / head.temperature, 0)
         # dL/dz = g (1_y - p)
         dz = log_p[:n].exp_().neg_()
         target = target_ids[index].clamp(0, dz.shape[1] - 1)[:, None]

@@ -45,6 +45,8 @@ except ImportError as error:
 MAX_RESPONSE = 56  # L_max, tokens
 PAUSES = ["hmm", "well", "okay", "now", "then", "so"]
 CHATTER_RATE = 0.5  # of the warm-up's demonstrations: in words instead of terse
+DRILL = 100
+DB = 256
 SLIP_RATE = 0.6  # of the carries in those demonstrations
 LARGEST = 29  # number: the largest total, 20, and a carry too many
 HELD_OUT = 256  # problems never trained on
@@ -98,9 +100,9 @@ def _sum(terms: Sequence[int]) -> str:
     return str(terms[0]) + "".join(f"{term:+d}" for term in terms[1:])
 
 
-def sample_problem(rng: random.Random) -> Problem:
+def sample_problem(rng: random.Random, additions: Sequence[int] = (2, 3)) -> Problem:
     terms = [rng.randint(1, 20)]
-    for _ in range(rng.randint(2, 3)):
+    for _ in range(rng.choice(additions)):
         total = sum(terms)
         terms.append(rng.choice([term for term in range(-9, 10) if term and 0 <= total + term <= 20]))
     return Problem(tuple(terms))
@@ -238,11 +240,14 @@ def warm_up(classroom: Classroom, rng: random.Random, exclude: frozenset[Problem
         optimizer, lambda step: min((step + 1) / 20, 1.0) * (1 - 0.9 * step / steps)
     )
     for step in range(steps):
-        problems = sample_problems(rng, 32, exclude)
-        privileged = step % 3 == 2
+        if step < DRILL:
+            problems = [sample_problem(rng, (1,)) for _ in range(DB)]
+        else:
+            problems = sample_problems(rng, 32, exclude)
+        privileged = step % 3 == 2 and step >= DRILL
         prompts = [(classroom.teacher_prompt if privileged else classroom.student_prompt)(p) for p in problems]
         slips = None if privileged else rng
-        responses = [classroom.response(p.solution(rng if rng.random() < CHATTER_RATE else None, slips)) for p in problems]
+        responses = [classroom.response(p.solution(rng if step >= DRILL and rng.random() < CHATTER_RATE else None, slips)) for p in problems]
         batch = align_responses(prompts, prompts, responses, tokenizer.pad_token_id).to(classroom.device)
         hidden = response_hidden(model.model(**batch.student).last_hidden_state, batch.student_positions)
         loss = nn.functional.cross_entropy(model.lm_head(hidden).flatten(0, 1), batch.target_ids.flatten())

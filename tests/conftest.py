@@ -46,6 +46,7 @@ LOGP_TOLERANCE = 2e-4  # nat: what the package promises for ordinary logits
 def pytest_configure(config):
     # Rows past the last valid one hold anything; the interpreter's numpy speaks up where a GPU computes in silence.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+    config.addinivalue_line("filterwarnings", "ignore:overflow encountered in reduce:RuntimeWarning")
 
 
 def pytest_collection_modifyitems(items):

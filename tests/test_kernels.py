@@ -87,10 +87,11 @@ class Case:
         if CUDA:  # tensor cores truncate where an FMA rounds
             self.tolerance *= 4
         with torch.no_grad():
-            # dL/d(product) errs by its two roundings, and each p by as much as its logit does.
+            # dL/d(product) errs by its own rounding, by the one that the row's factor undoes for the target, and by that
+            # of the scaled row; and each p by as much as its logit does.
             unit = UNIT[self.hidden.dtype]
             weighed = (self.gradient.abs() * self.valid)[:, None] * p / self.head.temperature
-            error = 2 * unit * product.grad.abs() + 2 * self.tolerance * weighed
+            error = 3 * unit * product.grad.abs() + 2 * self.tolerance * weighed
             bounds = [(error @ leaves[1].abs())[None], error.t() @ leaves[0][0].abs(), error.sum(0)]
             gradients = [x.grad for x in leaves]
             self.bounds = [b + unit * g.abs() + 1e-7 for b, g in zip(bounds, gradients, strict=False)]

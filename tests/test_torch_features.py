@@ -1,4 +1,4 @@
-"""The loss among PyTorch's other features: autocast, views, checkpoints, compilation, graphs used twice, real models."""
+"""The loss among PyTorch's features: autocast, views, checkpoints, compilation, graphs used twice, a real model."""
 
 from __future__ import annotations
 

@@ -35,9 +35,12 @@ def prepare_kernel(
         entry *= 1.0 - capped * capped
     # A NaN logit marks a target outside the vocabulary: nothing to subtract there.
     at = exponentials + slot.to(tl.int64) * stride_e + tl.where(z == z, target, 0)
-    tl.store(at, entry.to(exponentials.dtype.element_ty), mask=live & (z == z))
+    rounded = entry.to(exponentials.dtype.element_ty)
+    tl.store(at, rounded, mask=live & (z == z))
+    # The target's entry is the row's largest. A factor that undoes its rounding leaves the others no worse than theirs.
+    undo = tl.where(rounded == 0, 1.0, entry / rounded.to(tl.float32))
     g = tl.load(gradient + t, mask=live, other=0.0)
-    tl.store(row_scale + slot, tl.where(live, -g / (s * unit * temperature), 0.0), mask=slot < chunk)
+    tl.store(row_scale + slot, tl.where(live, -g * undo / (s * unit * temperature), 0.0), mask=slot < chunk)
 
 
 @triton.jit
