@@ -111,6 +111,7 @@ def targets(value: object, hidden: torch.Tensor, vocabulary: int, mask: object) 
     tensor("target_ids", value, shape=hidden.shape[:-1], like=hidden)
     integer = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
     expect(integer, "target_ids", value, "an integer tensor", TypeError)
+    value = value.long()  # in a narrow dtype -100 and the vocabulary's size could wrap around to valid ids
     valid = value != IGNORE_INDEX
     if mask is not None:
         tensor("mask", mask, shape=value.shape, like=hidden)
@@ -151,17 +152,20 @@ def sequence_of(cu_seqlens: torch.Tensor, n: int) -> torch.Tensor:
     return torch.searchsorted(cu_seqlens[1:], position, right=True).clamp_(max=cu_seqlens.numel() - 2)
 
 
-def token_advantages(value: object, hidden: torch.Tensor, sequence: torch.Tensor, sequences: int) -> torch.Tensor:
+def token_advantages(
+    value: object, hidden: torch.Tensor, valid: torch.Tensor, sequence: torch.Tensor, sequences: int
+) -> torch.Tensor:
     """A (N,): one advantage a token, from one a token or one a sequence."""
     tensor("advantages", value, like=hidden)
     expect(value.is_floating_point(), "advantages", value, "a floating-point tensor", TypeError)
     per_token, per_sequence = tuple(hidden.shape[:-1]), (sequences,)
     fits = tuple(value.shape) in (per_token, per_sequence)
     expect(fits, "advantages", value, f"one a sequence, shape {per_sequence}, or one a token, shape {per_token}")
-    if values_checked(value):
-        expect(not value.isnan().any(), "advantages", value, "no NaN")
     value = value.detach()
-    return (value.reshape(-1) if tuple(value.shape) == per_token else value[sequence]).contiguous()
+    flat = (value.reshape(-1) if tuple(value.shape) == per_token else value[sequence]).contiguous()
+    if values_checked(value):
+        expect(not flat[valid].isnan().any(), "advantages", value, "no NaN at a valid position")
+    return flat
 
 
 def backend(name: object, hidden: torch.Tensor) -> ModuleType:
@@ -184,3 +188,9 @@ def backend(name: object, hidden: torch.Tensor) -> ModuleType:
     from . import torch_backend
 
     return torch_backend
+
+
+def refuse_second_derivative(function: str) -> None:
+    """To be called in a backward pass: under create_graph=True its result would silently lack a graph of its own."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{function} is differentiable once only; its gradient has no gradient (create_graph=True)")

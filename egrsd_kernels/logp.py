@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from . import inputs
 from .problem import DEFAULT_CHUNK_BYTES, Head, Rows
@@ -20,8 +19,8 @@ class _LinearLogp(torch.autograd.Function):
         return backend.statistics(head, hidden, target_ids, Rows.build(valid, valid), chunk_bytes)[0]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_logp):
+        inputs.refuse_second_derivative("linear_logp")
         hidden, weight, bias, target_ids, valid = ctx.saved_tensors
         softcap, temperature, backend, chunk_bytes = ctx.arguments
         d_logp = d_logp.contiguous()

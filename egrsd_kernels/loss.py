@@ -7,7 +7,6 @@ from types import ModuleType
 from typing import Literal
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from . import inputs
 from .inputs import expect, number
@@ -75,8 +74,8 @@ class _FusedLoss(torch.autograd.Function):
         return loss, *stats
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_loss, *_):
+        inputs.refuse_second_derivative("fused_egrsd_loss")
         if d_loss is None:
             return (None,) * 7
         softcap, temperature, credit, needs = ctx.arguments
@@ -203,7 +202,8 @@ def fused_egrsd_loss(
     """
     inputs.hidden_states("student_hidden", student_hidden)
     student_hidden, student_weight = inputs.autocast(student_hidden, student_weight)
-    if teacher_weight is None:
+    own_head = teacher_weight is not None
+    if not own_head:
         teacher_weight = student_weight
         teacher_bias = student_bias if teacher_bias is None else teacher_bias
     student = inputs.head(
@@ -213,7 +213,8 @@ def fused_egrsd_loss(
     n, dtype = valid.numel(), compute_dtype(student_hidden.dtype)
     boundaries = inputs.boundaries(cu_seqlens, student_hidden)
     sequence = inputs.sequence_of(boundaries, n)
-    flat_advantages = inputs.token_advantages(advantages, student_hidden, sequence, boundaries.numel() - 1).to(dtype)
+    flat_advantages = inputs.token_advantages(advantages, student_hidden, valid, sequence, boundaries.numel() - 1)
+    flat_advantages = flat_advantages.to(dtype)
     options = _options(
         gamma, gate_floor, lookahead, clip_eps, entropy_scale, min_entropy_scale, chunk_bytes, valid, dtype
     )
@@ -229,6 +230,13 @@ def fused_egrsd_loss(
             expect(same, "teacher_hidden", teacher_hidden, f"shape {(*student_hidden.shape[:-1], 'D')}")
             inputs.tensor("teacher_hidden", teacher_hidden, like=student_hidden)
             teacher_hidden, teacher_weight = inputs.autocast(teacher_hidden, teacher_weight)
+            if not own_head:
+                same = (teacher_hidden.shape[-1], teacher_hidden.dtype) == (
+                    student_weight.shape[1],
+                    student_weight.dtype,
+                )
+                expected = "the student's hidden size and dtype, since teacher_weight is not given"
+                expect(same, "teacher_hidden", teacher_hidden, expected)
             teacher = inputs.head(
                 "teacher_", "teacher_hidden", teacher_hidden, teacher_weight, teacher_bias, softcap, temperature
             )
@@ -238,11 +246,13 @@ def fused_egrsd_loss(
                 teacher.detach(), inputs.batched(teacher_hidden), target_ids_flat, rows, chunk_bytes
             )
         else:
+            expect(not own_head, "teacher_weight", teacher_weight, "None, since teacher_hidden is None")
             given = {"teacher_logp": teacher_logp, "teacher_entropy": teacher_entropy}
             for name, value in given.items():
                 expected = "a tensor, since teacher_hidden is None"
                 expect(value is not None, name, value, expected)
                 inputs.tensor(name, value, shape=target_ids.shape, like=student_hidden)
+                expect(value.is_floating_point(), name, value, "a floating-point tensor", TypeError)
             logp_t, entropy = (torch.where(valid, x.detach().reshape(n).to(dtype), 0) for x in given.values())
         end_of_sequence = (boundaries[1:] - 1)[sequence].to(torch.int32)
         lookahead_entropy = ops.lookahead_entropy(entropy, valid, end_of_sequence, lookahead)

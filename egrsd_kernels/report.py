@@ -331,7 +331,8 @@ data-to="advantage" aria-pressed="false">Advantage</button></span>
 <div id="tip" role="tooltip" hidden></div>
 <script>
 "use strict";
-const NAMES = ["entropy H, nats", "lookahead Hᶜᴸ, nats", "gate ω", "magnitude w", "log-ratio δ, nats", "token advantage Â"];
+const NAMES = ["entropy H, nats", "lookahead Hᶜᴸ, nats", "gate ω", "magnitude w", "log-ratio δ, nats",
+  "token advantage Â"];
 const tip = document.getElementById("tip");
 for (const button of document.querySelectorAll(".views button")) {
   button.addEventListener("click", () => {

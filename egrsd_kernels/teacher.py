@@ -37,8 +37,8 @@ def teacher_messages(
     """The teacher's conversation: the student's prompt x, then the reference solution s* as ``template`` words it.
 
     The result is what ``tokenizer.apply_chat_template(..., add_generation_prompt=True)`` takes. Some chat templates
-    drop the reasoning block of earlier turns (Qwen3's drops ``<think>…</think>``): a solution given as such a block would
-    vanish, so pass it without its tags.
+    drop the reasoning of earlier turns (Qwen3's drops ``<think>…</think>``): a solution in such tags would be lost,
+    so pass it without them.
 
     Args:
         prompt: the user's message, or the conversation that ends with it.
@@ -58,9 +58,9 @@ def teacher_messages(
 class AlignedBatch:
     """One batch of responses, ready for both models; T is the longest response.
 
-    ``student`` and ``teacher`` hold input_ids, attention_mask and position_ids, (B, L_S) and (B, L_T), to be passed to a
-    model as keyword arguments. Everything else is (B, T): ``target_ids`` (−100 at padding), ``mask`` (bool) and the
-    positions whose hidden states predict the targets.
+    ``student`` and ``teacher`` are keyword arguments for a model: input_ids, attention_mask and position_ids, (B, L_S)
+    and (B, L_T). Everything else is (B, T): ``target_ids`` (−100 at padding), ``mask`` (bool) and the positions whose
+    hidden states predict the targets.
     """
 
     student: dict[str, Tensor]

@@ -85,7 +85,10 @@ def statistics(head: Head, hidden, target_ids, rows: Rows, chunk_bytes: int):
     logp_y, entropy, logsumexp = torch.zeros(3, target_ids.numel(), dtype=dtype, device=hidden.device)
     for _, index in _chunks(rows, head, dtype, chunk_bytes):
         z, _ = _logits(head, _select(hidden, index, dtype))
-        logsumexp[index] = lse = z.logsumexp(1)
+        # The maximum first: logsumexp itself would be rounded as coarsely as the largest logit is.
+        peak = z.amax(1)
+        lse = z.sub_(peak[:, None]).logsumexp(1)
+        logsumexp[index] = peak + lse
         logp = z.sub_(lse[:, None])
         logp_y[index] = _target_logp(logp, target_ids[index])
         p = logp.exp()

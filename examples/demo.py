@@ -1,13 +1,13 @@
 """Entropy-guided reinforced self-distillation for real, small enough for a CPU: train, plot, and show the tokens.
 
-    python examples/demo.py                      # about three minutes on two CPU cores; a GPU is used where there is one
-    python examples/demo.py --gamma 0            # without the entropy gate
-    python examples/demo.py --lookahead 0        # EGRSD instead of CL-EGRSD
+    python examples/demo.py                  # a few minutes on a CPU; takes a GPU where there is one
+    python examples/demo.py --lookahead 0    # EGRSD instead of CL-EGRSD
+    python examples/demo.py --gamma 0        # without the entropy gate
 
-A small Qwen3 model learns sums such as ``23+8-5+9``. A short supervised warm-up shows it three ways to answer: to work
-in verbose steps, to work in terse steps, or to blurt the answer out. Then comes what the method is about: it samples its
-own answers, a checker rewards the right ones (and the shorter ones more), and the same backbone with its LoRA adapters
-disabled, which has seen a reference solution, says how much each token should count.
+A small Qwen3 model learns sums such as 13-8+1. A short supervised warm-up lets it imitate a careless student, who
+chatters half of the time and forgets most carries. Then comes the method: the model samples its own answers, a checker
+rewards the right ones, short ones more, and the same backbone with its LoRA adapters disabled, which has read a
+reference solution, says how much each token should count.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import math
 import random
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -34,24 +34,26 @@ from egrsd_kernels.teacher import align_responses, pad_inputs, response_hidden, 
 try:
     import matplotlib
     from peft import LoraConfig, PeftModel, get_peft_model
-    from rich.console import Console
+    from rich.console import Console, Group
+    from rich.live import Live
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
+    from rich.text import Text
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 except ImportError as error:
     raise ImportError(f"the demo needs {error.name}: pip install 'egrsd-kernels[train]'") from error
 
 MAX_RESPONSE = 56  # L_max, tokens
-PAUSES = ["hmm", "well", "okay", "now", "then", "so"]
-CHATTER_RATE = 0.5  # of the warm-up's demonstrations: in words instead of terse
-DRILL = 100
-DB = 256
-SLIP_RATE = 0.6  # of the carries in those demonstrations
-LARGEST = 29  # number: the largest total, 20, and a carry too many
-HELD_OUT = 256  # problems never trained on
+HELD_OUT = 256  # problems that no training sees
+SHOWN = 4  # rollouts on the page from the first, the middle and the last step
 
 # ---------------------------------------------------------------------------------------------------------------- task
+
+PAUSES = ["hmm", "well", "okay", "now", "then", "so"]
+CHATTER_RATE = 0.5  # share of the warm-up's demonstrations that are in words
+SLIP_RATE = 0.7  # share of their carries that are forgotten
+LARGEST = 29  # number that can turn up: the largest total is 20, and a forgotten borrow makes it ten more
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,8 @@ class Problem:
     def solution(self, chatter: random.Random | None = None, slips: random.Random | None = None) -> str:
         """The working, step by step: terse (``=15-4=11``), or with ``chatter`` in words and with pauses for thought.
 
-        With ``slips`` it is the work of a careless student, who forgets the carry (or the borrow) more often than not,
-        goes on with the wrong number, and so arrives at a wrong answer.
+        With ``slips`` it is the careless student's: most carries and borrows are forgotten, the work goes on with the
+        wrong number, and so arrives at a wrong answer.
         """
         lines, rest = [], list(self.terms)
         while len(rest) > 1:
@@ -100,20 +102,17 @@ def _sum(terms: Sequence[int]) -> str:
     return str(terms[0]) + "".join(f"{term:+d}" for term in terms[1:])
 
 
-def sample_problem(rng: random.Random, additions: Sequence[int] = (2, 3)) -> Problem:
-    terms = [rng.randint(1, 20)]
-    for _ in range(rng.choice(additions)):
-        total = sum(terms)
-        terms.append(rng.choice([term for term in range(-9, 10) if term and 0 <= total + term <= 20]))
-    return Problem(tuple(terms))
-
-
-def sample_problems(rng: random.Random, count: int, exclude: frozenset[Problem] = frozenset()) -> list[Problem]:
+def sample_problems(
+    rng: random.Random, count: int, exclude: frozenset[Problem] = frozenset(), additions: Sequence[int] = (2, 3)
+) -> list[Problem]:
+    """Problems with one of ``additions`` as the number of signs, none of them in ``exclude``."""
     problems: list[Problem] = []
     while len(problems) < count:
-        problem = sample_problem(rng)
-        if problem not in exclude:
-            problems.append(problem)
+        terms = [rng.randint(1, 20)]
+        for _ in range(rng.choice(additions)):
+            terms.append(rng.choice([term for term in range(-9, 10) if term and 0 <= sum(terms) + term <= 20]))
+        if Problem(tuple(terms)) not in exclude:
+            problems.append(Problem(tuple(terms)))
     return problems
 
 
@@ -216,7 +215,7 @@ class Classroom:
         return correct, lengths, length_shaped_reward(correct, lengths, MAX_RESPONSE)
 
     def evaluate(self, problems: Sequence[Problem], teacher: bool = False) -> dict[str, float]:
-        """Greedy accuracy, mean reward and mean length; with ``teacher``, the reference solution stands in the prompt."""
+        """Greedy accuracy, mean reward and mean length; ``teacher`` puts the reference solution in the prompt."""
         prompt = self.teacher_prompt if teacher else self.student_prompt
         correct, lengths, rewards = self.grade(problems, self.answer([prompt(p) for p in problems], sample=False))
         return {
@@ -228,11 +227,12 @@ class Classroom:
 
 # --------------------------------------------------------------------------------------------------- supervised warm-up
 
-def warm_up(classroom: Classroom, rng: random.Random, exclude: frozenset[Problem], steps: int) -> Iterator[float]:
-    """Train on demonstrations in mixed styles; yields the loss (nats a token) of each step.
 
-    Every third batch has the teacher's format, so the model learns to profit from a reference solution. It stops well
-    before the model is good: that is left to the reinforcement.
+def warm_up(classroom: Classroom, rng: random.Random, exclude: frozenset[Problem], steps: int) -> Iterator[float]:
+    """Imitate the careless student's demonstrations; yields the loss (nats a token) of each step.
+
+    The first eighth drills single additions, which the longer sums are made of. After it every third batch has the
+    teacher's format and no slips, so the model learns to profit from a reference solution where it has one.
     """
     model, tokenizer = classroom.model, classroom.tokenizer
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
@@ -240,14 +240,22 @@ def warm_up(classroom: Classroom, rng: random.Random, exclude: frozenset[Problem
         optimizer, lambda step: min((step + 1) / 20, 1.0) * (1 - 0.9 * step / steps)
     )
     for step in range(steps):
-        if step < DRILL:
-            problems = [sample_problem(rng, (1,)) for _ in range(DB)]
+        drill, privileged = step < steps // 8, step % 3 == 2
+        if drill:
+            problems = sample_problems(rng, 256, additions=(1,))
+            demonstrations = [problem.solution(slips=rng) for problem in problems]
+            prompts = [classroom.student_prompt(problem) for problem in problems]
         else:
             problems = sample_problems(rng, 32, exclude)
-        privileged = step % 3 == 2 and step >= DRILL
-        prompts = [(classroom.teacher_prompt if privileged else classroom.student_prompt)(p) for p in problems]
-        slips = None if privileged else rng
-        responses = [classroom.response(p.solution(rng if step >= DRILL and rng.random() < CHATTER_RATE else None, slips)) for p in problems]
+            demonstrations = [
+                problem.solution(rng if rng.random() < CHATTER_RATE else None, slips=None if privileged else rng)
+                for problem in problems
+            ]
+            prompts = [
+                classroom.teacher_prompt(problem) if privileged else classroom.student_prompt(problem)
+                for problem in problems
+            ]
+        responses = [classroom.response(demonstration) for demonstration in demonstrations]
         batch = align_responses(prompts, prompts, responses, tokenizer.pad_token_id).to(classroom.device)
         hidden = response_hidden(model.model(**batch.student).last_hidden_state, batch.student_positions)
         loss = nn.functional.cross_entropy(model.lm_head(hidden).flatten(0, 1), batch.target_ids.flatten())
@@ -322,7 +330,7 @@ def train(
         )
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, args.clip)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
 
         scale = math.log(len(tokenizer))
@@ -418,22 +426,23 @@ def smooth(values: Sequence[float], half_life: float = 5.0) -> list[float]:
 
 # ----------------------------------------------------------------------------------------------------------------- main
 
-SHOWN = 4  # rollouts on the page from the first, the middle and the last step
 LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=150, help="reinforcement steps (default %(default)s)")
-    parser.add_argument("--warmup-steps", type=int, default=400, help="supervised steps (default %(default)s)")
-    parser.add_argument("--batch", type=int, default=64, help="rollouts a step (default %(default)s)")
-    parser.add_argument("--lookahead", type=int, default=3, help="window W, tokens; 0 is EGRSD (default %(default)s)")
-    parser.add_argument("--gamma", type=float, default=0.3, help="strength of the entropy gate (default %(default)s)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="of the LoRA adapters (default %(default)s)")
-    parser.add_argument("--clip", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder (default %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(
+        description="Entropy-guided reinforced self-distillation of a small model, on a CPU or a GPU.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--steps", type=int, default=120, help="reinforcement steps")
+    parser.add_argument("--warmup-steps", type=int, default=400, help="supervised steps before them")
+    parser.add_argument("--batch", type=int, default=64, help="rollouts a step")
+    parser.add_argument("--lookahead", type=int, default=3, help="the lookahead window W, tokens; 0 is EGRSD")
+    parser.add_argument("--gamma", type=float, default=1.0, help="strength γ of the entropy gate; 0 is RLSD")
+    parser.add_argument("--lr", type=float, default=2e-3, help="learning rate of the LoRA adapters")
+    parser.add_argument("--seed", type=int, default=0, help="of the problems, the model and the sampling")
+    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for what it makes")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, …")
     args = parser.parse_args(argv)
     for name in ("steps", "warmup_steps", "batch"):
         if getattr(args, name) < 1:
@@ -441,10 +450,42 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+class Display:
+    """A progress bar over a line of live figures, and a line kept for every tenth of the way."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.progress = Progress(
+            TextColumn("{task.description:<10}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+        )
+        self.live = Live(self.progress, console=console, refresh_per_second=8)
+
+    def track(self, name: str, total: int) -> Callable[[str], None]:
+        """Add a bar; the function returned advances it and shows the figures."""
+        task = self.progress.add_task(name, total=total)
+        done = 0
+
+        def advance(figures: str) -> None:
+            nonlocal done
+            done += 1
+            self.progress.advance(task)
+            self.live.update(Group(self.progress, Text(figures)))
+            if done % max(total // 10, 1) == 0:
+                self.console.print(f"{name} {done:>4}  {figures}", style="dim", highlight=False)
+
+        return advance
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     console = Console()
     start = time.perf_counter()
+    # Matrices this small gain nothing from a second thread, and threads that wait for a busy core lose a lot.
+    torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
     held_out = sample_problems(rng, HELD_OUT)
@@ -453,62 +494,51 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = build_model(tokenizer).to(args.device)
     classroom = Classroom(model, tokenizer, torch.device(args.device))
     console.print(
-        f"Qwen3 with {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters and {len(tokenizer)} tokens "
-        f"on {args.device}; for example {held_out[0].question} = {held_out[0].answer}"
+        f"Qwen3, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(tokenizer)} tokens, on "
+        f"{args.device}. A problem: {held_out[0].question}, its reference solution: {held_out[0].solution()}",
+        highlight=False,
     )
 
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[figures]}"),
-        console=console,
-    )
-    with progress:
-        bar = progress.add_task("warm-up ", total=args.warmup_steps, figures="")
+    display = Display(console)
+    curves: dict[str, list[float]] = {name: [] for name in METRICS}
+    shown: list[Rollout] = []
+    with display.live:
+        advance = display.track("warm-up", args.warmup_steps)
         for loss in warm_up(classroom, rng, exclude, args.warmup_steps):
-            progress.update(bar, advance=1, figures=f"loss {loss:.3f}")
+            advance(f"loss {loss:.3f}")
 
         before, teacher = classroom.evaluate(held_out), classroom.evaluate(held_out, teacher=True)
         lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=LORA_MODULES)
         classroom.model = get_peft_model(model, lora)
-        bar = progress.add_task("training", total=args.steps, figures="")
-        curves: dict[str, list[float]] = {name: [] for name in METRICS}
-        shown: list[Rollout] = []
+
+        advance = display.track("training", args.steps)
         for index, step in enumerate(train(classroom, rng, exclude, args)):
             for name, value in step.metrics.items():
                 curves[name].append(value)
             if index in {0, args.steps // 2, args.steps - 1}:
                 shown += [replace(rollout, title=f"step {index + 1}") for rollout in step.rollouts]
-            figures = (
-                "reward {reward:.2f}  accuracy {accuracy:.0%}  length {length:.1f}\n"
-                "entropy {entropy:.3f}  gate {gate:.3f}  loss {loss:+.3f}  {tokens_per_second:,.0f} tokens/s"
-            ).format(**step.metrics)
-            progress.update(bar, advance=1, figures=figures)
+            advance(
+                "reward {reward:.2f}  accuracy {accuracy:.0%}  length {length:.1f}  entropy {entropy:.2f}  "
+                "gate {gate:.3f}  loss {loss:+.3f}  {tokens_per_second:,.0f} tokens/s".format(**step.metrics)
+            )
         after = classroom.evaluate(held_out)
 
     args.output.mkdir(parents=True, exist_ok=True)
     plot_curves(args.output / "curves.png", curves, before, after)
-    page = write_token_report(
-        args.output / "rollouts.html", shown, vocab_size=len(tokenizer), title="EGRSD demo: sampled rollouts"
-    )
+    write_token_report(args.output / "rollouts.html", shown, vocab_size=len(tokenizer), title="EGRSD: sampled rollouts")
     record = {
         "settings": {name: value for name, value in vars(args).items() if name != "output"},
         "held_out": {"before": before, "after": after, "teacher": teacher},
+        "seconds": time.perf_counter() - start,
         "curves": curves,
     }
-    (args.output / "curves.json").write_text(json.dumps(record, indent=1))
+    (args.output / "curves.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
-    table = Table("held-out problems, greedy", *before, title_justify="left")
-    for name, figures in (
-        ("before", before),
-        ("after", after),
-        ("before, with the reference solution (the teacher)", teacher),
-    ):
+    table = Table("held-out, greedy", "accuracy", "reward", "tokens")
+    for name, figures in {"before": before, "after": after, "teacher (has the reference)": teacher}.items():
         table.add_row(name, f"{figures['accuracy']:.1%}", f"{figures['reward']:.3f}", f"{figures['length']:.1f}")
     console.print(table)
-    console.print(f"{time.perf_counter() - start:.0f} s. Curves: {args.output / 'curves.png'}, rollouts: {page}")
+    console.print(f"{record['seconds']:.0f} s. In {args.output}: curves.png, curves.json, rollouts.html")
 
 
 if __name__ == "__main__":

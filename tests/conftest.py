@@ -12,9 +12,12 @@ of the package: float32 (float64 for float64 operands), unit roundoff u = 2^-24.
 - Everything later is clip, min, product and quotient: each bound is carried through by its derivative.
 
 For ordinary logits a promise of the package caps this: |Δ log p| ≤ 2e-4 nat. Gradients are compared as a whole, by the
-relative error in the Frobenius norm, against the promise alone: 3e-3 in bfloat16, 1e-3 in float16 (stored exponentials
-and the result are rounded to 8 and 11 bits), 1e-5 in float32, and 1e-12 in float64. At extreme logits (±1e4) no float32
-logit is better than Δz, so there a row's gradient may be off by 2·Δz more.
+relative error in the Frobenius norm, against the promise alone: 3e-3 in bfloat16, 1e-3 in float16, 1e-5 in float32, and
+1e-12 in float64. One rounding to bfloat16 is off by 1.7e-3 on average (2^-8 at most). The kernels make two for a hidden
+gradient, of the stored exponentials and of the result, and three for the head's: 2.4e-3 and 2.9e-3. Over hundreds of
+tokens that is what comes out, to 3 %; over ten tokens a few entries decide, and a simulation of those roundings in
+float64 reaches 4.3e-3. So a small problem is allowed 5e-3 there. At extreme logits (±1e4) no float32 logit is better
+than Δz, so there a row's gradient may be off by 2·Δz more.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
 
 LEARNED = ("student_hidden", "student_weight", "student_bias")
 GRADIENT_TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 1e-3, torch.float32: 1e-5, torch.float64: 1e-12}
+FEW_TOKENS = 256  # below, the kernels' roundings to bfloat16 do not average out
 LOGP_TOLERANCE = 2e-4  # nat: what the package promises for ordinary logits
 
 
@@ -190,7 +194,7 @@ def make_case(
     scale = 0.3 * hidden.norm(dim=-1, keepdim=True) / math.sqrt(width)
     case["teacher_hidden"] = hidden + scale * draw.normal(*shape, width)
     if teacher == "own head":
-        case["teacher_weight"] = draw_head(draw, vocabulary, width + 8)
+        case["teacher_weight"] = draw_head(draw, vocabulary, 40)
         case["teacher_hidden"] = draw_hidden(draw, kind, case["teacher_weight"], *shape)
         if bias:
             case["teacher_bias"] = draw.normal(vocabulary)
@@ -267,6 +271,12 @@ def logit_error(combo: Combo, hidden, weight, bias=None, softcap=None, temperatu
     if softcap is not None:
         size = size + softcap
     return combo.unit_roundoff * (4 * math.sqrt(hidden.shape[-1]) + 8) * size / temperature
+
+
+def gradient_tolerance(combo: Combo, tokens: int = 0) -> float:
+    """Relative, in the Frobenius norm. See the top of this file."""
+    few = combo.backend == "triton" and combo.dtype == torch.bfloat16 and tokens < FEW_TOKENS
+    return 5e-3 if few else GRADIENT_TOLERANCE[combo.dtype]
 
 
 def logp_error(combo: Combo, dz: torch.Tensor, ordinary: bool = True) -> torch.Tensor:
@@ -375,7 +385,7 @@ def assert_result(case: dict, combo: Combo, got: Result, want: Result, *, ordina
     d_loss = (s.token_advantage.abs() * d_logp_s + s.student_logp.abs() * d_credit).nan_to_num(0, 0, 0).sum()
     assert_within("loss", got.loss, want.loss, (d_loss + u * (math.sqrt(tokens) + 8) * terms) / divisor)
 
-    tolerance = GRADIENT_TOLERANCE[combo.dtype]
+    tolerance = gradient_tolerance(combo, tokens)
     if not ordinary:
         relative = (d_credit / s.token_advantage.abs()).nan_to_num(0, 0, 0)
         tolerance += float(peak(2 * dz_s + relative))

@@ -10,7 +10,6 @@ import torch
 from egrsd_kernels import fused_egrsd_loss, triton_backend
 from tests.conftest import (
     CPU_COMBOS,
-    GRADIENT_TOLERANCE,
     LEARNED,
     Combo,
     all_combos,
@@ -18,6 +17,7 @@ from tests.conftest import (
     check_parity,
     cuda_combos,
     few_combos,
+    gradient_tolerance,
     make_case,
     package_result,
     reference_result,
@@ -57,8 +57,14 @@ CASES = {
     "flat": {"kind": "flat", "bias": False, "lookahead": 3},
     "temperature": {"temperature": 0.6, "bias": True},
     "softcap": {"softcap": 6.0, "bias": True},
-    "softcap, temperature": {"softcap": 4.0, "temperature": 1.7, "vocabulary": 257, "width": 24},
-    # options of the method
+    "softcap, temperature": {"softcap": 4.0, "temperature": 1.7, "bias": True, "vocabulary": 257},
+    # teachers
+    "own head": {"teacher": "own head", "lookahead": 3},
+    "own head, biases": dict(teacher="own head", bias=True, **MIXED),
+    "statistics": {"teacher": "statistics", "lookahead": 3},
+    "statistics, packed": dict(teacher="statistics", mask="holes", **MIXED, lookahead=2, gamma=1.0),
+}
+CREDIT = {  # what comes after log p and H is float32 for operands of every half-precision dtype
     "gamma 0": {"gamma": 0.0},
     "gamma 1, W 5": dict(gamma=1.0, lookahead=5, **MIXED),
     "the gate's floor": {"gamma": 3.0, "gate_floor": 0.25},
@@ -75,11 +81,6 @@ CASES = {
     "normalizer": {"normalizer": 37},
     "normalizer tensor": {"normalizer": torch.tensor(12.5)},
     "integer normalizer tensor, masked": {"normalizer": torch.tensor(5), "mask": "holes"},
-    # teachers
-    "own head": {"teacher": "own head", "lookahead": 3},
-    "own head, biases": dict(teacher="own head", bias=True, **MIXED),
-    "statistics": {"teacher": "statistics", "lookahead": 3},
-    "statistics, packed": dict(teacher="statistics", mask="holes", **MIXED, lookahead=2, gamma=1.0),
 }
 EXTREME = {
     "extreme": {"kind": "extreme", "vocabulary": 130},
@@ -90,9 +91,11 @@ EXTREME = {
 
 
 @all_combos
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *CREDIT])
 def test_parity(combo, name):
-    got, want = check_parity(make_case(combo, **CASES[name]), combo)
+    if name in CREDIT and combo.interpreted and combo.dtype == torch.float16:
+        pytest.skip("float32 shows it")
+    got, want = check_parity(make_case(combo, **(CASES | CREDIT)[name]), combo)
     assert want.loss != 0 and want.gradients["student_hidden"].norm() > 0, "the case shows nothing"
     assert got.loss.isfinite()
 
@@ -175,7 +178,7 @@ def test_an_extreme_hidden_state_beside_ordinary_ones(combo):
         "student_hidden",
         got.gradients["student_hidden"][others],
         want.gradients["student_hidden"][others],
-        GRADIENT_TOLERANCE[combo.dtype],
+        gradient_tolerance(combo),
     )
 
 
@@ -193,7 +196,7 @@ def test_nan_in_one_valid_hidden_state_stays_there(combo):
         "student_hidden",
         got.gradients["student_hidden"][others],
         want.gradients["student_hidden"][others],
-        GRADIENT_TOLERANCE[combo.dtype],
+        gradient_tolerance(combo),
     )
 
 
@@ -246,10 +249,10 @@ def test_packed_is_padded_without_the_padding(combo):
     packed["mask"], packed["cu_seqlens"] = None, bounds.to(torch.int32)
     a, b = package_result(padded, combo), package_result(packed, combo)
     keep = padded["mask"].cpu()
-    torch.testing.assert_close(a.loss, b.loss, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(a.loss, b.loss, rtol=1e-6, atol=1e-6)
     for x, y in zip(a.stats, b.stats, strict=True):
         torch.testing.assert_close(x[keep], y, rtol=1e-6, atol=1e-6)
-    tolerance = GRADIENT_TOLERANCE[combo.dtype]
+    tolerance = gradient_tolerance(combo)
     assert_gradient("student_hidden", a.gradients["student_hidden"][keep], b.gradients["student_hidden"], tolerance)
     for name in ("student_weight", "student_bias"):
         assert_gradient(name, a.gradients[name], b.gradients[name], tolerance)
@@ -264,6 +267,17 @@ def test_integer_dtypes_of_targets(combo, dtype):
     got = package_result(case, combo)
     assert torch.equal(got.loss, want.loss)
     assert torch.equal(got.gradients["student_hidden"], want.gradients["student_hidden"])
+
+
+@few_combos
+def test_ids_that_look_like_the_ignored_one(combo):
+    """156 is the byte of -100: a token like any other."""
+    case = make_case(combo, vocabulary=257, lengths=(4, 4))
+    case["target_ids"] = torch.tensor([[156, 0, 255, 156], [100, 156, 3, 7]], device=combo.device)
+    want = package_result(case, combo)
+    assert (want.stats.student_logp < 0).all()
+    case["target_ids"] = case["target_ids"].to(torch.uint8)
+    assert torch.equal(package_result(case, combo).loss, want.loss)
 
 
 @few_combos
@@ -355,7 +369,7 @@ def test_the_loss_without_statistics_or_gradient_is_the_same(combo):
     bare = fused_egrsd_loss(**case, backend=combo.backend)
     assert bare.ndim == 0 and bare.dtype == combo.compute_dtype and not bare.requires_grad
     # Without gradients log p comes from the statistics pass, which sums in another order.
-    torch.testing.assert_close(bare.cpu(), want.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(bare.cpu(), want.loss, rtol=1e-5, atol=1e-5)
     hidden = case["student_hidden"].clone().requires_grad_()
     loss = fused_egrsd_loss(**{**case, "student_hidden": hidden}, backend=combo.backend)
     assert torch.equal(loss.detach().cpu(), want.loss)
@@ -414,7 +428,7 @@ def test_bit_for_bit_the_same(combo):
     size = {} if combo.device == "cpu" else {"lengths": (700, 700), "width": 512, "vocabulary": 5003}
     case = make_case(combo, **size, bias=True, lookahead=3, mask="holes")
     first = package_result(case, combo)
-    for _ in range(2 if combo.interpreted else 4):
+    for _ in range(1 if combo.interpreted else 4):
         again = package_result(case, combo)
         assert torch.equal(first.loss, again.loss)
         assert all(torch.equal(x, y) for x, y in zip(first.stats, again.stats, strict=True))
@@ -431,13 +445,14 @@ def test_many_chunks(combo, monkeypatch):
     monkeypatch.setattr(triton_backend, "STATISTICS_ROWS", 1)
     options = {"vocabulary": 37, "bias": True, "lookahead": 3, "softcap": 9.0, "per_token": True}
     case = make_case(combo, **size, **options)
-    case["mask"] = torch.rand(2, size["lengths"][0], device=combo.device) < 0.99
+    case["mask"] = torch.ones_like(case["target_ids"])
+    case["mask"][0, 3] = 0
     many, _ = check_parity({**case, "chunk_bytes": 1}, combo)
     if not combo.interpreted:
         one = package_result(case, combo)
         torch.testing.assert_close(many.loss, one.loss, rtol=1e-6, atol=1e-6)
         for name in many.gradients:
-            assert_gradient(name, many.gradients[name], one.gradients[name], GRADIENT_TOLERANCE[combo.dtype])
+            assert_gradient(name, many.gradients[name], one.gradients[name], gradient_tolerance(combo))
 
 
 @few_combos
@@ -457,7 +472,7 @@ def test_what_fresh_memory_holds_does_not_matter(combo):
     """Buffers that nobody initialised are filled with NaN here."""
     if (combo.backend, combo.device) == ("torch", "cuda"):
         pytest.skip("cuBLAS would need CUBLAS_WORKSPACE_CONFIG before the process starts")
-    case = make_case(combo, **MIXED, lookahead=2, mask="holes", bias=True, vocabulary=257, width=24)
+    case = make_case(combo, **MIXED, lookahead=2, mask="holes", bias=True, vocabulary=257)
     want = package_result(case, combo)
     torch.use_deterministic_algorithms(True)
     try:
@@ -495,7 +510,7 @@ def test_what_fresh_memory_holds_does_not_matter(combo):
             "lookahead": 5000,
             "ignored": True,
         },
-        {"lengths": (128, 128), "width": 512, "vocabulary": 151936, "kind": "flat", "lookahead": 3},
+        {"lengths": (256, 256), "width": 512, "vocabulary": 151936, "kind": "flat", "lookahead": 3},
         {
             "lengths": (640,) * 2,
             "width": 768,
@@ -507,11 +522,7 @@ def test_what_fresh_memory_holds_does_not_matter(combo):
     ],
     ids=lambda o: f"{o['lengths']}-D{o['width']}-V{o['vocabulary']}",
 )
-@pytest.mark.parametrize("tma", ["1", "0"])
-def test_parity_at_size(combo, options, tma, monkeypatch):
-    if combo.backend == "torch" and tma == "0":
-        pytest.skip("the PyTorch backend has one family of kernels")
-    monkeypatch.setenv("EGRSD_KERNELS_TMA", tma)
+def test_parity_at_size(combo, options):
     check_parity(make_case(combo, **options), combo)
 
 
@@ -601,7 +612,7 @@ def test_credit_properties(combo):
 
 @pytest.mark.parametrize("combo", CPU_COMBOS[3:4])
 def test_credit_properties_of_the_kernels(combo):
-    check_credit_properties(combo, examples=12)
+    check_credit_properties(combo, examples=8)
 
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "temperature": 0.7}, {"chunk_bytes": 1}])

@@ -64,7 +64,7 @@ def check(combo: Combo, operands: dict, targets: torch.Tensor, ordinary: bool = 
         ({}, {}),
         ({"width": 17, "vocabulary": 257}, {"temperature": 0.7}),
         ({"width": 40, "vocabulary": 1003, "bias": True}, {"softcap": 5.0}),
-        ({"width": 100, "vocabulary": 70, "bias": True}, {"softcap": 8.0, "temperature": 1.5}),
+        ({"width": 40, "vocabulary": 70, "bias": True}, {"softcap": 8.0, "temperature": 1.5}),
         ({"width": 1, "vocabulary": 2}, {}),
         ({"vocabulary": 1, "bias": True}, {}),
         ({"kind": "flat", "vocabulary": 200}, {}),
@@ -97,7 +97,7 @@ def test_known_distributions(combo):
     }
     for name, values in exact.items():
         # A last bit of 2000, and so of its logsumexp, is 1.2e-4 in float32.
-        tolerance = torch.tensor([1e-6, 1e-6, 1.3e-4] if name == "entropy" else [1e-6, 3e-4, 3e-4])
+        tolerance = torch.tensor([2e-6, 2e-6, 1.3e-4] if name == "entropy" else [2e-6, 3e-4, 3e-4])
         assert_within(name, getattr(out, name), torch.tensor(values), tolerance)
 
 
@@ -185,7 +185,6 @@ def test_any_strides(combo):
 
 @pytest.mark.cuda
 @cuda_combos
-@pytest.mark.parametrize("tma", ["1", "0"])
 @pytest.mark.parametrize(
     "shape, size",
     [
@@ -196,8 +195,5 @@ def test_any_strides(combo):
     ],
     ids=str,
 )
-def test_parity_at_size(combo, shape, size, tma, monkeypatch):
-    if combo.backend == "torch" and tma == "0":
-        pytest.skip("the PyTorch backend has one family of kernels")
-    monkeypatch.setenv("EGRSD_KERNELS_TMA", tma)
+def test_parity_at_size(combo, shape, size):
     check(combo, *make_operands(combo, *shape, **size))

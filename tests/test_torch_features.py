@@ -14,20 +14,22 @@ from reference import egrsd_loss
 from tests.conftest import (
     CPU_COMBOS,
     CUDA_COMBOS,
-    GRADIENT_TOLERANCE,
     LEARNED,
     Combo,
     all_combos,
     assert_gradient,
     check_parity,
     few_combos,
+    gradient_tolerance,
     make_case,
     package_result,
     reference_result,
 )
 
-# A gradient that PyTorch adds up or scales after the package is rounded once more.
-MORE_ROUNDING = {dtype: 2 * tolerance for dtype, tolerance in GRADIENT_TOLERANCE.items()}
+
+def with_more_rounding(combo: Combo) -> float:
+    """For a gradient that PyTorch adds up or scales after the package."""
+    return 2 * gradient_tolerance(combo)
 
 
 def with_leaves(case: dict) -> tuple[dict, dict]:
@@ -54,7 +56,7 @@ def check_views(combo: Combo, leaves: dict, rest: dict, views) -> None:
     (want * factor).backward()
     torch.testing.assert_close(loss.detach().cpu().double(), want.detach(), rtol=1e-5, atol=1e-5)
     for name, x in learned.items():
-        assert_gradient(name, x.grad, exact[name].grad, MORE_ROUNDING[combo.dtype])
+        assert_gradient(name, x.grad, exact[name].grad, with_more_rounding(combo))
 
 
 # ------------------------------------------------------------------------------------------------ autocast
@@ -79,7 +81,7 @@ def test_autocast(combo):
     torch.testing.assert_close(loss.detach().cpu().double(), want.loss, rtol=1e-5, atol=1e-5)
     for name, x in leaves.items():
         assert x.grad.dtype == torch.float32
-        assert_gradient(name, x.grad, want.gradients[name], GRADIENT_TOLERANCE[low])
+        assert_gradient(name, x.grad, want.gradients[name], gradient_tolerance(combo._replace(dtype=low)))
     shift = (reference_result(case).stats.student_logp - want.stats.student_logp).abs().max()
     assert shift > 1e-4, "the case does not show which precision was used"
     plain = linear_logp(rounded["student_hidden"], rounded["student_weight"], case["target_ids"], backend=combo.backend)
@@ -115,7 +117,7 @@ def test_shifted_slices(combo):
 
 @all_combos
 def test_a_transposed_head(combo):
-    case = make_case(combo, width=24)
+    case = make_case(combo)
     leaves = {k: case.pop(k) for k in LEARNED[:2]}
     leaves["student_weight"] = leaves["student_weight"].T.contiguous()
 
@@ -224,7 +226,7 @@ def test_checkpoint(combo, use_reentrant):
         loss.backward()
         results.append((loss.detach(), *(x.grad for x in leaves.values())))
     # A reentrant checkpoint runs forward without gradients first, where log p is summed in another order.
-    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-5)
     assert all(torch.equal(x, y) for x, y in zip(results[0][1:], results[1][1:], strict=True))
 
 
@@ -234,7 +236,7 @@ def test_an_incoming_gradient_that_is_not_one(combo, factor):
     case = make_case(combo, bias=True)
     got, want = package_result(case, combo, factor), reference_result(case, factor)
     for name in LEARNED:
-        assert_gradient(name, got.gradients[name], want.gradients[name], MORE_ROUNDING[combo.dtype])
+        assert_gradient(name, got.gradients[name], want.gradients[name], with_more_rounding(combo))
     assert factor == 0 or got.gradients["student_hidden"].any()
 
 
@@ -256,7 +258,7 @@ def test_one_term_of_a_sum(combo):
     exact = {k: x.requires_grad_() for k, x in float64_on_cpu(leaves).items()}
     total(exact, float64_on_cpu(case), float64_on_cpu(other), egrsd_loss).backward()
     for name, x in learned.items():
-        assert_gradient(name, x.grad, exact[name].grad, MORE_ROUNDING[combo.dtype])
+        assert_gradient(name, x.grad, exact[name].grad, with_more_rounding(combo))
 
 
 @all_combos
@@ -308,7 +310,7 @@ def test_a_graph_of_a_squared_loss_differentiates_once(combo):
     loss = fused_egrsd_loss(**case, backend=combo.backend)
     (gradient,) = torch.autograd.grad(loss, leaves["student_hidden"], retain_graph=True)
     (squared,) = torch.autograd.grad(loss.square(), leaves["student_hidden"])
-    assert_gradient("hidden", squared, 2 * loss.item() * gradient.double(), MORE_ROUNDING[combo.dtype])
+    assert_gradient("hidden", squared, 2 * loss.item() * gradient.double(), with_more_rounding(combo))
 
 
 @few_combos
@@ -320,8 +322,8 @@ def test_without_gradients(combo, mode):
         loss, stats = fused_egrsd_loss(**case, backend=combo.backend, return_stats=True)
         logp = linear_logp(case["student_hidden"], case["student_weight"], case["target_ids"], backend=combo.backend)
     assert not loss.requires_grad and not logp.requires_grad
-    torch.testing.assert_close(loss.cpu(), want.loss, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(stats.token_advantage.cpu(), want.stats.token_advantage, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss.cpu(), want.loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(stats.token_advantage.cpu(), want.stats.token_advantage, rtol=2e-5, atol=1e-5)
 
 
 @all_combos
