@@ -231,12 +231,11 @@ def fused_egrsd_loss(
             inputs.tensor("teacher_hidden", teacher_hidden, like=student_hidden)
             teacher_hidden, teacher_weight = inputs.autocast(teacher_hidden, teacher_weight)
             if not own_head:
-                same = (teacher_hidden.shape[-1], teacher_hidden.dtype) == (
-                    student_weight.shape[1],
-                    student_weight.dtype,
-                )
-                expected = "the student's hidden size and dtype, since teacher_weight is not given"
-                expect(same, "teacher_hidden", teacher_hidden, expected)
+                why = "of the student's head, since teacher_weight is not given"
+                same = teacher_hidden.shape[-1] == student_weight.shape[1]
+                expect(same, "teacher_hidden", teacher_hidden, f"the hidden size {student_weight.shape[1]} {why}")
+                same = teacher_hidden.dtype == student_weight.dtype
+                expect(same, "teacher_hidden", teacher_hidden, f"the dtype {student_weight.dtype} {why}", TypeError)
             teacher = inputs.head(
                 "teacher_", "teacher_hidden", teacher_hidden, teacher_weight, teacher_bias, softcap, temperature
             )

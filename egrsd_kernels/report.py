@@ -229,8 +229,8 @@ def _signed(value: float) -> str:
 def _regime_legend(shares: dict[str, float], tau_low: float, tau_high: float) -> str:
     meaning = {
         "lock": f"the teacher is certain: Ĥ ≤ {tau_low:g}",
-        "fork": f"uncertain, and it stays so: Ĥ and Ĥᶜᴸ ≥ {tau_high:g}",
-        "pivot": f"uncertain, certainty follows: Ĥ ≥ {tau_high:g}, Ĥᶜᴸ ≤ {tau_low:g}",
+        "fork": f"uncertain, and stays so: Ĥ and Ĥᶜᴸ ≥ {tau_high:g}",
+        "pivot": f"uncertain, then certain: Ĥ ≥ {tau_high:g}, Ĥᶜᴸ ≤ {tau_low:g}",
         "mid": "the rest",
     }
     return "".join(

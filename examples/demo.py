@@ -16,6 +16,7 @@ import math
 import random
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -52,7 +53,7 @@ SHOWN = 4  # rollouts on the page from the first, the middle and the last step
 
 PAUSES = ["hmm", "well", "okay", "now", "then", "so"]
 CHATTER_RATE = 0.5  # share of the warm-up's demonstrations that are in words
-SLIP_RATE = 0.7  # share of their carries that are forgotten
+SLIP_RATE = 0.75  # share of their carries that are forgotten
 LARGEST = 29  # number that can turn up: the largest total is 20, and a forgotten borrow makes it ten more
 
 
@@ -401,6 +402,7 @@ def plot_curves(path: Path, curves: dict[str, list[float]], before: dict[str, fl
             axis.set_title(label)
         axes.flat[1].yaxis.set_major_formatter(PercentFormatter(1.0))
         shares = axes.flat[5]
+        shares.grid(False)
         colors = {"lock": "#94a3b8", "mid": "#0f766e", "pivot": "#6d28d9", "fork": "#dc2626"}
         shares.stackplot(steps, [smooth(curves[name]) for name in colors], labels=list(colors), colors=colors.values())
         shares.set(title="Token regimes", ylim=(0, 1))
@@ -413,7 +415,7 @@ def plot_curves(path: Path, curves: dict[str, list[float]], before: dict[str, fl
         plt.close(figure)
 
 
-def smooth(values: Sequence[float], half_life: float = 5.0) -> list[float]:
+def smooth(values: Sequence[float], half_life: float = 3.0) -> list[float]:
     """Exponential moving average, its weights normalised so that the start is not pulled to zero."""
     keep = 0.5 ** (1 / half_life)
     total = weight = 0.0
@@ -435,7 +437,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--steps", type=int, default=120, help="reinforcement steps")
-    parser.add_argument("--warmup-steps", type=int, default=400, help="supervised steps before them")
+    parser.add_argument("--warmup-steps", type=int, default=500, help="supervised steps before them")
     parser.add_argument("--batch", type=int, default=64, help="rollouts a step")
     parser.add_argument("--lookahead", type=int, default=3, help="the lookahead window W, tokens; 0 is EGRSD")
     parser.add_argument("--gamma", type=float, default=1.0, help="strength γ of the entropy gate; 0 is RLSD")
@@ -451,7 +453,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 class Display:
-    """A progress bar over a line of live figures, and a line kept for every tenth of the way."""
+    """A line of live figures over the progress bars, and a line kept for every tenth of the way."""
 
     def __init__(self, console: Console):
         self.console = console
@@ -473,9 +475,9 @@ class Display:
             nonlocal done
             done += 1
             self.progress.advance(task)
-            self.live.update(Group(self.progress, Text(figures)))
+            self.live.update(Group(Text(f"{done:>4}  {figures}"), self.progress))
             if done % max(total // 10, 1) == 0:
-                self.console.print(f"{name} {done:>4}  {figures}", style="dim", highlight=False)
+                self.console.print(f"{done:>4}  {figures}", style="dim", highlight=False)
 
         return advance
 
@@ -484,6 +486,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     console = Console()
     start = time.perf_counter()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft asks it for old names
     # Matrices this small gain nothing from a second thread, and threads that wait for a busy core lose a lot.
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
@@ -493,10 +496,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = build_tokenizer()
     model = build_model(tokenizer).to(args.device)
     classroom = Classroom(model, tokenizer, torch.device(args.device))
+    size = sum(parameter.numel() for parameter in model.parameters())
+    console.print(f"Qwen3 with {size / 1e6:.1f} M parameters, {len(tokenizer)} tokens, on {args.device}")
     console.print(
-        f"Qwen3, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(tokenizer)} tokens, on "
-        f"{args.device}. A problem: {held_out[0].question}, its reference solution: {held_out[0].solution()}",
-        highlight=False,
+        f"a problem {held_out[0].question}   its reference solution {held_out[0].solution()}", highlight=False
     )
 
     display = Display(console)
@@ -518,8 +521,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             if index in {0, args.steps // 2, args.steps - 1}:
                 shown += [replace(rollout, title=f"step {index + 1}") for rollout in step.rollouts]
             advance(
-                "reward {reward:.2f}  accuracy {accuracy:.0%}  length {length:.1f}  entropy {entropy:.2f}  "
-                "gate {gate:.3f}  loss {loss:+.3f}  {tokens_per_second:,.0f} tokens/s".format(**step.metrics)
+                "reward {reward:.2f}  acc {accuracy:.0%}  len {length:.1f}  H {entropy:.2f}  gate {gate:.2f}  "
+                "loss {loss:+.2f}  {tokens_per_second:.0f} tok/s".format(**step.metrics)
             )
         after = classroom.evaluate(held_out)
 
