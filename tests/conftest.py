@@ -238,6 +238,11 @@ class Result:
     gradients: dict[str, torch.Tensor]
 
 
+def loss_scale(case: dict, combo: Combo) -> float:
+    """What a GradScaler is for: float16 cannot hold gradients of a mean over tokens."""
+    return float(case["target_ids"].numel() or 1) if combo.dtype == torch.float16 else 1.0
+
+
 def package_result(case: dict, combo: Combo, factor: float = 1.0, **more) -> Result:
     """``fused_egrsd_loss`` and its gradients when the incoming one is ``factor``."""
     leaves = {k: case[k].detach().clone().requires_grad_() for k in LEARNED if case.get(k) is not None}
@@ -402,7 +407,7 @@ def check_parity(case: dict, combo: Combo, *, ordinary: bool = True) -> tuple[Re
     float16 gradients of a mean over many tokens fall below its smallest normal number, 6e-5. A loss scaler multiplies
     the loss for that reason, and so does this.
     """
-    factor = float(case["target_ids"].numel() or 1) if combo.dtype == torch.float16 else 1.0
+    factor = loss_scale(case, combo)
     got, want = package_result(case, combo, factor), reference_result(case, factor)
     assert_result(case, combo, got, want, ordinary=ordinary)
     return got, want

@@ -87,8 +87,8 @@ class Case:
         if CUDA:  # tensor cores truncate where an FMA rounds
             self.tolerance *= 4
         with torch.no_grad():
-            # dL/d(product) errs by its own rounding, by the one that the row's factor undoes for the target, and by that
-            # of the scaled row; and each p by as much as its logit does.
+            # dL/d(product) errs by its own rounding, by the one that the row's factor undoes for the target, and by the
+            # scaled row's; and each p by as much as its logit does.
             unit = UNIT[self.hidden.dtype]
             weighed = (self.gradient.abs() * self.valid)[:, None] * p / self.head.temperature
             error = 3 * unit * product.grad.abs() + 2 * self.tolerance * weighed
