@@ -53,7 +53,7 @@ SHOWN = 4  # rollouts on the page from the first, the middle and the last step
 
 PAUSES = ["hmm", "well", "okay", "now", "then", "so"]
 CHATTER_RATE = 0.5  # share of the warm-up's demonstrations that are in words
-SLIP_RATE = 0.75  # share of their carries that are forgotten
+SLIP_RATE = 0.8  # share of their carries that are forgotten
 LARGEST = 29  # number that can turn up: the largest total is 20, and a forgotten borrow makes it ten more
 
 
@@ -436,12 +436,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Entropy-guided reinforced self-distillation of a small model, on a CPU or a GPU.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--steps", type=int, default=120, help="reinforcement steps")
-    parser.add_argument("--warmup-steps", type=int, default=500, help="supervised steps before them")
+    parser.add_argument("--steps", type=int, default=100, help="reinforcement steps")
+    parser.add_argument("--warmup-steps", type=int, default=450, help="supervised steps before them")
     parser.add_argument("--batch", type=int, default=64, help="rollouts a step")
     parser.add_argument("--lookahead", type=int, default=3, help="the lookahead window W, tokens; 0 is EGRSD")
     parser.add_argument("--gamma", type=float, default=1.0, help="strength γ of the entropy gate; 0 is RLSD")
-    parser.add_argument("--lr", type=float, default=2e-3, help="learning rate of the LoRA adapters")
+    parser.add_argument("--lr", type=float, default=5e-4, help="learning rate of the LoRA adapters")
     parser.add_argument("--seed", type=int, default=0, help="of the problems, the model and the sampling")
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for what it makes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, …")
@@ -540,6 +540,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = Table("held-out, greedy", "accuracy", "reward", "tokens")
     for name, figures in {"before": before, "after": after, "teacher (has the reference)": teacher}.items():
         table.add_row(name, f"{figures['accuracy']:.1%}", f"{figures['reward']:.3f}", f"{figures['length']:.1f}")
+    console.print()
     console.print(table)
     console.print(f"{record['seconds']:.0f} s. In {args.output}: curves.png, curves.json, rollouts.html")
 
