@@ -37,6 +37,4 @@ test-cuda:
 		--ignore tests/test_kernels.py
 
 memcheck:
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --target-processes all --error-exitcode 1 \
-		$(CUDA_PYTHON) -m pytest tests/test_kernels.py -m cuda -p no:cacheprovider -n $(CUDA_WORKERS) \
-		-k "(statistics or student_pass or unlikely or infinity or masked or outside) and not 5120 and not 32003 and not 5003"
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(CUDA_PYTHON) -m tests.memcheck

@@ -1,0 +1,49 @@
+"""Every kernel at odd shapes, without a reference beside it: what compute-sanitizer watches for accesses out of bounds.
+
+make memcheck
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+import torch
+
+from egrsd_kernels import fused_egrsd_loss, linear_logp, token_statistics
+
+SHAPES = [(1, 1), (3, 130), (131, 515), (300, 1003)]  # tokens, vocabulary: one, few, and just past whole tiles
+SIZES = [72, 17]  # hidden size: rows that TMA can read, and rows that it cannot
+
+
+def run(n: int, vocabulary: int, size: int, dtype: torch.dtype) -> None:
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda").to(dtype).requires_grad_()
+
+    hidden, weight, bias = normal(n, size), normal(vocabulary, size), normal(vocabulary)
+    target_ids = torch.randint(0, vocabulary, (n,), device="cuda")
+    target_ids[::7] = -100
+    target_ids[1::50] = vocabulary + 5  # must not be read
+    advantages = torch.randn(n, device="cuda")
+    advantages[::3] = 0
+    ends = torch.tensor([0, n // 2, n], device="cuda")
+    for transform in ({}, {"student_bias": bias, "softcap": 5.0, "temperature": 0.8}):
+        for chunk_bytes in (1, 1 << 30):
+            options = {"cu_seqlens": ends, "lookahead": 5, "chunk_bytes": chunk_bytes, **transform}
+            fused_egrsd_loss(hidden, weight, hidden + 1, target_ids, advantages, **options).backward()
+    linear_logp(hidden, weight, target_ids).sum().backward()
+    linear_logp(hidden, weight * 200, target_ids).sum().backward()  # 1/p_y beyond float32: done again
+    token_statistics(hidden, weight, target_ids)
+
+
+def main() -> None:
+    for tma, dtype in itertools.product("10", (torch.bfloat16, torch.float16, torch.float32)):
+        os.environ["EGRSD_KERNELS_TMA"] = tma
+        for (n, vocabulary), size in itertools.product(SHAPES, SIZES if tma == "1" else SIZES[:1]):
+            run(n, vocabulary, size, dtype)
+        torch.cuda.synchronize()
+        print("TMA" if tma == "1" else "pointer", dtype, "done", flush=True)
+
+
+if __name__ == "__main__":
+    main()
