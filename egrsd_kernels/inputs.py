@@ -168,26 +168,26 @@ def token_advantages(
     return flat
 
 
-def backend(name: object, hidden: torch.Tensor) -> ModuleType:
-    """The module that does the work: ``triton_backend`` or ``torch_backend``."""
+def backend(name: object, *hidden: torch.Tensor) -> ModuleType:
+    """The module that does the work on these hidden states: ``triton_backend`` or ``torch_backend``."""
     expect(name in ("auto", "triton", "torch"), "backend", name, '"auto", "triton" or "torch"')
-    if name != "torch" and (name == "triton" or hidden.device.type == "cuda"):
-        if importlib.util.find_spec("triton") is not None:
-            from . import triton_backend
-
-            fits = triton_backend.runs_on(hidden.device) and hidden.dtype in triton_backend.DTYPES
-            if fits:
-                return triton_backend
-            if name == "triton":
-                where = "a GPU (or a CPU with TRITON_INTERPRET=1)"
-                raise ValueError(
-                    f'backend: "triton" needs bfloat16, float16 or float32 tensors on {where}, got {_describe(hidden)}'
-                )
-        elif name == "triton":
-            raise ModuleNotFoundError('backend: "triton" needs the package triton; install it or use backend="torch"')
     from . import torch_backend
 
-    return torch_backend
+    if name == "torch" or (name == "auto" and hidden[0].device.type != "cuda"):
+        return torch_backend
+    if importlib.util.find_spec("triton") is None:
+        if name == "auto":
+            return torch_backend
+        raise ModuleNotFoundError('backend: "triton" needs the package triton; install it or use backend="torch"')
+    from . import triton_backend
+
+    for x in hidden:
+        if not triton_backend.runs_on(x.device) or x.dtype not in triton_backend.DTYPES:
+            if name == "auto":
+                return torch_backend
+            needs = "bfloat16, float16 or float32 tensors on a GPU (or on a CPU with TRITON_INTERPRET=1)"
+            raise ValueError(f'backend: "triton" needs {needs}, got {_describe(x)}')
+    return triton_backend
 
 
 def refuse_second_derivative(function: str) -> None:

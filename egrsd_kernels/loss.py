@@ -86,10 +86,10 @@ class _FusedLoss(torch.autograd.Function):
             hidden, weight, bias = operands
             gradients = credit.student(Head(weight, bias, softcap, temperature), hidden, needs)[2]
         factor = d_loss / credit.power
-        return *(finish(credit.backend, g, factor, x) for g, x in zip(gradients, operands, strict=True)), *(None,) * 4
+        return *(_finish(credit.backend, g, factor, x) for g, x in zip(gradients, operands, strict=True)), *(None,) * 4
 
 
-def finish(backend: ModuleType, gradient, factor: torch.Tensor, operand):
+def _finish(backend: ModuleType, gradient, factor: torch.Tensor, operand):
     """gradient · factor in the operand's dtype, in place where the dtypes agree; None for None."""
     if gradient is None:
         return None
@@ -126,6 +126,37 @@ def _options(
         min_entropy_scale=number("min_entropy_scale", min_entropy_scale, low=0, strict=True),
         chunk_bytes=inputs.integer("chunk_bytes", chunk_bytes, low=1),
     )
+
+
+def _teacher(teacher_hidden, teacher_weight, teacher_bias, student_hidden, student: Head) -> tuple[torch.Tensor, Head]:
+    """The teacher's hidden states and head: its own, or the student's."""
+    leading = tuple(student_hidden.shape[:-1])
+    same = tuple(teacher_hidden.shape[:-1]) == leading
+    expect(same, "teacher_hidden", teacher_hidden, f"shape {(*leading, 'D')}, like student_hidden")
+    inputs.tensor("teacher_hidden", teacher_hidden, like=student_hidden)
+    if teacher_weight is None:
+        weight, why = student.weight, "of the student's head, since teacher_weight is not given"
+        (teacher_hidden,) = inputs.autocast(teacher_hidden)
+        fits = teacher_hidden.shape[-1] == weight.shape[1]
+        expect(fits, "teacher_hidden", teacher_hidden, f"the hidden size {weight.shape[1]} {why}")
+        fits = teacher_hidden.dtype == weight.dtype
+        expect(fits, "teacher_hidden", teacher_hidden, f"the dtype {weight.dtype} {why}", TypeError)
+        bias = student.bias if teacher_bias is None else teacher_bias
+    else:
+        teacher_hidden, weight = inputs.autocast(teacher_hidden, teacher_weight)
+        bias = teacher_bias
+    head = inputs.head("teacher_", "teacher_hidden", teacher_hidden, weight, bias, student.softcap, student.temperature)
+    vocabulary = student.weight.shape[0]
+    expect(weight.shape[0] == vocabulary, "teacher_weight", weight, f"the student's vocabulary, {vocabulary} rows")
+    return teacher_hidden, head.detach()
+
+
+def _given(name: str, value, target_ids: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """A teacher statistic (N,) computed earlier, 0 where masked."""
+    expect(value is not None, name, value, "a tensor, since teacher_hidden is None")
+    inputs.tensor(name, value, shape=target_ids.shape, like=target_ids)
+    expect(value.is_floating_point(), name, value, "a floating-point tensor", TypeError)
+    return torch.where(valid, value.detach().reshape(-1), 0)
 
 
 @torch.compiler.disable
@@ -201,11 +232,9 @@ def fused_egrsd_loss(
             and on a GPU when EGRSD_KERNELS_CHECK=1; unchecked, such a target makes its log p and the loss NaN.
     """
     inputs.hidden_states("student_hidden", student_hidden)
+    if teacher_hidden is not None:
+        inputs.hidden_states("teacher_hidden", teacher_hidden)
     student_hidden, student_weight = inputs.autocast(student_hidden, student_weight)
-    own_head = teacher_weight is not None
-    if not own_head:
-        teacher_weight = student_weight
-        teacher_bias = student_bias if teacher_bias is None else teacher_bias
     student = inputs.head(
         "student_", "student_hidden", student_hidden, student_weight, student_bias, softcap, temperature
     )
@@ -218,41 +247,22 @@ def fused_egrsd_loss(
     options = _options(
         gamma, gate_floor, lookahead, clip_eps, entropy_scale, min_entropy_scale, chunk_bytes, valid, dtype
     )
-    ops = inputs.backend(backend, student_hidden)
+    ops = inputs.backend(backend, *(x for x in (student_hidden, teacher_hidden) if x is not None))
 
     with torch.cuda.device_of(student_hidden), torch.no_grad():
         rows = Rows.build(valid, flat_advantages != 0)
-        if teacher_hidden is not None:
-            given = teacher_logp if teacher_logp is not None else teacher_entropy
-            expect(given is None, "teacher_logp, teacher_entropy", given, "None beside teacher_hidden")
-            inputs.hidden_states("teacher_hidden", teacher_hidden)
-            same = teacher_hidden.shape[:-1] == student_hidden.shape[:-1]
-            expect(same, "teacher_hidden", teacher_hidden, f"shape {(*student_hidden.shape[:-1], 'D')}")
-            inputs.tensor("teacher_hidden", teacher_hidden, like=student_hidden)
-            teacher_hidden, teacher_weight = inputs.autocast(teacher_hidden, teacher_weight)
-            if not own_head:
-                why = "of the student's head, since teacher_weight is not given"
-                same = teacher_hidden.shape[-1] == student_weight.shape[1]
-                expect(same, "teacher_hidden", teacher_hidden, f"the hidden size {student_weight.shape[1]} {why}")
-                same = teacher_hidden.dtype == student_weight.dtype
-                expect(same, "teacher_hidden", teacher_hidden, f"the dtype {student_weight.dtype} {why}", TypeError)
-            teacher = inputs.head(
-                "teacher_", "teacher_hidden", teacher_hidden, teacher_weight, teacher_bias, softcap, temperature
-            )
-            same = teacher_weight.shape[0] == student_weight.shape[0]
-            expect(same, "teacher_weight", teacher_weight, f"the student's vocabulary, {student_weight.shape[0]} rows")
-            logp_t, entropy, _ = ops.statistics(
-                teacher.detach(), inputs.batched(teacher_hidden), target_ids_flat, rows, chunk_bytes
-            )
-        else:
-            expect(not own_head, "teacher_weight", teacher_weight, "None, since teacher_hidden is None")
+        if teacher_hidden is None:
+            expect(teacher_weight is None, "teacher_weight", teacher_weight, "None, since teacher_hidden is None")
             given = {"teacher_logp": teacher_logp, "teacher_entropy": teacher_entropy}
-            for name, value in given.items():
-                expected = "a tensor, since teacher_hidden is None"
-                expect(value is not None, name, value, expected)
-                inputs.tensor(name, value, shape=target_ids.shape, like=student_hidden)
-                expect(value.is_floating_point(), name, value, "a floating-point tensor", TypeError)
-            logp_t, entropy = (torch.where(valid, x.detach().reshape(n).to(dtype), 0) for x in given.values())
+            logp_t, entropy = (_given(name, x, target_ids, valid) for name, x in given.items())
+        else:
+            unused = teacher_logp if teacher_logp is not None else teacher_entropy
+            expect(unused is None, "teacher_logp, teacher_entropy", unused, "None beside teacher_hidden")
+            teacher_hidden, teacher = _teacher(teacher_hidden, teacher_weight, teacher_bias, student_hidden, student)
+            logp_t, entropy, _ = ops.statistics(
+                teacher, inputs.batched(teacher_hidden), target_ids_flat, rows, chunk_bytes
+            )
+        logp_t, entropy = logp_t.to(dtype), entropy.to(dtype)
         end_of_sequence = (boundaries[1:] - 1)[sequence].to(torch.int32)
         lookahead_entropy = ops.lookahead_entropy(entropy, valid, end_of_sequence, lookahead)
         scale = _entropy_scale(options, entropy, lookahead_entropy, data_group)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from egrsd_kernels import fused_egrsd_loss, linear_logp, token_statistics, torch_backend
+from reference import egrsd_loss
 
 
 @pytest.fixture(params=[1 << 30, 1], ids=["one chunk", "a row a chunk"])
@@ -66,3 +67,19 @@ def test_statistics(call):
         return (hidden * 0).nan_to_num().sum(), *out
 
     same(call(statistics))
+
+
+@pytest.mark.parametrize("student, teacher", [(torch.float32, torch.float64), (torch.bfloat16, torch.float32)])
+def test_teacher_of_another_dtype(student, teacher):
+    """Each head in its own dtype; what they share is in the student's compute dtype."""
+    g = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(2, 9, 16, generator=g).to(student), torch.randn(40, 16, generator=g).to(student)
+    own = torch.randn(2, 9, 24, generator=g).to(teacher), torch.randn(40, 24, generator=g).to(teacher)
+    target_ids = torch.randint(0, 40, (2, 9), generator=g)
+    arguments = hidden, weight, own[0], target_ids, torch.tensor([1.0, -0.5])
+    options = {"teacher_weight": own[1], "lookahead": 2, "return_stats": True}
+    loss, stats = fused_egrsd_loss(*arguments, **options)
+    expected, expected_stats = egrsd_loss(*arguments, **options, dtype=torch.float64)
+    assert loss.dtype == torch.float32 and torch.isclose(loss.double(), expected, rtol=1e-5)
+    for a, b in zip(stats, expected_stats, strict=True):
+        assert a.dtype == torch.float32 and torch.allclose(a.double(), b, rtol=1e-5, atol=1e-5)
