@@ -121,7 +121,7 @@ def write_token_report(
     values = {
         "title": _escape(title),
         "summary": f"{len(rollouts)} rollouts, {tokens:,} response tokens, mean reward "
-        f"{sum(rollout.reward for rollout in rollouts) / len(rollouts):.2f}",
+        f"{sum(rollout.reward for rollout in rollouts) / len(rollouts):.2f}. Point at a token for its numbers.",
         "regimes": _regime_legend(regime_shares(torch.cat(codes)), tau_low, tau_high),
         "max_entropy": f"{scales.entropy:.2f}",
         "min_gate": f"{1 - scales.gate:.2f}",

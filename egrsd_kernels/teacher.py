@@ -139,7 +139,7 @@ def pad_inputs(
     }
 
 
-def response_positions(attention_mask: Tensor, response_lengths: Tensor) -> Tensor:
+def response_positions(attention_mask: Tensor, response_lengths: Tensor, width: int | None = None) -> Tensor:
     """Where the hidden state that predicts each response token stands.
 
     A row's response is its last ``response_lengths[b]`` attended tokens, and a token is predicted at the attended
@@ -149,9 +149,10 @@ def response_positions(attention_mask: Tensor, response_lengths: Tensor) -> Tens
     Args:
         attention_mask: (B, L), bool or 0/1, of prompt and response together.
         response_lengths: (B,) tokens in each response; fewer than the row's attended tokens.
+        width: T. Default: the longest response; on a GPU the host waits for that number, so pass it where it is known.
 
     Returns:
-        (B, T) int64 with T = max(response_lengths). Entries past a row's response are in range but mean nothing.
+        (B, T) int64. Entries past a row's response are in range but mean nothing.
     """
     attended = attention_mask.bool()
     if attended.device.type == "cpu" and not (response_lengths < attended.sum(1)).all():
@@ -161,7 +162,7 @@ def response_positions(attention_mask: Tensor, response_lengths: Tensor) -> Tens
         )
     # A stable sort moves the attended positions to the front of each row and keeps their order.
     positions = (~attended).long().argsort(dim=1, stable=True)
-    width = int(response_lengths.max())
+    width = int(response_lengths.max()) if width is None else width
     first = attended.sum(1) - response_lengths.to(attended.device) - 1
     rank = first[:, None] + torch.arange(width, device=attended.device)
     return positions.gather(1, rank.clamp(max=attended.shape[1] - 1))

@@ -242,14 +242,16 @@ def warm_up(classroom: Classroom, rng: random.Random, exclude: frozenset[Problem
     )
     for step in range(steps):
         drill, privileged = step < steps // 8, step % 3 == 2
-        chatter = rng if rng.random() < CHATTER_RATE else None  # one style a batch: less padding
         if drill:
             problems = sample_problems(rng, 256, additions=(1,))
             demonstrations = [problem.solution(slips=rng) for problem in problems]
             prompts = [classroom.student_prompt(problem) for problem in problems]
         else:
-            problems = sample_problems(rng, 32 if chatter else 64, exclude)
-            demonstrations = [problem.solution(chatter, slips=None if privileged else rng) for problem in problems]
+            problems = sample_problems(rng, 32, exclude)
+            demonstrations = [
+                problem.solution(rng if rng.random() < CHATTER_RATE else None, slips=None if privileged else rng)
+                for problem in problems
+            ]
             prompts = [
                 classroom.teacher_prompt(problem) if privileged else classroom.student_prompt(problem)
                 for problem in problems
@@ -434,7 +436,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Entropy-guided reinforced self-distillation of a small model, on a CPU or a GPU.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--steps", type=int, default=100, help="reinforcement steps")
+    parser.add_argument("--steps", type=int, default=80, help="reinforcement steps")
     parser.add_argument("--warmup-steps", type=int, default=500, help="supervised steps before them")
     parser.add_argument("--batch", type=int, default=64, help="rollouts a step")
     parser.add_argument("--lookahead", type=int, default=3, help="the lookahead window W, tokens; 0 is EGRSD")

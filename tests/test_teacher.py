@@ -66,9 +66,15 @@ def test_positions_follow_attention_through_any_padding(rollouts):
         for key, filler in (("input_ids", 55), ("attention_mask", 0))
     }
     lengths = torch.tensor([len(response) for response in responses])
-    picked = response_hidden(fake_hidden(inputs), response_positions(inputs["attention_mask"], lengths))
+    positions = response_positions(inputs["attention_mask"], lengths)
+    picked = response_hidden(fake_hidden(inputs), positions)
     for row, response in enumerate(responses):
         assert picked[row, : len(response), 1].tolist() == response
+
+    wide = response_positions(inputs["attention_mask"], lengths, width=20)
+    assert wide.shape == (len(rollouts), 20)
+    assert torch.equal(wide[:, : positions.shape[1]], positions)
+    assert wide.min() >= 0 and wide.max() < inputs["input_ids"].shape[1]
 
 
 def test_gradient_reaches_the_predicting_positions_alone():
