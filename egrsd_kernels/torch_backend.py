@@ -45,6 +45,14 @@ def _select(hidden: torch.Tensor, index: torch.Tensor, dtype: torch.dtype) -> to
     return hidden[index // length, index % length].to(dtype)
 
 
+def _log_softmax(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log p, in the place of the logits; logsumexp (n,))."""
+    # The maximum first: logsumexp itself would be rounded as coarsely as the largest logit is.
+    peak = z.amax(1)
+    lse = z.sub_(peak[:, None]).logsumexp(1)
+    return z.sub_(lse[:, None]), peak + lse
+
+
 def _target_logp(logp: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """log p of the targets (n,), NaN for a target outside the vocabulary."""
     inside = (target >= 0) & (target < logp.shape[1])
@@ -85,11 +93,7 @@ def statistics(head: Head, hidden, target_ids, rows: Rows, chunk_bytes: int):
     logp_y, entropy, logsumexp = torch.zeros(3, target_ids.numel(), dtype=dtype, device=hidden.device)
     for _, index in _chunks(rows, head, dtype, chunk_bytes):
         z, _ = _logits(head, _select(hidden, index, dtype))
-        # The maximum first: logsumexp itself would be rounded as coarsely as the largest logit is.
-        peak = z.amax(1)
-        lse = z.sub_(peak[:, None]).logsumexp(1)
-        logsumexp[index] = peak + lse
-        logp = z.sub_(lse[:, None])
+        logp, logsumexp[index] = _log_softmax(z)
         logp_y[index] = _target_logp(logp, target_ids[index])
         p = logp.exp()
         # p = 0 has no share in the entropy, but 0 · -inf would be NaN.
@@ -159,7 +163,7 @@ def student_pass(
     for first, index in _chunks(rows, head, dtype, chunk_bytes):
         h = _select(hidden, index, dtype)
         z, damping = _logits(head, h)
-        log_p = z.sub_(z.logsumexp(1)[:, None])
+        log_p, _ = _log_softmax(z)
         logp[index] = _target_logp(log_p, target_ids[index])
         g = gradient_of(first, index.numel())[index][: max(0, active - first)]
         if not g.numel():
