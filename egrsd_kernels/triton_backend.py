@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import torch
 
-from .kernels.common import ROW_TILE, interpreted
+from .kernels.common import ROW_TILE, Machine, interpreted
 from .kernels.credit import lookahead_entropy, token_credit
-from .kernels.gather import gather_kernel, gather_rows
+from .kernels.gather import Chunk, gather_kernel
 from .kernels.gradient import ChunkGradients, multiply
+from .kernels.plan import ceil_div, chunk_plan
 from .kernels.vocab import VocabPass
 from .problem import Head, Rows
 
@@ -24,22 +25,16 @@ def runs_on(device: torch.device) -> bool:
     return device.type == "cuda" or (device.type == "cpu" and interpreted(gather_kernel))
 
 
-def _chunk_size(n: int, most: int) -> int:
-    """Rows of a chunk: at most ``most`` and at least one tile, with the ``n`` rows spread evenly over the chunks."""
-    most = max(ROW_TILE, most // ROW_TILE * ROW_TILE)
-    chunks = -(-n // most)
-    return -(-n // (chunks * ROW_TILE)) * ROW_TILE
-
-
 def statistics(head: Head, hidden, target_ids, rows: Rows, chunk_bytes: int):
     """(logp, entropy, logsumexp), each (N,) float32, in nats, 0 at masked rows."""
     n = target_ids.numel()
     logp, entropy, logsumexp = torch.zeros(3, n, dtype=torch.float32, device=hidden.device)
     if n:
-        vocab = VocabPass(head, _chunk_size(n, STATISTICS_ROWS), hidden.dtype, hidden.device)
-        for first_row in range(0, n, vocab.chunk):
-            gather_rows(head, hidden, target_ids, rows, first_row, vocab.hidden, vocab.logit)
-            vocab.statistics(rows, first_row, logp, entropy, logsumexp)
+        chunk = Chunk(head, min(STATISTICS_ROWS, ceil_div(n, ROW_TILE) * ROW_TILE), Machine.of(head.weight))
+        vocab = VocabPass(chunk)
+        for first_row in range(0, n, chunk.rows):
+            chunk.gather(hidden, target_ids, rows, first_row)
+            vocab.statistics(rows.order[first_row:], logp, entropy, logsumexp)
     return logp, entropy, logsumexp
 
 
@@ -58,12 +53,14 @@ def student_pass(
     d_weight = new(head.weight.shape, dtype=torch.float32, device=device) if needs[1] else None
     d_bias = new(head.bias.shape, dtype=torch.float32, device=device) if needs[2] else None
     if n:
-        row_bytes = head.weight.shape[0] * hidden.dtype.itemsize
-        chunk = _chunk_size(n, chunk_bytes // max(row_bytes, 1))
-        vocab = VocabPass(head, chunk, hidden.dtype, device)
-        gradients = ChunkGradients(vocab, d_hidden, d_weight, d_bias)
-        for first_row in range(0, n, chunk):
-            gather_rows(head, hidden, target_ids, rows, first_row, vocab.hidden, vocab.logit)
-            gradients.forward(rows, first_row, logp)
-            gradients.backward(rows, first_row, target_ids, gradient_of(first_row, chunk))
+        machine = Machine.of(head.weight)
+        shape = ceil_div(n, ROW_TILE), *head.weight.shape, hidden.dtype.itemsize
+        plan = chunk_plan(*shape, machine, chunk_bytes, needs)
+        chunk = Chunk(head, plan.rows, machine)
+        gradients = ChunkGradients(chunk, plan.slice_tiles, d_hidden, d_weight, d_bias)
+        for first_row in range(0, n, chunk.rows):
+            order = rows.order[first_row:]
+            chunk.gather(hidden, target_ids, rows, first_row)
+            gradients.forward(order, logp)
+            gradients.backward(order, gradient_of(first_row, chunk.rows), accumulate=first_row > 0)
     return d_hidden, d_weight, d_bias

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from egrsd_kernels import triton_backend
-from egrsd_kernels.kernels import gradient, vocab
+from egrsd_kernels.kernels import common, gradient
 from egrsd_kernels.problem import Head, Rows
 
 CUDA = torch.cuda.is_available()
@@ -148,17 +148,32 @@ def test_student_pass(shape, transform, dtype, family):
     assert (gradients[0][0][untouched] == 0).all()
 
 
-def test_unlikely_targets_are_done_again(dtype, family):
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "bias-softcap-temperature"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_slices_of_the_vocabulary(shape, transform, dtype, family):
+    """Without gradients of the head, one vocabulary tile at a time; and never the whole vocabulary by default."""
+    case = Case(*shape, dtype, **transform)
+    expected, *_, expected_gradients = case.reference()
+    for chunk_bytes in (1, CHUNK_BYTES):
+        logp, (hidden, *_) = case.student_pass(needs=(True, False, False), chunk_bytes=chunk_bytes)
+        assert ((logp - expected)[case.valid].abs() <= case.tolerance).all()
+        assert ((hidden - expected_gradients[0]).abs() <= case.bounds[0]).all()
+        if shape[0] > 100:
+            assert relative(hidden, expected_gradients[0]) <= GRADIENT_ERROR[dtype]
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_unlikely_targets_are_done_again(trained, dtype, family):
     """1/p_y beyond float32's range: e^(z - z_y) overflows, and the chunk falls back on the exact logsumexp."""
     case = Case(200, 32, 400, dtype, bias=True)
     case.head.bias[7] = 300.0
     case.targets[::2] = 7  # half the rows have p_y = 1, half p_y < 1e-100
     expected, *_, expected_gradients = case.reference()
     assert expected.min() < -250
-    logp, gradients = case.student_pass()
+    logp, gradients = case.student_pass(needs=(True, trained, trained), chunk_bytes=CHUNK_BYTES if trained else 1)
     assert (logp - expected)[case.valid].abs().max() <= case.tolerance + 300 * 2.0**-22
     for a, e in zip(gradients, expected_gradients, strict=True):
-        assert relative(a, e) <= GRADIENT_ERROR[dtype]
+        assert a is None or relative(a, e) <= GRADIENT_ERROR[dtype]
 
 
 def test_logits_of_minus_infinity(dtype, family):
@@ -209,7 +224,7 @@ def test_target_outside_the_vocabulary_is_nan(dtype, family):
 @pytest.mark.parametrize("programs", [1, 3, 37])
 def test_result_does_not_hang_on_the_number_of_programs(programs, family, monkeypatch):
     """Few programs: several tiles each. Many: the sum over the vocabulary is split."""
-    monkeypatch.setattr(vocab, "device_limits", lambda device: (programs, 0))
+    monkeypatch.setattr(common, "device_limits", lambda device: (programs, 0))
     case = Case(200, 72, 515, torch.float32)
     *_, expected = case.reference()
     _, gradients = case.student_pass()

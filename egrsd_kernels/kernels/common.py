@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -51,9 +52,31 @@ class Config:
 PRECISION = "tf32x3" if torch.version.hip is None else "ieee"
 
 
+class Configs(NamedTuple):
+    """One configuration for each product: hidden x head, E x head, E^T x hidden."""
+
+    vocab: Config
+    hidden: Config
+    head: Config
+
+
+class Machine(NamedTuple):
+    """How products with one head run on its device: programs of a persistent grid, loads by TMA, tiles."""
+
+    programs: int
+    tma: bool
+    configs: Configs
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> Machine:
+        programs, shared = device_limits(weight.device)
+        tma = has_tma(weight.device) and tma_ready(weight)
+        return cls(programs, tma, configs(weight.dtype, shared))
+
+
 @functools.cache
 def device_limits(device: torch.device) -> tuple[int, int]:
-    """(programs of a persistent grid, shared memory of a block in bytes)."""
+    """(multiprocessors, shared memory of a block in bytes)."""
     if device.type != "cuda":
         return 4, 1 << 30  # the interpreter: any do
     properties = torch.cuda.get_device_properties(device)
@@ -67,27 +90,27 @@ def has_tma(device: torch.device) -> bool:
     return device.type != "cuda" or (torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9)
 
 
-def matmul_config(dtype: torch.dtype, device: torch.device) -> Config:
-    """Tiles for a product with operands of ``dtype``: the largest that the device's shared memory holds."""
-    shared = device_limits(device)[1]
+def tma_ready(weight: torch.Tensor) -> bool:
+    """Whether TMA can read this head and hidden states beside it: base and rows start on 16 bytes, rows contiguous."""
+    itemsize = weight.element_size()
+    starts = weight.data_ptr(), weight.stride(0) * itemsize, weight.shape[1] * itemsize
+    return weight.stride(1) == 1 and all(start % 16 == 0 for start in starts) and weight.numel() > 0
+
+
+def configs(dtype: torch.dtype, shared: int) -> Configs:
+    """Tiles for products with operands of ``dtype``: the largest that ``shared`` bytes of shared memory hold."""
     if dtype == torch.float32:
-        return Config(ROW_TILE, 64, 32, 4, 3)
-    if shared >= 3 * (128 + 256) * 64 * 2:
-        return Config(ROW_TILE, 256, 64, 8, 3)
-    return Config(ROW_TILE, 128, 32, 4, 4)
+        config = Config(ROW_TILE, 64, 32, 4, 3)
+    elif shared >= 3 * (128 + 256) * 64 * 2:
+        config = Config(ROW_TILE, 256, 64, 8, 3)
+    else:
+        config = Config(ROW_TILE, 128, 32, 4, 4)
+    return Configs(config, config, config)
 
 
 def interpreted(kernel) -> bool:
     """Whether Triton runs this kernel in its CPU interpreter (TRITON_INTERPRET=1)."""
     return isinstance(kernel, InterpretedFunction)
-
-
-def tma_ready(*matrices: torch.Tensor) -> bool:
-    """Whether TMA can read these matrices: contiguous rows, 16-byte aligned base and row stride."""
-    return all(
-        m.stride(1) == 1 and m.stride(0) * m.element_size() % 16 == 0 and m.data_ptr() % 16 == 0 and m.numel() > 0
-        for m in matrices
-    )
 
 
 @triton.jit

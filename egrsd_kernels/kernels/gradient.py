@@ -1,10 +1,14 @@
 """Gradients from stored exponentials.
 
-A row's softmax gradient is dlogp_y/dz = 1_y - e/S with e = e^(z - offset) and S = sum e. Subtracting S from the
-target's entry first makes it -1/S times (e - S 1_y), and the cancellation at p_y near 1 happens in float32. With
-row_scale = -(dL/dlogp) / (S temperature) the rest is matrix products over the stored matrix E:
+A row's softmax gradient is dlogp_y/dz = 1_y - e/S with e = e^(z - offset) and S = sum e. With the target's entry kept
+apart, and its difference e_y - S taken in float32, where the cancellation at p_y near 1 is harmless, the rest is matrix
+products over the stored matrix E. With factor = -(dL/dlogp) / (S temperature):
 
-    dhidden = row_scale * (E W)      dW = E^T (row_scale * hidden)      dbias = E^T row_scale
+    dhidden = factor * (E W + (e_y - S) W_y)         where E has a 0 for the target
+    dW = E^T (factor * hidden)    dbias = E^T factor     where E has e_y - S for the target
+
+dhidden needs factor, hence S, only at the end, so a slice of the vocabulary is stored, multiplied and forgotten: its
+memory does not grow with the vocabulary. dW needs factor before the product, so all of a chunk's E has to be there.
 """
 
 from __future__ import annotations
@@ -13,63 +17,54 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import LOG2E, PRECISION, chunk_rows, load_tile
+from .common import PRECISION, interpreted, load_tile
+from .gather import Chunk
+from .plan import MAX_SPLITS, PARTIAL_STEPS, partial_tiles
+from .vocab import VocabPass
 
 REDUCE_ROWS = 8
+SLOTS = 128
 
 
-@triton.jit
-def prepare_kernel(
-    exponentials, stride_e, logit, offset, total, gradient, target_ids, order, counts, row_scale,
-    first_row, chunk, softcap, scale, temperature, unit, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+@triton.jit(do_not_specialize=["first_col", "width"])
+def drop_target_kernel(exponentials, stride_e, target, live, first_col, width, BLOCK: tl.constexpr):
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    live = slot < chunk_rows(counts, 1, first_row, chunk)
-    t = tl.load(order + first_row + slot, mask=live, other=0)
-    target = tl.load(target_ids + t, mask=live, other=0).to(tl.int64)
-    s = tl.load(total + slot, mask=live, other=1.0)
-    z = tl.load(logit + slot, mask=live, other=0.0)
-    entry = tl.exp2(z - tl.load(offset + slot, mask=live, other=0.0)) - s
-    if SOFTCAP:
-        capped = z / (softcap * scale)
-        entry *= 1.0 - capped * capped
-    # A NaN logit marks a target outside the vocabulary: nothing to subtract there.
-    at = exponentials + slot.to(tl.int64) * stride_e + tl.where(z == z, target, 0)
-    rounded = entry.to(exponentials.dtype.element_ty)
-    tl.store(at, rounded, mask=live & (z == z))
-    # The target's entry is the row's largest. A factor that undoes its rounding leaves the others no worse than theirs.
-    undo = tl.where(rounded == 0, 1.0, entry / rounded.to(tl.float32))
-    g = tl.load(gradient + t, mask=live, other=0.0)
-    tl.store(row_scale + slot, tl.where(live, -g * undo / (s * unit * temperature), 0.0), mask=slot < chunk)
+    ours = slot < tl.load(live + 1)
+    column = tl.load(target + slot, mask=ours, other=-1) - first_col
+    at = exponentials + slot.to(tl.int64) * stride_e + column
+    tl.store(at, tl.zeros([BLOCK], exponentials.dtype.element_ty), mask=ours & (column >= 0) & (column < width))
 
 
 @triton.jit
-def split_count(tiles, limit, PROGRAMS: tl.constexpr, MAX_SPLITS: tl.constexpr):
-    """Into how many parts to cut the sum over the vocabulary, so that ``tiles`` output tiles fill the device.
+def split_count(tiles, steps, limit, PROGRAMS: tl.constexpr, MAX_SPLITS: tl.constexpr, PARTIAL_STEPS: tl.constexpr):
+    """Into how many parts to cut a sum of ``steps`` steps, so that ``tiles`` output tiles fill the device.
 
-    Time in units of one whole tile: rounds of the persistent grid, and 1/128 for each partial tile written and read.
+    Time in steps: rounds of the persistent grid, and PARTIAL_STEPS for each partial tile written and read.
     """
     best = 1
-    best_cost = 1.0e30
+    best_cost = 1 << 30
     for splits in range(1, MAX_SPLITS + 1):
         units = tiles * splits
-        cost = tl.cdiv(units, PROGRAMS).to(tl.float32) / splits + units.to(tl.float32) / (128 * PROGRAMS)
+        cost = tl.cdiv(units, PROGRAMS) * tl.cdiv(steps, splits) + units * PARTIAL_STEPS // PROGRAMS
         better = (cost < best_cost) & ((units <= limit) | (splits == 1))
         best = tl.where(better, splits, best)
         best_cost = tl.where(better, cost, best_cost)
     return best
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_col", "width"])
 def hidden_kernel(
-    exponentials, stride_e, weight, stride_wv, stride_wd, partial, counts, first_row, chunk, D, V, limit,
+    exponentials, stride_e, weight, stride_wv, stride_wd, partial, live, first_col, width, chunk, D, V, limit,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, PROGRAMS: tl.constexpr, MAX_SPLITS: tl.constexpr,
-    TMA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    PARTIAL_STEPS: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, ACCUMULATE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row_tiles = tl.cdiv(chunk_rows(counts, 1, first_row, chunk), ROWS)
+    row_tiles = tl.cdiv(tl.load(live + 1), ROWS)
     tiles = row_tiles * tl.cdiv(D, COLS)
-    splits = split_count(tiles, limit, PROGRAMS, MAX_SPLITS)
-    length = tl.cdiv(tl.cdiv(V, DEPTH), splits) * DEPTH
+    # From the width that all slices but the last have, so that every slice adds to the same partial tiles.
+    splits = split_count(tiles, tl.cdiv(width, DEPTH), limit, PROGRAMS, MAX_SPLITS, PARTIAL_STEPS)
+    width = tl.minimum(width, V - first_col)
+    length = tl.cdiv(tl.cdiv(width, DEPTH), splits) * DEPTH
     # The programs of one round work on the same part of the vocabulary, in step, and share its tiles through L2.
     for unit in tl.range(tl.program_id(0), tiles * splits, PROGRAMS):
         tile = unit % tiles
@@ -77,44 +72,79 @@ def hidden_kernel(
         col = (tile // row_tiles) * COLS
         first = (unit // tiles) * length
         product = tl.zeros([ROWS, COLS], tl.float32)
-        for v in range(first, tl.minimum(first + length, V), DEPTH):
-            e = load_tile(exponentials, row, v, chunk, V, stride_e, 1, ROWS, DEPTH, TMA, True, EVEN)
-            w = load_tile(weight, v, col, V, D, stride_wv, stride_wd, DEPTH, COLS, TMA, EVEN, False)
+        for v in range(first, tl.minimum(first + length, width), DEPTH):
+            e = load_tile(exponentials, row, v, chunk, V, stride_e, 1, ROWS, DEPTH, TMA, True, True)
+            w = load_tile(weight, first_col + v, col, V, D, stride_wv, stride_wd, DEPTH, COLS, TMA, EVEN, False)
             product = tl.dot(e, w, product, input_precision=PRECISION)
-        at = unit * (ROWS * COLS) + tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
-        tl.store(partial + at, product)
+        at = partial + unit * (ROWS * COLS) + tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
+        if ACCUMULATE:
+            product += tl.load(at)
+        tl.store(at, product)
 
 
 @triton.jit
-def hidden_reduce_kernel(
-    partial, row_scale, order, counts, out, first_row, chunk, D, limit, unit,
-    ROWS: tl.constexpr, COLS: tl.constexpr, PROGRAMS: tl.constexpr, MAX_SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+def factor_kernel(
+    exponentials, stride_e, logit, offset, total, target, gradient, order, live, factor, entry, head_factor,
+    chunk, softcap, scale, temperature, unit, SOFTCAP: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    n = chunk_rows(counts, 1, first_row, chunk)
+    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ours = slot < tl.load(live + 1)
+    t = tl.load(order + slot, mask=ours, other=0)
+    s = tl.load(total + slot, mask=ours, other=1.0)
+    z = tl.load(logit + slot, mask=ours, other=0.0)
+    e = tl.exp2(z - tl.load(offset + slot, mask=ours, other=0.0)) - s
+    if SOFTCAP:
+        capped = z / (softcap * scale)
+        e *= 1.0 - capped * capped
+    f = tl.where(ours, -tl.load(gradient + t, mask=ours, other=0.0) / (s * temperature), 0.0)
+    inside = slot < chunk
+    tl.store(factor + slot, f, mask=inside)
+    tl.store(entry + slot, e, mask=inside)
+    if HEAD:
+        y = tl.load(target + slot, mask=ours, other=-1)
+        rounded = e.to(exponentials.dtype.element_ty)
+        tl.store(exponentials + slot.to(tl.int64) * stride_e + y, rounded, mask=ours & (y >= 0))
+        # The target's entry is the row's largest. A factor that undoes its rounding leaves the others no worse than
+        # theirs.
+        undo = tl.where(rounded == 0, 1.0, e / rounded.to(tl.float32))
+        tl.store(head_factor + slot, f * undo / unit, mask=inside)
+
+
+@triton.jit
+def finish_hidden_kernel(
+    partial, factor, entry, target, weight, stride_wv, stride_wd, order, live, out, width, D, limit,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, PROGRAMS: tl.constexpr, MAX_SPLITS: tl.constexpr,
+    PARTIAL_STEPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    n = tl.load(live + 1)
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     col = tl.program_id(1) * COLS + tl.arange(0, COLS)
     if tl.program_id(0) * BLOCK < n:
         row_tiles = tl.cdiv(n, ROWS)
         tiles = row_tiles * tl.cdiv(D, COLS)
-        splits = split_count(tiles, limit, PROGRAMS, MAX_SPLITS)
+        splits = split_count(tiles, tl.cdiv(width, DEPTH), limit, PROGRAMS, MAX_SPLITS, PARTIAL_STEPS)
         tile = tl.program_id(1) * row_tiles + tl.program_id(0) * BLOCK // ROWS
         inner = (slot % ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
         product = tl.zeros([BLOCK, COLS], tl.float32)
         for split in range(0, splits):
             product += tl.load(partial + (split * tiles + tile) * (ROWS * COLS) + inner)
-        live = slot < n
-        product *= (tl.load(row_scale + slot, mask=live, other=0.0) * unit)[:, None]
-        row = tl.load(order + first_row + slot, mask=live, other=0).to(tl.int64)
-        tl.store(
-            out + row[:, None] * D + col[None, :], product.to(out.dtype.element_ty),
-            mask=live[:, None] & (col < D)[None, :],
+        ours = slot < n
+        y = tl.load(target + slot, mask=ours, other=-1).to(tl.int64)
+        inside = ours[:, None] & (col < D)[None, :]
+        w = tl.load(
+            weight + y[:, None] * stride_wv + col.to(tl.int64)[None, :] * stride_wd,
+            mask=inside & (y >= 0)[:, None], other=0.0,
         )  # fmt: skip
+        product += tl.load(entry + slot, mask=ours, other=0.0)[:, None] * w.to(tl.float32)
+        product *= tl.load(factor + slot, mask=ours, other=0.0)[:, None]
+        row = tl.load(order + slot, mask=ours, other=0).to(tl.int64)
+        tl.store(out + row[:, None] * D + col[None, :], product.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def scale_rows_kernel(matrix, row_scale, D, BLOCK: tl.constexpr):
+def scale_rows_kernel(matrix, factor, D, BLOCK: tl.constexpr):
     row = tl.program_id(0)
-    s = tl.load(row_scale + row)
+    s = tl.load(factor + row)
     for start in range(0, D, BLOCK):
         d = start + tl.arange(0, BLOCK)
         at = matrix + row.to(tl.int64) * D + d
@@ -124,12 +154,23 @@ def scale_rows_kernel(matrix, row_scale, D, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def put_tile(out, row, col, tile, ADD: tl.constexpr, REDUCE: tl.constexpr):
+    """Store a tile through its descriptor, or add it to what is there: each element once a launch, in launch order."""
+    if not ADD:
+        out.store([row, col], tile)
+    elif REDUCE:
+        out.atomic_add([row, col], tile)
+    else:
+        out.store([row, col], out.load([row, col]) + tile)
+
+
+@triton.jit
 def head_kernel(
-    exponentials, stride_e, hidden, out, counts, first_row, chunk, D, V, unit,
+    exponentials, stride_e, hidden, out, live, chunk, D, V, unit,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
-    TMA: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, ACCUMULATE: tl.constexpr, REDUCE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    n = chunk_rows(counts, 1, first_row, chunk)
+    n = tl.load(live + 1)
     row_tiles = tl.cdiv(V, ROWS)
     col_tiles = tl.cdiv(D, COLS)
     width = GROUP * col_tiles
@@ -144,31 +185,37 @@ def head_kernel(
         product = tl.zeros([ROWS, COLS], tl.float32)
         # The chunk is whole tiles of rows; past the n that count, those of ``exponentials`` and ``hidden`` are zero.
         for r in range(0, n, DEPTH):
-            e = load_tile(exponentials, r, row, chunk, V, stride_e, 1, DEPTH, ROWS, TMA, True, False)
+            e = load_tile(exponentials, r, row, chunk, V, stride_e, 1, DEPTH, ROWS, TMA, True, True)
             h = load_tile(hidden, r, col, chunk, D, D, 1, DEPTH, COLS, TMA, True, False)
             product = tl.dot(e.T, h, product, input_precision=PRECISION)
         product *= unit
-        v = row + tl.arange(0, ROWS)
-        d = col + tl.arange(0, COLS)
-        at = out + v.to(tl.int64)[:, None] * D + d[None, :]
-        inside = (v < V)[:, None] & (d < D)[None, :]
-        if ACCUMULATE:
-            product += tl.load(at, mask=inside, other=0.0)
-        tl.store(at, product, mask=inside)
+        if TMA:
+            # Two halves, so that the tile's way out fits into shared memory beside the operands of the next one.
+            left, right = product.reshape(ROWS, 2, COLS // 2).permute(0, 2, 1).split()
+            put_tile(out, row, col, left, ACCUMULATE, REDUCE)
+            put_tile(out, row, col + COLS // 2, right, ACCUMULATE, REDUCE)
+        else:
+            v = row + tl.arange(0, ROWS)
+            d = col + tl.arange(0, COLS)
+            at = out + v.to(tl.int64)[:, None] * D + d[None, :]
+            inside = (v < V)[:, None] & (d < D)[None, :]
+            if ACCUMULATE:
+                product += tl.load(at, mask=inside, other=0.0)
+            tl.store(at, product, mask=inside)
 
 
 @triton.jit
 def bias_kernel(
-    exponentials, stride_e, row_scale, out, counts, first_row, chunk, V, unit,
+    exponentials, stride_e, factor, out, live, chunk, V, unit,
     ROWS: tl.constexpr, COLS: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
-    n = chunk_rows(counts, 1, first_row, chunk)
+    n = tl.load(live + 1)
     v = tl.program_id(0) * COLS + tl.arange(0, COLS)
     total = tl.zeros([COLS], tl.float32)
     for start in range(0, n, ROWS):
         r = start + tl.arange(0, ROWS)
         e = load_tile(exponentials, start, tl.program_id(0) * COLS, n, V, stride_e, 1, ROWS, COLS, False, False, False)
-        total += tl.sum(e.to(tl.float32) * tl.load(row_scale + r, mask=r < n, other=0.0)[:, None], 0)
+        total += tl.sum(e.to(tl.float32) * tl.load(factor + r, mask=r < n, other=0.0)[:, None], 0)
     total *= unit
     if ACCUMULATE:
         total += tl.load(out + v, mask=v < V, other=0.0)
@@ -190,67 +237,103 @@ def multiply(source: torch.Tensor, factor: torch.Tensor, out: torch.Tensor) -> t
 
 
 class ChunkGradients:
-    """Gradients of one chunk after another, from the exponentials that a :class:`~.vocab.VocabPass` stored.
+    """Log p and gradients of one chunk after another.
 
+    slice_tiles: how much of the vocabulary is stored at a time, in tiles of the vocabulary pass; all of it where
+        out_weight or out_bias is asked for.
     out_hidden: (N, D) in the hidden states' dtype, filled at the rows with a gradient, or None.
     out_weight, out_bias: (V, D) and (V,) float32, accumulated over the chunks, or None.
     """
 
-    MAX_SPLITS = 16
-
-    def __init__(self, vocab, out_hidden, out_weight, out_bias):
-        self.vocab = vocab
+    def __init__(self, chunk: Chunk, slice_tiles: int, out_hidden, out_weight, out_bias):
+        self.chunk, self.configs = chunk, chunk.configs
         self.out_hidden, self.out_weight, self.out_bias = out_hidden, out_weight, out_bias
-        dtype, device = vocab.hidden.dtype, vocab.hidden.device
+        weight = chunk.head.weight
+        dtype, device = weight.dtype, weight.device
         # float16 cannot hold small probabilities: there E is in units of 2^-15, taken back in float32 at the end.
         self.shift = 15.0 if dtype == torch.float16 else 0.0
         self.unit = 2.0**-self.shift
-        # Rows start on 16 bytes, as TMA wants; a kernel never reads the columns past V.
-        self.exponentials = torch.empty(vocab.chunk, -(-vocab.V // 8) * 8, dtype=dtype, device=device)[:, : vocab.V]
-        self.offset, self.total, self.row_scale = (
-            torch.empty(vocab.chunk, dtype=torch.float32, device=device) for _ in range(3)
-        )
-        c = vocab.config
+        width = slice_tiles * self.configs.vocab.cols
+        e = self.exponentials = torch.empty(chunk.rows, width, dtype=dtype, device=device)
+        self.vocab = VocabPass(chunk, e)
+        self.total, self.factor, self.entry, self.head_factor = chunk.floats(4, chunk.rows)
         if out_hidden is not None:
-            tiles = triton.cdiv(vocab.chunk, c.rows) * triton.cdiv(vocab.D, c.cols)
-            self.limit = max(tiles, 4 * vocab.programs)
-            self.partial = torch.empty(self.limit * c.rows * c.cols, dtype=torch.float32, device=device)
+            c = self.configs.hidden
+            self.limit = partial_tiles(c, chunk.rows, chunk.D, chunk.programs)
+            self.partial = chunk.floats(self.limit * c.rows * c.cols)
+            self.hidden_operands = chunk.tiled(e, c.rows, c.depth), chunk.tiled(weight, c.depth, c.cols)
+        if out_weight is not None:
+            c = self.configs.head
+            self.head_operands = chunk.tiled(e, c.depth, c.rows), chunk.tiled(chunk.hidden, c.depth, c.cols)
+            self.head_result = chunk.tiled(out_weight, c.rows, c.cols // 2)
 
-    def forward(self, rows, first_row, logp) -> None:
-        """The vocabulary pass of the chunk: stored exponentials, and log p of its targets."""
-        self.vocab.exponentials(rows, first_row, self.exponentials, self.offset, self.total, logp, self.shift)
+    def forward(self, order: torch.Tensor, logp: torch.Tensor) -> None:
+        """Write log p (nats) of row i at order[i] of ``logp`` (N,), and leave E, S and the products E W behind.
 
-    def backward(self, rows, first_row, target_ids, gradient) -> None:
-        """Turn dL/dlogp, ``gradient`` (N,) float32, into the chunk's part of the gradients."""
-        vocab, c, head = self.vocab, self.vocab.config, self.vocab.head
-        e, chunk, V, D = self.exponentials, vocab.chunk, vocab.V, vocab.D
-        softcap, scale = head.softcap or 0.0, LOG2E.value / head.temperature
-        prepare_kernel[(triton.cdiv(chunk, 128),)](
-            e, e.stride(0), vocab.logit, self.offset, self.total, gradient, target_ids, rows.order, rows.counts,
-            self.row_scale, first_row, chunk, softcap, scale, head.temperature, self.unit,
-            SOFTCAP=head.softcap is not None, BLOCK=128,
+        The target's logit is the first choice of offset, known before the pass: e^(z - z_y) sums to 1/p_y, which a
+        sampled token keeps far from float32's and bfloat16's largest number. Should a row reach 2^100 all the same, the
+        chunk is done again with the exact logsumexp as offset; whether that happens is decided on the device. float16
+        has no room for 1/p_y, so there the stored value is always p * 2^shift.
+        """
+        chunk = self.chunk
+        exact = chunk.live
+        if chunk.hidden.dtype != torch.float16:
+            self._attempt(chunk.live, order, logp, retry=chunk.retry)
+            exact = chunk.retry
+        self.vocab.exact_offset(exact, self.shift)
+        self._attempt(exact, order, logp)
+
+    def _attempt(self, live, order, logp, retry=None) -> None:
+        for first_tile in self.vocab.slices():
+            self.vocab.store(live, first_tile)
+            if self.out_hidden is not None:
+                self._add_product(live, first_tile * self.configs.vocab.cols)
+        self.vocab.combine_sums(live, order, self.total, logp, retry)
+
+    def _add_product(self, live, first_col: int) -> None:
+        """partial += E W for the stored slice of the vocabulary, without the targets' entries."""
+        chunk, e, weight = self.chunk, self.exponentials, self.chunk.head.weight
+        drop_target_kernel[(triton.cdiv(chunk.rows, SLOTS),)](
+            e, e.stride(0), chunk.target, live, first_col, e.shape[1], BLOCK=SLOTS
+        )
+        c = self.configs.hidden
+        hidden_kernel[(chunk.programs,)](
+            self.hidden_operands[0], e.stride(0), self.hidden_operands[1], *weight.stride(), self.partial, live,
+            first_col, e.shape[1], chunk.rows, chunk.D, chunk.V, self.limit, PROGRAMS=chunk.programs,
+            MAX_SPLITS=MAX_SPLITS, PARTIAL_STEPS=PARTIAL_STEPS, TMA=chunk.tma, EVEN=chunk.V % c.depth == 0,
+            ACCUMULATE=first_col > 0, PRECISION=PRECISION, **c.tile, **c.launch,
         )  # fmt: skip
-        product = dict(PROGRAMS=vocab.programs, TMA=vocab.tma, PRECISION=PRECISION, **c.tile, **c.launch)
+
+    def backward(self, order: torch.Tensor, gradient: torch.Tensor, accumulate: bool) -> None:
+        """Turn dL/dlogp, ``gradient`` (N,) float32, into the chunk's part of the gradients.
+
+        accumulate: add to the head's gradients instead of beginning them.
+        """
+        chunk, e, weight = self.chunk, self.exponentials, self.chunk.head.weight
+        trained = self.out_weight is not None or self.out_bias is not None
+        factor_kernel[(triton.cdiv(chunk.rows, SLOTS),)](
+            e, e.stride(0), chunk.logit, chunk.offset, self.total, chunk.target, gradient, order, chunk.live,
+            self.factor, self.entry, self.head_factor, chunk.rows, chunk.head.softcap or 0.0, chunk.logit_scale,
+            chunk.head.temperature, self.unit, SOFTCAP=chunk.head.softcap is not None, HEAD=trained, BLOCK=SLOTS,
+        )  # fmt: skip
         if self.out_hidden is not None:
-            hidden_kernel[(vocab.programs,)](
-                vocab.descriptor(e, c.rows, c.depth), e.stride(0), vocab.descriptor(head.weight, c.depth, c.cols),
-                head.weight.stride(0), head.weight.stride(1), self.partial, rows.counts, first_row, chunk, D, V,
-                self.limit, MAX_SPLITS=self.MAX_SPLITS, EVEN=V % c.depth == 0, **product,
-            )  # fmt: skip
-            hidden_reduce_kernel[(triton.cdiv(chunk, REDUCE_ROWS), triton.cdiv(D, c.cols))](
-                self.partial, self.row_scale, rows.order, rows.counts, self.out_hidden, first_row, chunk, D,
-                self.limit, self.unit, ROWS=c.rows, COLS=c.cols, PROGRAMS=vocab.programs, MAX_SPLITS=self.MAX_SPLITS,
-                BLOCK=REDUCE_ROWS,
+            c = self.configs.hidden
+            finish_hidden_kernel[(triton.cdiv(chunk.rows, REDUCE_ROWS), triton.cdiv(chunk.D, c.cols))](
+                self.partial, self.factor, self.entry, chunk.target, weight, *weight.stride(), order, chunk.live,
+                self.out_hidden, e.shape[1], chunk.D, self.limit, PROGRAMS=chunk.programs,
+                MAX_SPLITS=MAX_SPLITS, PARTIAL_STEPS=PARTIAL_STEPS, BLOCK=REDUCE_ROWS, **c.tile,
             )  # fmt: skip
         if self.out_weight is not None:
-            scale_rows_kernel[(chunk,)](vocab.hidden, self.row_scale, D, BLOCK=min(1024, triton.next_power_of_2(D)))
-            head_kernel[(vocab.programs,)](
-                vocab.descriptor(e, c.depth, c.rows), e.stride(0), vocab.descriptor(vocab.hidden, c.depth, c.cols),
-                self.out_weight, rows.counts, first_row, chunk, D, V, self.unit, GROUP=8, ACCUMULATE=first_row > 0,
-                **product,
+            c = self.configs.head
+            block = min(1024, triton.next_power_of_2(chunk.D))
+            scale_rows_kernel[(chunk.rows,)](chunk.hidden, self.head_factor, chunk.D, BLOCK=block)
+            head_kernel[(chunk.programs,)](
+                self.head_operands[0], e.stride(0), self.head_operands[1], self.head_result, chunk.live, chunk.rows,
+                chunk.D, chunk.V, self.unit, GROUP=8, PROGRAMS=chunk.programs, TMA=chunk.tma, ACCUMULATE=accumulate,
+                REDUCE=not interpreted(head_kernel), PRECISION=PRECISION, **c.tile, **c.launch,
             )  # fmt: skip
         if self.out_bias is not None:
-            bias_kernel[(triton.cdiv(V, 128),)](
-                e, e.stride(0), self.row_scale, self.out_bias, rows.counts, first_row, chunk, V, self.unit,
-                ROWS=32, COLS=128, ACCUMULATE=first_row > 0,
+            bias_kernel[(triton.cdiv(chunk.V, 128),)](
+                e, e.stride(0), self.head_factor, self.out_bias, chunk.live, chunk.rows, chunk.V, self.unit,
+                ROWS=32, COLS=128, ACCUMULATE=accumulate,
             )  # fmt: skip
