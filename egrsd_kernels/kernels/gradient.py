@@ -177,7 +177,7 @@ def head_kernel(
     tiles = row_tiles * col_tiles
     if ACCUMULATE:  # a chunk without rows has nothing to add
         tiles = tl.where(n > 0, tiles, 0)
-    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS):
+    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=TMA):
         group = tile // width
         group_rows = tl.minimum(row_tiles - group * GROUP, GROUP)
         row = (group * GROUP + (tile % width) % group_rows) * ROWS
@@ -249,13 +249,11 @@ class ChunkGradients:
         self.chunk, self.configs = chunk, chunk.configs
         self.out_hidden, self.out_weight, self.out_bias = out_hidden, out_weight, out_bias
         weight = chunk.head.weight
-        dtype, device = weight.dtype, weight.device
         # float16 cannot hold small probabilities: there E is in units of 2^-15, taken back in float32 at the end.
-        self.shift = 15.0 if dtype == torch.float16 else 0.0
+        self.shift = 15.0 if weight.dtype == torch.float16 else 0.0
         self.unit = 2.0**-self.shift
-        width = slice_tiles * self.configs.vocab.cols
-        e = self.exponentials = torch.empty(chunk.rows, width, dtype=dtype, device=device)
-        self.vocab = VocabPass(chunk, e)
+        self.vocab = VocabPass(chunk, slice_tiles)
+        e = self.exponentials = self.vocab.exponentials
         self.total, self.factor, self.entry, self.head_factor = chunk.floats(4, chunk.rows)
         if out_hidden is not None:
             c = self.configs.hidden

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from .common import ROW_TILE, Config, Machine
 
 MAX_SPLITS = 16
-# In steps of the inner loop (0.85 us on an H100): writing and reading a partial tile of dhidden; storing a tile of
-# exponentials; storing or adding a tile of dW, where TMA does it behind the next tile's back and where it does not; a
-# launch.
+# In steps of the inner loop (0.85 us on an H100): reading and writing a float32 tile; what of that is left where TMA
+# adds a tile behind the next one's back; storing a tile of exponentials; a launch.
 PARTIAL_STEPS = 16
+REDUCE_STEPS = 7
 STORE_STEPS = 3
-HEAD_STEPS = {True: 4, False: 16}
 LAUNCH_STEPS = 4
 # How many bytes of the head all multiprocessors together read from memory during a step.
 STEP_BYTES = 2.5e6
@@ -91,14 +90,16 @@ def chunk_plan(
         if needs[1]:
             o = configs.head
             outputs = ceil_div(vocabulary, o.rows) * ceil_div(hidden_size, o.cols)
-            total += ceil_div(outputs, programs) * (ceil_div(tiles * ROW_TILE, o.depth) + HEAD_STEPS[tma])
+            depth = ceil_div(tiles * ROW_TILE, o.depth)
+            steps = max(depth + REDUCE_STEPS, PARTIAL_STEPS) if tma else depth + PARTIAL_STEPS
+            total += ceil_div(outputs, programs) * steps
         return total
 
     def buffers(tiles: int) -> int:
-        """Bytes beside the exponentials: gathered rows, partial sums of the vocabulary pass and of dhidden."""
+        """Bytes beside the exponentials: gathered rows, row sums of the vocabulary pass, and tiles of dhidden."""
         rows = tiles * ROW_TILE
         partial = partial_tiles(configs.hidden, rows, hidden_size, programs) * configs.hidden.rows * configs.hidden.cols
-        return rows * (hidden_size * itemsize + 12 * col_tiles) + 4 * partial * needs[0]
+        return rows * (hidden_size * itemsize + 4 * col_tiles + 32) + 4 * partial * needs[0]
 
     def widths(tiles: int) -> set[int]:
         """Slice widths worth a look: equal slices, and ones that end with a full round of the vocabulary pass."""

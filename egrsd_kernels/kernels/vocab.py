@@ -148,26 +148,32 @@ def combine_sums_kernel(
 class VocabPass:
     """Passes over the vocabulary for the rows of a :class:`~.gather.Chunk`.
 
-    exponentials: (chunk.rows, S), S whole tiles, in the operands' dtype: where e^(z - offset) of a slice of the
-    vocabulary goes, or None.
+    slice_tiles: how many tiles of the vocabulary to have room for in ``exponentials`` (chunk.rows, whole tiles), in the
+    operands' dtype.
     """
 
-    def __init__(self, chunk: Chunk, exponentials: torch.Tensor | None = None):
-        self.chunk, self.exponentials = chunk, exponentials
+    def __init__(self, chunk: Chunk, slice_tiles: int = 0):
+        self.chunk, self.slice_tiles = chunk, slice_tiles
         c = self.config = chunk.configs.vocab
         self.col_tiles = triton.cdiv(chunk.V, c.cols)
-        self.slice_tiles = self.col_tiles if exponentials is None else exponentials.shape[1] // c.cols
         self.operands = chunk.tiled(chunk.hidden, c.rows, c.depth), chunk.tiled(chunk.head.weight, c.cols, c.depth)
-        self.stored = None if exponentials is None else chunk.tiled(exponentials, c.rows, c.cols)
-        self.partial = chunk.floats(3, self.col_tiles, chunk.rows)  # or only row sums, in the first plane
+        self.exponentials = self.stored = None
+        # Maxima and sums of the tiles are combined before exponentials are stored, so they share that memory.
+        dtype, floats, room = chunk.hidden.dtype, 3 * self.col_tiles * chunk.rows, slice_tiles * c.cols * chunk.rows
+        buffer = torch.empty(max(4 * floats, room * dtype.itemsize), dtype=torch.uint8, device=chunk.hidden.device)
+        self.partial = buffer[: 4 * floats].view(torch.float32)
+        if slice_tiles:
+            self.exponentials = buffer[: room * dtype.itemsize].view(dtype).view(chunk.rows, slice_tiles * c.cols)
+            self.stored = chunk.tiled(self.exponentials, c.rows, c.cols)
+            self.sums = chunk.floats(self.col_tiles, chunk.rows)
 
     def _launch(self, live, first_tile: int, n_tiles: int, store: bool) -> None:
         chunk, head = self.chunk, self.chunk.head
         vocab_kernel[(chunk.programs,)](
             *self.operands, *head.weight.stride(), head.bias,
             self.stored if store else None, self.exponentials.stride(0) if store else 0,
-            chunk.offset if store else None, self.partial, live, first_tile, n_tiles, chunk.rows, chunk.V,
-            head.softcap or 0.0, chunk.logit_scale,
+            chunk.offset if store else None, self.sums if store else self.partial, live, first_tile, n_tiles,
+            chunk.rows, chunk.V, head.softcap or 0.0, chunk.logit_scale,
             D=chunk.D, GROUP=GROUP, PROGRAMS=chunk.programs, TMA=chunk.tma, STORE=store, BIAS=head.bias is not None,
             SOFTCAP=head.softcap is not None, PRECISION=PRECISION, **self.config.tile, **self.config.launch,
         )  # fmt: skip
@@ -202,6 +208,6 @@ class VocabPass:
         """
         chunk = self.chunk
         combine_sums_kernel[(triton.cdiv(chunk.rows, ROW_BLOCK),)](
-            self.partial, chunk.logit, chunk.offset, order, live, retry, total, logp, chunk.rows, self.col_tiles,
+            self.sums, chunk.logit, chunk.offset, order, live, retry, total, logp, chunk.rows, self.col_tiles,
             RETRY=retry is not None, ROW_BLOCK=ROW_BLOCK, TILE_BLOCK=TILE_BLOCK,
         )  # fmt: skip
