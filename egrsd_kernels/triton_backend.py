@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import torch
 
-from .kernels.common import ROW_TILE, Machine, interpreted
+from .kernels.common import ROW_TILE, interpreted
 from .kernels.credit import lookahead_entropy, token_credit
 from .kernels.gather import Chunk, gather_kernel
 from .kernels.gradient import ChunkGradients, multiply
 from .kernels.plan import ceil_div, chunk_plan
+from .kernels.tuning import machine
 from .kernels.vocab import VocabPass
 from .problem import Head, Rows
 
@@ -30,7 +31,7 @@ def statistics(head: Head, hidden, target_ids, rows: Rows, chunk_bytes: int):
     n = target_ids.numel()
     logp, entropy, logsumexp = torch.zeros(3, n, dtype=torch.float32, device=hidden.device)
     if n:
-        chunk = Chunk(head, min(STATISTICS_ROWS, ceil_div(n, ROW_TILE) * ROW_TILE), Machine.of(head.weight))
+        chunk = Chunk(head, min(STATISTICS_ROWS, ceil_div(n, ROW_TILE) * ROW_TILE), machine(head.weight))
         vocab = VocabPass(chunk)
         for first_row in range(0, n, chunk.rows):
             chunk.gather(hidden, target_ids, rows, first_row)
@@ -53,10 +54,10 @@ def student_pass(
     d_weight = new(head.weight.shape, dtype=torch.float32, device=device) if needs[1] else None
     d_bias = new(head.bias.shape, dtype=torch.float32, device=device) if needs[2] else None
     if n:
-        machine = Machine.of(head.weight)
+        how = machine(head.weight)
         shape = ceil_div(n, ROW_TILE), *head.weight.shape, hidden.dtype.itemsize
-        plan = chunk_plan(*shape, machine, chunk_bytes, needs)
-        chunk = Chunk(head, plan.rows, machine)
+        plan = chunk_plan(*shape, how, chunk_bytes, needs)
+        chunk = Chunk(head, plan.rows, how)
         gradients = ChunkGradients(chunk, plan.slice_tiles, d_hidden, d_weight, d_bias)
         for first_row in range(0, n, chunk.rows):
             order = rows.order[first_row:]

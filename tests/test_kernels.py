@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from egrsd_kernels import triton_backend
-from egrsd_kernels.kernels import common, gradient
+from egrsd_kernels.kernels import gradient, tuning
 from egrsd_kernels.problem import Head, Rows
 
 CUDA = torch.cuda.is_available()
@@ -224,7 +224,7 @@ def test_target_outside_the_vocabulary_is_nan(dtype, family):
 @pytest.mark.parametrize("programs", [1, 3, 37])
 def test_result_does_not_hang_on_the_number_of_programs(programs, family, monkeypatch):
     """Few programs: several tiles each. Many: the sum over the vocabulary is split."""
-    monkeypatch.setattr(common, "device_limits", lambda device: (programs, 0))
+    monkeypatch.setattr(tuning, "device_limits", lambda device: (programs, 0))
     case = Case(200, 72, 515, torch.float32)
     *_, expected = case.reference()
     _, gradients = case.student_pass()

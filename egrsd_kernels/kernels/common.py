@@ -67,12 +67,6 @@ class Machine(NamedTuple):
     tma: bool
     configs: Configs
 
-    @classmethod
-    def of(cls, weight: torch.Tensor) -> Machine:
-        programs, shared = device_limits(weight.device)
-        tma = has_tma(weight.device) and tma_ready(weight)
-        return cls(programs, tma, configs(weight.dtype, shared))
-
 
 @functools.cache
 def device_limits(device: torch.device) -> tuple[int, int]:
@@ -95,17 +89,6 @@ def tma_ready(weight: torch.Tensor) -> bool:
     itemsize = weight.element_size()
     starts = weight.data_ptr(), weight.stride(0) * itemsize, weight.shape[1] * itemsize
     return weight.stride(1) == 1 and all(start % 16 == 0 for start in starts) and weight.numel() > 0
-
-
-def configs(dtype: torch.dtype, shared: int) -> Configs:
-    """Tiles for products with operands of ``dtype``: the largest that ``shared`` bytes of shared memory hold."""
-    if dtype == torch.float32:
-        config = Config(ROW_TILE, 64, 32, 4, 3)
-    elif shared >= 3 * (128 + 256) * 64 * 2:
-        config = Config(ROW_TILE, 256, 64, 8, 3)
-    else:
-        config = Config(ROW_TILE, 128, 32, 4, 4)
-    return Configs(config, config, config)
 
 
 def interpreted(kernel) -> bool:

@@ -24,7 +24,7 @@ STEP_BYTES = 2.5e6
 LAUNCHES = {"chunk": 12, "slice": 6}
 # With these limits on the memory of a chunk, more buys no speed.
 MOST_ROWS = 4352
-FROZEN_BYTES = 320 << 20
+FROZEN_BYTES = 350 << 20
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ def ceil_div(a: int, b: int) -> int:
 
 def partial_tiles(config: Config, rows: int, hidden_size: int, programs: int) -> int:
     """Room for the tiles of dhidden, or for parts of their sums where they are too few to fill the device."""
-    return max(ceil_div(rows, config.rows) * ceil_div(hidden_size, config.cols), 2 * programs)
+    tiles = ceil_div(rows, config.rows) * ceil_div(hidden_size, config.cols)
+    return tiles if tiles >= programs else 2 * programs
 
 
 def _product_steps(tiles: int, steps: int, most: int, programs: int) -> int:

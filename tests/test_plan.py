@@ -1,0 +1,60 @@
+"""The chunk plan: within its memory, whole where it has to be, and better by its own model than its neighbours."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from egrsd_kernels.kernels.common import ROW_TILE, Configs, Machine
+from egrsd_kernels.kernels.plan import FROZEN_BYTES, ceil_div, chunk_plan, partial_tiles
+from egrsd_kernels.kernels.tuning import FLOAT32, HALF, configs
+
+H100 = Machine(132, True, configs(torch.bfloat16, torch.device("cpu"), True, 232_448))
+FROZEN, TRAINED = (True, False, False), (True, True, False)
+V = 151_936
+
+
+def held(plan, size: int, how: Machine, itemsize: int = 2) -> int:
+    """Bytes of a chunk's buffers: exponentials, gathered rows, row sums, tiles of dhidden."""
+    c, h = how.configs.vocab, how.configs.hidden
+    tiles = partial_tiles(h, plan.rows, size, how.programs)
+    per_row = plan.slice_tiles * c.cols * itemsize + size * itemsize + 4 * ceil_div(V, c.cols)
+    return plan.rows * per_row + 4 * tiles * h.rows * h.cols
+
+
+@settings(deadline=None)
+@given(
+    tokens=st.integers(1, 70_000),
+    size=st.integers(2, 700).map(lambda x: 8 * x),
+    budget=st.integers(1, 2 << 30),
+    needs=st.sampled_from([FROZEN, TRAINED, (False, True, False), (True, False, True)]),
+    config=st.sampled_from([*HALF, FLOAT32]),
+    programs=st.integers(1, 200),
+)
+def test_any_plan_is_within_its_memory(tokens, size, budget, needs, config, programs):
+    how = Machine(programs, True, Configs(config, config, config))
+    row_tiles, col_tiles = ceil_div(tokens, ROW_TILE), ceil_div(V, config.cols)
+    plan = chunk_plan(row_tiles, V, size, 2, how, budget, needs)
+    assert plan.rows % ROW_TILE == 0 and ROW_TILE <= plan.rows <= row_tiles * ROW_TILE
+    assert 1 <= plan.slice_tiles <= col_tiles
+    if needs[1] or needs[2]:
+        assert plan.slice_tiles == col_tiles
+    smallest = plan.rows == ROW_TILE and plan.slice_tiles == (col_tiles if needs != FROZEN else 1)
+    assert smallest or held(plan, size, how) <= budget
+
+
+def test_memory_does_not_grow_with_the_batch():
+    for size in (1024, 2048, 2560, 4096, 5120):
+        for tokens in (16_384, 65_536, 1 << 20):
+            plan = chunk_plan(ceil_div(tokens, ROW_TILE), V, size, 2, H100, 1 << 30, FROZEN)
+            assert held(plan, size, H100) <= FROZEN_BYTES
+            assert held(chunk_plan(tokens // ROW_TILE, V, size, 2, H100, 1 << 30, TRAINED), size, H100) <= 1 << 30
+
+
+def test_rounds_of_the_grid_are_full():
+    """What the model is for: tiles of dhidden that nearly fill whole rounds of an H100's 132 multiprocessors."""
+    for size in (1024, 2048, 2560, 4096, 5120):
+        plan = chunk_plan(128, V, size, 2, H100, 1 << 30, FROZEN)
+        tiles = plan.rows // ROW_TILE * ceil_div(size, H100.configs.hidden.cols)
+        assert tiles / (ceil_div(tiles, 132) * 132) > 0.95, size
