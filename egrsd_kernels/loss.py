@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from types import ModuleType
 from typing import Literal
 
@@ -28,7 +29,7 @@ class _Credit:
     normalizer: torch.Tensor  # 0-d
     options: Options
 
-    @property
+    @cached_property
     def power(self) -> torch.Tensor:
         """The power of two in the normaliser (0-d).
 
@@ -44,12 +45,14 @@ class _Credit:
             logp, self.teacher_logp, self.teacher_entropy, self.lookahead_entropy, magnitude, gate, token_advantage
         )
 
+        unit = -self.power / self.normalizer
+
         def credit(first_row: int, chunk: int) -> torch.Tensor:
             self.backend.token_credit(
                 self.rows, first_row, chunk, self.advantages, self.teacher_logp, logp, self.lookahead_entropy,
                 self.scale, self.options, stats, loss,
             )  # fmt: skip
-            return token_advantage * (-self.power / self.normalizer)
+            return token_advantage * unit
 
         arguments = head, hidden, self.target_ids, self.rows
         if any(needs):

@@ -443,7 +443,7 @@ def test_bit_for_bit_the_same(combo):
 def test_many_chunks(combo, monkeypatch):
     """A chunk of one tile of rows (triton) or of one row (torch): N spans two (18) chunks, masked rows at their end."""
     size = {"lengths": (70, 70)} if combo.backend == "triton" else {"lengths": (9, 9)}
-    monkeypatch.setattr(triton_backend, "STATISTICS_ROWS", 1)
+    monkeypatch.setattr(triton_backend, "STATISTICS_ROWS", triton_backend.ROW_TILE)
     options = {"vocabulary": 37, "bias": True, "lookahead": 3, "softcap": 9.0, "per_token": True}
     case = make_case(combo, **size, **options)
     case["mask"] = torch.ones_like(case["target_ids"])

@@ -141,7 +141,7 @@ def test_no_token(combo, shape):
 
 @all_combos
 def test_many_chunks(combo, monkeypatch):
-    monkeypatch.setattr(triton_backend, "STATISTICS_ROWS", 1)
+    monkeypatch.setattr(triton_backend, "STATISTICS_ROWS", triton_backend.ROW_TILE)
     shape = (2, 70) if combo.backend == "triton" else (2, 9)
     check(combo, *make_operands(combo, *shape, vocabulary=37, bias=True), chunk_bytes=1)
 

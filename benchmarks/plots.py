@@ -1,0 +1,164 @@
+"""Pictures of a result file: time and memory of a step against the number of tokens and against the hidden size.
+
+    python -m benchmarks.plots benchmarks/results/compare-h100.json --output benchmarks/results
+
+Time is per token, in µs, so that peers can be told apart over three decades of batch sizes. Scales are logarithmic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+from benchmarks.table import model
+
+# Okabe and Ito's palette, which the colour-blind can tell apart: one colour a package, one marker a peer,
+# filled for the package's first.
+# Dashed: it takes no weight for each token, so it does less.
+COLOURS = {
+    "ours": "#000000",
+    "eager": "#999999",
+    "compile": "#D55E00",
+    "verl": "#0072B2",
+    "cce": "#56B4E9",
+    "liger": "#009E73",
+    "quack": "#CC79A7",
+    "flash-attn": "#E69F00",
+}
+MARKERS = "osD^v<>PXh*pd8"
+AXES = {"tokens": "response tokens N", "hidden_size": "hidden size D"}
+QUANTITIES = {"time": "time of a step, µs per token", "memory": "peak memory above the inputs, GiB"}
+
+
+def value(row: dict, figure: str, quantity: str, tokens: int) -> float | None:
+    time = row.get(figure, {})
+    if "ms" not in time:
+        return None
+    if quantity == "time":
+        return time["ms"] * 1e3 / tokens
+    return time["peak_mib"] / 1024 if time["peak_mib"] else None
+
+
+def draw_panel(axes: Axes, shapes: list[dict], peers: list[dict], figure: str, quantity: str, against: str) -> None:
+    """One line a peer over ``shapes``, which differ in ``against`` alone."""
+    shapes = sorted(shapes, key=lambda entry: entry[against])
+    rows = {(entry[against], row["peer"]): (entry, row) for entry in shapes for row in entry["rows"]}
+    positions = [entry[against] for entry in shapes]
+    for i, peer in enumerate(peers):
+        points = []
+        for x in positions:
+            entry, row = rows.get((x, peer["peer"]), ({}, {}))
+            points.append((x, value(row, figure, quantity, entry.get("tokens", 0))))
+        points = [point for point in points if point[1] is not None]
+        if points:
+            package = peer["peer"] if peer["peer"] in COLOURS else peer["peer"].split("-")[0]
+            ours = peer["peer"] == "ours"
+            axes.plot(
+                *zip(*points, strict=True),
+                color=COLOURS[package],
+                marker=MARKERS[i % len(MARKERS)],
+                linestyle="-" if peer["per_token"] else "--",
+                linewidth=2.4 if ours else 1.1,
+                markersize=6 if ours else 4.5,
+                markerfacecolor=None if peer["peer"] in COLOURS else "white",
+                zorder=3 if ours else 2,
+                label=peer["name"],
+            )
+    if quantity == "time":
+        floors = [
+            (entry[against], row[figure]["floor_ms"] * 1e3 / entry["tokens"])
+            for entry in shapes
+            for row in entry["rows"]
+            if "ms" in row.get(figure, {})
+        ]
+        floors = sorted(dict(floors).items())
+        if floors:
+            axes.plot(*zip(*floors, strict=True), color="#000000", linestyle=":", label="floor: bare matrix products")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.xaxis.set_major_locator(FixedLocator(positions))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3, linewidth=0.6)
+
+
+def draw(report: dict, figure: str, quantity: str, against: str, path: Path) -> None:
+    """One picture: a panel for each value of the other axis that has at least two points."""
+    other = "hidden_size" if against == "tokens" else "tokens"
+    shapes = [entry for entry in report["shapes"] if entry["data"] == "peaked"]
+    panels = {}
+    for entry in shapes:
+        panels.setdefault(entry[other], []).append(entry)
+    panels = {key: panels[key] for key in sorted(panels) if len(panels[key]) > 1 or len(shapes) == 1}
+    peers = list({row["peer"]: row for entry in shapes for row in entry["rows"]}.values())
+    if not panels:
+        return
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    # The legend takes a panel's place: the free one of the last line, or one more column.
+    free = lines * columns - len(panels)
+    columns += not free
+    canvas, grid = plt.subplots(
+        lines, columns, figsize=(4.2 * columns, 3.6 * lines), squeeze=False, layout="constrained"
+    )
+    cells = list(grid.flat) if free else [axes for line in grid for axes in line[:-1]]
+    for axes in grid.flat:
+        axes.set_visible(False)
+    for axes, (key, entries) in zip(cells, panels.items(), strict=False):
+        axes.set_visible(True)
+        draw_panel(axes, entries, peers, figure, quantity, against)
+        axes.set_title(model(key) if other == "hidden_size" else f"N = {key:,}", fontsize=10)
+        axes.set_xlabel(AXES[against], fontsize=9)
+    for line in grid:
+        line[0].set_ylabel(QUANTITIES[quantity], fontsize=9)
+    handles = {}
+    for axes in cells[: len(panels)]:
+        handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    legend = grid[-1, -1] if free else grid[0, -1]
+    legend.set_visible(True)
+    legend.axis("off")
+    legend.legend(
+        handles.values(),
+        handles.keys(),
+        loc="upper left",
+        fontsize=8,
+        frameon=False,
+        title="dashed: one weight for all tokens",
+        title_fontsize=8,
+    )
+    device = report["runs"][-1]["device"]
+    canvas.suptitle(
+        f"EGRSD step, {figure} head, {shapes[0]['dtype']}, V = {shapes[0]['vocabulary']:,}, {device}", fontsize=11
+    )
+    canvas.savefig(path, dpi=130)
+    plt.close(canvas)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="JSON of python -m benchmarks.compare")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the PNGs")
+    args = parser.parse_args(argv)
+    report = json.loads(args.results.read_text(encoding="utf-8"))
+    args.output.mkdir(parents=True, exist_ok=True)
+    for figure in ("frozen", "trained"):
+        for quantity in QUANTITIES:
+            for against in AXES:
+                draw(report, figure, quantity, against, args.output / f"{figure}-{quantity}-by-{against}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""The README's performance section, from the committed result files.
+
+python -m benchmarks.table            # rewrites README.md between its performance markers
+python -m benchmarks.table --check    # fails where that would change it
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from benchmarks.compare import FLOORS
+from benchmarks.data import HIDDEN_SIZES
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
+OURS = "ours"
+DETAILED = {(4096, 16384), (2560, 16384)}  # (D, N) with every peer; the next ones with ours alone
+OURS_ALONE = {(4096, 4096), (2560, 4096)}
+HEADINGS = ("statistics", "frozen head", "trained head", "peak, MiB", "log p, nat", "gradient", "cannot")
+
+
+def table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    headings = list(headings)
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def number(value: float) -> str:
+    """With three digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def power(value: float | None) -> str:
+    """1.4e-4, or nothing."""
+    return "" if value is None else re.sub(r"e([+-])0*(\d)", r"e\1\2", f"{value:.1e}").replace("e+", "e")
+
+
+def model(size: int) -> str:
+    names = [name.upper() for name, known in HIDDEN_SIZES.items() if known == size]
+    return f"{names[0]} (D = {size})" if names else f"D = {size}"
+
+
+def _time(row: dict, figure: str) -> str:
+    time = row.get(figure)
+    if time is None:
+        return "–"
+    return f"{number(time['ms'])} ms, {time['ratio']:.2f} ×" if "ms" in time else time["note"].replace("|", "/")
+
+
+def _peaks(row: dict) -> str:
+    peaks = [row.get(figure, {}).get("peak_mib") for figure in ("frozen", "trained")]
+    return " / ".join("–" if peak is None else f"{peak:,.0f}" for peak in peaks)
+
+
+def _measured(row: dict) -> bool:
+    return any("ms" in row.get(figure, {}) for figure in FLOORS)
+
+
+def _cells(first: str, row: dict) -> list[str]:
+    errors = (power(row["error"].get(name)) for name in ("logp_max_nat", "dhidden_relative"))
+    return [first, *(_time(row, figure) for figure in FLOORS), _peaks(row), *errors, row["cannot"] or ""]
+
+
+def peer_tables(shapes: dict[tuple[int, int], dict]) -> list[str]:
+    """One row a peer at the detailed shapes, then ours at a few more."""
+    blocks = []
+    for size, n in sorted(shapes.keys() & DETAILED, reverse=True):
+        rows = shapes[size, n]["rows"]
+        cells = [_cells(f"**{r['name']}**" if r["peer"] == OURS else r["name"], r) for r in rows if _measured(r)]
+        blocks.append(table([f"{model(size)}, N = {n:,}", *HEADINGS], cells))
+        failed = [f"{r['name']} ({r.get('note') or r['frozen']['note']})" for r in rows if not _measured(r)]
+        blocks += [f"Not measured there: {'; '.join(failed)}."] if failed else []
+    alone = []
+    for size, n in sorted(shapes.keys() & OURS_ALONE, reverse=True):
+        alone += [_cells(f"{model(size)}, N = {n:,}", r) for r in shapes[size, n]["rows"] if r["peer"] == OURS]
+    return blocks + ([table(["egrsd_kernels", *HEADINGS], alone)] if alone else [])
+
+
+def _rivals(rows: dict[str, dict], figure: str) -> dict[str, float]:
+    others = (row for row in rows.values() if row["per_token"] and not row["peer"].startswith(OURS))
+    return {row["name"]: row[figure]["ms"] for row in others if "ms" in row.get(figure, {})}
+
+
+def _overview_cell(entry: dict | None) -> str:
+    rows = {row["peer"]: row for row in entry["rows"]} if entry else {}
+    found = {figure: rows.get(OURS, {}).get(figure, {}) for figure in ("frozen", "trained")}
+    if not all("ms" in time for time in found.values()):
+        return "–"
+    ratios = " / ".join(f"{time['ratio']:.2f}" for time in found.values())
+    gains = []
+    for figure, time in found.items():
+        rivals = _rivals(rows, figure)
+        gains.append(f"{min(rivals.values()) / time['ms']:.1f}" if rivals else "–")
+    return f"{ratios}; {' / '.join(gains)}"
+
+
+def overview(shapes: dict[tuple[int, int], dict]) -> str:
+    """Ours over all D × N."""
+    sizes, tokens = (sorted({shape[i] for shape in shapes}) for i in range(2))
+    rows = ([model(size), *(_overview_cell(shapes.get((size, n))) for n in tokens)] for size in sizes)
+    return table(["", *(f"N = {n:,}" for n in tokens)], rows)
+
+
+def provenance(report: dict, path: Path) -> list[str]:
+    """The machine, the versions, the commits and the commands."""
+    latest = report["runs"][-1]
+    versions = {"torch": latest["torch"], "triton": latest["triton"], "CUDA": latest["cuda"]}
+    versions["driver"] = latest["driver"]
+    for run in report["runs"]:
+        versions |= {name: found for name, found in run["packages"].items() if name != "egrsd-kernels"}
+    commits = list(dict.fromkeys(run["commit"][:7] for run in report["runs"]))
+    commands = dict.fromkeys(f"{run['command']} --output benchmarks/results/{path.name}" for run in report["runs"])
+    listed = ", ".join(f"{name} {found}" for name, found in versions.items() if found)
+    return [
+        f"{listed}; commit{'s' * (len(commits) > 1)} {', '.join(commits)}. "
+        f"All figures: [{path.name}](benchmarks/results/{path.name}). To rerun:",
+        "```sh\n" + "\n".join(commands) + "\n```",
+    ]
+
+
+def compare_section(path: Path) -> list[str]:
+    report = json.loads(path.read_text(encoding="utf-8"))
+    if not report.get("shapes"):
+        return []
+    by_data: dict[str, dict] = {}
+    for entry in report["shapes"]:
+        by_data.setdefault(entry["data"], {})[entry["hidden_size"], entry["tokens"]] = entry
+    shapes = by_data.get("peaked", {})
+    entry = report["shapes"][-1]
+    blocks = [
+        f"One {report['runs'][-1]['device']}, {entry['dtype']}, V = {entry['vocabulary']:,}, medians of interleaved "
+        "rounds. Statistics are the teacher's log p and entropy. A step is these and the student's log p, forward and "
+        "backward, with a weight for each token; a frozen head has no gradient. × is the time over the bare cuBLAS "
+        "products of the same run: 1 for statistics, 3 for a frozen head, 4 for a trained one. The peak is memory "
+        "above the inputs, for a frozen / trained head. Errors are against float64: the largest of log p, and the "
+        "relative one of the hidden gradient. In the last column stands what a package cannot do, and so was spared.",
+        *peer_tables(shapes),
+    ]
+    if shapes:
+        blocks += [
+            "`fused_egrsd_loss` at every size, with a frozen / trained head: its step over the floor; and the step of "
+            "the fastest other package that takes a weight for each token, over ours.",
+            overview(shapes),
+        ]
+    if flat := by_data.get("flat"):
+        blocks += [
+            "The same on nearly uniform softmax rows, the worst case for code that profits from sparse ones:",
+            overview(flat),
+        ]
+    return blocks + provenance(report, path)
+
+
+def end_to_end_section(path: Path) -> list[str]:
+    report = json.loads(path.read_text(encoding="utf-8"))
+    headings = ("model", "layers", "loss head", "tokens", "step, ms", "peak, MiB", "largest batch, tokens", "")
+    rows = []
+    for row in report["rows"]:
+        counts = (row.get(name) for name in ("tokens", "step_ms", "peak_mib", "largest_batch_tokens"))
+        cells = ("–" if value is None else f"{value:,.0f}" for value in counts)
+        rows.append(
+            [
+                row["model"].upper(),
+                str(row["layers"]),
+                row["variant"],
+                *cells,
+                row.get("note") or row.get("error") or "",
+            ]
+        )
+    command = re.sub(r"--output[ =]\S+", f"--output benchmarks/results/{path.name}", report["command"])
+    return [
+        f"A whole optimiser step (teacher, student, loss, backward, AdamW on LoRA adapters) on one {report['device']}, "
+        f"commit {report['commit'][:7]}:",
+        table(headings, rows),
+        f"To rerun: `{command}`",
+    ]
+
+
+def section(results: Path) -> str:
+    """The text between the markers; the same result files give the same text."""
+    blocks = [block for path in sorted(results.glob("compare-*.json")) for block in compare_section(path)]
+    blocks += [block for path in sorted(results.glob("end_to_end-*.json")) for block in end_to_end_section(path)]
+    return "\n\n".join([BEGIN, *blocks, END])
+
+
+def replaced(readme: str, text: str) -> str:
+    pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
+    if len(re.findall(pattern, readme, re.DOTALL)) != 1:
+        raise ValueError(f"expected one section between {BEGIN} and {END}")
+    return re.sub(pattern, lambda _: text, readme, flags=re.DOTALL)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail where the section is out of date")
+    args = parser.parse_args(argv)
+    readme = args.readme.read_text(encoding="utf-8")
+    new = replaced(readme, section(args.results))
+    if not args.check:
+        args.readme.write_text(new, encoding="utf-8")
+    elif new != readme:
+        sys.exit(f"{args.readme.name} is out of date: run python -m benchmarks.table")
+
+
+if __name__ == "__main__":
+    main()

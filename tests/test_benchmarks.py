@@ -1,0 +1,388 @@
+"""The benchmark suite on the CPU: data, timing rules, checks against float64, merging, the table and the pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from benchmarks import compare, measure, plots, table
+from benchmarks.data import GENERATORS, head_weight, summary, teacher_hidden
+from benchmarks.peers import PEERS, Calls, Peer, without_parents
+from benchmarks.problem import Exact, Problem, Step, wrong
+
+CPU = torch.device("cpu")
+VOCABULARY = 2000
+
+
+def draw(data: str, n: int = 400, size: int = 256):
+    generator = torch.Generator().manual_seed(0)
+    weight = head_weight(VOCABULARY, size, generator)
+    hidden, targets = GENERATORS[data](weight, n, generator)
+    return weight, hidden, targets
+
+
+def log_p(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return (hidden.double() @ weight.double().t()).log_softmax(-1)
+
+
+# ------------------------------------------------------------------------------------------------ data
+
+
+@pytest.mark.parametrize("data", GENERATORS)
+def test_data_is_reproducible_and_valid(data):
+    first, second = draw(data), draw(data)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    weight, hidden, targets = first
+    assert hidden.shape == (400, 256) and hidden.dtype == weight.dtype == torch.bfloat16
+    assert hidden.isfinite().all()
+    assert targets.dtype == torch.int64 and targets.min() >= 0 and targets.max() < VOCABULARY
+
+
+def test_peaked_rows_are_mostly_decided():
+    weight, hidden, targets = draw("peaked")
+    figures = summary(log_p(hidden, weight), targets)
+    assert 0.5 < figures["share_entropy_below_0.1"] < 0.8
+    assert figures["entropy_median"] < 0.1 < figures["entropy_80th_percentile"] < 2
+    # Sampled targets: log p is about -H on average.
+    assert figures["logp_mean"] == pytest.approx(-figures["entropy_mean"], abs=0.2)
+
+
+def test_flat_rows_are_nearly_uniform():
+    weight, hidden, targets = draw("flat")
+    figures = summary(log_p(hidden, weight), targets)
+    assert figures["entropy_mean"] == pytest.approx(math.log(VOCABULARY), abs=0.02)
+    assert figures["logp_mean"] == pytest.approx(-math.log(VOCABULARY), abs=0.05)
+
+
+def test_teacher_is_near_the_student():
+    weight, hidden, targets = draw("peaked")
+    moved = teacher_hidden(hidden, torch.Generator().manual_seed(1))
+    delta = (log_p(moved, weight) - log_p(hidden, weight)).gather(1, targets[:, None]).abs()
+    assert 1e-4 < delta.mean() < 0.1 and delta.median() < 0.01
+
+
+def test_summary_of_known_rows():
+    certain = torch.tensor([[0.0, -math.inf, -math.inf, -math.inf]]).clamp(min=-1e30)
+    even = torch.full((1, 4), -math.log(4.0))
+    figures = summary(torch.cat([certain, even]), torch.tensor([0, 3]))
+    assert figures["entropy_mean"] == pytest.approx(math.log(4) / 2)
+    assert figures["share_entropy_below_0.01"] == figures["share_entropy_below_0.1"] == 0.5
+    assert figures["logp_mean"] == pytest.approx(-math.log(4) / 2)
+    assert figures["entries_above_2^-12_mean"] == 2.5
+
+
+# ------------------------------------------------------------------------------------------------ timing
+
+
+class FakeTimer:
+    """Times come from a table; what was run is noted."""
+
+    def __init__(self, cost: dict[str, float]):
+        self.cost, self.order = cost, []
+
+    def time(self, run: Callable[[], str], repeats: int = 1) -> tuple[float, float]:
+        name = run()
+        self.order += [name] * repeats
+        return self.cost[name], self.cost[name] / 10
+
+    def peak(self, run: Callable[[], str]) -> tuple[float, float]:
+        return 7.0, self.cost[run()]
+
+    def free(self) -> None:
+        pass
+
+
+def test_rounds_are_interleaved_and_follow_the_budget():
+    timer = FakeTimer({"quick": 1.0, "slow": 900.0})
+    times = measure.interleaved({name: lambda name=name: name for name in timer.cost}, timer, rounds=5, budget=1.0)
+    assert "".join(name[0] for name in timer.order) == "qqsqqsqs"
+    assert times["quick"] == {"ms": 1, "low": 1, "high": 1, "host_ms": 0.1, "peak_mib": 7, "rounds": 5}
+    assert times["slow"]["rounds"] == measure.MIN_ROUNDS
+
+
+def test_sustained_subjects_run_back_to_back():
+    timer = FakeTimer({"quick": 60.0, "slow": 900.0})
+    subjects = {name: lambda name=name: name for name in timer.cost}
+    times = measure.interleaved(subjects, timer, rounds=5, budget=1.5, sustained=True)
+    assert "".join(name[0] for name in timer.order[:14]) == "qqqqqqqqqqssqqqqq"[:2]
+    assert times["quick"]["rounds"] == 5 and times["slow"]["rounds"] == measure.MIN_ROUNDS
+    with_host = measure.HostTimer().time(lambda: None, 4)
+    assert all(ms >= 0 for ms in with_host)
+
+
+def test_a_failing_subject_stops_nothing():
+    calls = iter(range(100))
+
+    def late() -> str:
+        if next(calls) > 3:
+            raise RuntimeError("too late\nand more")
+        return "late"
+
+    def memory() -> str:
+        raise torch.OutOfMemoryError("tried to allocate")
+
+    subjects = {"memory": memory, "late": late, "good": lambda: "good"}
+    times = measure.interleaved(subjects, FakeTimer({"late": 1.0, "good": 1.0}), rounds=5)
+    assert times["memory"] == {"note": "out of memory"}
+    assert times["late"] == {"note": "RuntimeError: too late"}
+    assert times["good"]["rounds"] == 5
+
+
+def test_environment_names_what_is_there():
+    found = measure.environment(CPU, ["torch", "no-such-package"], commit="abc")
+    assert found["device"] == "CPU" and found["commit"] == "abc"
+    assert list(found["packages"]) == ["torch"]
+
+
+# ------------------------------------------------------------------------------------------------ peers and checks
+
+
+@pytest.fixture(scope="module")
+def problem() -> Problem:
+    return Problem.draw(32, 48, 300, "peaked", CPU)
+
+
+def exact_step(p: Problem) -> Step:
+    """By autograd in float64."""
+    hidden, weight = (x.double().requires_grad_() for x in (p.hidden, p.weight))
+    student = log_p(hidden, weight).gather(1, p.targets[:, None]).squeeze(1)
+    student.backward(p.credit.double())
+    teacher = log_p(p.teacher_hidden, p.weight)
+    return Step(
+        teacher.gather(1, p.targets[:, None]).squeeze(1), -(teacher.exp() * teacher).sum(-1), student.detach(),
+        p.credit, hidden.grad, weight.grad,
+    )  # fmt: skip
+
+
+def test_exact_agrees_with_autograd(problem):
+    errors = Exact(problem).errors(exact_step(problem))
+    assert errors.keys() == {"logp_max_nat", "entropy_max_nat", "dhidden_relative", "dweight_relative"}
+    assert max(errors.values()) < 1e-12
+    assert wrong(errors) is None
+
+
+@pytest.mark.parametrize("field", ["teacher_logp", "entropy", "logp", "d_hidden", "d_weight"])
+def test_exact_sees_each_result(problem, field):
+    right = exact_step(problem)
+    errors = Exact(problem).errors(right._replace(**{field: getattr(right, field) * 1.5 + 1}))
+    assert "wrong result" in wrong(errors)
+
+
+def test_not_a_number_is_wrong():
+    assert wrong({"dhidden_relative": math.nan})
+
+
+@pytest.mark.parametrize("key", ["ours", "ours-pointer", "ours-torch", "ours-logp", "eager"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_peer_is_right(problem, key, trained):
+    calls = PEERS[key].build(problem)
+    step = calls.step(trained)
+    assert (step.d_weight is not None) == trained
+    assert wrong(Exact(problem).errors(step)) is None
+    assert all(torch.equal(a, b) for a, b in zip(calls.statistics(), step[:2], strict=True))
+
+
+def test_missing_packages_give_a_row_that_says_so(problem):
+    exact, timer = Exact(problem), measure.timer_of(CPU)
+    for peer in PEERS.values():
+        if peer.package and measure.version(peer.package) is None:
+            row, subjects = compare.check(peer, problem, exact, timer)
+            assert row["note"].startswith("missing: ") and row["version"] is None and not subjects
+
+
+def test_module_without_its_parents(tmp_path, monkeypatch):
+    inner = tmp_path / "heavy_package" / "ops"
+    inner.mkdir(parents=True)
+    (inner.parent / "__init__.py").write_text("import no_such_extension\n")
+    (inner / "__init__.py").write_text("")
+    (inner / "light.py").write_text("from heavy_package.ops import other\nvalue = other.value\n")
+    (inner / "other.py").write_text("value = 3\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    assert without_parents("heavy_package.ops.light").value == 3
+    with pytest.raises(ModuleNotFoundError, match="no_such_package"):
+        without_parents("no_such_package.ops.light")
+
+
+# ------------------------------------------------------------------------------------------------ the comparison
+
+
+def absent(p: Problem) -> Calls:
+    import no_such_package
+
+    return no_such_package
+
+
+def failing(p: Problem) -> Calls:
+    def step(trained: bool) -> Step:
+        if trained:
+            raise torch.OutOfMemoryError("tried to allocate")
+        return PEERS["eager"].build(p).step(trained)
+
+    return Calls(None, step)
+
+
+def doubled(p: Problem) -> Calls:
+    def step(trained: bool) -> Step:
+        right = PEERS["eager"].build(p).step(trained)
+        return right._replace(d_hidden=2 * right.d_hidden)
+
+    return Calls(None, step)
+
+
+@pytest.fixture
+def odd_peers(monkeypatch) -> None:
+    for build in (absent, failing, doubled):
+        key = build.__name__
+        monkeypatch.setitem(PEERS, key, Peer(key, key, build, None, None, True))
+
+
+def run(path, *arguments: str) -> dict:
+    common = ["--device", "cpu", "--vocabulary", "300", "--budget", "0", "--rounds", "3", "--commit", "0123456789"]
+    compare.main(["--output", str(path), *common, *arguments])
+    return json.loads(path.read_text())
+
+
+def rows_of(report: dict, shape: int = 0) -> dict[str, dict]:
+    return {row["peer"]: row for row in report["shapes"][shape]["rows"]}
+
+
+def test_compare(tmp_path, odd_peers, capsys):
+    path = tmp_path / "new" / "compare.json"
+    report = run(path, "--shapes", "32:48", "--only", "ours,eager,absent,failing,doubled")
+    (entry,) = report["shapes"]
+    assert (entry["hidden_size"], entry["tokens"], entry["vocabulary"], entry["data"]) == (32, 48, 300, "peaked")
+    assert entry["distribution"]["rows"] == 48
+    rows = rows_of(report)
+    assert set(rows["ours"]) >= {"statistics", "frozen", "trained", "error", "version"}
+    bare = {name: time["ms"] for name, time in entry["products"].items()}
+    floors = {"statistics": bare["forward"], "frozen": 2 * bare["forward"] + bare["dhidden"]}
+    floors["trained"] = floors["frozen"] + bare["dweight"]
+    for figure, floor in floors.items():
+        time = rows["ours"][figure]
+        assert time["floor_ms"] == pytest.approx(floor) and time["ratio"] == pytest.approx(time["ms"] / floor)
+    assert rows["absent"]["note"] == "missing: no_such_package"
+    assert rows["failing"]["trained"] == {"note": "out of memory"} and "ms" in rows["failing"]["frozen"]
+    for figure in ("frozen", "trained"):
+        assert rows["doubled"][figure]["note"].startswith("wrong result: dhidden_relative = 1")
+    assert "--only ours,eager" in report["runs"][0]["command"] and str(tmp_path) not in path.read_text()
+    assert "missing: no_such_package" in capsys.readouterr().out
+
+
+def test_runs_are_merged(tmp_path, odd_peers, monkeypatch):
+    path = tmp_path / "compare.json"
+    first = run(path, "--shapes", "32:48", "--only", "ours-torch,eager")
+    second = run(path, "--shapes", "32:48,16:32", "--only", "eager")
+    assert [(entry["hidden_size"], entry["tokens"]) for entry in second["shapes"]] == [(16, 32), (32, 48)]
+    rows = rows_of(second, 1)
+    assert rows["ours-torch"] == rows_of(first)["ours-torch"] and rows["ours-torch"]["run"] == 1
+    assert rows["eager"]["run"] == 2
+    assert [made["id"] for made in second["runs"]] == [1, 2]
+    # Once all its rows are replaced, a run is forgotten.
+    third = run(path, "--shapes", "32:48,16:32", "--only", "ours-torch,eager")
+    assert [made["id"] for made in third["runs"]] == [3]
+    # Another distribution is another shape.
+    assert len(run(path, "--shapes", "32:48", "--only", "eager", "--data", "flat")["shapes"]) == 3
+    # A package that is no longer there takes no time away.
+    monkeypatch.setitem(PEERS, "eager", Peer("eager", "eager", absent, None, None, True))
+    assert "ms" in rows_of(run(path, "--shapes", "16:32", "--only", "eager"))["eager"]["frozen"]
+
+
+def test_results_of_two_devices_are_kept_apart():
+    entry = dict.fromkeys(compare.SHAPE, 1) | {"rows": []}
+    report = compare.merge({}, {"id": 1, "device": "one"}, entry)
+    with pytest.raises(ValueError, match="results are of one"):
+        compare.merge(report, {"id": 2, "device": "another"}, entry)
+
+
+def test_arguments(tmp_path, capsys):
+    assert compare.parse_shapes("8b:16384,96:7") == [(4096, 16384), (96, 7)]
+    with pytest.raises(SystemExit):
+        run(tmp_path / "x.json", "--only", "nobody")
+    assert "nobody" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ table and pictures
+
+FACTOR = {"ours": 1.1, "eager": 3.0, "compile": 2.0, "verl": 4.0, "liger": 1.2}
+
+
+def synthetic(sizes=(2560, 4096), tokens=(4096, 16384)) -> dict:
+    report: dict = {}
+    made = {"id": 1, "device": "GPU", "driver": "1.2", "torch": "2.11", "triton": "3.6", "cuda": "13.0"}
+    made |= {"packages": {"verl": "0.9.1"}, "commit": "0123456789", "command": "python -m benchmarks.compare"}
+    for size in sizes:
+        for n in tokens:
+            rows = []
+            for key, factor in FACTOR.items():
+                peer = PEERS[key]
+                row = {"peer": key, "name": peer.name, "version": "1", "cannot": peer.cannot, "error": {}}
+                row |= {"per_token": peer.per_token}
+                for figure, floor in (("statistics", 1.0), ("frozen", 3.0), ("trained", 4.0)):
+                    time = {"ms": factor * floor, "floor_ms": floor, "ratio": factor, "peak_mib": 1000.0 * factor}
+                    row[figure] = {"note": "out of memory"} if key == "eager" and n > 4096 else time
+                rows.append(row)
+            shape = {"hidden_size": size, "tokens": n, "vocabulary": 151_936, "dtype": "bfloat16", "data": "peaked"}
+            report = compare.merge(report, made, shape | {"rows": rows})
+    return report
+
+
+@pytest.fixture
+def results(tmp_path):
+    folder = tmp_path / "results"
+    folder.mkdir()
+    (folder / "compare-gpu.json").write_text(json.dumps(synthetic()))
+    return folder
+
+
+def test_table(tmp_path, results):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"# before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+    options = ["--readme", str(readme), "--results", str(results)]
+    with pytest.raises(SystemExit, match="out of date"):
+        table.main([*options, "--check"])
+    table.main(options)
+    text = readme.read_text()
+    table.main([*options, "--check"])
+    table.main(options)
+    assert readme.read_text() == text
+    assert text.startswith("# before\n") and text.endswith("after\n") and "old" not in text
+    assert "| **egrsd_kernels** | 1.10 ms, 1.10 × | 3.30 ms, 1.10 × | 4.40 ms, 1.10 × | 1,100 / 1,100 |" in text
+    assert "PyTorch eager, full logits (out of memory)" in text
+    # The fastest with a weight for each token is torch.compile: Liger's mean is faster, but has none.
+    assert "| 8B (D = 4096) | 1.10 / 1.10; 1.8 / 1.8 | 1.10 / 1.10; 1.8 / 1.8 |" in text
+    for fact in ("One GPU", "torch 2.11", "driver 1.2", "verl 0.9.1", "commit 0123456"):
+        assert fact in text
+    assert "python -m benchmarks.compare --output benchmarks/results/compare-gpu.json" in text
+    (results / "compare-gpu.json").write_text(json.dumps(synthetic(tokens=(4096,))))
+    with pytest.raises(SystemExit, match="out of date"):
+        table.main([*options, "--check"])
+
+
+def test_table_of_other_shapes_and_end_to_end(results):
+    (results / "compare-gpu.json").write_text(json.dumps(synthetic(sizes=(1024,), tokens=(1024,))))
+    row = {"model": "4b", "layers": 36, "variant": "ours", "tokens": 16384, "step_ms": 1234.4, "peak_mib": 4567.8}
+    rows = [row | {"largest_batch_tokens": None, "note": "x"}]
+    report = {"device": "GPU", "commit": "0123456789", "command": "python -m benchmarks.end_to_end", "rows": rows}
+    (results / "end_to_end-gpu.json").write_text(json.dumps(report))
+    text = table.section(results)
+    assert "| 0.6B (D = 1024) | 1.10 / 1.10; 1.8 / 1.8 |" in text
+    assert "| 4B | 36 | ours | 16,384 | 1,234 | 4,568 | – | x |" in text
+
+
+def test_readme_without_markers_is_refused():
+    with pytest.raises(ValueError, match="performance: begin"):
+        table.replaced("# no markers", "text")
+
+
+def test_plots(tmp_path, results):
+    plots.main([str(results / "compare-gpu.json"), "--output", str(tmp_path / "pictures")])
+    names = {f"{f}-{q}-by-{a}.png" for f in ("frozen", "trained") for q in plots.QUANTITIES for a in plots.AXES}
+    written = {path.name: path.read_bytes() for path in (tmp_path / "pictures").iterdir()}
+    assert written.keys() == names
+    assert all(content.startswith(b"\x89PNG") and len(content) > 10_000 for content in written.values())
