@@ -30,7 +30,8 @@ def run(n: int, vocabulary: int, size: int, dtype: torch.dtype) -> None:
     for transform in ({}, {"student_bias": bias, "softcap": 5.0, "temperature": 0.8}):
         for chunk_bytes in (1, 1 << 30):
             options = {"cu_seqlens": ends, "lookahead": 5, "chunk_bytes": chunk_bytes, **transform}
-            fused_egrsd_loss(hidden, weight, hidden + 1, target_ids, advantages, **options).backward()
+            for head in (weight, weight.detach()):  # a frozen head takes the vocabulary in slices
+                fused_egrsd_loss(hidden, head, hidden + 1, target_ids, advantages, **options).backward()
     linear_logp(hidden, weight, target_ids).sum().backward()
     linear_logp(hidden, weight * 200, target_ids).sum().backward()  # 1/p_y beyond float32: done again
     token_statistics(hidden, weight, target_ids)

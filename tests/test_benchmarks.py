@@ -109,10 +109,8 @@ def test_sustained_subjects_run_back_to_back():
     timer = FakeTimer({"quick": 60.0, "slow": 900.0})
     subjects = {name: lambda name=name: name for name in timer.cost}
     times = measure.interleaved(subjects, timer, rounds=5, budget=1.5, sustained=True)
-    assert "".join(name[0] for name in timer.order[:14]) == "qqqqqqqqqqssqqqqq"[:2]
+    assert "".join(name[0] for name in timer.order) == "q" * 10 + "ss" + "q" * 10 + "ss" + "q" * 5 + "ss"
     assert times["quick"]["rounds"] == 5 and times["slow"]["rounds"] == measure.MIN_ROUNDS
-    with_host = measure.HostTimer().time(lambda: None, 4)
-    assert all(ms >= 0 for ms in with_host)
 
 
 def test_a_failing_subject_stops_nothing():
