@@ -564,7 +564,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     warnings.filterwarnings("ignore", category=FutureWarning)  # names that transformers and PEFT are about to change
     on_gpu = torch.device(args.device).type == "cuda"
-    flash = on_gpu and importlib.util.find_spec("flash_attn") is not None
+    flash = on_gpu and importlib.util.find_spec("flash_attn_2_cuda") is not None
     attention = args.attention or ("flash_attention_2" if flash else "sdpa")
     lengths = Lengths(args.prompt, args.solution, args.response)
     machine = environment(torch.device(args.device), ["transformers", "peft"], args.commit)

@@ -25,7 +25,7 @@ from benchmarks.measure import environment
 KERNELS = ("vocab_kernel", "hidden_kernel", "head_kernel")
 METRICS = {
     "gpu__time_duration.sum": "time",
-    "sm__pipe_tensor_op_gmma_cycles_active.avg.pct_of_peak_sustained_active": "tensor_pipe_percent",
+    "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed": "tensor_pipe_percent",
     "dram__bytes_read.sum": "read",
     "dram__bytes_write.sum": "written",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "dram_percent",
@@ -56,6 +56,8 @@ def records(report: str) -> list[dict]:
     for row in csv.DictReader(lines):
         launch = launches[row["ID"]]
         launch["kernel"] = row["Kernel Name"]
+        if row["Metric Value"] == "n/a":
+            raise SystemExit(f"this GPU has no metric {row['Metric Name']}")
         value = float(row["Metric Value"].replace(",", "")) * UNITS.get(row["Metric Unit"], 1.0)
         launch[METRICS[row["Metric Name"]]] = value
     out = []
