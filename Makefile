@@ -2,6 +2,8 @@
 # make test       the tests that need no GPU (CUDA tests too, where there is one)
 # make test-cuda  the CUDA parity tests, with the Python and torch that the machine already has
 # make memcheck   the kernels at odd shapes under compute-sanitizer, every allocation its own
+# make bench      every peer beside the bare matrix products, with the Python and torch that a GPU machine has
+# make table      the README's performance section, from the committed result files
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -10,7 +12,7 @@ CUDA_PYTHON ?= python3
 WORKERS ?= 2
 CUDA_WORKERS ?= 4
 
-.PHONY: demo test test-cuda memcheck lint
+.PHONY: demo test test-cuda memcheck bench table lint
 .DEFAULT_GOAL := test
 
 $(VENV)/ready: setup.py Makefile
@@ -25,6 +27,7 @@ demo: $(VENV)/ready
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/python -m benchmarks.table --check
 
 # One thread a worker: the workers share the cores.
 test: lint
@@ -38,3 +41,9 @@ test-cuda:
 
 memcheck:
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(CUDA_PYTHON) -m tests.memcheck
+
+bench:
+	$(CUDA_PYTHON) -m benchmarks.compare --output benchmarks/results/compare.json
+
+table: $(VENV)/ready
+	$(VENV)/bin/python -m benchmarks.table

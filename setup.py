@@ -3,7 +3,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 TRAIN = ["transformers>=4.51", "peft>=0.14", "rich>=13", "matplotlib>=3.7"]
-BENCH = ["pytest>=8", "pytest-benchmark>=4", "matplotlib>=3.7"]
+BENCH = ["pytest>=8", "pytest-benchmark>=4", "matplotlib>=3.7", "transformers>=4.51", "peft>=0.14"]
 TEST = ["pytest>=8", "pytest-timeout>=2", "pytest-xdist>=3", "hypothesis>=6", "numpy>=1.26", "ruff>=0.6"]
 
 setup(

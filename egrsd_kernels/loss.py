@@ -223,7 +223,8 @@ def fused_egrsd_loss(
         data_group: the torch.distributed group over which the minibatch is spread; the batch maximum is the group's.
         backend: "triton", "torch" (plain PyTorch), or "auto": Triton on a GPU where it runs, else PyTorch.
         return_stats: also return the per-token :class:`TokenStats`.
-        chunk_bytes: the most logits-sized memory held at a time.
+        chunk_bytes: the most working memory held at a time: exponentials of a chunk of tokens and what goes with them.
+            With a frozen head the Triton backend holds at most 350 MiB, since more would buy no speed.
 
     Returns:
         The loss, 0-d float32 (float64 for float64 input), differentiable in student_hidden, student_weight and

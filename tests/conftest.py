@@ -60,6 +60,14 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
+@pytest.fixture(autouse=True)
+def _memory_given_back():
+    """Workers share one GPU: what a test's reference held is another's to have."""
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 # ------------------------------------------------------------------------------------------------ where tests run
 
 
