@@ -101,6 +101,11 @@ def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     return tuple(None if t is None else t.to(dtype) for t in tensors)
 
 
+def needs_grad(*operands: torch.Tensor | None) -> tuple[bool, ...]:
+    """Which of the operands a gradient will be asked for."""
+    return tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in operands)
+
+
 def batched(hidden: torch.Tensor) -> torch.Tensor:
     """(B, T, D) as it is; packed (N, D) as one batch (1, N, D). Never a copy."""
     return hidden if hidden.ndim == 3 else hidden.unsqueeze(0)

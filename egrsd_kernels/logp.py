@@ -7,33 +7,48 @@ from typing import Literal
 import torch
 
 from . import inputs
-from .problem import DEFAULT_CHUNK_BYTES, Head, Rows
+from .problem import DEFAULT_CHUNK_BYTES, Head, Rows, compute_dtype
 
 
 class _LinearLogp(torch.autograd.Function):
+    """A frozen head needs d log p / d hidden alone, which the forward pass makes while the exponentials are there.
+
+    The head's gradient needs dL/dlogp before its product, so there the exponentials are made again, chunk by chunk.
+    """
+
     @staticmethod
-    def forward(ctx, hidden, weight, bias, softcap, temperature, target_ids, valid, backend, chunk_bytes):
+    def forward(ctx, hidden, weight, bias, softcap, temperature, target_ids, valid, backend, chunk_bytes, needs):
+        ctx.arguments = softcap, temperature, backend, chunk_bytes, needs
+        problem = Head(weight, bias, softcap, temperature), hidden, target_ids, Rows.build(valid, valid)
+        if needs == (True, False, False):
+            logp, ones = (new(valid, dtype=compute_dtype(hidden.dtype)) for new in (torch.zeros_like, torch.ones_like))
+            direction, *_ = backend.student_pass(*problem, logp, lambda *_: ones, needs, chunk_bytes)
+            ctx.save_for_backward(direction)
+            return logp
         ctx.save_for_backward(hidden, weight, bias, target_ids, valid)
-        ctx.arguments = softcap, temperature, backend, chunk_bytes
-        head = Head(weight, bias, softcap, temperature)
-        return backend.statistics(head, hidden, target_ids, Rows.build(valid, valid), chunk_bytes)[0]
+        return backend.statistics(*problem, chunk_bytes)[0]
 
     @staticmethod
     def backward(ctx, d_logp):
         inputs.refuse_second_derivative("linear_logp")
+        softcap, temperature, backend, chunk_bytes, needs = ctx.arguments
+        if needs == (True, False, False):
+            (direction,) = ctx.saved_tensors
+            d_logp = d_logp.reshape(*direction.shape[:-1], 1)
+            d_hidden = torch.mul(direction, d_logp, out=torch.empty_like(direction))
+            # Chosen, not multiplied: the direction of a target outside the vocabulary is NaN.
+            return d_hidden.masked_fill_(d_logp == 0, 0), *(None,) * 9
         hidden, weight, bias, target_ids, valid = ctx.saved_tensors
-        softcap, temperature, backend, chunk_bytes = ctx.arguments
         d_logp = d_logp.contiguous()
         needed = valid & (d_logp != 0)
         rows = Rows.build(needed, needed)
         head = Head(weight, bias, softcap, temperature)
         gradients = backend.student_pass(
-            head, hidden, target_ids, rows, torch.zeros_like(d_logp), lambda *_: d_logp, ctx.needs_input_grad[:3],
-            chunk_bytes,
-        )  # fmt: skip
+            head, hidden, target_ids, rows, torch.zeros_like(d_logp), lambda *_: d_logp, needs, chunk_bytes
+        )
         operands = hidden, weight, bias
         cast = (None if g is None else g.to(x.dtype) for g, x in zip(gradients, operands, strict=True))
-        return *cast, *(None,) * 6
+        return *cast, *(None,) * 7
 
 
 @torch.compiler.disable
@@ -51,9 +66,10 @@ def linear_logp(
 ) -> torch.Tensor:
     """log p(y) = z_y - logsumexp(z), in nats, differentiable in hidden, weight and bias.
 
-    z = softcap · tanh((h Wᵀ + b) / softcap) / temperature. The backward pass makes the exponentials again, chunk by
-    chunk: nothing logits-sized is kept between forward and backward. Rows whose incoming gradient is 0 cost nothing
-    there.
+    z = softcap · tanh((h Wᵀ + b) / softcap) / temperature. Nothing logits-sized is kept between forward and backward.
+    With a frozen head (neither weight nor bias requires grad) the forward pass makes d log p / d hidden, and the
+    backward pass scales it. With a trained one the backward pass makes the exponentials again, chunk by chunk; rows
+    whose incoming gradient is 0 cost nothing there.
 
     Args:
         hidden: (B, T, D) or (N, D). weight: (V, D), the dtype of hidden. bias: (V,).
@@ -72,16 +88,10 @@ def linear_logp(
     flat_targets, valid = inputs.targets(target_ids, hidden, weight.shape[0], mask)
     chunk_bytes = inputs.integer("chunk_bytes", chunk_bytes, low=1)
     ops = inputs.backend(backend, hidden)
+    hidden = inputs.batched(hidden)
+    needs = inputs.needs_grad(hidden, head.weight, head.bias)
     with torch.cuda.device_of(hidden):
         logp = _LinearLogp.apply(
-            inputs.batched(hidden),
-            head.weight,
-            head.bias,
-            head.softcap,
-            head.temperature,
-            flat_targets,
-            valid,
-            ops,
-            chunk_bytes,
+            hidden, head.weight, head.bias, head.softcap, head.temperature, flat_targets, valid, ops, chunk_bytes, needs
         )
     return logp.view(target_ids.shape)

@@ -278,9 +278,7 @@ def fused_egrsd_loss(
         )
 
     hidden = inputs.batched(student_hidden)
-    needs = tuple(
-        torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, student.weight, student.bias)
-    )
+    needs = inputs.needs_grad(hidden, student.weight, student.bias)
     with torch.cuda.device_of(student_hidden):
         loss, *stats = _FusedLoss.apply(
             hidden, student.weight, student.bias, student.softcap, student.temperature, credit, needs

@@ -50,11 +50,11 @@ def make_operands(
     return operands, targets.to(combo.device), incoming.to(combo.device)
 
 
-def package_logp(combo: Combo, operands: dict, targets, incoming, **options):
-    leaves = {k: x.detach().clone().requires_grad_() for k, x in operands.items()}
+def package_logp(combo: Combo, operands: dict, targets, incoming, frozen: bool = False, **options):
+    leaves = {k: x.detach().clone().requires_grad_(k == "hidden" or not frozen) for k, x in operands.items()}
     logp = linear_logp(**leaves, target_ids=targets, backend=combo.backend, **options)
     logp.backward(incoming)
-    return logp.detach().cpu(), {k: x.grad.cpu() for k, x in leaves.items()}
+    return logp.detach().cpu(), {k: x.grad.cpu() for k, x in leaves.items() if x.requires_grad}
 
 
 def reference_logp(operands: dict, targets, incoming, mask=None, softcap=None, temperature=1.0):
@@ -71,19 +71,23 @@ def reference_logp(operands: dict, targets, incoming, mask=None, softcap=None, t
 
 
 def check(combo: Combo, operands: dict, targets, incoming, ordinary: bool = True, **options) -> None:
-    got, gradients = package_logp(combo, operands, targets, incoming, **options)
+    """With a trained head and with a frozen one."""
+    results = [package_logp(combo, operands, targets, incoming, frozen, **options) for frozen in (False, True)]
     options.pop("chunk_bytes", None)
     want, expected = reference_logp(operands, targets, incoming, **options)
     options.pop("mask", None)
-    assert got.dtype == combo.compute_dtype and got.shape == targets.shape
     dz = logit_error(combo, **operands, **options).nan_to_num(0)
-    assert_within("logp", got, want, logp_error(combo, dz, ordinary))
-    tolerance = gradient_tolerance(combo, targets.numel()) + (0.0 if ordinary else 2 * float(dz.max()))
-    for name, gradient in gradients.items():
-        assert gradient.dtype == operands[name].dtype
-        assert_gradient(name, gradient, expected[name], tolerance)
-    silent = (incoming == 0) | (targets == -100)
-    assert not gradients["hidden"][silent.cpu()].any()
+    silent = ((incoming == 0) | (targets == -100)).cpu()
+    for frozen, (got, gradients) in enumerate(results):
+        tolerance = gradient_tolerance(combo, targets.numel(), rounded_again=bool(frozen))
+        tolerance += 0.0 if ordinary else 2 * float(dz.max())
+        assert got.dtype == combo.compute_dtype and got.shape == targets.shape
+        assert_within("logp", got, want, logp_error(combo, dz, ordinary))
+        for name, gradient in gradients.items():
+            assert gradient.dtype == operands[name].dtype
+            assert_gradient(name, gradient, expected[name], tolerance)
+        assert not gradients["hidden"][silent].any()
+    assert results[1][1].keys() == {"hidden"}
 
 
 @all_combos
@@ -132,9 +136,10 @@ def test_masks(combo):
     hidden = operands["hidden"]
     hidden[~mask] = math.nan
     targets[1, 0] = 10**9
-    got, gradients = package_logp(combo, operands, targets, incoming, mask=mask)
-    assert not got[~mask.cpu()].any() and not got[0, 1:4].any()
-    assert not gradients["hidden"][~mask.cpu()].any()
+    for frozen in (False, True):
+        got, gradients = package_logp(combo, operands, targets, incoming, frozen, mask=mask)
+        assert not got[~mask.cpu()].any() and not got[0, 1:4].any()
+        assert not gradients["hidden"][~mask.cpu()].any()
     hidden[~mask] = 0
     check(combo, operands, targets, incoming, mask=mask)
 
@@ -143,9 +148,10 @@ def test_masks(combo):
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0,)])
 def test_no_token(combo, shape):
     operands, targets, incoming = make_operands(combo, *shape, bias=True)
-    logp, gradients = package_logp(combo, operands, targets, incoming)
-    assert logp.shape == shape and not any(x.any() for x in gradients.values())
-    assert gradients["hidden"].shape == (*shape, 16)
+    for frozen in (False, True):
+        logp, gradients = package_logp(combo, operands, targets, incoming, frozen)
+        assert logp.shape == shape and not any(x.any() for x in gradients.values())
+        assert gradients["hidden"].shape == (*shape, 16)
 
 
 @all_combos
@@ -153,8 +159,9 @@ def test_no_token(combo, shape):
 def test_nothing_to_learn(combo, nothing):
     operands, targets, incoming = make_operands(combo, 2, 3, bias=True)
     mask = torch.full((2, 3), nothing != "masked", device=combo.device)
-    logp, gradients = package_logp(combo, operands, targets, incoming * (nothing == "masked"), mask=mask)
-    assert not any(x.any() for x in gradients.values()) and logp.any() == (nothing != "masked")
+    for frozen in (False, True):
+        logp, gradients = package_logp(combo, operands, targets, incoming * (nothing == "masked"), frozen, mask=mask)
+        assert not any(x.any() for x in gradients.values()) and logp.any() == (nothing != "masked")
 
 
 @all_combos
@@ -168,10 +175,11 @@ def test_many_chunks(combo, monkeypatch):
 def test_bit_for_bit_the_same(combo):
     shape = (3, 5) if combo.device == "cpu" else (2, 800)
     arguments = make_operands(combo, *shape, vocabulary=257, bias=True)
-    first, gradients = package_logp(combo, *arguments)
-    for _ in range(1 if combo.interpreted else 4):
-        again, others = package_logp(combo, *arguments)
-        assert torch.equal(first, again) and all(torch.equal(gradients[k], others[k]) for k in NAMES)
+    for frozen in (False, True):
+        first, gradients = package_logp(combo, *arguments, frozen)
+        for _ in range(1 if combo.interpreted else 4):
+            again, others = package_logp(combo, *arguments, frozen)
+            assert torch.equal(first, again) and all(torch.equal(x, others[k]) for k, x in gradients.items())
 
 
 @all_combos
@@ -197,11 +205,33 @@ def test_any_loss_can_use_it(combo):
 @pytest.mark.parametrize("learned", NAMES)
 def test_only_what_requires_a_gradient_gets_one(combo, learned):
     operands, targets, incoming = make_operands(combo, 2, 3, bias=True)
-    _, expected = package_logp(combo, operands, targets, incoming)
+    _, expected = package_logp(combo, operands, targets, incoming, frozen=learned == "hidden")
     operands[learned].requires_grad_()
     linear_logp(**operands, target_ids=targets, backend=combo.backend).backward(incoming)
     assert torch.equal(operands[learned].grad.cpu(), expected[learned])
     assert all(operands[k].grad is None for k in NAMES if k != learned)
+
+
+@few_combos
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_backward_twice(combo, frozen):
+    operands, targets, incoming = make_operands(combo, 2, 3)
+    leaves = {k: x.clone().requires_grad_(k == "hidden" or not frozen) for k, x in operands.items()}
+    logp = linear_logp(**leaves, target_ids=targets, backend=combo.backend)
+    first, second = (
+        torch.autograd.grad(logp, leaves["hidden"], factor * incoming, retain_graph=True)[0] for factor in (1, 2)
+    )
+    assert torch.equal(second, 2 * first)
+
+
+@cuda_combos
+def test_a_target_outside_without_gradient(combo):
+    """Its log p is NaN; where the loss leaves it out, so does the gradient."""
+    operands, targets, incoming = make_operands(combo, 2, 3)
+    targets[0, 1], incoming[0, 1] = 10**6, 0
+    for frozen in (False, True):
+        logp, gradients = package_logp(combo, operands, targets, incoming, frozen)
+        assert logp.isnan().sum() == 1 and all(x.isfinite().all() for x in gradients.values())
 
 
 @few_combos
