@@ -17,8 +17,8 @@ relative error in the Frobenius norm, against the promise alone: 3e-3 in bfloat1
 gradient, of the stored exponentials and of the result, and three for the head's: 2.4e-3 and 2.9e-3. Over hundreds of
 tokens that is what comes out, to 3 %; over ten tokens a few entries decide, and a simulation of those roundings in
 float64 reaches 4.3e-3. So a small problem is allowed 5e-3 there, and where ``linear_logp`` rounds the gradient of log p
-before it is scaled. At extreme logits (±1e4) no float32 logit is better than Δz, so there a row's gradient may be off by
-2·Δz more.
+before it is scaled. At extreme logits (±1e4) no float32 logit is better than Δz, so a row's gradient may be off by 2·Δz
+more there.
 """
 
 from __future__ import annotations
