@@ -285,10 +285,10 @@ class ChunkGradients:
         for first_tile in self.vocab.slices():
             self.vocab.store(live, first_tile)
             if self.out_hidden is not None:
-                self.multiply_head(live, first_tile * self.configs.vocab.cols)
+                self.hidden_product(live, first_tile * self.configs.vocab.cols)
         self.vocab.combine_sums(live, order, self.total, logp, retry)
 
-    def multiply_head(self, live, first_col: int) -> None:
+    def hidden_product(self, live, first_col: int) -> None:
         """partial += E W for the stored slice of the vocabulary, without the targets' entries."""
         chunk, e, weight = self.chunk, self.exponentials, self.chunk.head.weight
         drop_target_kernel[(triton.cdiv(chunk.rows, SLOTS),)](
@@ -324,14 +324,14 @@ class ChunkGradients:
         if self.out_weight is not None:
             block = min(1024, triton.next_power_of_2(chunk.D))
             scale_rows_kernel[(chunk.rows,)](chunk.hidden, self.head_factor, chunk.D, BLOCK=block)
-            self.multiply_hidden(accumulate)
+            self.head_product(accumulate)
         if self.out_bias is not None:
             bias_kernel[(triton.cdiv(chunk.V, 128),)](
                 e, e.stride(0), self.head_factor, self.out_bias, chunk.live, chunk.rows, chunk.V, self.unit,
                 ROWS=32, COLS=128, ACCUMULATE=accumulate,
             )  # fmt: skip
 
-    def multiply_hidden(self, accumulate: bool) -> None:
+    def head_product(self, accumulate: bool) -> None:
         """out_weight = E^T (scaled hidden), or add it."""
         chunk, c = self.chunk, self.configs.head
         head_kernel[(chunk.programs,)](

@@ -97,8 +97,8 @@ def _times(config: Config, dtype: torch.dtype, device: torch.device, tma: bool) 
     gradients = ChunkGradients(chunk, triton.cdiv(VOCABULARY, config.cols), d_hidden, d_weight, None)
     calls = (
         lambda: gradients.vocab.store(chunk.live, 0),
-        lambda: gradients.multiply_head(chunk.live, 0),
-        lambda: gradients.multiply_hidden(accumulate=True),
+        lambda: gradients.hidden_product(chunk.live, 0),
+        lambda: gradients.head_product(accumulate=True),
     )
     try:
         return tuple(_milliseconds(call) for call in calls)
