@@ -63,7 +63,7 @@ def products(problem: Problem, names: tuple[str, ...]) -> Callable[[], None]:
 
 
 def test_logp_floor(timed, problem):
-    timed("linear_logp, forward and backward", products(problem, ("forward", "forward", "dhidden")))
+    timed("linear_logp, forward and backward", products(problem, ("forward", "dhidden")))
 
 
 def test_logp(timed, problem):
