@@ -35,8 +35,7 @@ def timed(benchmark, request) -> Callable[[str, Callable[[], object]], None]:
     def run(group: str, call: Callable[[], object]) -> None:
         def finished() -> None:
             call()
-            if DEVICE.type == "cuda":
-                torch.cuda.synchronize()
+            torch.cuda.synchronize()
 
         benchmark.group = f"{group}, {request.node.callspec.id}"
         benchmark.pedantic(finished, rounds=10, warmup_rounds=2)

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.data import GENERATORS, HIDDEN_SIZES, VOCABULARY
-from benchmarks.measure import Timer, environment, failure, interleaved, timer_of, version
+from benchmarks.measure import Timer, environment, failure, interleaved, timer_of, version, write
 from benchmarks.peers import PEERS, Peer
 from benchmarks.problem import Exact, Problem, wrong
 
@@ -141,11 +141,6 @@ def describe(entry: dict) -> str:
         cells += [f"{name} {value:.1e}" for name, value in row["error"].items()]
         lines.append("  ".join([*cells, row.get("note", "")]).rstrip())
     return "\n".join(lines)
-
-
-def write(path: Path, report: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 import reference
-from benchmarks.measure import environment, version
+from benchmarks.measure import environment, version, write
 from egrsd_kernels import fused_egrsd_loss
 
 SHAPES = {
@@ -585,12 +585,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "rows": [],
     }
 
-    def write() -> None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(merge(report, earlier), indent=1) + "\n")
-
     earlier = json.loads(args.output.read_text()) if args.output.exists() else None
-    write()  # refuses a file that other hardware or versions wrote, before any GPU time is spent
+    write(
+        args.output, merge(report, earlier)
+    )  # refuses a file that other hardware or versions wrote, before any GPU time is spent
     print(*(f"{name} {report[name]}" for name in ENVIRONMENT[:-1]), sep=", ", flush=True)
     largest_seconds = None if args.skip_largest or not on_gpu else args.largest_seconds
     for name in args.models:
@@ -612,7 +610,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             else:
                 row = {**dict.fromkeys(ROW), "variant": variant, "error": f"the model: {error}"}
             report["rows"].append({**row, **head})
-            write()
+            write(args.output, merge(report, earlier))
             print(show(row), flush=True)
         policies.clear()
         attempt(lambda: release(torch.device(args.device)))

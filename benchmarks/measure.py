@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
+import json
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -180,3 +182,8 @@ def environment(device: torch.device, packages: list[str], commit: str | None = 
         "packages": {name: found for name in packages if (found := version(name))},
         "commit": commit or _output("git", "rev-parse", "HEAD") or "unknown",
     }
+
+
+def write(path: Path, report: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import subprocess
 import sys
 from collections import defaultdict
@@ -19,8 +18,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.data import HIDDEN_SIZES, VOCABULARY, head_weight, peaked_hidden
-from benchmarks.measure import environment
+from benchmarks.compare import parse_shapes
+from benchmarks.data import VOCABULARY
+from benchmarks.measure import environment, write
+from benchmarks.peers import PEERS
+from benchmarks.problem import Problem
 
 KERNELS = ("vocab_kernel", "hidden_kernel", "head_kernel")
 METRICS = {
@@ -35,18 +37,6 @@ METRICS = {
 UNITS = {"ns": 1e-9, "us": 1e-6, "usecond": 1e-6, "ms": 1e-3, "msecond": 1e-3, "nsecond": 1e-9, "s": 1.0}
 UNITS |= {"byte": 1.0, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}
 IDLE = 20e-6  # s: a launch that finds nothing to do is shorter
-
-
-def step(size: int, n: int, trained: bool) -> None:
-    from egrsd_kernels import fused_egrsd_loss
-
-    generator = torch.Generator("cuda").manual_seed(0)
-    weight = head_weight(VOCABULARY, size, generator).requires_grad_(trained)
-    hidden, targets = peaked_hidden(weight.detach(), n, generator)
-    teacher, _ = peaked_hidden(weight.detach(), n, generator)
-    advantages = torch.randn(n, device="cuda", generator=generator)
-    fused_egrsd_loss(hidden.requires_grad_(), weight, teacher, targets, advantages, lookahead=3).backward()
-    torch.cuda.synchronize()
 
 
 def records(report: str) -> list[dict]:
@@ -91,21 +81,21 @@ def main() -> None:
     args = parser.parse_args()
     if args.step:
         size, n, trained = map(int, args.step.split(":"))
-        return step(size, n, bool(trained))
+        problem = Problem.draw(size, n, VOCABULARY, "peaked", torch.device("cuda"))
+        PEERS["ours"].build(problem).step(bool(trained))
+        return torch.cuda.synchronize()
     report = {"command": f"python -m benchmarks.profile --shapes {args.shapes}"}
     report |= environment(torch.device("cuda"), [], args.commit) | {"steps": []}
-    for shape in args.shapes.split(","):
-        name, n = shape.split(":")
+    for size, n in parse_shapes(args.shapes):
         for trained in (False, True):
-            found = profile(HIDDEN_SIZES[name], int(n), trained)
-            entry = {"hidden_size": HIDDEN_SIZES[name], "tokens": int(n), "head": "trained" if trained else "frozen"}
+            found = profile(size, n, trained)
+            entry = {"hidden_size": size, "tokens": n, "head": "trained" if trained else "frozen"}
             report["steps"].append(entry | {"launches": found})
             print(entry)
             for launch in found:
                 print("  ", {k: round(v, 3) if isinstance(v, float) else v for k, v in launch.items()}, flush=True)
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
+        write(args.output, report)
 
 
 if __name__ == "__main__":

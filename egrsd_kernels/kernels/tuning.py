@@ -53,11 +53,16 @@ def configs(dtype: torch.dtype, device: torch.device, tma: bool, shared: int) ->
     """The tiles of the three products. shared: bytes of shared memory that a program can have."""
     if dtype == torch.float32:
         return Configs(FLOAT32, FLOAT32, FLOAT32)
-    fitting = [c for c in HALF if c.stages * (c.rows + c.cols) * c.depth * 2 <= shared] or [HALF[-1]]
+    fitting = _fitting(shared)
     largest = Configs(*fitting[:1] * 3)
     if device.type != "cuda":
         return largest
-    return _chosen(dtype, device, tma, tuple(fitting)) or largest
+    return _chosen(dtype, device, tma, fitting) or largest
+
+
+def _fitting(shared: int) -> tuple[Config, ...]:
+    """The list's entries whose operands fit into so many bytes, largest tiles first; at least the smallest."""
+    return tuple(c for c in HALF if c.stages * (c.rows + c.cols) * c.depth * 2 <= shared) or HALF[-1:]
 
 
 @functools.cache
@@ -152,8 +157,7 @@ def _keep(key: str, best: Configs) -> None:
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     device = torch.device("cuda", torch.cuda.current_device())
-    shared = device_limits(device)[1]
-    fitting = tuple(c for c in HALF if c.stages * (c.rows + c.cols) * c.depth * 2 <= shared)
+    fitting = _fitting(device_limits(device)[1])
     for dtype in (torch.bfloat16, torch.float16):
         for tma in {has_tma(device), False}:
             print(f"{_key(dtype, device, tma)}: {measure(dtype, device, tma, fitting)}")
