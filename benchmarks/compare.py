@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.data import GENERATORS, HIDDEN_SIZES, VOCABULARY
-from benchmarks.measure import Timer, environment, failure, interleaved, timer_of, version, write
+from benchmarks.measure import Timer, command, environment, failure, interleaved, timer_of, version, write
 from benchmarks.peers import PEERS, Peer
 from benchmarks.problem import Exact, Problem, wrong
 
@@ -163,14 +163,10 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device(args.device)
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     report = json.loads(args.output.read_text()) if args.output.exists() else {}
-    options = (
-        (name, getattr(args, name)) for name in ("shapes", "only", "data", "rounds", "budget", "device", "vocabulary")
-    )
-    chosen = [f"--{name} {value}" for name, value in options if value != parser.get_default(name)]
     packages = sorted({peer.package for peer in PEERS.values() if peer.package})
     run = {
         "id": 1 + max((old["id"] for old in report.get("runs", [])), default=0),
-        "command": " ".join(["python -m benchmarks.compare", *chosen]),
+        "command": command("benchmarks.compare", parser, args),
     }
     run |= environment(device, packages, args.commit)
     for size, n in parse_shapes(args.shapes):

@@ -26,7 +26,6 @@ import importlib.util
 import json
 import os
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -41,7 +40,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 import reference
-from benchmarks.measure import environment, version, write
+from benchmarks.measure import command, environment, version, write
 from egrsd_kernels import fused_egrsd_loss
 
 SHAPES = {
@@ -550,6 +549,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--commit", default=None, help="recorded in the result; default: git's HEAD")
     args = parser.parse_args(argv)
+    args.command = command("benchmarks.end_to_end", parser, args)
     for name, known in (("models", SHAPES), ("variants", VARIANTS)):
         chosen = getattr(args, name).split(",")
         if unknown := set(chosen) - set(known):
@@ -572,7 +572,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         **{name: value for name, value in machine.items() if name != "packages"},
         **machine["packages"],
         "attn_implementation": attention,
-        "command": " ".join(["python -m benchmarks.end_to_end", *(sys.argv[1:] if argv is None else argv)]),
+        "command": args.command,
         "settings": {
             **lengths._asdict(),
             "dtype": args.dtype,

@@ -12,6 +12,7 @@ training; the host's own time is reported beside.
 
 from __future__ import annotations
 
+import argparse
 import gc
 import importlib.metadata
 import json
@@ -182,6 +183,15 @@ def environment(device: torch.device, packages: list[str], commit: str | None = 
         "packages": {name: found for name in packages if (found := version(name))},
         "commit": commit or _output("git", "rev-parse", "HEAD") or "unknown",
     }
+
+
+def command(module: str, parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
+    """What gives a result again: the options that are not their defaults, but for those that do not change it."""
+    words = [f"python -m {module}"]
+    for name, value in vars(args).items():
+        if value != parser.get_default(name) and name not in ("output", "commit"):
+            words.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}"))
+    return " ".join(words)
 
 
 def write(path: Path, report: dict) -> None:

@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.compare import parse_shapes
 from benchmarks.data import VOCABULARY
-from benchmarks.measure import environment, write
+from benchmarks.measure import command, environment, write
 from benchmarks.peers import PEERS
 from benchmarks.problem import Problem
 
@@ -63,10 +63,10 @@ def records(report: str) -> list[dict]:
 
 
 def profile(size: int, n: int, trained: bool) -> list[dict]:
-    command = ["ncu", "--clock-control", "none", "--csv", "--print-units", "base"]
-    command += ["--metrics", ",".join(METRICS), "--kernel-name", f"regex:^({'|'.join(KERNELS)})$"]
-    command += [sys.executable, "-m", "benchmarks.profile", "--step", f"{size}:{n}:{int(trained)}"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    under_ncu = ["ncu", "--clock-control", "none", "--csv", "--print-units", "base"]
+    under_ncu += ["--metrics", ",".join(METRICS), "--kernel-name", f"regex:^({'|'.join(KERNELS)})$"]
+    under_ncu += [sys.executable, "-m", "benchmarks.profile", "--step", f"{size}:{n}:{int(trained)}"]
+    done = subprocess.run(under_ncu, capture_output=True, text=True)
     if done.returncode or '"ID"' not in done.stdout:
         raise SystemExit(f"ncu failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
     return records(done.stdout)
@@ -84,7 +84,7 @@ def main() -> None:
         problem = Problem.draw(size, n, VOCABULARY, "peaked", torch.device("cuda"))
         PEERS["ours"].build(problem).step(bool(trained))
         return torch.cuda.synchronize()
-    report = {"command": f"python -m benchmarks.profile --shapes {args.shapes}"}
+    report = {"command": command("benchmarks.profile", parser, args)}
     report |= environment(torch.device("cuda"), [], args.commit) | {"steps": []}
     for size, n in parse_shapes(args.shapes):
         for trained in (False, True):

@@ -155,12 +155,20 @@ def compare_section(path: Path) -> list[str]:
     return blocks + provenance(report, path)
 
 
+def _largest(row: dict) -> str:
+    """The largest batch; as a bound where the search ended before it was close to one that failed."""
+    tokens, fits, fails = (row.get(name) for name in ("largest_batch_tokens", "largest_rollouts", "failing_rollouts"))
+    if tokens is None:
+        return "–"
+    return f"{tokens:,}" if fails is not None and fails <= 1.05 * fits else f"≥ {tokens:,}"
+
+
 def end_to_end_section(path: Path) -> list[str]:
     report = json.loads(path.read_text(encoding="utf-8"))
     headings = ("model", "layers", "loss head", "tokens", "step, ms", "peak, MiB", "largest batch, tokens", "")
     rows = []
     for row in report["rows"]:
-        counts = (row.get(name) for name in ("tokens", "step_ms", "peak_mib", "largest_batch_tokens"))
+        counts = (row.get(name) for name in ("tokens", "step_ms", "peak_mib"))
         cells = ("–" if value is None else f"{value:,.0f}" for value in counts)
         rows.append(
             [
@@ -168,15 +176,15 @@ def end_to_end_section(path: Path) -> list[str]:
                 str(row["layers"]),
                 row["variant"],
                 *cells,
+                _largest(row),
                 row.get("note") or row.get("error") or "",
             ]
         )
-    command = re.sub(r"--output[ =]\S+", f"--output benchmarks/results/{path.name}", report["command"])
     return [
         f"A whole optimiser step (teacher, student, loss, backward, AdamW on LoRA adapters) on one {report['device']}, "
         f"commit {report['commit'][:7]}:",
         table(headings, rows),
-        f"To rerun: `{command}`",
+        f"To rerun: `{report['command']} --output benchmarks/results/{path.name}`",
     ]
 
 
