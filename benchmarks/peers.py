@@ -277,9 +277,9 @@ def liger_grpo(p: Problem) -> Calls:
 def quack(p: Problem) -> Calls:
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
-    return _uniform(
-        p, lambda hidden, weight: chunked_linear_cross_entropy(hidden, weight, p.targets, reduction="sum"), -1.0
-    )
+    # Its default, 4096 rows, is refused where the hidden size is the same: it could not tell rows from columns.
+    options = {"reduction": "sum", "chunk_size": 4096 if p.weight.shape[1] != 4096 else 2048}
+    return _uniform(p, lambda hidden, weight: chunked_linear_cross_entropy(hidden, weight, p.targets, **options), -1.0)
 
 
 @peer("flash-attn", "flash-attn Triton cross entropy, chunked and checkpointed", "flash-attn", NO_ENTROPY)
