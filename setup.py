@@ -14,6 +14,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["egrsd_kernels", "egrsd_kernels.*"]),
+    entry_points={"console_scripts": ["egrsd = egrsd_kernels.cli:main"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.7", "triton>=3.3; platform_system == 'Linux'"],
     extras_require={

@@ -15,33 +15,29 @@ EVIL = "<script>alert('x')</script>\"'&{{cards}}{{title}}\\1"
 
 
 class Page(html.parser.HTMLParser):
-    """What a browser would see: tags with their attributes, and the text inside each token."""
+    """What a browser would see: tags with their attributes, the text outside scripts, and the rollouts' data."""
 
     def __init__(self, text: str):
         super().__init__(convert_charrefs=True)
         self.tags: list[tuple[str, dict[str, str]]] = []
-        self.tokens: list[tuple[list[str], list[str], str]] = []  # classes, numbers, text
         self.text = ""
-        self._open = 0
+        self.data: list[dict] = []  # the JSON of each rollout, then of the page's scales
+        self._script = ""
         self.feed(text)
+        *self.cards, self.scales = self.data
 
     def handle_starttag(self, tag, attrs):
-        attributes = dict(attrs)
-        self.tags.append((tag, attributes))
-        if self._open:
-            self._open += tag != "br"
-        elif "data-v" in attributes:
-            self._open = 1
-            self.tokens.append((attributes["class"].split(), json.loads(attributes["data-v"]), ""))
+        self.tags.append((tag, dict(attrs)))
+        self._script = dict(attrs).get("type", "code") if tag == "script" else ""
 
     def handle_endtag(self, tag):
-        self._open -= bool(self._open)
+        self._script = ""
 
     def handle_data(self, data):
-        self.text += data
-        if self._open:
-            classes, numbers, text = self.tokens[-1]
-            self.tokens[-1] = (classes, numbers, text + data)
+        if self._script == "application/json":
+            self.data.append(json.loads(data))
+        elif not self._script:
+            self.text += data
 
 
 def rollout(tokens, **fields) -> Rollout:
@@ -62,10 +58,10 @@ def test_every_text_is_escaped(tmp_path):
     text, page = write(tmp_path, evil, title=EVIL)
     plain, _ = write(tmp_path, rollout(["a", "b"], reference="r", title="t"))
     assert "<script>alert" not in text
-    assert [tag for tag, _ in page.tags if tag == "script"] == ["script"]
+    assert [tag for tag, _ in page.tags].count("script") == 3  # the rollout, the scales, the code
     assert text.count("<") == plain.count("<")  # no text has become markup
-    assert page.tokens[1][2] == EVIL
-    assert page.text.count(EVIL) == 6  # page title, heading, prompt, reference, rollout title, token
+    assert page.cards[0]["tokens"] == ["a", EVIL]
+    assert page.text.count(EVIL) == 5  # page title, heading, prompt, reference, rollout title
 
 
 def test_loads_nothing(tmp_path):
@@ -73,7 +69,7 @@ def test_loads_nothing(tmp_path):
     assert not re.search(r"https?:|//\w|@import|url\(", text)
     assert not any({"src", "href"} & attributes.keys() for _, attributes in page.tags)
     assert not {"link", "img", "iframe"} & {tag for tag, _ in page.tags}
-    assert "{{" not in text and "}}" not in text
+    assert not re.search(r"\{\{\w+\}\}", text)  # every placeholder is filled
 
 
 def test_tokens_carry_regime_and_numbers(tmp_path):
@@ -86,39 +82,66 @@ def test_tokens_carry_regime_and_numbers(tmp_path):
         "log_ratio": [-1.5, 2.0, 0.0, 0.125],
         "token_advantage": [-0.75, 0.5, 0.25, 0.0],
     }
-    _, page = write(tmp_path, rollout(list("abcd"), **sequences))
-    assert [classes[1] for classes, _, _ in page.tokens] == ["lock", "fork", "pivot", "mid"]
-    assert ["minus" in classes for classes, _, _ in page.tokens] == [True, False, False, False]
-    for index, (_, numbers, text) in enumerate(page.tokens):
-        assert text == "abcd"[index]
-        assert [float(number) for number in numbers] == pytest.approx(
-            [values[index] for values in sequences.values()], abs=1e-4
-        )
-    assert page.text.count("25%") == 4  # the legend's shares
+    logp = {"student_logp": [-2.0, -1.0, -0.5, -0.25], "teacher_logp": [-3.5, 1.0, -0.5, -0.125]}
+    _, page = write(tmp_path, rollout(list("abcd"), **sequences, **logp))
+    (card,) = page.cards
+    assert card["tokens"] == list("abcd")
+    assert card["regimes"] == "0123"  # lock, fork, pivot, mid
+    assert card["thresholds"] == pytest.approx([0.01 * top, 0.17 * top])
+    assert card["numbers"] == {name: pytest.approx(values, abs=1e-4) for name, values in {**sequences, **logp}.items()}
+    assert page.text.count("25.0%") == 4  # the filter's shares
     assert "reward 1.25" in page.text and "advantage −0.50" in page.text
+
+
+def test_regimes_follow_each_rollouts_vocabulary(tmp_path):
+    small, large = (rollout(["a"], entropy=[1.0], lookahead_entropy=[1.0], vocab_size=size) for size in (10, 1000))
+    _, page = write(tmp_path, small, large, rollout(["a"], entropy=[1.0], lookahead_entropy=[1.0]), vocab_size=1000)
+    assert [card["regimes"] for card in page.cards] == ["1", "3", "3"]
 
 
 def test_colours_span_the_page(tmp_path):
     first = rollout(["a", "b"], entropy=[0.0, 2.0], gate=[1.0, 0.5], token_advantage=[-4.0, 1.0])
     _, page = write(tmp_path, first, rollout(["c"], entropy=[1.0], gate=[0.75], token_advantage=[2.0]))
-    styles = [attributes["style"] for _, attributes in page.tags if "data-v" in attributes]
-    assert styles == ["--h:0.000;--g:0.000;--a:1.000", "--h:1.000;--g:1.000;--a:0.250", "--h:0.500;--g:0.500;--a:0.500"]
+    assert page.scales == {"entropy": 2.0, "gate": 0.5, "advantage": 4.0}
 
 
-def test_blanks_and_control_characters_are_visible(tmp_path):
-    text, page = write(tmp_path, rollout([" a", "\n\n", "\t", "", "\x00\u202e\ud800\xa0", "é漢"]))
-    assert [token for *_, token in page.tokens] == ["·a", "↵↵", "⇥", "∅", "U+0000U+202EU+D800U+00A0", "é漢"]
-    assert text.count("<br>") == 2
+def test_counts(tmp_path):
+    text, page = write(tmp_path, rollout(list("abc"), step=7, title="best"), rollout([]))
+    assert "2 rollouts, 3 response tokens, mean reward 1.25" in page.text
+    assert "step 7 · best" in page.text
+    assert [attributes["data-counts"] for _, attributes in page.tags if "data-counts" in attributes] == [
+        "0 0 0 3",
+        "0 0 0 0",
+    ]
+    assert re.findall(r'data-regime="(\w+)" data-count="(\d+)"', text) == [
+        ("lock", "0"),
+        ("fork", "0"),
+        ("pivot", "0"),
+        ("mid", "3"),
+    ]
+
+
+def test_opens_with_the_chosen_regimes(tmp_path):
+    assert 'data-only="fork pivot"' in write(tmp_path, rollout(["a"]), regimes=["pivot", "fork"])[0]
+    assert 'data-only=""' in write(tmp_path, rollout(["a"]))[0]
+
+
+def test_progress_sees_every_rollout(tmp_path):
+    seen = []
+    rollouts = [rollout(["a"]), rollout(["b"])]
+    write(tmp_path, *rollouts, track=lambda sequence: (seen.append(one) or one for one in sequence))
+    assert seen == rollouts
 
 
 @given(st.lists(st.text(max_size=5), max_size=6), st.floats(allow_nan=True, allow_infinity=True))
 def test_any_text_and_any_number(tmp_path_factory, tokens, value):
     count = len(tokens)
     numbers = {"entropy": [value] * count, "gate": [value] * count, "token_advantage": [value] * count}
-    text, page = write(tmp_path_factory.mktemp("report"), rollout(tokens, **numbers))
-    assert len(page.tokens) == count
-    shares = re.findall(r"--[hga]:([^;\"]*)", text)
-    assert all(0.0 <= float(share) <= 1.0 for share in shares if not share.startswith(" "))
+    _, page = write(tmp_path_factory.mktemp("report"), rollout(tokens, **numbers))
+    assert page.cards[0]["tokens"] == tokens
+    shown = value if math.isfinite(value) else str(value).replace("-", "−")
+    assert all(number == pytest.approx(shown, abs=1e-4) for number in page.cards[0]["numbers"]["gate"])
+    assert all(math.isfinite(scale) for scale in page.scales.values())
 
 
 def test_from_stats_takes_the_response_of_its_row():
@@ -132,14 +155,23 @@ def test_from_stats_takes_the_response_of_its_row():
     assert one.gate == [55.0, 56.0, 57.0]
     assert one.token_advantage == [65.0, 66.0, 67.0]
     assert one.log_ratio == [10.0, 10.0, 10.0]  # teacher's log p minus the student's
+    assert one.student_logp == [5.0, 6.0, 7.0] and one.teacher_logp == [15.0, 16.0, 17.0]
     assert (one.title, one.reference) == ("step 3", None)
 
 
 def test_bad_input_names_the_argument(tmp_path):
     with pytest.raises(ValueError, match=r"^gate"):
         rollout(["a"], gate=[1.0, 1.0])
+    with pytest.raises(ValueError, match=r"^student_logp"):
+        rollout(["a"], student_logp=[])
     with pytest.raises(ValueError, match=r"^rollouts"):
         write_token_report(tmp_path / "x.html", [], vocab_size=10)
     with pytest.raises(ValueError, match=r"^vocab_size"):
         write_token_report(tmp_path / "x.html", [rollout(["a"])], vocab_size=1)
+    with pytest.raises(ValueError, match=r"^vocab_size"):
+        write_token_report(tmp_path / "x.html", [rollout(["a"])])
+    with pytest.raises(ValueError, match=r"^regimes.*'lok'"):
+        write_token_report(tmp_path / "x.html", [rollout(["a"])], vocab_size=9, regimes=["fork", "lok"])
+    with pytest.raises(ValueError, match=r"^tau_low"):
+        write_token_report(tmp_path / "x.html", [rollout(["a"])], vocab_size=9, tau_low=0.5)
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,31 @@
+"""The command line ``egrsd``, also ``python -m egrsd_kernels``; its subcommands are modules of ``commands``."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from . import __version__
+from .commands import CommandError, inspect
+
+COMMANDS = (inspect,)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands; parsed arguments carry the one to call as ``run``."""
+    parser = argparse.ArgumentParser(prog="egrsd", description="Entropy-guided reinforced self-distillation.")
+    parser.add_argument("--version", action="version", version=f"egrsd {__version__}")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add_parser(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status: 0, or 2 after one line on stderr about bad input."""
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except CommandError as error:
+        print("egrsd: error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    return 0
