@@ -3,6 +3,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 TRAIN = ["transformers>=4.51", "peft>=0.14", "rich>=13", "matplotlib>=3.7"]
+# TRL up to 1.14 imports requests without asking for it.
+TRL = ["trl>=1.0,<2", "datasets>=3", "peft>=0.14", "requests>=2"]
 BENCH = ["pytest>=8", "pytest-benchmark>=4", "matplotlib>=3.7", "transformers>=4.51", "peft>=0.14"]
 TEST = ["pytest>=8", "pytest-timeout>=2", "pytest-xdist>=3", "hypothesis>=6", "numpy>=1.26", "ruff>=0.6"]
 
@@ -14,13 +16,15 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["egrsd_kernels", "egrsd_kernels.*"]),
+    package_data={"egrsd_kernels.trl": ["presets/*.yaml"]},
     entry_points={"console_scripts": ["egrsd = egrsd_kernels.cli:main"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.7", "triton>=3.3; platform_system == 'Linux'"],
     extras_require={
         "train": TRAIN,
+        "trl": TRL,
         "bench": BENCH,
-        "test": [*TEST, *TRAIN],
-        "all": sorted({*TRAIN, *BENCH, *TEST}),
+        "test": [*TEST, *TRAIN, *TRL],
+        "all": sorted({*TRAIN, *TRL, *BENCH, *TEST}),
     },
 )

@@ -25,7 +25,7 @@ Every array has one entry for each token. An optional field may be null. A numbe
 Python's json does: NaN, Infinity, -Infinity. Fields of other names are allowed, and not read.
 
 A run keeps its files in one folder, at any depth, under names that match ``rollouts*.jsonl``: one for each process
-that writes, so that none waits for another.
+that appends, so that none waits for another, or one for each step that is written whole.
 """
 
 import json
@@ -50,11 +50,22 @@ def append_rollouts(path: str | Path, rollouts: Iterable[Rollout]) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # ASCII: half of a split character, a lone surrogate, survives only as an escape.
-    lines = "".join(json.dumps(_object(rollout), separators=(",", ":")) + "\n" for rollout in rollouts)
+    lines = _lines(rollouts)
     with open(path, "a+b") as file:
         _finish_last_line(file)
-        file.write(lines.encode("ascii"))
+        file.write(lines)
+
+
+def write_rollouts(path: str | Path, rollouts: Iterable[Rollout]) -> None:
+    """Write ``rollouts`` to the file, in the place of what it holds: readers see all of the old or all of the new.
+
+    Its folder is created where missing; numbers keep 7 significant digits. An OSError where it cannot be written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_bytes(_lines(rollouts))
+    os.replace(aside, path)
 
 
 def read_rollouts(path: str | Path, advance: Callable[[int], object] = lambda count: None) -> Iterator[Rollout]:
@@ -107,6 +118,11 @@ def find_rollout_files(path: str | Path) -> list[Path]:
         return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
 
     return sorted(found, key=with_numbers)
+
+
+def _lines(rollouts: Iterable[Rollout]) -> bytes:
+    # ASCII: half of a split character, a lone surrogate, survives only as an escape.
+    return "".join(json.dumps(_object(r), separators=(",", ":")) + "\n" for r in rollouts).encode("ascii")
 
 
 def _object(rollout: Rollout) -> dict[str, object]:

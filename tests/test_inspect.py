@@ -13,7 +13,7 @@ pytest.importorskip("rich")
 
 from egrsd_kernels import cli
 from egrsd_kernels.report import Rollout, write_token_report
-from egrsd_kernels.rollouts import append_rollouts, find_rollout_files, read_rollouts
+from egrsd_kernels.rollouts import append_rollouts, find_rollout_files, read_rollouts, write_rollouts
 from tests import chromium
 
 EVIL = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"><!--&lt;\\u003c"
@@ -56,6 +56,22 @@ def test_what_is_written_is_read(tmp_path):
     assert first.log_ratio == pytest.approx(full.log_ratio, rel=1e-6)
     assert replace(first, log_ratio=full.log_ratio) == full
     assert rest == [rollout([]), rollout(vocab_size=None)]
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path):
+    file = tmp_path / "new" / "rollouts.jsonl"
+    write_rollouts(file, [rollout(), rollout()])
+
+    def interrupted():
+        yield rollout([])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_rollouts(file, interrupted())
+    assert list(read_rollouts(file)) == [rollout(), rollout()]
+    write_rollouts(file, [rollout([])])
+    assert list(read_rollouts(file)) == [rollout([])]
+    assert list(file.parent.iterdir()) == [file]
 
 
 def test_takes_tensors(tmp_path):

@@ -1,0 +1,167 @@
+"""Settings of a training run: GRPOConfig's, and the method's own."""
+
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from trl import GRPOConfig
+
+from egrsd_kernels.inputs import expect, integer, number
+
+PRESETS = {path.stem: path for path in sorted((Path(__file__).parent / "presets").glob("*.yaml"))}
+"""The paper's settings, by name: YAML files with the keys of EGRSDConfig and of TRL's ModelConfig."""
+
+CHOICES = {
+    "advantage": ("welford", "group"),
+    "backend": ("auto", "triton", "torch"),
+    "gamma_schedule": ("constant", "linear", "cosine"),
+    "loss_type": ("dapo", "dr_grpo"),
+    "teacher": ("auto", "adapters_off", "frozen", "ema", "copy"),
+}
+ENTROPY_SCALES = ("batch_max", "batch_max_lookahead", "log_vocab")
+
+# What TRL's objective has and this loss has not: ignoring such a setting in silence would be worse than an error.
+NOT_OURS = (
+    "beta", "cast_lm_head_to_fp32", "delta", "entropy_coef", "epsilon", "epsilon_high", "importance_sampling_level",
+    "off_policy_mask_threshold", "router_aux_loss_coef", "sync_ref_model", "top_entropy_quantile",
+    "use_adaptive_entropy", "use_liger_kernel",
+)  # fmt: skip
+GROUP_ONLY = ("multi_objective_aggregation", "scale_rewards")
+
+
+@dataclass
+class EGRSDConfig(GRPOConfig):
+    """GRPOConfig with the settings of EGRSD and CL-EGRSD (arXiv 2605.13255); each field's ``help`` says what it does.
+
+    Baselines: ``gamma=0`` is RLSD; ``gamma=0, clip_eps=0`` is REINFORCE with Welford advantages; with
+    ``advantage="group", length_beta=0`` besides it is on-policy GRPO. The loss has no importance ratio π/π_old, so
+    ``num_iterations`` above 1 learns from rollouts of an earlier policy as if they were its own.
+
+    Raises:
+        TypeError, ValueError: in one line that names the setting, what it got and what it expects.
+    """
+
+    gamma: float = field(default=0.3, metadata={"help": "Strength γ of the entropy gate. 0 is RLSD."})
+    gamma_schedule: str = field(
+        default="constant", metadata={"help": '"constant", or "linear" or "cosine" from gamma to gamma_end.'}
+    )
+    gamma_end: float | None = field(default=None, metadata={"help": "γ at the end of its schedule."})
+    gamma_steps: int | None = field(
+        default=None, metadata={"help": "Optimizer steps until gamma_end is reached. Default: the whole run."}
+    )
+    gate_floor: float = field(default=0.1, metadata={"help": "Lower bound of the gate."})
+    lookahead: int = field(default=0, metadata={"help": "Lookahead window W in tokens. 0 is EGRSD, more CL-EGRSD."})
+    clip_eps: float = field(default=0.2, metadata={"help": "ε: the magnitude is clipped to 1 ± ε. 0 turns it off."})
+    entropy_scale: str = field(
+        default="batch_max",
+        metadata={
+            "help": 'What entropies are divided by: "batch_max", the largest teacher entropy of the optimizer step '
+            '(Eq. 8); "batch_max_lookahead", the largest after the lookahead (Algorithm 1); "log_vocab"; or nats.'
+        },
+    )
+    min_entropy_scale: float = field(default=1.0, metadata={"help": "Lower bound of that scale, nats."})
+    loss_type: str = field(
+        default="dapo",
+        metadata={
+            "help": 'What the sum over tokens is divided by: "dapo", the response tokens of the optimizer step; '
+            '"dr_grpo", its rollouts times max_completion_length.'
+        },
+    )
+    advantage: str = field(
+        default="welford",
+        metadata={"help": '"welford": running statistics of all rewards; "group": TRL\'s, relative to the prompt.'},
+    )
+    welford_warmup_steps: int = field(
+        default=10, metadata={"help": "Generations with the fixed baseline 0.5 before the running statistics."}
+    )
+    length_beta: float = field(
+        default=0.5, metadata={"help": "β_L: the largest bonus for a short response with a positive reward."}
+    )
+    solution_column: str = field(default="solution", metadata={"help": "Dataset column of the reference solution."})
+    teacher: str = field(
+        default="auto",
+        metadata={
+            "help": '"adapters_off": the base model under the adapters; "frozen": a copy of the trained weights as '
+            'they were at the start; "ema": their moving average; "copy": their copy every teacher_copy_steps; '
+            '"auto": adapters_off with adapters, else frozen.'
+        },
+    )
+    teacher_ema_decay: float = field(default=0.999, metadata={"help": "Decay of the EMA teacher, each step."})
+    teacher_copy_steps: int = field(default=100, metadata={"help": "Optimizer steps between hard copies."})
+    backend: str = field(default="auto", metadata={"help": 'Kernels: "auto", "triton" or "torch".'})
+    chunk_mib: int = field(default=1024, metadata={"help": "The most working memory of the loss, MiB."})
+    tau_low: float = field(default=0.01, metadata={"help": "Regimes: H / log V up to this is certain."})
+    tau_high: float = field(default=0.17, metadata={"help": "Regimes: H / log V from this on is uncertain."})
+    rollout_steps: int = field(
+        default=0,
+        metadata={"help": "Export the rollouts of every n-th step to output_dir/rollouts (JSON lines). 0: never."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, allowed in CHOICES.items():
+            expect(getattr(self, name) in allowed, name, getattr(self, name), "one of " + ", ".join(allowed))
+        for name, bounds in {
+            "gamma": {},
+            "gate_floor": {"high": 1},
+            "clip_eps": {"high": 1},
+            "min_entropy_scale": {"strict": True},
+            "length_beta": {},
+            "teacher_ema_decay": {"high": 1},
+            "tau_low": {},
+            "tau_high": {"high": 1},
+        }.items():
+            setattr(self, name, number(name, getattr(self, name), low=0, **bounds))
+        for name, low in {
+            "lookahead": 0, "welford_warmup_steps": 1, "teacher_copy_steps": 1, "chunk_mib": 1, "rollout_steps": 0,
+        }.items():  # fmt: skip
+            integer(name, getattr(self, name), low=low)
+        expect(self.tau_low < self.tau_high, "tau_low", self.tau_low, f"less than tau_high = {self.tau_high}")
+        self._check_schedule()
+        if self.entropy_scale not in ENTROPY_SCALES:
+            self.entropy_scale = _nats("entropy_scale", self.entropy_scale)
+
+        defaults = {f.name: f.default for f in fields(GRPOConfig)}
+        for name in NOT_OURS:
+            if name in defaults:  # older versions of TRL lack some
+                value, default = getattr(self, name), defaults[name]
+                expect(value in (default, None), name, value, f"{default!r}, as EGRSD's loss has no such term")
+        if self.advantage == "welford":
+            for name in GROUP_ONLY:
+                value, default = getattr(self, name), defaults[name]
+                expect(value == default, name, value, f'{default!r} unless advantage is "group"')
+        if self.length_beta or self.loss_type == "dr_grpo":
+            why = 'a number of tokens: length_beta and loss_type="dr_grpo" divide by it'
+            expect(self.max_completion_length is not None, "max_completion_length", None, why)
+        # The tokens of an optimizer step are counted before its first backward, so a rollout batch holds whole steps.
+        accumulation = self.gradient_accumulation_steps
+        expected = f"a multiple of gradient_accumulation_steps = {accumulation}"
+        whole = self.steps_per_generation % accumulation == 0
+        expect(whole, "steps_per_generation", self.steps_per_generation, expected)
+
+    def _check_schedule(self) -> None:
+        if self.gamma_schedule == "constant":
+            for name in ("gamma_end", "gamma_steps"):
+                expect(getattr(self, name) is None, name, getattr(self, name), "None with a constant gamma_schedule")
+            return
+        expect(self.gamma_end is not None, "gamma_end", None, f'a number with gamma_schedule="{self.gamma_schedule}"')
+        self.gamma_end = number("gamma_end", self.gamma_end, low=0)
+        if self.gamma_steps is not None:
+            integer("gamma_steps", self.gamma_steps, low=1)
+
+    def gamma_at(self, step: int, max_steps: int) -> float:
+        """γ of the optimizer step after ``step`` finished ones, in a run of ``max_steps``."""
+        if self.gamma_schedule == "constant":
+            return self.gamma
+        done = min(step / max(self.gamma_steps or max_steps, 1), 1.0)
+        if self.gamma_schedule == "cosine":
+            done = (1 - math.cos(math.pi * done)) / 2
+        return self.gamma + (self.gamma_end - self.gamma) * done
+
+
+def _nats(name: str, value: object) -> float:
+    try:  # a command line passes text
+        value = float(value)
+    except (TypeError, ValueError):
+        expect(False, name, value, f"one of {', '.join(ENTROPY_SCALES)}, or nats")
+    return number(name, value, low=0, strict=True)

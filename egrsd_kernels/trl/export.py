@@ -1,0 +1,45 @@
+"""From a batch of the trainer to :class:`egrsd_kernels.report.Rollout`."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from egrsd_kernels import TokenStats
+from egrsd_kernels.report import Rollout
+
+
+def rollout_file(output_dir: str, step: int) -> Path:
+    """Where the rollouts of an optimizer step go, written whole: a resumed run replaces what it does again."""
+    return Path(output_dir, "rollouts", f"rollouts-step{step:06d}.jsonl")
+
+
+def rollouts_of(
+    inputs: dict[str, Any],
+    mask: Tensor,
+    stats: TokenStats,
+    step: int,
+    vocab_size: int,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[Rollout]:
+    """One for each row of a micro-batch, titled where its response was cut off; mask and the stats are (B, T)."""
+    stats = TokenStats(*(value.cpu() for value in stats))
+    rollouts = []
+    for row, count in enumerate(mask.bool().sum(1).tolist()):
+        prompt = inputs["prompt_ids"][row][inputs["prompt_mask"][row].bool()].tolist()
+        rollouts.append(
+            Rollout.from_stats(
+                stats,
+                row,
+                prompt=tokenizer.decode(prompt),
+                tokens=[tokenizer.decode([token]) for token in inputs["completion_ids"][row, :count].tolist()],
+                reward=inputs["reward"][row].item(),
+                advantage=inputs["advantages"][row].item(),
+                reference=inputs["reference"][row],
+                title="truncated" if inputs["truncated"][row] else "",
+                vocab_size=vocab_size,
+                step=step,
+            )
+        )
+    return rollouts

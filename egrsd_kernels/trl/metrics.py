@@ -1,0 +1,90 @@
+"""What a practitioner watches: entropies, gates, magnitudes, regimes, and what they cost."""
+
+import resource
+import sys
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from egrsd_kernels.regimes import Regime, regime_shares, token_regimes
+
+BINS = 10
+
+
+def token_metrics(
+    stats: Mapping[str, Tensor],
+    *,
+    gamma: float,
+    gate_floor: float,
+    clip_eps: float,
+    scale: float,
+    log_vocab: float,
+    tau_low: float,
+    tau_high: float,
+) -> dict[str, float]:
+    """Metrics of the tokens of one optimizer step, as plain numbers by the names under which they are logged.
+
+    - teacher_entropy/mean, lookahead_entropy/mean (nats), gate/mean, magnitude/mean;
+    - teacher_entropy/bin_0 … bin_9: the share of tokens in each tenth of [0, log V]; likewise gate of [0, 1] and
+      magnitude of [1 − ε, 1 + ε] (none where ε = 0);
+    - magnitude/clipped: the share at either bound;
+    - abs_log_ratio/mean and abs_log_ratio/entropy_decile_0 … 9: |δ| in nats, over all tokens and over each tenth of
+      them in the order of their entropy;
+    - regime/lock, fork, pivot, mid: shares; restored/lock …: what the lookahead gives back there on average, the gate
+      less the gate that H itself would get (no entry where a regime has no token).
+
+    Args:
+        stats: the fields of :class:`egrsd_kernels.TokenStats`, each (N,), of valid tokens only.
+        gamma, gate_floor, clip_eps: as in the loss.
+        scale: what entropies were divided by in the gate, nats.
+        log_vocab: log V, what the regimes compare entropies with, nats.
+        tau_low, tau_high: the regimes' thresholds.
+
+    Returns:
+        The metrics; empty without a token.
+    """
+    entropy, lookahead = stats["teacher_entropy"], stats["lookahead_entropy"]
+    gate, magnitude = stats["gate"], stats["magnitude"]
+    if not entropy.numel():
+        return {}
+    distance = (stats["teacher_logp"] - stats["student_logp"]).abs()
+    metrics = {
+        "teacher_entropy/mean": entropy.mean(),
+        "lookahead_entropy/mean": lookahead.mean(),
+        "gate/mean": gate.mean(),
+        "magnitude/mean": magnitude.mean(),
+        "abs_log_ratio/mean": distance.mean(),
+    }
+    metrics |= _histogram("teacher_entropy", entropy / log_vocab)
+    metrics |= _histogram("gate", gate)
+    if clip_eps:
+        metrics |= _histogram("magnitude", (magnitude - 1 + clip_eps) / (2 * clip_eps))
+        # The bounds as float32 rounds them.
+        metrics["magnitude/clipped"] = ((magnitude - 1).abs() >= clip_eps * (1 - 1e-6)).float().mean()
+    for index, part in enumerate(distance[entropy.argsort()].tensor_split(BINS)):
+        if part.numel():
+            metrics[f"abs_log_ratio/entropy_decile_{index}"] = part.mean()
+
+    codes = token_regimes(entropy / log_vocab, lookahead / log_vocab, tau_low, tau_high)
+    restored = gate - (1 - gamma * entropy / scale).clamp(gate_floor, 1)
+    shares = regime_shares(codes)
+    for name, share in shares.items():
+        if share:
+            metrics[f"restored/{name}"] = restored[codes == Regime[name.upper()]].mean()
+    numbers = torch.stack(list(metrics.values())).tolist()  # one wait for the device
+    return dict(zip(metrics, numbers, strict=True)) | {f"regime/{name}": share for name, share in shares.items()}
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory so far, GiB: allocated on a CUDA device, else resident of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def _histogram(name: str, values: Tensor) -> dict[str, Tensor]:
+    """Shares of ``values`` in the tenths of [0, 1]."""
+    counts = torch.histc(values.float().clamp(0, 1), BINS, 0, 1) / values.numel()
+    return {f"{name}/bin_{index}": share for index, share in enumerate(counts)}

@@ -1,0 +1,165 @@
+"""Who the teacher is: the model without its adapters, or the trained weights of an earlier moment."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from trl.trainer.utils import pad
+
+from egrsd_kernels.teacher import Message, teacher_messages
+
+
+def privileged_conversation(
+    example: Mapping[str, Any], solution_column: str, template: Sequence[Message]
+) -> list[dict[str, str]]:
+    """The teacher's conversation for one row of the dataset, or a ValueError that names the column at fault."""
+    prompt, solution = example["prompt"], example[solution_column]
+    if isinstance(prompt, str) or not prompt:
+        raise ValueError(f"prompt: expected a conversation, a list of messages, got {prompt!r}")
+    if not isinstance(solution, str) or not solution.strip():
+        raise ValueError(f"{solution_column}: expected the text of a reference solution, got {solution!r}")
+    return teacher_messages(prompt, solution, template)
+
+
+def check_columns(name: str, dataset: Any, solution_column: str) -> None:
+    """A ValueError where the dataset (or one of several in a mapping) lacks a column. ``name``: the argument's."""
+    for part in _parts(dataset):
+        columns = getattr(part, "column_names", None)
+        for column in ("prompt", solution_column):
+            if columns is not None and column not in columns:
+                raise ValueError(f"{name}: expected a column {column!r}, got {', '.join(columns)}")
+
+
+def check_rows(name: str, dataset: Any, conversation_of: Callable[[Mapping[str, Any]], Any]) -> None:
+    """A ValueError for the first row that ``conversation_of`` refuses, before anything is generated."""
+    for part in _parts(dataset):
+        if isinstance(part, Dataset):  # a stream is checked as it comes
+            for index, example in enumerate(part):
+                try:
+                    conversation_of(example)
+                except ValueError as error:
+                    raise ValueError(f"{name}, row {index}: {error}") from error
+
+
+def _parts(dataset: Any) -> Iterable[Any]:
+    return dataset.values() if isinstance(dataset, Mapping) else [dataset]
+
+
+class AdaptersOff:
+    """The base model under the adapters: no second copy of anything."""
+
+    moves = False
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def active(self) -> AbstractContextManager[None]:
+        """While this is entered, the model computes as the teacher."""
+        return self.model.disable_adapter()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            raise ValueError("teacher: the checkpoint was written with another kind of teacher")
+
+
+class EarlierWeights:
+    """The trained weights of an earlier moment, exchanged in place while the teacher reads.
+
+    One copy of what is trained (all weights, or the adapters) and no second module. The exchange restores the
+    student's bits.
+    """
+
+    def __init__(self, model: nn.Module, moves: bool):
+        self.moves = moves
+        self.own = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.kept = [parameter.detach().clone() for parameter in self.own]
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """While this is entered, the model computes as the teacher."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for own, kept in zip(self.own, self.kept, strict=True):
+            student = own.detach().clone()
+            own.copy_(kept)
+            kept.copy_(student)
+
+    @torch.no_grad()
+    def move(self, decay: float) -> None:
+        """kept = decay · kept + (1 − decay) · own; decay 0 is a hard copy."""
+        for own, kept in zip(self.own, self.kept, strict=True):
+            kept.lerp_(own, 1 - decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: the weights where they move, else a digest to recognise them by."""
+        return {"kept": self.kept} if self.moves else {"digest": self._digest()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state.keys() != self.state_dict().keys():
+            raise ValueError("teacher: the checkpoint was written with another kind of teacher")
+        if self.moves:
+            for kept, saved in zip(self.kept, state["kept"], strict=True):
+                kept.copy_(saved)
+        elif state["digest"] != self._digest():
+            raise ValueError("model: not the one that this run began with, so the frozen teacher would differ")
+
+    def _digest(self) -> str:
+        sums = [weight.sum(dtype=torch.float64).item() for weight in self.kept]
+        return hashlib.sha256(torch.tensor(sums, dtype=torch.float64).numpy().tobytes()).hexdigest()
+
+
+class MoveTeacher(TrainerCallback):
+    """Moves an EMA teacher after every optimizer step, and a hard copy every teacher_copy_steps."""
+
+    def __init__(self, teacher: EarlierWeights):
+        self.teacher = teacher
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.teacher == "ema":
+            self.teacher.move(args.teacher_ema_decay)
+        elif state.global_step % args.teacher_copy_steps == 0:
+            self.teacher.move(0.0)
+
+
+def make_teacher(model: nn.Module, kind: str, sharded: bool) -> AdaptersOff | EarlierWeights:
+    """The teacher that the setting ``teacher`` names; sharded: the weights are spread over processes."""
+    adapters = is_peft_model(model)
+    if kind == "auto":
+        kind = "adapters_off" if adapters else "frozen"
+    if kind == "adapters_off":
+        if not adapters:
+            raise ValueError("teacher: 'adapters_off' expects a model with PEFT adapters")
+        return AdaptersOff(model)
+    if sharded:
+        # Sharding replaces the parameters after this point. And FSDP2 keeps the root's gathered after a forward
+        # without a backward, so that the student would read the teacher's.
+        raise ValueError(f"teacher: {kind!r} is not supported with sharded weights; train adapters")
+    teacher = EarlierWeights(model, moves=kind != "frozen")
+    halves = {str(weight.dtype) for weight in teacher.own if weight.dtype.itemsize < 4}
+    if kind == "ema" and halves:
+        # Its small moves would round to nothing.
+        raise ValueError(f"teacher: 'ema' expects trained weights in float32, got {', '.join(sorted(halves))}")
+    return teacher
+
+
+def pad_prompts(prompts: list[list[int]], pad_token_id: int, multiple: int | None) -> tuple[Tensor, Tensor]:
+    """input_ids and attention mask (B, L) of prompts padded on the left, L a multiple of ``multiple``."""
+    rows = [torch.tensor(row) for row in prompts]
+    options = {"padding_side": "left", "pad_to_multiple_of": multiple}
+    ids = pad(rows, padding_value=pad_token_id, **options)
+    return ids, pad([torch.ones_like(row) for row in rows], padding_value=0, **options)

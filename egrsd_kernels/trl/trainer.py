@@ -1,0 +1,384 @@
+"""EGRSD and CL-EGRSD (arXiv 2605.13255) in TRL: :class:`EGRSDTrainer`.
+
+Generation, reward functions, logging, checkpoints and Accelerate stay GRPOTrainer's. What is ours hangs on a few of its
+methods, each the narrowest that does the job:
+
+    __init__                          refuse what the loss cannot honour; let the model hand out hidden states
+    _calculate_rewards                length-shaped reward; remember the rewards of all processes
+    _generate_and_score_completions   Welford advantages; one teacher pass over the fresh rollouts
+    _prepare_inputs                   the loss's normaliser and entropy scale, over an optimizer step and all processes
+    _compute_loss                     fused_egrsd_loss inside the model's own forward; metrics; export of rollouts
+    _save_rng_state, _load_rng_state  everything else that a bit-exact resume needs
+    _get_train_sampler                the same order of prompts after a resume
+
+The teacher's log p and entropy of each rollout token are (B, T) tensors made once, when the rollout is made. They ride
+through TRL's buffer like its own old_per_token_logps: a teacher batch is never kept, and several passes over the same
+rollouts cost one teacher pass.
+"""
+
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import trl
+from accelerate.utils import gather_object, is_peft_model
+from packaging.version import Version
+from torch import Tensor
+from trl import GRPOTrainer
+
+from egrsd_kernels import TokenStats, fused_egrsd_loss, token_statistics
+from egrsd_kernels.advantages import WelfordAdvantage
+from egrsd_kernels.report import Rollout
+from egrsd_kernels.rewards import length_shaped_reward
+from egrsd_kernels.rollouts import write_rollouts
+from egrsd_kernels.teacher import TWO_TURN, Message
+from egrsd_kernels.torch_backend import lookahead_entropy
+
+from .checkpoint import ResumableSampler, load_state, save_state
+from .config import EGRSDConfig
+from .export import rollout_file, rollouts_of
+from .hidden import check_head, hand_out_hidden_states
+from .metrics import peak_memory_gib, token_metrics
+from .teacher import MoveTeacher, check_columns, check_rows, make_teacher, pad_prompts, privileged_conversation
+
+
+class EGRSDTrainer(GRPOTrainer):
+    """GRPOTrainer with the EGRSD loss.
+
+    The dataset needs a column ``prompt`` (conversations) and one with the reference solution as text, which the teacher
+    reads and the student never does. The tokenizer's chat template renders both, with ``chat_template_kwargs`` (for
+    example ``{"enable_thinking": False}``).
+
+    Args:
+        model, reward_funcs, args, and further keywords: as GRPOTrainer's; args is an :class:`EGRSDConfig`.
+        teacher_template: messages that follow the prompt in the teacher's conversation, ``{solution}`` where the
+            solution goes. For anything else override :meth:`teacher_prompt`.
+
+    Raises:
+        TypeError, ValueError: in one line that names the setting, argument, column or row.
+    """
+
+    _tag_names = ["trl", "egrsd"]  # noqa: RUF012
+    _name = "EGRSD"
+    _paper = {  # noqa: RUF012
+        "title": "Respecting Self-Uncertainty in On-Policy Self-Distillation for Efficient LLM Reasoning",
+        "id": "2605.13255",
+    }
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: EGRSDConfig | None = None,
+        *,
+        teacher_template: Sequence[Message] = TWO_TURN,
+        **kwargs: Any,
+    ):
+        args = EGRSDConfig("egrsd") if args is None else args
+        if not isinstance(args, EGRSDConfig):
+            raise TypeError(f"args: expected an EGRSDConfig, got {type(args).__name__}")
+        if not reward_funcs:
+            raise ValueError("reward_funcs: expected at least one reward function")
+        for name in ("tools", "environment_factory"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name}: not supported, the teacher would not see what it adds to the prompt")
+        datasets = {name: kwargs.get(name) for name in ("train_dataset", "eval_dataset")}
+        for name, dataset in datasets.items():
+            check_columns(name, dataset, args.solution_column)
+        super().__init__(model, reward_funcs, args, **kwargs)
+        if getattr(self, "_is_vlm", False):
+            raise ValueError("model: vision-language models are not supported")
+        if getattr(self, "aux_loss_enabled", False):
+            raise ValueError("router_aux_loss_coef: expected 0, the router's load-balancing loss is not supported")
+        self._teacher_template = teacher_template
+        for name, dataset in datasets.items():
+            check_rows(name, dataset, self.teacher_prompt)
+
+        base = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        self._softcap = check_head(base)
+        self._vocab_size = base.get_output_embeddings().out_features
+        hand_out_hidden_states(base)
+        zero_stage = getattr(self.accelerator.state.deepspeed_plugin, "zero_stage", 0)
+        self.teacher = make_teacher(self.model, args.teacher, sharded=self.is_fsdp_enabled or zero_stage == 3)
+        if self.teacher.moves:
+            self.add_callback(MoveTeacher(self.teacher))
+        self.welford = WelfordAdvantage(args.welford_warmup_steps)
+        self._step_stats: list[TokenStats] = []  # of the optimizer step so far; valid tokens only
+        self._step_rollouts: list[Rollout] = []
+        self._step_start: float | None = None
+
+    @property
+    def gamma(self) -> float:
+        """γ of the optimizer step in progress."""
+        return self.args.gamma_at(self.state.global_step, self.state.max_steps)
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        if self.args.solution_column not in self._signature_columns:
+            self._signature_columns.append(self.args.solution_column)
+
+    # ------------------------------------------------------------------------------------------- rewards, advantages
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # of all processes
+        if self.args.length_beta:
+            lengths = torch.tensor([len(ids) for ids in completion_ids_list], device=rewards.device)
+            lengths = self.accelerator.gather(lengths)
+            bonus = length_shaped_reward(
+                torch.ones_like(lengths), lengths, self.max_completion_length, self.args.length_beta
+            )
+            rewards = torch.where(rewards > 0, rewards * bonus[:, None], rewards)
+        # A rollout that no reward function could judge earns 0.
+        self._rewards = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+        self._responses = completion_ids_list
+        return rewards
+
+    def _welford_advantages(self) -> Tensor:
+        """Advantages of all processes' rollouts. Evaluation uses the statistics and leaves them alone."""
+        state = self.welford.state_dict()
+        advantages = self.welford(self._rewards)
+        if self._mode == "eval":
+            self.welford.load_state_dict(state)
+        logged = self._logs["advantages"]  # TRL has put its own there
+        for _ in range(min(len(advantages), len(logged))):
+            logged.pop()
+        logged.extend(advantages.tolist())
+        return advantages
+
+    # ------------------------------------------------------------------------------------------------------- teacher
+
+    def teacher_prompt(self, example: dict[str, Any]) -> list[dict[str, str]]:
+        """The teacher's conversation for one row of the dataset. Override it for another context."""
+        return privileged_conversation(example, self.args.solution_column, self._teacher_template)
+
+    @property
+    def _pad_token_id(self) -> int:
+        return self.processing_class.pad_token_id
+
+    @contextmanager
+    def _as_teacher(self) -> Iterator[None]:
+        training = self.model.training
+        self.model.eval()  # no dropout, no gradient checkpointing
+        try:
+            with self.teacher.active():
+                yield
+        finally:
+            self.model.train(training)
+
+    def _read(self, model, prompt_ids, prompt_mask, completion_ids, completion_mask, function: Callable) -> Any:
+        """function(hidden, weight, bias), with the (B, T, D) hidden states that predict the completion's tokens."""
+        mask = torch.cat([prompt_mask, completion_mask], dim=1)
+        width = completion_ids.shape[1]
+        with self.accelerator.autocast():
+            return model(
+                input_ids=torch.cat([prompt_ids, completion_ids], dim=1),
+                attention_mask=mask,
+                position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+                # Prompts are padded on the left, so every completion begins in the same column and is predicted one
+                # column earlier. That holds for student and teacher, whatever the lengths of their prompts.
+                read_hidden=lambda hidden, weight, bias: function(hidden[:, -width - 1 : -1], weight, bias),
+            )
+
+    @torch.no_grad()
+    def _statistics(self, prompt_ids, prompt_mask, completion_ids, completion_mask, mask, size: int):
+        """log p and entropy (B, T) of the completion's tokens, from the model as it is now, ``size`` rows at a time."""
+        parts = []
+        for rows in torch.arange(len(completion_ids), device=completion_ids.device).split(size):
+            statistics = functools.partial(
+                token_statistics,
+                target_ids=completion_ids[rows],
+                mask=mask[rows],
+                temperature=self.temperature,
+                softcap=self._softcap,
+                backend=self.args.backend,
+                chunk_bytes=self.args.chunk_mib << 20,
+            )
+            batch = (x[rows] for x in (prompt_ids, prompt_mask, completion_ids, completion_mask))
+            out = self._read(self.model, *batch, lambda h, w, b, f=statistics: f(h, w, bias=b))
+            parts.append((out.logp, out.entropy))
+        return tuple(torch.cat(x) for x in zip(*parts, strict=True))
+
+    def _rows_at_a_time(self) -> int:
+        train = self._mode == "train"
+        return self.args.per_device_train_batch_size if train else self.args.per_device_eval_batch_size
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *_, **__):
+        # TRL asks for the student's log p of fresh rollouts. Only vLLM's importance ratio needs it: the loss has none.
+        logps = entropies = None
+        if self.use_vllm and self.vllm_importance_sampling_correction:
+            cut = slice(None, -logits_to_keep), slice(-logits_to_keep, None)
+            batch = [x[:, part] for part in cut for x in (input_ids, attention_mask)]
+            logps, entropies = self._statistics(*batch, batch[3], self._rows_at_a_time())
+        return (logps, entropies, None) if Version(trl.__version__) >= Version("1.7.0") else (logps, entropies)
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        start = self.accelerator.process_index * len(inputs)
+        ours = slice(start, start + len(inputs))
+        if self.args.advantage == "welford":
+            output["advantages"] = self._welford_advantages()[ours]
+        size = self._rows_at_a_time()
+        prompts = self._tokenize_prompts([self.teacher_prompt(example) for example in inputs])[0]
+        batch = [
+            x.to(self.accelerator.device) for x in pad_prompts(prompts, self._pad_token_id, self.pad_to_multiple_of)
+        ]
+        with self._as_teacher():
+            output["teacher_logp"], output["teacher_entropy"] = self._statistics(
+                *batch, output["completion_ids"], output["completion_mask"], output["completion_mask"], size
+            )
+        if self.args.rollout_steps:
+            output["reward"] = self._rewards[ours]
+            output["reference"] = [example[self.args.solution_column] for example in inputs]
+            ends = {*getattr(self, "eos_token_ids", [self.processing_class.eos_token_id]), self._pad_token_id}
+            output["truncated"] = [not ids or ids[-1] not in ends for ids in self._responses]
+        return output
+
+    # ---------------------------------------------------------------------------------------------------------- loss
+
+    def _prepare_inputs(self, generation_batch):
+        if self._step_start is None:
+            self._step_start = time.perf_counter()
+        buffered = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._mode == "eval":
+            self._measure_steps([inputs], 1)
+        elif self._buffered_inputs is not buffered:
+            self._measure_steps(self._buffered_inputs, self.args.gradient_accumulation_steps)
+        return inputs
+
+    def _measure_steps(self, batches: list[dict[str, Any]], accumulation: int) -> None:
+        """Put the normaliser and the entropy scale of its optimizer step into each micro-batch.
+
+        Both are taken over the step's micro-batches on all processes: the loss is then the same however a step's
+        rollouts are cut up.
+        """
+        local = torch.stack([self._amount_and_peak(batch) for batch in batches])
+        every = self.accelerator.gather(local[None])  # (processes, batches, 2)
+        for start in range(0, len(batches), accumulation):
+            step = every[:, start : start + accumulation]
+            # DDP, FSDP and DeepSpeed average gradients over processes: hence the division.
+            normalizer = step[..., 0].sum().clamp(min=1) / self.accelerator.num_processes
+            scale = step[..., 1].max().clamp(min=self.args.min_entropy_scale)
+            for batch in batches[start : start + accumulation]:
+                batch["normalizer"], batch["entropy_scale"] = normalizer.float(), scale.float()
+
+    def _amount_and_peak(self, batch: dict[str, Any]) -> Tensor:
+        """(2,) float64 of one micro-batch: what it adds to the normaliser, and its entropy scale in nats."""
+        entropy, mask = batch["teacher_entropy"], batch["completion_mask"].bool()  # entropy is 0 where masked
+        scale = self.args.entropy_scale
+        if scale == "batch_max":
+            peak = entropy.max()
+        elif scale == "batch_max_lookahead":
+            rows, width = mask.shape
+            last = torch.arange(rows, device=mask.device).repeat_interleave(width) * width + width - 1
+            peak = lookahead_entropy(entropy.flatten(), mask.flatten(), last, self.args.lookahead).max()
+        else:
+            peak = entropy.new_tensor(math.log(self._vocab_size) if scale == "log_vocab" else scale)
+        dr_grpo = self.args.loss_type == "dr_grpo"
+        amount = entropy.new_tensor(len(mask) * self.max_completion_length) if dr_grpo else mask.sum()
+        return torch.stack([amount.double(), peak.double()])
+
+    def _compute_loss(self, model, inputs):
+        mask, advantages = inputs["completion_mask"].bool(), inputs["advantages"]
+        ratio = inputs.get("importance_sampling_ratio")
+        if ratio is not None:  # vLLM's correction; it is not negative, so it leaves sign(A) alone
+            advantages = (advantages[:, None] * ratio).expand(mask.shape)
+        args = self.args
+
+        def loss_of(hidden, weight, bias):
+            return fused_egrsd_loss(
+                hidden,
+                weight,
+                None,
+                inputs["completion_ids"],
+                advantages,
+                student_bias=bias,
+                mask=mask,
+                teacher_logp=inputs["teacher_logp"],
+                teacher_entropy=inputs["teacher_entropy"],
+                gamma=self.gamma,
+                gate_floor=args.gate_floor,
+                lookahead=args.lookahead,
+                clip_eps=args.clip_eps,
+                entropy_scale=inputs["entropy_scale"],
+                min_entropy_scale=args.min_entropy_scale,
+                temperature=self.temperature,
+                softcap=self._softcap,
+                normalizer=inputs["normalizer"],
+                backend=args.backend,
+                chunk_bytes=args.chunk_mib << 20,
+                return_stats=True,
+            )
+
+        keys = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+        loss, stats = self._read(model, *(inputs[key] for key in keys), loss_of)
+        self._step_stats.append(TokenStats(*(value[mask] for value in stats)))
+        step = self.state.global_step + 1
+        export = self._mode == "train" and args.rollout_steps and step % args.rollout_steps == 0
+        if export:
+            self._step_rollouts += rollouts_of(inputs, mask, stats, step, self._vocab_size, self.processing_class)
+        if self._mode == "eval" or self.accelerator.sync_gradients:  # the step's last micro-batch
+            self._log_step(inputs["entropy_scale"].item())
+            if export:
+                self._write_rollouts(step)
+        return loss
+
+    def _log_step(self, scale: float) -> None:
+        """Metrics of one optimizer step, exact over its micro-batches and processes, into TRL's own averages."""
+        local = torch.stack([torch.cat(field) for field in zip(*self._step_stats, strict=True)], dim=1)
+        self._step_stats.clear()
+        # Processes hold different numbers of tokens; padding is told from tokens by an infinite entropy.
+        local = self.accelerator.pad_across_processes(local, dim=0, pad_index=math.inf)
+        every = self.accelerator.gather(local).T
+        stats = TokenStats(*every[:, every[TokenStats._fields.index("teacher_entropy")] != math.inf])
+        metrics = token_metrics(
+            stats._asdict(),
+            gamma=self.gamma,
+            gate_floor=self.args.gate_floor,
+            clip_eps=self.args.clip_eps,
+            scale=scale,
+            log_vocab=math.log(self._vocab_size),
+            tau_low=self.args.tau_low,
+            tau_high=self.args.tau_high,
+        )
+        now = time.perf_counter()
+        memory = torch.tensor([peak_memory_gib(self.accelerator.device)], device=self.accelerator.device)
+        metrics |= {
+            "gamma": self.gamma,
+            "tokens_per_second": len(stats.gate) / (now - self._step_start),  # generation and all else included
+            "peak_memory_gib": self.accelerator.gather(memory).max().item(),
+        }
+        self._step_start = now
+        for name, value in metrics.items():
+            self._metrics[self._mode][name].append(value)
+
+    def _write_rollouts(self, step: int) -> None:
+        rollouts = gather_object(self._step_rollouts)
+        if self.accelerator.is_main_process:
+            write_rollouts(rollout_file(self.args.output_dir, step), rollouts)
+        self._step_rollouts = []
+
+    # --------------------------------------------------------------------------------------------------- checkpoints
+
+    def _get_train_sampler(self, dataset=None):
+        sampler = super()._get_train_sampler(dataset)
+        sampler.__class__ = ResumableSampler
+        sampler.epoch = lambda: int(self.state.epoch or 0)
+        return sampler
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)  # called on every process, and before trainer_state.json is written
+        save_state(self, output_dir)
+
+    def _load_rng_state(self, checkpoint):
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None:
+            load_state(self, checkpoint)

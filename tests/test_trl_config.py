@@ -1,0 +1,101 @@
+import pytest
+
+pytest.importorskip("trl", reason="TRL is not installed")
+
+from trl import ModelConfig, TrlParser
+
+from egrsd_kernels.trl import PRESETS, EGRSDConfig
+from tests.trl_tiny import OPTIONS
+
+BASE = {name: OPTIONS[name] for name in ("use_cpu", "bf16", "report_to", "num_generations", "max_steps")}
+
+
+def config(**options) -> EGRSDConfig:
+    return EGRSDConfig("unused", **BASE | options)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"gamma": -0.1}, "gamma: expected a finite number at least 0, got -0.1"),
+        ({"gamma": "0.3"}, "gamma: expected a number, got '0.3'"),
+        ({"gamma_schedule": "step"}, "gamma_schedule: expected one of constant, linear, cosine, got 'step'"),
+        ({"gamma_schedule": "linear"}, 'gamma_end: expected a number with gamma_schedule="linear", got None'),
+        ({"gamma_end": 1.0}, "gamma_end: expected None with a constant gamma_schedule, got 1.0"),
+        ({"gamma_steps": 3}, "gamma_steps: expected None with a constant gamma_schedule, got 3"),
+        ({"gamma_schedule": "cosine", "gamma_end": 1.0, "gamma_steps": 0}, "gamma_steps: expected at least 1, got 0"),
+        ({"gate_floor": 1.5}, "gate_floor: "),
+        ({"clip_eps": 2}, "clip_eps: "),
+        ({"lookahead": 1.5}, "lookahead: expected an integer, got 1.5"),
+        ({"entropy_scale": "largest"}, "entropy_scale: expected one of batch_max, batch_max_lookahead, log_vocab, or"),
+        ({"entropy_scale": 0}, "entropy_scale: expected a finite number above 0, got 0"),
+        ({"min_entropy_scale": 0}, "min_entropy_scale: "),
+        ({"loss_type": "grpo"}, "loss_type: expected one of dapo, dr_grpo, got 'grpo'"),
+        ({"advantage": "rank"}, "advantage: expected one of welford, group, got 'rank'"),
+        ({"scale_rewards": "batch"}, "scale_rewards: expected 'group' unless advantage is \"group\", got 'batch'"),
+        ({"welford_warmup_steps": 0}, "welford_warmup_steps: expected at least 1, got 0"),
+        ({"length_beta": -1}, "length_beta: "),
+        ({"max_completion_length": None}, "max_completion_length: expected a number of tokens: length_beta and"),
+        ({"teacher": "self"}, "teacher: expected one of auto, adapters_off, frozen, ema, copy, got 'self'"),
+        ({"teacher_ema_decay": 1.1}, "teacher_ema_decay: "),
+        ({"teacher_copy_steps": 0}, "teacher_copy_steps: "),
+        ({"backend": "cuda"}, "backend: "),
+        ({"chunk_mib": 0}, "chunk_mib: "),
+        ({"tau_low": 0.3}, "tau_low: expected less than tau_high = 0.17, got 0.3"),
+        ({"rollout_steps": -1}, "rollout_steps: "),
+        ({"beta": 0.04}, "beta: expected 0.0, as EGRSD's loss has no such term, got 0.04"),
+        ({"epsilon_high": 0.3}, "epsilon_high: expected None, as EGRSD's loss has no such term, got 0.3"),
+        ({"top_entropy_quantile": 0.2}, "top_entropy_quantile: expected 1.0"),
+        (
+            {"gradient_accumulation_steps": 2, "steps_per_generation": 3, "num_generations": 3},
+            "steps_per_generation: expected a multiple of gradient_accumulation_steps = 2, got 3",
+        ),
+    ],
+)
+def test_a_bad_setting_is_named_in_one_line(options, message):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        config(**options)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_gamma_schedules():
+    assert [config(gamma=0.4).gamma_at(step, 10) for step in (0, 5, 10)] == [0.4] * 3
+    linear = config(gamma=0.2, gamma_schedule="linear", gamma_end=1)
+    assert [linear.gamma_at(step, 10) for step in (0, 5, 10, 11)] == pytest.approx([0.2, 0.6, 1.0, 1.0])
+    cosine = config(gamma=1.0, gamma_schedule="cosine", gamma_end=0.0, gamma_steps=4)
+    expected = [1.0, 0.853553, 0.5, 0.0, 0.0]
+    assert [cosine.gamma_at(step, 10) for step in (0, 1, 2, 4, 9)] == pytest.approx(expected, abs=1e-6)
+
+
+def test_numbers_come_as_a_command_line_and_as_a_file_pass_them():
+    assert config(entropy_scale="5.5").entropy_scale == 5.5
+    assert config(entropy_scale=5).entropy_scale == 5.0
+    assert config(gamma=1).gamma == 1.0
+    assert config(advantage="group", scale_rewards="none").scale_rewards == "none"
+    assert config(length_beta=0, max_completion_length=None).max_completion_length is None
+    (parsed,) = TrlParser((EGRSDConfig,)).parse_args_and_config(
+        ["--output_dir", "x", "--use_cpu", "true", "--bf16", "false", "--gamma", "0.7", "--entropy_scale", "log_vocab"]
+    )
+    assert (parsed.gamma, parsed.entropy_scale) == (0.7, "log_vocab")
+
+
+def test_the_presets_are_the_papers_settings(monkeypatch):
+    monkeypatch.setattr(EGRSDConfig, "world_size", 8)
+    gates = {}
+    for name, path in PRESETS.items():
+        args, model = TrlParser((EGRSDConfig, ModelConfig)).parse_args_and_config(
+            ["--config", str(path), "--output_dir", "x", "--use_cpu", "true"]
+        )
+        gates[name] = model.model_name_or_path, args.gamma, args.lookahead
+        assert (args.learning_rate, args.max_grad_norm, args.per_device_train_batch_size) == (5e-6, 0.1, 4)
+        assert (args.max_completion_length, args.clip_eps, args.length_beta) == (1024, 0.2, 0.5)
+        assert (model.lora_r, model.lora_alpha, model.lora_dropout) == (64, 128, 0.0)
+        assert len(model.lora_target_modules) == 7
+        assert args.bf16 and model.use_peft and args.teacher == "adapters_off"
+    assert gates == {
+        "qwen3-4b-egrsd": ("Qwen/Qwen3-4B", 0.3, 0),
+        "qwen3-4b-cl-egrsd": ("Qwen/Qwen3-4B", 0.3, 3),
+        "qwen3-8b-egrsd": ("Qwen/Qwen3-8B", 0.3, 0),
+        "qwen3-8b-cl-egrsd": ("Qwen/Qwen3-8B", 1.0, 5),
+    }

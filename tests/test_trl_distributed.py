@@ -1,0 +1,130 @@
+"""Two gloo processes train as one process with the same global batch does, and resume bit for bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="TRL is not installed")
+
+from egrsd_kernels.rollouts import find_rollout_files, read_rollouts
+from egrsd_kernels.trl import EGRSDTrainer
+from tests.trl_tiny import make, weights
+
+# SGD: Adam would turn a gradient that is zero but for rounding into a step of full size.
+OPTIONS = {"max_steps": 3, "max_grad_norm": 0.0, "optim": "sgd", "learning_rate": 0.5, "rollout_steps": 1}
+SETTINGS = {
+    "lora": {"peft": True},
+    "full": {"peft": False, "entropy_scale": "batch_max_lookahead", "advantage": "group"},
+    "dr_grpo": {"peft": True, "teacher": "ema", "teacher_ema_decay": 0.5, "loss_type": "dr_grpo"},
+}
+SAME = ("teacher_entropy/mean", "gate/mean", "magnitude/clipped", "reward", "abs_log_ratio/entropy_decile_3",
+        "regime/fork", "teacher_entropy/bin_7", "restored/fork")  # fmt: skip
+
+
+def fixed_completions(self, prompt_ids, *_, **__):
+    """Completions by prompt, occurrence and step: what is sampled must not depend on the number of processes."""
+    rows, offset = [], self.accelerator.process_index * len(prompt_ids)
+    for index, ids in enumerate(prompt_ids):
+        rng = random.Random(f"{ids}{(offset + index) % 2}{self.state.global_step}")
+        rows.append([rng.randrange(6, 60) for _ in range(rng.randrange(3, 11))] + [1])
+    return rows, None
+
+
+def train(path: Path, world: int) -> dict:
+    """Every setting once, on however many processes there are; what they came to."""
+    out = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EGRSDTrainer, "_generate_single_turn", fixed_completions)
+        for name, options in SETTINGS.items():
+            batch = {"per_device_train_batch_size": 4 // world}
+            run, logs = make(path / name, **OPTIONS | batch | options)
+            run.train()
+            out[name] = {"weights": weights(run), "rows": logs.steps, "welford": run.welford.state_dict()}
+    return out
+
+
+def worker(path: Path) -> None:
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    out = train(path, world)
+    # Sampled this time, each process from its own random state, with rollouts still in use at the checkpoint.
+    options = {"num_iterations": 2, "max_steps": 3, "per_device_train_batch_size": 2}
+    saved = options | {"save_strategy": "steps", "save_steps": 1}
+    straight, _ = make(path / "straight", **saved)
+    straight.train()
+    torch.manual_seed(99 + rank)
+    resumed, _ = make(path / "resumed", **options)
+    resumed.train(resume_from_checkpoint=str(path / "straight" / "checkpoint-1"))
+    out["straight"], out["resumed"] = weights(straight), weights(resumed)
+    if rank == 0:
+        torch.save(out, path / "out.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> tuple[dict, Path]:
+    path = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    command = [sys.executable, "-c", f"from tests import test_trl_distributed as t; t.worker(t.Path({str(path)!r}))"]
+    root = Path(__file__).parents[1]
+    processes = [
+        subprocess.Popen(command, env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank}, cwd=root)
+        for rank in ("0", "1")
+    ]
+    try:
+        assert [process.wait(240) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    return torch.load(path / "out.pt"), path
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> tuple[dict, Path]:
+    path = tmp_path_factory.mktemp("one")
+    return train(path, 1), path
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_two_processes_equal_one(one, two, name):
+    got, expected = two[0][name], one[0][name]
+    assert got["welford"] == pytest.approx(expected["welford"])
+    for key in ("loss", *SAME):
+        assert [row[key] for row in got["rows"]] == pytest.approx(
+            [row[key] for row in expected["rows"]], rel=1e-4, abs=1e-6
+        ), key
+    for key, value in expected["weights"].items():
+        torch.testing.assert_close(got["weights"][key], value, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_two_processes_export_the_rollouts_of_both(one, two, name):
+    got, expected = (
+        sorted(
+            (r.step, r.prompt, "".join(r.tokens), round(r.advantage, 3))
+            for file in find_rollout_files(path / name)
+            for r in read_rollouts(file)
+        )
+        for _, path in (two, one)
+    )
+    assert got == expected
+    assert len(got) == 24
+
+
+def test_two_processes_resume_bit_for_bit(two):
+    for key, value in two[0]["straight"].items():
+        assert torch.equal(two[0]["resumed"][key], value), key
