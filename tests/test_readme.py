@@ -1,4 +1,4 @@
-"""The README's example runs as it stands."""
+"""The README's examples run: the loss as it stands, the trainer with settings for a tiny model on a CPU."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 README = Path(__file__).parents[1] / "README.md"
+EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 
 
 def test_example_trains_the_adapters():
@@ -25,10 +26,26 @@ def test_example_trains_the_adapters():
         "student_prompts": [[1, 2, 3], [4, 5]], "teacher_prompts": [[1, 2, 3, 9, 9], [4, 5, 9]],
         "responses": [[6, 7, 8, 9], [10, 11]],
     }  # fmt: skip
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    exec(example, names)
+    exec(EXAMPLES[0], names)
     # The adapters start as the identity, so the loss is that of plain likelihoods under the gate.
     assert names["loss"].isfinite() and names["loss"] != 0
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert all("lora" in name for name in gradients)
     assert any(g.abs().max() > 0 for g in gradients.values())
+
+
+def test_example_with_trl(tmp_path, monkeypatch):
+    pytest.importorskip("trl", reason="TRL is not installed")
+    from egrsd_kernels.rollouts import find_rollout_files
+    from tests import trl_tiny
+
+    monkeypatch.chdir(tmp_path)
+    options = {name: value for name, value in trl_tiny.OPTIONS.items() if name not in ("gamma", "lookahead")}
+    names = {
+        "model": trl_tiny.tiny_model(), "reward_funcs": trl_tiny.correct, "dataset": trl_tiny.dataset(),
+        "lora": trl_tiny.LORA, "options": options, "tokenizer": trl_tiny.tokenizer(),
+    }  # fmt: skip
+    example = EXAMPLES[1].replace("rollout_steps=50)", "rollout_steps=1, **options)")
+    example = example.replace("peft_config=lora)", "peft_config=lora, processing_class=tokenizer)")
+    exec(example, names)
+    assert len(find_rollout_files("run")) == options["max_steps"]

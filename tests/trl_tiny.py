@@ -21,9 +21,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM,
 
 from egrsd_kernels.trl import EGRSDConfig, EGRSDTrainer
 
-torch.set_num_threads(
-    1
-)  # so small a model gains nothing from two, and loses twentyfold where they have to share a core
+# So small a model gains nothing from two threads, and loses twentyfold where they have to share a core.
+torch.set_num_threads(1)
 
 SPECIAL = ["<pad>", "<end>", "<user>", "<assistant>", "<think>", "</think>"]
 CHARACTERS = sorted("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 +-=.,?\n")
