@@ -173,7 +173,9 @@ def student_pass(
         # dL/dz = g (1_y - p)
         dz = log_p[:n].exp_().neg_()
         target = target_ids[index].clamp(0, dz.shape[1] - 1)[:, None]
-        dz.scatter_add_(1, target, torch.ones_like(target, dtype=dtype))
+        # 1 - p_y as the sum of all other p: near p_y = 1 the difference would cancel.
+        dz.scatter_(1, target, 0)
+        dz.scatter_(1, target, -dz.sum(1, keepdim=True))
         if damping is not None:
             dz *= damping[:n]
         dz *= g[:, None]
