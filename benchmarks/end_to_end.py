@@ -586,9 +586,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
 
     earlier = json.loads(args.output.read_text()) if args.output.exists() else None
-    write(
-        args.output, merge(report, earlier)
-    )  # refuses a file that other hardware or versions wrote, before any GPU time is spent
+    # Refuses a file that other hardware or versions wrote, before any GPU time is spent.
+    write(args.output, merge(report, earlier))
     print(*(f"{name} {report[name]}" for name in ENVIRONMENT[:-1]), sep=", ", flush=True)
     largest_seconds = None if args.skip_largest or not on_gpu else args.largest_seconds
     for name in args.models:

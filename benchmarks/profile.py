@@ -2,9 +2,9 @@
 
     python -m benchmarks.profile --output benchmarks/results/profile-h100.json
 
-One step with a trained head runs under ``ncu``; every launch of a matrix kernel that does work is recorded: its time,
-how busy the tensor cores were, and what memory and L2 carried. The clocks are left alone, so times are those of a GPU
-that has just been idle; what counts here are the shares.
+A step with a frozen head, and one with a trained one, run under ``ncu``; every launch of a matrix kernel that does
+work is recorded: its time, how busy the tensor cores were, and what memory and L2 carried. The clocks are left alone,
+so times are those of a GPU that has just been idle; what counts here are the shares.
 """
 
 from __future__ import annotations

@@ -21,11 +21,18 @@ class Regime(IntEnum):
     """The rest."""
 
 
+REGIMES = tuple(regime.name.lower() for regime in Regime if regime is not Regime.PADDING)
+"""Names of the regimes, in the order of their codes."""
+
+TAU_LOW, TAU_HIGH = 0.01, 0.17
+"""The thresholds of Figure A5, for H / log V."""
+
+
 def token_regimes(
     normalised_entropy: Tensor,
     normalised_lookahead_entropy: Tensor,
-    tau_low: float = 0.01,
-    tau_high: float = 0.17,
+    tau_low: float = TAU_LOW,
+    tau_high: float = TAU_HIGH,
     mask: Tensor | None = None,
 ) -> Tensor:
     """Sort every token into exactly one :class:`Regime`.
@@ -66,7 +73,6 @@ def token_regimes(
 
 def regime_shares(codes: Tensor) -> dict[str, float]:
     """Share of the valid tokens in each regime, by lower-case name; sums to 1, or all 0 without a valid token."""
-    regimes = [regime for regime in Regime if regime is not Regime.PADDING]
-    counts = torch.stack([(codes == regime).sum() for regime in regimes]).tolist()
+    counts = torch.stack([(codes == code).sum() for code in range(len(REGIMES))]).tolist()
     total = max(sum(counts), 1)
-    return {regime.name.lower(): count / total for regime, count in zip(regimes, counts, strict=True)}
+    return {name: count / total for name, count in zip(REGIMES, counts, strict=True)}

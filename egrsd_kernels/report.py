@@ -15,11 +15,8 @@ from pathlib import Path
 import torch
 
 from .problem import TokenStats
-from .regimes import Regime, token_regimes
+from .regimes import REGIMES, TAU_HIGH, TAU_LOW, token_regimes
 from .report_page import PAGE
-
-REGIMES = tuple(regime.name.lower() for regime in Regime if regime is not Regime.PADDING)
-"""Names of the regimes, in the order of their codes."""
 
 NUMBERS = ("entropy", "lookahead_entropy", "gate", "magnitude", "log_ratio", "token_advantage")
 """Fields of :class:`Rollout` with one number for each token."""
@@ -113,8 +110,8 @@ def write_token_report(
     rollouts: Sequence[Rollout],
     *,
     vocab_size: int | None = None,
-    tau_low: float = 0.01,
-    tau_high: float = 0.17,
+    tau_low: float = TAU_LOW,
+    tau_high: float = TAU_HIGH,
     title: str = "Sampled rollouts",
     regimes: Sequence[str] = (),
     track: Callable[[Sequence[Rollout]], Iterable[Rollout]] = iter,

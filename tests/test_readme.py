@@ -9,7 +9,7 @@ import pytest
 import torch
 
 README = Path(__file__).parents[1] / "README.md"
-EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+LOSS, WITH_TRL = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 
 
 def test_example_trains_the_adapters():
@@ -26,7 +26,7 @@ def test_example_trains_the_adapters():
         "student_prompts": [[1, 2, 3], [4, 5]], "teacher_prompts": [[1, 2, 3, 9, 9], [4, 5, 9]],
         "responses": [[6, 7, 8, 9], [10, 11]],
     }  # fmt: skip
-    exec(EXAMPLES[0], names)
+    exec(LOSS, names)
     # The adapters start as the identity, so the loss is that of plain likelihoods under the gate.
     assert names["loss"].isfinite() and names["loss"] != 0
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
@@ -45,7 +45,7 @@ def test_example_with_trl(tmp_path, monkeypatch):
         "model": trl_tiny.tiny_model(), "reward_funcs": trl_tiny.correct, "dataset": trl_tiny.dataset(),
         "lora": trl_tiny.LORA, "options": options, "tokenizer": trl_tiny.tokenizer(),
     }  # fmt: skip
-    example = EXAMPLES[1].replace("rollout_steps=50)", "rollout_steps=1, **options)")
+    example = WITH_TRL.replace("rollout_steps=50)", "rollout_steps=1, **options)")
     example = example.replace("peft_config=lora)", "peft_config=lora, processing_class=tokenizer)")
     exec(example, names)
     assert len(find_rollout_files("run")) == options["max_steps"]

@@ -14,9 +14,8 @@ import torch
 
 pytest.importorskip("trl", reason="TRL is not installed")
 
-from egrsd_kernels.rollouts import find_rollout_files, read_rollouts
 from egrsd_kernels.trl import EGRSDTrainer
-from tests.trl_tiny import make, weights
+from tests.trl_tiny import exported, make, weights
 
 # SGD: Adam would turn a gradient that is zero but for rounding into a step of full size.
 OPTIONS = {"max_steps": 3, "max_grad_norm": 0.0, "optim": "sgd", "learning_rate": 0.5, "rollout_steps": 1}
@@ -114,11 +113,7 @@ def test_two_processes_equal_one(one, two, name):
 @pytest.mark.parametrize("name", SETTINGS)
 def test_two_processes_export_the_rollouts_of_both(one, two, name):
     got, expected = (
-        sorted(
-            (r.step, r.prompt, "".join(r.tokens), round(r.advantage, 3))
-            for file in find_rollout_files(path / name)
-            for r in read_rollouts(file)
-        )
+        sorted((r.step, r.prompt, "".join(r.tokens), round(r.advantage, 3)) for r in exported(path / name))
         for _, path in (two, one)
     )
     assert got == expected

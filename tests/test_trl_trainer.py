@@ -16,9 +16,8 @@ from trl import GRPOConfig, GRPOTrainer
 
 from egrsd_kernels.advantages import WelfordAdvantage
 from egrsd_kernels.report import write_token_report
-from egrsd_kernels.rollouts import find_rollout_files, read_rollouts
 from reference.egrsd import egrsd_loss
-from tests.trl_tiny import LORA, SPECIAL, Dataset, correct, dataset, make, row, tiny_model, tokenizer, weights
+from tests.trl_tiny import LORA, SPECIAL, Dataset, correct, dataset, exported, make, row, tiny_model, tokenizer, weights
 
 SETTINGS = {
     "lora": {},
@@ -312,10 +311,6 @@ def test_the_teachers_context(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------- rollouts
-
-
-def exported(run) -> list:
-    return [rollout for file in find_rollout_files(run) for rollout in read_rollouts(file)]
 
 
 def test_exported_rollouts_are_what_the_run_learned_from(tmp_path):

@@ -19,6 +19,8 @@ from peft import LoraConfig
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 
+from egrsd_kernels.report import Rollout
+from egrsd_kernels.rollouts import find_rollout_files, read_rollouts
 from egrsd_kernels.trl import EGRSDConfig, EGRSDTrainer
 
 # So small a model gains nothing from two threads, and loses twentyfold where they have to share a core.
@@ -137,6 +139,11 @@ def make(path, peft=True, cls=EGRSDTrainer, config=EGRSDConfig, callbacks=(), **
         **arguments,
     )
     return run, logs
+
+
+def exported(run) -> list[Rollout]:
+    """The rollouts under a run's folder, in the order of its files."""
+    return [rollout for file in find_rollout_files(run) for rollout in read_rollouts(file)]
 
 
 def weights(run) -> dict[str, torch.Tensor]:

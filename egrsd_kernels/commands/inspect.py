@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..report import REGIMES, Rollout, write_token_report
+from ..regimes import REGIMES, TAU_HIGH, TAU_LOW
+from ..report import Rollout, write_token_report
 from ..rollouts import find_rollout_files, read_rollouts
 from . import CommandError
 
@@ -50,8 +51,10 @@ def add_parser(subparsers) -> None:
         metavar="V",
         help="entries of the vocabulary, for rollouts that do not say; the regimes look at H / log V",
     )
-    parser.add_argument("--tau-low", type=float, default=0.01, help="H / log V that counts as certain (default: 0.01)")
-    parser.add_argument("--tau-high", type=float, default=0.17, help="and as uncertain, from here on (default: 0.17)")
+    help = "H / log V up to which a token counts as certain (default: %(default)s)"
+    parser.add_argument("--tau-low", type=float, default=TAU_LOW, help=help)
+    help = "and from which on it counts as uncertain (default: %(default)s)"
+    parser.add_argument("--tau-high", type=float, default=TAU_HIGH, help=help)
     parser.set_defaults(run=run)
 
 

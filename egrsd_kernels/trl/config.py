@@ -7,6 +7,7 @@ from pathlib import Path
 from trl import GRPOConfig
 
 from egrsd_kernels.inputs import expect, integer, number
+from egrsd_kernels.regimes import TAU_HIGH, TAU_LOW
 
 PRESETS = {path.stem: path for path in sorted((Path(__file__).parent / "presets").glob("*.yaml"))}
 """The paper's settings, by name: YAML files with the keys of EGRSDConfig and of TRL's ModelConfig."""
@@ -90,8 +91,8 @@ class EGRSDConfig(GRPOConfig):
     teacher_copy_steps: int = field(default=100, metadata={"help": "Optimizer steps between hard copies."})
     backend: str = field(default="auto", metadata={"help": 'Kernels: "auto", "triton" or "torch".'})
     chunk_mib: int = field(default=1024, metadata={"help": "The most working memory of the loss, MiB."})
-    tau_low: float = field(default=0.01, metadata={"help": "Regimes: H / log V up to this is certain."})
-    tau_high: float = field(default=0.17, metadata={"help": "Regimes: H / log V from this on is uncertain."})
+    tau_low: float = field(default=TAU_LOW, metadata={"help": "Regimes: H / log V up to this is certain."})
+    tau_high: float = field(default=TAU_HIGH, metadata={"help": "Regimes: H / log V from this on is uncertain."})
     rollout_steps: int = field(
         default=0,
         metadata={"help": "Export the rollouts of every n-th step to output_dir/rollouts (JSON lines). 0: never."},

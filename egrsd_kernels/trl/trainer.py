@@ -107,7 +107,7 @@ class EGRSDTrainer(GRPOTrainer):
         if self.teacher.moves:
             self.add_callback(MoveTeacher(self.teacher))
         self.welford = WelfordAdvantage(args.welford_warmup_steps)
-        self._step_stats: list[TokenStats] = []  # of the optimizer step so far; valid tokens only
+        self._step_stats: list[Tensor] = []  # (fields of TokenStats, valid tokens) of the optimizer step so far
         self._step_rollouts: list[Rollout] = []
         self._step_start: float | None = None
 
@@ -320,7 +320,7 @@ class EGRSDTrainer(GRPOTrainer):
 
         keys = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
         loss, stats = self._read(model, *(inputs[key] for key in keys), loss_of)
-        self._step_stats.append(TokenStats(*(value[mask] for value in stats)))
+        self._step_stats.append(torch.stack(stats)[:, mask])
         step = self.state.global_step + 1
         export = self._mode == "train" and args.rollout_steps and step % args.rollout_steps == 0
         if export:
@@ -333,7 +333,7 @@ class EGRSDTrainer(GRPOTrainer):
 
     def _log_step(self, scale: float) -> None:
         """Metrics of one optimizer step, exact over its micro-batches and processes, into TRL's own averages."""
-        local = torch.stack([torch.cat(field) for field in zip(*self._step_stats, strict=True)], dim=1)
+        local = torch.cat(self._step_stats, dim=1).T.contiguous()
         self._step_stats.clear()
         # Processes hold different numbers of tokens; padding is told from tokens by an infinite entropy.
         local = self.accelerator.pad_across_processes(local, dim=0, pad_index=math.inf)
