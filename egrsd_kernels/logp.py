@@ -22,7 +22,7 @@ class _LinearLogp(torch.autograd.Function):
         problem = Head(weight, bias, softcap, temperature), hidden, target_ids, Rows.build(valid, valid)
         if needs == (True, False, False):
             logp, ones = (new(valid, dtype=compute_dtype(hidden.dtype)) for new in (torch.zeros_like, torch.ones_like))
-            direction, *_ = backend.student_pass(*problem, logp, lambda *_: ones, needs, chunk_bytes)
+            direction, *_ = backend.student_pass(*problem, logp, lambda *_: ones, needs, chunk_bytes)(None)
             ctx.save_for_backward(direction)
             return logp
         ctx.save_for_backward(hidden, weight, bias, target_ids, valid)
@@ -43,12 +43,10 @@ class _LinearLogp(torch.autograd.Function):
         needed = valid & (d_logp != 0)
         rows = Rows.build(needed, needed)
         head = Head(weight, bias, softcap, temperature)
-        gradients = backend.student_pass(
+        finish = backend.student_pass(
             head, hidden, target_ids, rows, torch.zeros_like(d_logp), lambda *_: d_logp, needs, chunk_bytes
         )
-        operands = hidden, weight, bias
-        cast = (None if g is None else g.to(x.dtype) for g, x in zip(gradients, operands, strict=True))
-        return *cast, *(None,) * 7
+        return *finish(None), *(None,) * 7
 
 
 @torch.compiler.disable

@@ -39,7 +39,7 @@ class _Credit:
         return self.normalizer / torch.frexp(self.normalizer).mantissa
 
     def student(self, head: Head, hidden: torch.Tensor, needs: tuple[bool, bool, bool]):
-        """(loss, stats, gradients of loss · :attr:`power` for hidden, weight and bias)."""
+        """(loss, stats, what finishes the gradients of loss · :attr:`power` for hidden, weight and bias)."""
         logp, loss, magnitude, gate, token_advantage = (torch.zeros_like(self.advantages) for _ in range(5))
         stats = TokenStats(
             logp, self.teacher_logp, self.teacher_entropy, self.lookahead_entropy, magnitude, gate, token_advantage
@@ -56,12 +56,12 @@ class _Credit:
 
         arguments = head, hidden, self.target_ids, self.rows
         if any(needs):
-            gradients = self.backend.student_pass(*arguments, logp, credit, needs, self.options.chunk_bytes)
+            finish = self.backend.student_pass(*arguments, logp, credit, needs, self.options.chunk_bytes)
         else:
             logp.copy_(self.backend.statistics(*arguments, self.options.chunk_bytes)[0])
             credit(0, logp.numel())
-            gradients = (None, None, None)
-        return loss.sum() / self.normalizer, stats, gradients
+            finish = None
+        return loss.sum() / self.normalizer, stats, finish
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -69,7 +69,7 @@ class _FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, softcap, temperature, credit: _Credit, needs):
-        loss, stats, ctx.gradients = credit.student(Head(weight, bias, softcap, temperature), hidden, needs)
+        loss, stats, ctx.finish = credit.student(Head(weight, bias, softcap, temperature), hidden, needs)
         ctx.save_for_backward(hidden, weight, bias)
         ctx.arguments = softcap, temperature, credit, needs
         ctx.mark_non_differentiable(*stats)
@@ -82,22 +82,12 @@ class _FusedLoss(torch.autograd.Function):
         if d_loss is None:
             return (None,) * 7
         softcap, temperature, credit, needs = ctx.arguments
-        operands = ctx.saved_tensors
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
+        hidden, weight, bias = ctx.saved_tensors
+        finish, ctx.finish = ctx.finish, None
+        if finish is None:
             # A second backward: the first one scaled its gradients in place and gave them away. They are made again.
-            hidden, weight, bias = operands
-            gradients = credit.student(Head(weight, bias, softcap, temperature), hidden, needs)[2]
-        factor = d_loss / credit.power
-        return *(_finish(credit.backend, g, factor, x) for g, x in zip(gradients, operands, strict=True)), *(None,) * 4
-
-
-def _finish(backend: ModuleType, gradient, factor: torch.Tensor, operand):
-    """gradient · factor in the operand's dtype, in place where the dtypes agree; None for None."""
-    if gradient is None:
-        return None
-    out = gradient if gradient.dtype == operand.dtype else torch.empty_like(gradient, dtype=operand.dtype)
-    return backend.multiply(gradient, factor, out)
+            finish = credit.student(Head(weight, bias, softcap, temperature), hidden, needs)[2]
+        return *finish(d_loss / credit.power), *(None,) * 4
 
 
 def _entropy_scale(options: Options, entropy, lookahead_entropy, group) -> torch.Tensor:
@@ -224,7 +214,9 @@ def fused_egrsd_loss(
         backend: "triton", "torch" (plain PyTorch), or "auto": Triton on a GPU where it runs, else PyTorch.
         return_stats: also return the per-token :class:`TokenStats`.
         chunk_bytes: the most working memory held at a time: exponentials of a chunk of tokens and what goes with them.
-            With a frozen head the Triton backend holds at most 350 MiB, since more would buy no speed.
+            With a frozen head the Triton backend holds at most 350 MiB, since more would buy no speed. With a trained
+            one, chunks add up in a float32 gradient of the head, 4·V·D bytes more; where all tokens fit into one chunk
+            there is none, and that chunk is held until the backward pass.
 
     Returns:
         The loss, 0-d float32 (float64 for float64 input), differentiable in student_hidden, student_weight and

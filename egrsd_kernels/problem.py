@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -76,3 +77,14 @@ class TokenStats(NamedTuple):
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32, unless the operands have more."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# What a student pass leaves: the gradients of (hidden, weight, bias), None where not needed, times a 0-d factor or 1.
+Finish = Callable[[torch.Tensor | None], tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]
+
+
+def scaled(gradient, factor: torch.Tensor | None, dtype: torch.dtype, multiply: Callable) -> torch.Tensor | None:
+    """gradient · factor (0-d, or None for 1) in ``dtype``, in place where it has that dtype; None for None."""
+    if gradient is None or factor is None:
+        return None if gradient is None else gradient.to(dtype)
+    return multiply(gradient, factor, gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from .problem import Head, Options, Rows, TokenStats, compute_dtype
+from .problem import Finish, Head, Options, Rows, TokenStats, compute_dtype, scaled
 
 UPCAST_BYTES = 64 << 20
 
@@ -149,11 +149,10 @@ def token_credit(
 def student_pass(
     head: Head, hidden, target_ids, rows: Rows, logp, gradient_of: Callable[[int, int], torch.Tensor],
     needs: tuple[bool, bool, bool], chunk_bytes: int,
-):  # fmt: skip
-    """Write log p of the targets into ``logp`` (N,) and return the gradients (hidden, weight, bias) that are needed.
+) -> Finish:  # fmt: skip
+    """Write log p of the targets into ``logp`` (N,), and leave the gradients of (hidden, weight, bias) that are needed.
 
     gradient_of: called with (first row, number of rows) once their ``logp`` is there; gives dL/dlogp, an (N,) tensor.
-    The weight and bias gradients are in the compute dtype, that of the hidden states in theirs.
     """
     dtype = compute_dtype(hidden.dtype)
     d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
@@ -193,7 +192,14 @@ def student_pass(
         if d_bias is not None:
             d_bias += dz.sum(0)
     _zero_masked(rows, logp)
-    return d_hidden, d_weight, d_bias
+
+    dtypes = hidden.dtype, head.weight.dtype, head.bias.dtype if needs[2] else None
+
+    def finish(factor: torch.Tensor | None):
+        pairs = zip((d_hidden, d_weight, d_bias), dtypes, strict=True)
+        return tuple(scaled(gradient, factor, dtype, multiply) for gradient, dtype in pairs)
+
+    return finish
 
 
 def multiply(source: torch.Tensor, factor: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

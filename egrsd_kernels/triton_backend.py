@@ -13,7 +13,7 @@ from .kernels.gradient import ChunkGradients, multiply
 from .kernels.plan import ceil_div, chunk_plan
 from .kernels.tuning import machine
 from .kernels.vocab import VocabPass
-from .problem import Head, Rows
+from .problem import Finish, Head, Rows, scaled
 
 __all__ = ["DTYPES", "lookahead_entropy", "multiply", "runs_on", "statistics", "student_pass", "token_credit"]
 
@@ -42,26 +42,52 @@ def statistics(head: Head, hidden, target_ids, rows: Rows, chunk_bytes: int):
 def student_pass(
     head: Head, hidden, target_ids, rows: Rows, logp, gradient_of: Callable[[int, int], torch.Tensor],
     needs: tuple[bool, bool, bool], chunk_bytes: int,
-):  # fmt: skip
-    """Write log p of the targets into ``logp`` (N,) and return the gradients (hidden, weight, bias) that are needed.
+) -> Finish:  # fmt: skip
+    """Write log p of the targets into ``logp`` (N,), and leave the gradients all but done.
 
     gradient_of: called with (first row, number of rows) once their ``logp`` is there; gives dL/dlogp, an (N,) tensor.
-    The weight and bias gradients are float32, that of the hidden states in their dtype.
+    needs: gradients of (hidden, weight, bias).
+
+    Returns:
+        What gives the gradients, those that are needed, in the operands' dtypes: a function of a 0-d float32 tensor
+        that multiplies them, or None for 1. It can be called once.
     """
-    n, device = target_ids.numel(), hidden.device
-    d_hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=device) if needs[0] else None
-    new = torch.empty if n else torch.zeros
-    d_weight = new(head.weight.shape, dtype=torch.float32, device=device) if needs[1] else None
-    d_bias = new(head.bias.shape, dtype=torch.float32, device=device) if needs[2] else None
-    if n:
+    n, device, dtype = target_ids.numel(), hidden.device, hidden.dtype
+    d_hidden = torch.zeros(hidden.shape, dtype=dtype, device=device) if needs[0] else None
+    d_weight = d_bias = head_product = None
+    if not n:
+        d_weight = torch.zeros_like(head.weight, memory_format=torch.contiguous_format) if needs[1] else None
+        d_bias = torch.zeros_like(head.bias) if needs[2] else None
+    else:
         how = machine(head.weight)
-        shape = ceil_div(n, ROW_TILE), *head.weight.shape, hidden.dtype.itemsize
+        shape = ceil_div(n, ROW_TILE), *head.weight.shape, dtype.itemsize
         plan = chunk_plan(*shape, how, chunk_bytes, needs)
         chunk = Chunk(head, plan.rows, how)
-        gradients = ChunkGradients(chunk, plan.slice_tiles, d_hidden, d_weight, d_bias)
+        gradients = ChunkGradients(chunk, plan.slice_tiles, d_hidden, head=needs[1] or needs[2])
+        if needs[1] and n > chunk.rows:
+            d_weight = torch.empty(head.weight.shape, dtype=torch.float32, device=device)
+        if needs[2]:
+            d_bias = torch.empty(head.bias.shape, dtype=torch.float32, device=device)
         for first_row in range(0, n, chunk.rows):
             order = rows.order[first_row:]
             chunk.gather(hidden, target_ids, rows, first_row)
             gradients.forward(order, logp)
-            gradients.backward(order, gradient_of(first_row, chunk.rows), accumulate=first_row > 0)
-    return d_hidden, d_weight, d_bias
+            gradients.backward(order, gradient_of(first_row, chunk.rows))
+            if d_weight is not None:
+                gradients.head_product(d_weight, accumulate=first_row > 0)
+            if d_bias is not None:
+                gradients.bias(d_bias, accumulate=first_row > 0)
+        if needs[1] and d_weight is None:
+            # All rows in one chunk: its product is the whole gradient, so it waits for the factor and is rounded to the
+            # head's dtype on its way out. That spares a float32 gradient, more memory than the chunk that waits.
+            head_product = gradients.head_product
+
+    def finish(factor: torch.Tensor | None):
+        weight = scaled(d_weight, factor, dtype, multiply)
+        if head_product is not None:
+            weight = torch.empty(head.weight.shape, dtype=dtype, device=device)
+            head_product(weight, factor=factor)
+        bias = None if d_bias is None else scaled(d_bias, factor, head.bias.dtype, multiply)
+        return scaled(d_hidden, factor, dtype, multiply), weight, bias
+
+    return finish

@@ -97,13 +97,13 @@ class Case:
             self.bounds = [b + unit * g.abs() + 1e-7 for b, g in zip(bounds, gradients, strict=False)]
         return logp.detach(), entropy.detach(), z.logsumexp(-1).detach(), gradients
 
-    def student_pass(self, needs=(True, True, True), chunk_bytes=CHUNK_BYTES):
+    def student_pass(self, needs=(True, True, True), chunk_bytes=CHUNK_BYTES, factor=None):
         logp = torch.zeros(self.targets.numel(), device=DEVICE)
         needs = (*needs[:2], needs[2] and self.head.bias is not None)
-        gradients = triton_backend.student_pass(
+        finish = triton_backend.student_pass(
             self.head, self.hidden, self.targets, self.rows, logp, lambda *_: self.gradient, needs, chunk_bytes
         )
-        return logp, gradients
+        return logp, finish(factor)
 
 
 def relative(actual, expected):
@@ -146,6 +146,23 @@ def test_student_pass(shape, transform, dtype, family):
             assert relative(a, e) <= GRADIENT_ERROR[dtype], name
     untouched = ~case.valid | (case.gradient == 0)
     assert (gradients[0][0][untouched] == 0).all()
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "bias-softcap-temperature"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_one_chunk(shape, transform, dtype, family):
+    """All rows in one chunk: the head's product waits for the factor, and is rounded once."""
+    case = Case(*shape, dtype, **transform)
+    *_, expected_gradients = case.reference()
+    factor = torch.tensor(-0.37, device=DEVICE)
+    _, gradients = case.student_pass(factor=factor)
+    for name, a, e, bound in zip(
+        ("hidden", "weight", "bias"), gradients, expected_gradients, case.bounds, strict=False
+    ):
+        assert a.dtype == dtype
+        # The hidden gradient is rounded before the factor, and after it.
+        again = UNIT[dtype] * e.abs() if name == "hidden" else 0
+        assert ((a / factor.double() - e).abs() <= bound + again + 1e-7).all(), name
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "bias-softcap-temperature"])

@@ -53,6 +53,14 @@ def test_memory_does_not_grow_with_the_batch():
             assert held(plan, size, H100, TRAINED) <= 1 << 30
 
 
+def test_one_chunk_where_it_fits():
+    """It needs no float32 gradient of the head, to add up in and to convert."""
+    for size in (1024, 2048, 2560, 4096, 5120):
+        for tokens, budget in ((1, 1 << 30), (1000, 1 << 30), (2900, 1 << 30), (6100, 2 << 30)):
+            plan = chunk_plan(ceil_div(tokens, ROW_TILE), V, size, 2, H100, budget, TRAINED)
+            assert plan.rows >= tokens, (size, tokens)
+
+
 def test_rounds_of_the_grid_are_full():
     """What the model is for: tiles of dhidden that nearly fill whole rounds of an H100's 132 multiprocessors."""
     for size in (1024, 2048, 2560, 4096, 5120):

@@ -157,7 +157,7 @@ def scale_rows_kernel(matrix, factor, D, BLOCK: tl.constexpr):
 def put_tile(out, row, col, tile, ADD: tl.constexpr, REDUCE: tl.constexpr):
     """Store a tile through its descriptor, or add it to what is there: each element once a launch, in launch order."""
     if not ADD:
-        out.store([row, col], tile)
+        out.store([row, col], tile.to(out.dtype))
     elif REDUCE:
         out.atomic_add([row, col], tile)
     else:
@@ -166,11 +166,13 @@ def put_tile(out, row, col, tile, ADD: tl.constexpr, REDUCE: tl.constexpr):
 
 @triton.jit
 def head_kernel(
-    exponentials, stride_e, hidden, out, live, chunk, D, V, unit,
+    exponentials, stride_e, hidden, out, factor, live, chunk, D, V, unit,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
-    TMA: tl.constexpr, ACCUMULATE: tl.constexpr, REDUCE: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, SCALED: tl.constexpr, ACCUMULATE: tl.constexpr, REDUCE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     n = tl.load(live + 1)
+    if SCALED:
+        unit *= tl.load(factor)
     row_tiles = tl.cdiv(V, ROWS)
     col_tiles = tl.cdiv(D, COLS)
     width = GROUP * col_tiles
@@ -201,7 +203,7 @@ def head_kernel(
             inside = (v < V)[:, None] & (d < D)[None, :]
             if ACCUMULATE:
                 product += tl.load(at, mask=inside, other=0.0)
-            tl.store(at, product, mask=inside)
+            tl.store(at, product.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -236,18 +238,40 @@ def multiply(source: torch.Tensor, factor: torch.Tensor, out: torch.Tensor) -> t
     return out
 
 
+class HeadProduct:
+    """dW = E^T (factor * hidden) of a chunk, whose E and hidden states, then scaled, are kept for it."""
+
+    def __init__(self, chunk: Chunk, exponentials: torch.Tensor, unit: float):
+        self.chunk, self.exponentials, self.unit = chunk, exponentials, unit
+        c = self.config = chunk.configs.head
+        self.operands = chunk.tiled(exponentials, c.depth, c.rows), chunk.tiled(chunk.hidden, c.depth, c.cols)
+
+    def scale_hidden(self, factor: torch.Tensor) -> None:
+        block = min(1024, triton.next_power_of_2(self.chunk.D))
+        scale_rows_kernel[(self.chunk.rows,)](self.chunk.hidden, factor, self.chunk.D, BLOCK=block)
+
+    def __call__(self, out: torch.Tensor, accumulate: bool = False, factor: torch.Tensor | None = None) -> None:
+        """out (V, D) = the product times ``factor`` (0-d float32, or 1), in its dtype; or add to float32."""
+        chunk, c = self.chunk, self.config
+        head_kernel[(chunk.programs,)](
+            self.operands[0], self.exponentials.stride(0), self.operands[1], chunk.tiled(out, c.rows, c.cols // 2),
+            factor, chunk.live, chunk.rows, chunk.D, chunk.V, self.unit, GROUP=8, PROGRAMS=chunk.programs,
+            TMA=chunk.tma, SCALED=factor is not None, ACCUMULATE=accumulate, REDUCE=not interpreted(head_kernel),
+            PRECISION=PRECISION, **c.tile, **c.launch,
+        )  # fmt: skip
+
+
 class ChunkGradients:
     """Log p and gradients of one chunk after another.
 
-    slice_tiles: how much of the vocabulary is stored at a time, in tiles of the vocabulary pass; all of it where
-        out_weight or out_bias is asked for.
+    slice_tiles: how much of the vocabulary is stored at a time, in tiles of the vocabulary pass: all for ``head``.
     out_hidden: (N, D) in the hidden states' dtype, filled at the rows with a gradient, or None.
-    out_weight, out_bias: (V, D) and (V,) float32, accumulated over the chunks, or None.
+    head: whether the head's gradients are asked for. They come after each chunk's backward pass, from
+        :attr:`head_product` and :meth:`bias`.
     """
 
-    def __init__(self, chunk: Chunk, slice_tiles: int, out_hidden, out_weight, out_bias):
-        self.chunk, self.configs = chunk, chunk.configs
-        self.out_hidden, self.out_weight, self.out_bias = out_hidden, out_weight, out_bias
+    def __init__(self, chunk: Chunk, slice_tiles: int, out_hidden, head: bool):
+        self.chunk, self.configs, self.out_hidden = chunk, chunk.configs, out_hidden
         weight = chunk.head.weight
         # float16 cannot hold small probabilities: there E is in units of 2^-15, taken back in float32 at the end.
         self.shift = 15.0 if weight.dtype == torch.float16 else 0.0
@@ -260,10 +284,7 @@ class ChunkGradients:
             self.limit = partial_tiles(c, chunk.rows, chunk.D, chunk.programs)
             self.partial = chunk.floats(self.limit * c.rows * c.cols)
             self.hidden_operands = chunk.tiled(e, c.rows, c.depth), chunk.tiled(weight, c.depth, c.cols)
-        if out_weight is not None:
-            c = self.configs.head
-            self.head_operands = chunk.tiled(e, c.depth, c.rows), chunk.tiled(chunk.hidden, c.depth, c.cols)
-            self.head_result = chunk.tiled(out_weight, c.rows, c.cols // 2)
+        self.head_product = HeadProduct(chunk, e, self.unit) if head else None
 
     def forward(self, order: torch.Tensor, logp: torch.Tensor) -> None:
         """Write log p (nats) of row i at order[i] of ``logp`` (N,), and leave E, S and the products E W behind.
@@ -302,17 +323,14 @@ class ChunkGradients:
             ACCUMULATE=first_col > 0, PRECISION=PRECISION, **c.tile, **c.launch,
         )  # fmt: skip
 
-    def backward(self, order: torch.Tensor, gradient: torch.Tensor, accumulate: bool) -> None:
-        """Turn dL/dlogp, ``gradient`` (N,) float32, into the chunk's part of the gradients.
-
-        accumulate: add to the head's gradients instead of beginning them.
-        """
+    def backward(self, order: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Turn dL/dlogp, ``gradient`` (N,) float32, into the chunk's hidden gradients, and E into the head's."""
         chunk, e, weight = self.chunk, self.exponentials, self.chunk.head.weight
-        trained = self.out_weight is not None or self.out_bias is not None
         factor_kernel[(triton.cdiv(chunk.rows, SLOTS),)](
             e, e.stride(0), chunk.logit, chunk.offset, self.total, chunk.target, gradient, order, chunk.live,
             self.factor, self.entry, self.head_factor, chunk.rows, chunk.head.softcap or 0.0, chunk.logit_scale,
-            chunk.head.temperature, self.unit, SOFTCAP=chunk.head.softcap is not None, HEAD=trained, BLOCK=SLOTS,
+            chunk.head.temperature, self.unit, SOFTCAP=chunk.head.softcap is not None,
+            HEAD=self.head_product is not None, BLOCK=SLOTS,
         )  # fmt: skip
         if self.out_hidden is not None:
             c = self.configs.hidden
@@ -321,21 +339,13 @@ class ChunkGradients:
                 self.out_hidden, e.shape[1], chunk.D, self.limit, PROGRAMS=chunk.programs,
                 MAX_SPLITS=MAX_SPLITS, PARTIAL_STEPS=PARTIAL_STEPS, BLOCK=REDUCE_ROWS, **c.tile,
             )  # fmt: skip
-        if self.out_weight is not None:
-            block = min(1024, triton.next_power_of_2(chunk.D))
-            scale_rows_kernel[(chunk.rows,)](chunk.hidden, self.head_factor, chunk.D, BLOCK=block)
-            self.head_product(accumulate)
-        if self.out_bias is not None:
-            bias_kernel[(triton.cdiv(chunk.V, 128),)](
-                e, e.stride(0), self.head_factor, self.out_bias, chunk.live, chunk.rows, chunk.V, self.unit,
-                ROWS=32, COLS=128, ACCUMULATE=accumulate,
-            )  # fmt: skip
+        if self.head_product is not None:
+            self.head_product.scale_hidden(self.head_factor)
 
-    def head_product(self, accumulate: bool) -> None:
-        """out_weight = E^T (scaled hidden), or add it."""
-        chunk, c = self.chunk, self.configs.head
-        head_kernel[(chunk.programs,)](
-            self.head_operands[0], self.exponentials.stride(0), self.head_operands[1], self.head_result, chunk.live,
-            chunk.rows, chunk.D, chunk.V, self.unit, GROUP=8, PROGRAMS=chunk.programs, TMA=chunk.tma,
-            ACCUMULATE=accumulate, REDUCE=not interpreted(head_kernel), PRECISION=PRECISION, **c.tile, **c.launch,
+    def bias(self, out: torch.Tensor, accumulate: bool) -> None:
+        """out (V,) float32 = E^T factor, or add it."""
+        chunk, e = self.chunk, self.exponentials
+        bias_kernel[(triton.cdiv(chunk.V, 128),)](
+            e, e.stride(0), self.head_factor, out, chunk.live, chunk.rows, chunk.V, self.unit,
+            ROWS=32, COLS=128, ACCUMULATE=accumulate,
         )  # fmt: skip

@@ -14,15 +14,16 @@ from .common import ROW_TILE, Config, Machine
 
 MAX_SPLITS = 16
 # In steps of the inner loop (0.85 us on an H100): reading and writing a float32 tile; what of that is left where TMA
-# adds a tile behind the next one's back; storing a tile of exponentials; a launch.
+# adds a tile behind the next one's back, and what a tile takes at least then; storing a tile of exponentials; a launch.
 PARTIAL_STEPS = 16
 REDUCE_STEPS = 7
+REDUCED_STEPS = 30
 STORE_STEPS = 3
 LAUNCH_STEPS = 4
-# How many bytes of the head all multiprocessors together read from memory during a step.
+# How many bytes all multiprocessors together move from and to memory during a step.
 STEP_BYTES = 2.5e6
 LAUNCHES = {"chunk": 12, "slice": 6}
-# With these limits on the memory of a chunk, more buys no speed.
+# With these limits on the memory of a chunk, more buys no speed where the head is frozen.
 MOST_ROWS = 4352
 FROZEN_BYTES = 350 << 20
 
@@ -93,7 +94,7 @@ def chunk_plan(
             o = configs.head
             outputs = ceil_div(vocabulary, o.rows) * ceil_div(hidden_size, o.cols)
             depth = ceil_div(tiles * ROW_TILE, o.depth)
-            steps = max(depth + REDUCE_STEPS, PARTIAL_STEPS) if tma else depth + PARTIAL_STEPS
+            steps = max(depth + REDUCE_STEPS, REDUCED_STEPS) if tma else depth + PARTIAL_STEPS
             total += ceil_div(outputs, programs) * steps
         return total
 
@@ -115,8 +116,11 @@ def chunk_plan(
         equal = {ceil_div(col_tiles, slices) for slices in range(fewest, min(fewest + 3, col_tiles) + 1)}
         return equal | {cols for cols in range(max(1, most - programs), most + 1) if tiles * cols % programs == 0}
 
+    if needs[1] and widths(row_tiles):
+        # One chunk needs no float32 gradient of the head, to add up in and to convert.
+        return Plan(row_tiles * ROW_TILE, col_tiles)
     best, best_steps = Plan(ROW_TILE, col_tiles if whole else 1), float("inf")
-    for tiles in range(1, min(row_tiles, MOST_ROWS // ROW_TILE) + 1):
+    for tiles in range(1, (row_tiles if whole else min(row_tiles, MOST_ROWS // ROW_TILE)) + 1):
         full, rest = divmod(row_tiles, tiles)
         for width in widths(tiles):
             steps = full * chunk_steps(tiles, width) + (chunk_steps(rest, width) if rest else 0)

@@ -99,11 +99,11 @@ def _times(config: Config, dtype: torch.dtype, device: torch.device, tma: bool) 
     chunk = Chunk(head, ROWS, Machine(device_limits(device)[0], tma, Configs(config, config, config)))
     chunk.gather(hidden[None], order, rows, 0)
     d_hidden, d_weight = torch.empty_like(hidden), torch.zeros(weight.shape, device=device)
-    gradients = ChunkGradients(chunk, triton.cdiv(VOCABULARY, config.cols), d_hidden, d_weight, None)
+    gradients = ChunkGradients(chunk, triton.cdiv(VOCABULARY, config.cols), d_hidden, head=True)
     calls = (
         lambda: gradients.vocab.store(chunk.live, 0),
         lambda: gradients.hidden_product(chunk.live, 0),
-        lambda: gradients.head_product(accumulate=True),
+        lambda: gradients.head_product(d_weight, accumulate=True),
     )
     try:
         return tuple(_milliseconds(call) for call in calls)
