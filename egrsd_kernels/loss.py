@@ -215,8 +215,9 @@ def fused_egrsd_loss(
         return_stats: also return the per-token :class:`TokenStats`.
         chunk_bytes: the most working memory held at a time: exponentials of a chunk of tokens and what goes with them.
             With a frozen head the Triton backend holds at most 350 MiB, since more would buy no speed. With a trained
-            one, chunks add up in a float32 gradient of the head, 4·V·D bytes more; where all tokens fit into one chunk
-            there is none, and that chunk is held until the backward pass.
+            one, chunks add up in a float32 gradient of the head, 4·V·D bytes more. Where all tokens fit into one chunk
+            there is none; that chunk may take what this spares beside a 16-bit head, 2·V·D bytes, and is held until
+            the backward pass.
 
     Returns:
         The loss, 0-d float32 (float64 for float64 input), differentiable in student_hidden, student_weight and

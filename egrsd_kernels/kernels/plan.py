@@ -14,13 +14,12 @@ from .common import ROW_TILE, Config, Machine
 
 MAX_SPLITS = 16
 # In steps of the inner loop (0.85 us on an H100): reading and writing a float32 tile; what of that is left where TMA
-# adds a tile behind the next one's back, and what a tile takes at least then; storing a tile of exponentials; a launch.
+# adds a tile behind the next one's back; storing a tile of exponentials; a launch.
 PARTIAL_STEPS = 16
 REDUCE_STEPS = 7
-REDUCED_STEPS = 30
 STORE_STEPS = 3
 LAUNCH_STEPS = 4
-# How many bytes all multiprocessors together move from and to memory during a step.
+# How many bytes of the head all multiprocessors together read from memory during a step.
 STEP_BYTES = 2.5e6
 LAUNCHES = {"chunk": 12, "slice": 6}
 # With these limits on the memory of a chunk, more buys no speed where the head is frozen.
@@ -63,6 +62,8 @@ def chunk_plan(
 ) -> Plan:  # fmt: skip
     """The fastest plan by the model, among those whose buffers stay within ``budget`` bytes (or are the smallest).
 
+    The gradient of a head in float32, which chunks add up in, is beside that budget.
+
     row_tiles: rows to work on, in tiles of ROW_TILE. needs: gradients of (hidden, weight, bias).
     """
     programs, tma, configs = machine
@@ -94,7 +95,7 @@ def chunk_plan(
             o = configs.head
             outputs = ceil_div(vocabulary, o.rows) * ceil_div(hidden_size, o.cols)
             depth = ceil_div(tiles * ROW_TILE, o.depth)
-            steps = max(depth + REDUCE_STEPS, REDUCED_STEPS) if tma else depth + PARTIAL_STEPS
+            steps = max(depth + REDUCE_STEPS, PARTIAL_STEPS) if tma else depth + PARTIAL_STEPS
             total += ceil_div(outputs, programs) * steps
         return total
 
@@ -104,7 +105,7 @@ def chunk_plan(
         partial = partial_tiles(configs.hidden, rows, hidden_size, programs) * configs.hidden.rows * configs.hidden.cols
         return rows * (hidden_size * itemsize + 4 * col_tiles + 32) + 4 * partial * needs[0]
 
-    def widths(tiles: int) -> set[int]:
+    def widths(tiles: int, budget: int) -> set[int]:
         """Slice widths worth a look: equal slices, and ones that end with a full round of the vocabulary pass."""
         tile_bytes = tiles * ROW_TILE * c.cols * itemsize
         most = min(col_tiles, (budget - buffers(tiles)) // tile_bytes)
@@ -116,13 +117,14 @@ def chunk_plan(
         equal = {ceil_div(col_tiles, slices) for slices in range(fewest, min(fewest + 3, col_tiles) + 1)}
         return equal | {cols for cols in range(max(1, most - programs), most + 1) if tiles * cols % programs == 0}
 
-    if needs[1] and widths(row_tiles):
-        # One chunk needs no float32 gradient of the head, to add up in and to convert.
+    # One chunk needs no float32 gradient of the head, to add up in and to convert; what that spares it may take.
+    spared = vocabulary * hidden_size * max(0, 4 - itemsize)
+    if needs[1] and widths(row_tiles, budget + spared):
         return Plan(row_tiles * ROW_TILE, col_tiles)
     best, best_steps = Plan(ROW_TILE, col_tiles if whole else 1), float("inf")
     for tiles in range(1, (row_tiles if whole else min(row_tiles, MOST_ROWS // ROW_TILE)) + 1):
         full, rest = divmod(row_tiles, tiles)
-        for width in widths(tiles):
+        for width in widths(tiles, budget):
             steps = full * chunk_steps(tiles, width) + (chunk_steps(rest, width) if rest else 0)
             if steps < best_steps:
                 best, best_steps = Plan(tiles * ROW_TILE, width), steps
