@@ -15,14 +15,14 @@ runs differ by float32 rounding alone, and the question is how that grows over 1
 - AdamW could amplify: its first step is lr · g / (|g| + 1e-8), so that rounding e of a gradient below 1e-8 becomes a
   step wrong by up to lr · e / 1e-8, and e is some 1e-10 (1e-7 of gradients of 1e-3). Few elements are so small; the
   largest deviation after the first two steps is 5e-4 · lr. It is this that the weights' distance consists of at first;
-  the mean deviation then grows fivefold in 98 steps, slower than the path.
+  the mean deviation then grows five- to sevenfold in 98 steps, slower than the path.
 - A token is sampled otherwise only where its p, off by 1e-6, decides: of 4,400 tokens in a run, 0.004 are expected to
   be. So all rollouts are required to be the same for all steps; rewards and advantages are then the same to the bit.
-- Not every run is so tame. With the tiny model's head as it is (here it is halved), all weights at 5e-3
-  drift apart exponentially from about step 20, and a token is sampled otherwise at step 65: nothing to compare then.
+- Not every run is so tame. With the tiny model's own head (here it is halved) and reward, all weights at 5e-3 drift
+  apart exponentially from about step 20, and a token is sampled otherwise at step 65: nothing to compare from there.
 
-The tolerances leave a factor of 14 to 50 for other processors and versions: 2e-5 on loss and metrics, 1e-4 on the path.
-A loss or γ wrong by 1 % is off by 3e-3 or more, 150 times the tolerance, from the first step on.
+The tolerances leave a factor of 14 to 100 for other processors and versions: 2e-5 on loss and metrics, 1e-4 on the path.
+With a loss (or a γ) wrong by 1 % the first step's loss is already off by 3e-3 (9e-3), 150 times the tolerance.
 """
 
 from __future__ import annotations
