@@ -21,8 +21,8 @@ runs differ by float32 rounding alone, and the question is how that grows over 1
 - Not every run is so tame. With the tiny model's own head (here it is halved) and reward, all weights at 5e-3 drift
   apart exponentially from about step 20, and a token is sampled otherwise at step 65: nothing to compare from there.
 
-The tolerances leave a factor of 14 to 100 for other processors and versions: 2e-5 on loss and metrics, 1e-4 on the path.
-With a loss (or a γ) wrong by 1 % the first step's loss is already off by 3e-3 (9e-3), 150 times the tolerance.
+The tolerances, 2e-5 on loss and metrics and 1e-4 on the path, leave a factor of 14 to 100 for other processors and
+versions. With a loss (or a γ) wrong by 1 % the first step's loss is off by 3e-3 (9e-3), 150 times the tolerance.
 """
 
 from __future__ import annotations
