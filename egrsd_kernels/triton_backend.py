@@ -63,7 +63,7 @@ def student_pass(
         shape = ceil_div(n, ROW_TILE), *head.weight.shape, dtype.itemsize
         plan = chunk_plan(*shape, how, chunk_bytes, needs)
         chunk = Chunk(head, plan.rows, how)
-        gradients = ChunkGradients(chunk, plan.slice_tiles, d_hidden, head=needs[1] or needs[2])
+        gradients = ChunkGradients(chunk, plan, d_hidden, head=needs[1] or needs[2])
         if needs[1] and n > chunk.rows:
             d_weight = torch.empty(head.weight.shape, dtype=torch.float32, device=device)
         if needs[2]:

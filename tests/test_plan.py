@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from egrsd_kernels.kernels.common import ROW_TILE, Configs, Machine
-from egrsd_kernels.kernels.plan import FROZEN_BYTES, ceil_div, chunk_plan, partial_tiles
+from egrsd_kernels.kernels.plan import FROZEN_BYTES, ceil_div, chunk_plan
 from egrsd_kernels.kernels.tuning import FLOAT32, HALF, configs
 
 H100 = Machine(132, True, configs(torch.bfloat16, torch.device("cpu"), True, 232_448))
@@ -18,9 +18,8 @@ V = 151_936
 def held(plan, size: int, how: Machine, needs, itemsize: int = 2) -> int:
     """Bytes of a chunk's buffers: exponentials, gathered rows, row sums, tiles of dhidden where that is needed."""
     c, h = how.configs.vocab, how.configs.hidden
-    tiles = partial_tiles(h, plan.rows, size, how.programs)
     per_row = plan.slice_tiles * c.cols * itemsize + size * itemsize + 4 * ceil_div(V, c.cols)
-    return plan.rows * per_row + needs[0] * 4 * tiles * h.rows * h.cols
+    return plan.rows * per_row + needs[0] * 4 * plan.partial_tiles * h.rows * h.cols
 
 
 @settings(deadline=None)

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from .common import PRECISION, interpreted, load_tile
 from .gather import Chunk
-from .plan import MAX_SPLITS, PARTIAL_STEPS, partial_tiles
+from .plan import MAX_SPLITS, PARTIAL_STEPS, Plan
 from .vocab import VocabPass
 
 REDUCE_ROWS = 8
@@ -264,24 +264,24 @@ class HeadProduct:
 class ChunkGradients:
     """Log p and gradients of one chunk after another.
 
-    slice_tiles: how much of the vocabulary is stored at a time, in tiles of the vocabulary pass: all for ``head``.
+    plan: how much of the vocabulary is stored at a time, all of it for ``head``; and room for parts of dhidden.
     out_hidden: (N, D) in the hidden states' dtype, filled at the rows with a gradient, or None.
     head: whether the head's gradients are asked for. They come after each chunk's backward pass, from
         :attr:`head_product` and :meth:`bias`.
     """
 
-    def __init__(self, chunk: Chunk, slice_tiles: int, out_hidden, head: bool):
+    def __init__(self, chunk: Chunk, plan: Plan, out_hidden, head: bool):
         self.chunk, self.configs, self.out_hidden = chunk, chunk.configs, out_hidden
         weight = chunk.head.weight
         # float16 cannot hold small probabilities: there E is in units of 2^-15, taken back in float32 at the end.
         self.shift = 15.0 if weight.dtype == torch.float16 else 0.0
         self.unit = 2.0**-self.shift
-        self.vocab = VocabPass(chunk, slice_tiles)
+        self.vocab = VocabPass(chunk, plan.slice_tiles)
         e = self.exponentials = self.vocab.exponentials
         self.total, self.factor, self.entry, self.head_factor = chunk.floats(4, chunk.rows)
         if out_hidden is not None:
             c = self.configs.hidden
-            self.limit = partial_tiles(c, chunk.rows, chunk.D, chunk.programs)
+            self.limit = plan.partial_tiles
             self.partial = chunk.floats(self.limit * c.rows * c.cols)
             self.hidden_operands = chunk.tiled(e, c.rows, c.depth), chunk.tiled(weight, c.depth, c.cols)
         self.head_product = HeadProduct(chunk, e, self.unit) if head else None

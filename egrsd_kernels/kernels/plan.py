@@ -8,6 +8,7 @@ besides. The factors are an H100's; only their ratios matter.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .common import ROW_TILE, Config, Machine
@@ -16,7 +17,7 @@ MAX_SPLITS = 16
 # In steps of the inner loop (0.85 us on an H100): reading and writing a float32 tile; what of that is left where TMA
 # adds a tile behind the next one's back; storing a tile of exponentials; a launch.
 PARTIAL_STEPS = 16
-REDUCE_STEPS = 7
+REDUCE_STEPS = 10
 STORE_STEPS = 3
 LAUNCH_STEPS = 4
 # How many bytes of the head all multiprocessors together read from memory during a step.
@@ -29,10 +30,12 @@ FROZEN_BYTES = 350 << 20
 
 @dataclass(frozen=True)
 class Plan:
-    """``rows`` of a chunk, and ``slice_tiles``, the width of a stored slice of the vocabulary, in tiles of its pass."""
+    """A chunk: its ``rows``; ``slice_tiles``, the width of a stored slice of the vocabulary, in tiles of its pass; and
+    ``partial_tiles``, room for tiles of dhidden, or for parts of their sums."""
 
     rows: int
     slice_tiles: int
+    partial_tiles: int
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -40,7 +43,7 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def partial_tiles(config: Config, rows: int, hidden_size: int, programs: int) -> int:
+def least_partial_tiles(config: Config, rows: int, hidden_size: int, programs: int) -> int:
     """Room for the tiles of dhidden, or for parts of their sums where they are too few to fill the device."""
     tiles = ceil_div(rows, config.rows) * ceil_div(hidden_size, config.cols)
     return tiles if tiles >= programs else 2 * programs
@@ -74,12 +77,16 @@ def chunk_plan(
         budget = min(budget, FROZEN_BYTES)
     head_bytes_steps = vocabulary * hidden_size * itemsize / STEP_BYTES
 
-    def chunk_steps(tiles: int, width: int) -> float:
+    def rooms(tiles: int) -> tuple[int, ...]:
+        """Numbers of partial tiles worth a look. The rows of a whole chunk are few: cut sums fill its rounds."""
+        least = least_partial_tiles(configs.hidden, tiles * ROW_TILE, hidden_size, programs)
+        return (least, 2 * least) if whole and needs[0] else (least,)
+
+    def chunk_steps(tiles: int, width: int, room: int) -> float:
         """Time of a chunk of so many row tiles, over slices of so many column tiles."""
         total = LAUNCHES["chunk"] * LAUNCH_STEPS
         depth = ceil_div(hidden_size, c.depth) + STORE_STEPS
         h = configs.hidden
-        most = partial_tiles(h, tiles * ROW_TILE, hidden_size, programs)
         outputs = ceil_div(tiles * ROW_TILE, h.rows) * ceil_div(hidden_size, h.cols)
         full, rest = divmod(col_tiles, width)
         for count, cols in ((full, width), (1, rest)):
@@ -88,7 +95,7 @@ def chunk_plan(
                 steps = max(ceil_div(tiles * cols, programs) * depth, read) + LAUNCHES["slice"] * LAUNCH_STEPS
                 if needs[0]:
                     # Steps of the two products are alike in time: a tile has as many elements in both.
-                    product = _product_steps(outputs, ceil_div(cols * c.cols, h.depth), most, programs)
+                    product = _product_steps(outputs, ceil_div(cols * c.cols, h.depth), room, programs)
                     steps += max(product, read)
                 total += count * steps
         if needs[1]:
@@ -99,16 +106,16 @@ def chunk_plan(
             total += ceil_div(outputs, programs) * steps
         return total
 
-    def buffers(tiles: int) -> int:
+    def buffers(tiles: int, room: int) -> int:
         """Bytes beside the exponentials: gathered rows, row sums of the vocabulary pass, and tiles of dhidden."""
         rows = tiles * ROW_TILE
-        partial = partial_tiles(configs.hidden, rows, hidden_size, programs) * configs.hidden.rows * configs.hidden.cols
+        partial = room * configs.hidden.rows * configs.hidden.cols
         return rows * (hidden_size * itemsize + 4 * col_tiles + 32) + 4 * partial * needs[0]
 
-    def widths(tiles: int, budget: int) -> set[int]:
+    def widths(tiles: int, room: int, budget: int) -> set[int]:
         """Slice widths worth a look: equal slices, and ones that end with a full round of the vocabulary pass."""
         tile_bytes = tiles * ROW_TILE * c.cols * itemsize
-        most = min(col_tiles, (budget - buffers(tiles)) // tile_bytes)
+        most = min(col_tiles, (budget - buffers(tiles, room)) // tile_bytes)
         if whole:
             return {col_tiles} if most == col_tiles else set()
         if most < 1:
@@ -117,15 +124,20 @@ def chunk_plan(
         equal = {ceil_div(col_tiles, slices) for slices in range(fewest, min(fewest + 3, col_tiles) + 1)}
         return equal | {cols for cols in range(max(1, most - programs), most + 1) if tiles * cols % programs == 0}
 
+    def steps(tiles: int, width: int, room: int) -> float:
+        """Time of all rows, in chunks of so many row tiles."""
+        full, rest = divmod(row_tiles, tiles)
+        return full * chunk_steps(tiles, width, room) + (chunk_steps(rest, width, room) if rest else 0)
+
+    def options(tiles: int, budget: int) -> Iterator[tuple[int, int, int]]:
+        return ((tiles, width, room) for room in rooms(tiles) for width in widths(tiles, room, budget))
+
     # One chunk needs no float32 gradient of the head, to add up in and to convert; what that spares it may take.
     spared = vocabulary * hidden_size * max(0, 4 - itemsize)
-    if needs[1] and widths(row_tiles, budget + spared):
-        return Plan(row_tiles * ROW_TILE, col_tiles)
-    best, best_steps = Plan(ROW_TILE, col_tiles if whole else 1), float("inf")
-    for tiles in range(1, (row_tiles if whole else min(row_tiles, MOST_ROWS // ROW_TILE)) + 1):
-        full, rest = divmod(row_tiles, tiles)
-        for width in widths(tiles, budget):
-            steps = full * chunk_steps(tiles, width) + (chunk_steps(rest, width) if rest else 0)
-            if steps < best_steps:
-                best, best_steps = Plan(tiles * ROW_TILE, width), steps
-    return best
+    found = list(options(row_tiles, budget + spared)) if needs[1] else []
+    if not found:
+        most_tiles = row_tiles if whole else min(row_tiles, MOST_ROWS // ROW_TILE)
+        found = [option for tiles in range(1, most_tiles + 1) for option in options(tiles, budget)]
+    smallest = (1, col_tiles if whole else 1, rooms(1)[0])
+    tiles, width, room = min(found, key=lambda option: steps(*option), default=smallest)
+    return Plan(tiles * ROW_TILE, width, room)

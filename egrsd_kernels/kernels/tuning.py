@@ -24,6 +24,7 @@ from triton.runtime.errors import OutOfResources
 from .common import ROW_TILE, Config, Configs, Machine, device_limits, has_tma, tma_ready
 from .gather import Chunk
 from .gradient import ChunkGradients
+from .plan import Plan, least_partial_tiles
 
 HALF = (
     Config(ROW_TILE, 256, 64, 8, 3),
@@ -96,10 +97,13 @@ def _times(config: Config, dtype: torch.dtype, device: torch.device, tma: bool) 
     head = SimpleNamespace(weight=weight / HIDDEN_SIZE**0.5, bias=None, softcap=None, temperature=1.0)
     order = torch.arange(ROWS, dtype=torch.int32, device=device)
     rows = SimpleNamespace(order=order, counts=torch.full((2,), ROWS, dtype=torch.int32, device=device))
-    chunk = Chunk(head, ROWS, Machine(device_limits(device)[0], tma, Configs(config, config, config)))
+    programs = device_limits(device)[0]
+    chunk = Chunk(head, ROWS, Machine(programs, tma, Configs(config, config, config)))
     chunk.gather(hidden[None], order, rows, 0)
     d_hidden, d_weight = torch.empty_like(hidden), torch.zeros(weight.shape, device=device)
-    gradients = ChunkGradients(chunk, triton.cdiv(VOCABULARY, config.cols), d_hidden, head=True)
+    partial_tiles = least_partial_tiles(config, ROWS, HIDDEN_SIZE, programs)
+    plan = Plan(ROWS, triton.cdiv(VOCABULARY, config.cols), partial_tiles)
+    gradients = ChunkGradients(chunk, plan, d_hidden, head=True)
     calls = (
         lambda: gradients.vocab.store(chunk.live, 0),
         lambda: gradients.hidden_product(chunk.live, 0),
