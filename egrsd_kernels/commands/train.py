@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
         raise CommandError(str(error)) from error
     try:
         train(trainer, checkpoint)
-    except CheckpointError as error:
+    except (CheckpointError, ImportError) as error:  # TRL's accuracy_reward asks for its packages when it is called
         raise CommandError(str(error)) from error
     if trainer.is_world_process_zero():
         print(f"{training.output_dir}: model after {trainer.state.global_step} steps")

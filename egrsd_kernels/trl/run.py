@@ -46,7 +46,7 @@ def make_trainer(arguments: RunArguments, config: EGRSDConfig, model: ModelConfi
     try:
         AutoConfig.from_pretrained(model.model_name_or_path, revision=model.model_revision, trust_remote_code=trusted)
     except (OSError, ValueError) as error:
-        raise ValueError(f"model_name_or_path: {error}") from error
+        raise ValueError(f"model_name_or_path: {model.model_name_or_path}: {error}") from error
 
     splits = load_splits(arguments.dataset_name, arguments.dataset_config)
     train = _split(splits, "dataset_train_split", arguments.dataset_train_split)
@@ -100,7 +100,7 @@ def load_splits(name: str, config: str | None = None) -> Mapping[str, Dataset]:
             return DatasetDict(train=load_from_disk(name))
         return load_dataset(name, config)
     except (OSError, ValueError, DatasetsError) as error:
-        raise ValueError(f"dataset_name: {name}: {error}") from error
+        raise ValueError(f"dataset_name: {name}: {error.__cause__ or error}") from error
 
 
 def _split(splits: Mapping[str, Dataset], key: str, name: str) -> Dataset:
@@ -134,7 +134,7 @@ def load_reward(name: str) -> Callable[..., Any]:
     if not callable(reward):
         known = [one for one in dir(module) if one.endswith("_reward") and not one.startswith("get_")]
         has = f"; TRL's own are {', '.join(known)}" if module is trl.rewards else ""
-        raise ValueError(f"reward_funcs: {name}: no function {function!r} in {module.__name__}{has}")
+        raise ValueError(f"reward_funcs: {name}: no function {function!r} in {file or 'trl.rewards'}{has}")
     return reward
 
 
