@@ -5,9 +5,9 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__
-from .commands import CommandError, inspect, train
+from .commands import CommandError, inspect, sweep, train
 
-COMMANDS = (train, inspect)
+COMMANDS = (train, sweep, inspect)
 
 
 def build_parser() -> argparse.ArgumentParser:
