@@ -60,14 +60,13 @@ def table(cells: Sequence[Cell], metric: str) -> Any:
     """A rich Table with a row for each γ and W."""
     from rich.table import Table
 
-    result = Table("γ", "W", metric, "response length", "seeds")
+    result = Table("γ", "W", metric, "response length")
     gammas, lookaheads = _axes(cells)
     for gamma in gammas:
         for lookahead in lookaheads:
             at = _at(cells, gamma, lookahead)
-            finished = sum(cell.error is None for cell in at)
             texts = (_text(at, name, between=" ") for name in ("value", "response_length"))
-            result.add_row(f"{gamma:g}", str(lookahead), *texts, f"{finished} of {len(at)}")
+            result.add_row(f"{gamma:g}", str(lookahead), *texts)
     return result
 
 
@@ -109,4 +108,9 @@ def _text(cells: Sequence[Cell], name: str, between: str) -> str:
     values = _values(cells, name)
     if not values:
         return "failed"
-    return f"{fmean(values):.4g}" + (f"{between}± {stdev(values):.2g}" if len(values) > 1 else "")
+    parts = [f"{fmean(values):.4g}"]
+    if len(values) > 1:
+        parts.append(f"± {stdev(values):.2g}")
+    if len(values) < len(cells):
+        parts.append(f"({len(values)} of {len(cells)})")
+    return between.join(parts)
