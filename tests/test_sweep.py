@@ -129,6 +129,7 @@ def test_each_job_has_a_gpu_of_its_own(fake, monkeypatch):
         (["--output-dir", "x"], "--output-dir: a sweep sets it"),
         (["--jobs", "0"], "jobs: expected at least 1, got 0"),
         (["--max_steps", "3"], "output: out holds runs of another config or with other options; see out/config.yaml"),
+        (["--output", "config.yaml"], "output: "),
         (["--gamma", "x"], "argument --gamma: invalid float value: 'x'"),
     ],
 )

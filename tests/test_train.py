@@ -29,6 +29,9 @@ def odd(completions, answer, **_):
     """Right by a rule that an untrained model meets half of the time."""
     return [float(sum(map(ord, completion[0]["content"])) % 2) for completion in completions]
 
+def of_one(prompt, completions):
+    return 0.0
+
 not_a_function = 1
 '''
 
@@ -93,7 +96,7 @@ def test_trains_on_two_processes(config, home, tmp_path):
     )
     assert finished.returncode == 0, finished.stderr
     run = tmp_path / "run"
-    assert finished.stdout.count(f"{run}: model after 2 steps\n") == 1
+    assert finished.stdout.count(f"{run}: the model after step 2\n") == 1
     assert (run / "adapter_model.safetensors").is_file() and (run / "tokenizer.json").is_file()
     assert {path.name for path in (run / "checkpoint-2").glob("egrsd_state_*")} == {
         "egrsd_state_0.pt",
@@ -114,7 +117,7 @@ def test_command_line_overrides_the_file(config, tmp_path, capsys):
         "-2.5",
     ]
     assert cli.main(["train", config(reward_weights=[1]), *options]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == f"{tmp_path / 'run'}: model after 1 steps"
+    assert capsys.readouterr().out.splitlines()[-1] == f"{tmp_path / 'run'}: the model after step 1"
     (logged,) = history(tmp_path / "run")
     assert logged["gamma"] == 0.5 and logged["reward"] < 0
     adapter = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
@@ -256,13 +259,14 @@ def fails(arguments: list[str], capsys) -> str:
             "dataset_test_split: expected one of train, test, got 'dev'",
         ),
         ({"solution_column": "proof"}, "train_dataset: expected a column 'proof', got prompt, solution, answer"),
-        ({"dataset_name": "no answers"}, "reward_funcs: rewards.py:odd needs a column 'answer', and dataset_name has"),
+        ({"dataset_name": "no answers"}, "reward_funcs: rewards.py:odd: no column 'answer'; it can have prompts, "),
         ({"dataset_name": "texts"}, "train_dataset, row 0: prompt: expected a conversation"),
         ({"reward_funcs": []}, "reward_funcs: missing"),
         ({"reward_funcs": ["absent.py:f"]}, "reward_funcs: absent.py:f: FileNotFoundError"),
         ({"reward_funcs": ["broken.py:f"]}, "reward_funcs: broken.py:f: ModuleNotFoundError: No module named 'nothing"),
         ({"reward_funcs": ["rewards.py:even"]}, "reward_funcs: rewards.py:even: no function 'even' in rewards.py"),
         ({"reward_funcs": ["rewards.py:not_a_function"]}, "reward_funcs: rewards.py:not_a_function: no function"),
+        ({"reward_funcs": ["rewards.py:of_one"]}, "reward_funcs: rewards.py:of_one: no column 'prompt'; it can have"),
         ({"reward_funcs": ["no.such.module"]}, "reward_funcs: no.such.module: ModuleNotFoundError: No module named"),
         ({"reward_funcs": ["accuracy"]}, "reward_funcs: accuracy: no function 'accuracy' in trl.rewards; TRL's own"),
         ({"teacher_template": ["s"]}, "teacher_template: expected list[dict] or null, got ['s']"),

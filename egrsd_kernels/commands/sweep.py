@@ -101,10 +101,13 @@ def run(args: argparse.Namespace) -> None:
 def _keep_config(copy: Path, source: Path, overrides: Sequence[str]) -> Path:
     """A copy of the config for all runs, or a CommandError if the folder's runs were trained with another one."""
     text = f"# egrsd train {shlex.join(['config.yaml', *overrides])}\n" + source.read_text(encoding="utf-8")
-    if copy.is_file() and copy.read_text(encoding="utf-8") != text:
-        raise CommandError(f"output: {copy.parent} holds runs of another config or with other options; see {copy}")
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    copy.write_text(text, encoding="utf-8")
+    try:
+        if copy.is_file() and copy.read_text(encoding="utf-8") != text:
+            raise CommandError(f"output: {copy.parent} holds runs of another config or with other options; see {copy}")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise CommandError(f"output: {error}") from error
     return copy
 
 

@@ -13,7 +13,8 @@ of package.module.function, path/to/file.py:function or TRL's own (accuracy_rewa
 follow the prompt in the teacher's conversation. The model goes to output_dir. On several GPUs:
 accelerate launch -m egrsd_kernels train CONFIG.yaml"""
 
-PRESETS = Path(__file__).parents[1] / "trl" / "presets"
+# Those of egrsd_kernels.trl, which cannot be imported without TRL.
+PRESETS = {path.stem: path for path in sorted((Path(__file__).parents[1] / "trl" / "presets").glob("*.yaml"))}
 
 
 def add_parser(subparsers) -> None:
@@ -31,7 +32,7 @@ def add_parser(subparsers) -> None:
 
 def add_config(parser: argparse.ArgumentParser) -> None:
     """The argument CONFIG, and the mention of what is not among the parser's own options: any of the run's."""
-    parser.add_argument("config", metavar="CONFIG.yaml", help=f"a YAML file, or one of {', '.join(sorted(_presets()))}")
+    parser.add_argument("config", metavar="CONFIG.yaml", help=f"a YAML file, or one of {', '.join(PRESETS)}")
     parser.epilog = "Any other option, --field value, takes the place of that key of CONFIG.yaml."
 
 
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     except (CheckpointError, ImportError) as error:  # TRL's accuracy_reward asks for its packages when it is called
         raise CommandError(str(error)) from error
     if trainer.is_world_process_zero():
-        print(f"{training.output_dir}: model after {trainer.state.global_step} steps")
+        print(f"{training.output_dir}: the model after step {trainer.state.global_step}")
 
 
 def find_config(name: str) -> Path:
@@ -66,9 +67,9 @@ def find_config(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    if name in _presets():
-        return _presets()[name]
-    raise CommandError(f"{name}: no such file, nor a preset ({', '.join(sorted(_presets()))})")
+    if name in PRESETS:
+        return PRESETS[name]
+    raise CommandError(f"{name}: no such file, nor a preset ({', '.join(PRESETS)})")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -84,7 +85,3 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CommandError(f"{path}: expected keys and values, got {type(config).__name__}")
     return config
-
-
-def _presets() -> dict[str, Path]:
-    return {path.stem: path for path in PRESETS.glob("*.yaml")}

@@ -23,8 +23,9 @@ from .settings import RunArguments
 from .trainer import EGRSDTrainer
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-# What GRPOTrainer passes to a reward function beside the columns of the data set.
-PASSED = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
+# What GRPOTrainer passes to a reward function beside columns of the data set, and the columns that it does not pass.
+PASSED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+KEPT = ("prompt", "completion")
 
 
 def make_trainer(arguments: RunArguments, config: EGRSDConfig, model: ModelConfig) -> EGRSDTrainer:
@@ -139,16 +140,12 @@ def load_reward(name: str) -> Callable[..., Any]:
 
 
 def _check_arguments(name: str, reward: Callable[..., Any], columns: Sequence[str]) -> None:
-    """A ValueError for a required argument of a reward function that no column will fill."""
+    """A ValueError for an argument of a reward function that nothing will fill."""
+    passed = [*PASSED, *(column for column in columns if column not in KEPT)]
     for parameter in inspect.signature(reward).parameters.values():
-        required = parameter.default is parameter.empty and parameter.kind not in (
-            parameter.VAR_POSITIONAL,
-            parameter.VAR_KEYWORD,
-        )
-        if required and parameter.name not in {*PASSED, *columns}:
-            raise ValueError(
-                f"reward_funcs: {name} needs a column {parameter.name!r}, and dataset_name has {', '.join(columns)}"
-            )
+        variable = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if parameter.default is parameter.empty and not variable and parameter.name not in passed:
+            raise ValueError(f"reward_funcs: {name}: no column {parameter.name!r}; it can have {', '.join(passed)}")
 
 
 def _template(messages: list[Mapping[str, Any]] | None) -> Sequence[Message]:

@@ -49,7 +49,10 @@ def parse_settings(
     Raises:
         ValueError: in one line that names the key.
     """
-    hints = {f.name: typing.get_type_hints(kind)[f.name] for kind in KINDS for f in fields(kind) if f.init}
+    hints = {}
+    for kind in KINDS:
+        every = typing.get_type_hints(kind)
+        hints |= {f.name: every[f.name] for f in fields(kind) if f.init}
     parser = TrlParser(KINDS, allow_abbrev=False, exit_on_error=False)
     parser.set_defaults(output_dir="")  # TrainingArguments would make one up
     options = []
