@@ -12,7 +12,7 @@ from typing import Any
 import trl.rewards
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
-from transformers import AutoConfig
+from transformers import AutoConfig, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
@@ -59,6 +59,7 @@ def make_trainer(arguments: RunArguments, config: EGRSDConfig, model: ModelConfi
     quantization = get_quantization_config(model)
     if quantization is not None:
         options["quantization_config"] = quantization
+    set_seed(config.seed)  # for the adapters' initial weights, which earlier versions of TRL draw unseeded
     config.model_init_kwargs = {**options, **(config.model_init_kwargs or {})}
     return EGRSDTrainer(
         model.model_name_or_path,
