@@ -1,0 +1,200 @@
+"""The examples of docs/ run, page by page and block after block, and do what their page says."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from egrsd_kernels import fused_egrsd_loss, token_statistics
+from egrsd_kernels.regimes import REGIMES
+from tests.examples import ROOT, blocks, language_model
+
+PAGES = sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+
+
+def run(page: str, names: dict[str, Any]) -> dict[str, Any]:
+    """Every block of the page in one namespace, as a reader would paste them; what they left there."""
+    for index, block in enumerate(blocks(page), 1):
+        exec(compile(block, f"{page}, python block {index}", "exec"), names)
+    return names
+
+
+def test_every_page_is_tested_and_linked():
+    assert PAGES == ["from-grpo.md", "own-loop.md", "tuning.md"]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(f"(docs/{page})" in readme for page in PAGES)
+
+
+# ------------------------------------------------------------------------------------------------------- from-grpo.md
+
+
+def test_the_diff_turns_the_grpo_script_into_the_egrsd_script():
+    grpo, egrsd = (script.splitlines(keepends=True) for script in blocks("docs/from-grpo.md")[:2])
+    (shown,) = blocks("docs/from-grpo.md", "diff")
+    assert shown == "".join(difflib.unified_diff(grpo, egrsd, "grpo.py", "egrsd.py", n=0))
+
+
+def tiny(config: type) -> type:
+    """``config`` with what a tiny model on a CPU needs, whatever an example asks for."""
+    from tests import trl_tiny
+
+    fields = config.__dataclass_fields__
+    settings = {key: value for key, value in trl_tiny.OPTIONS.items() if key not in ("gamma", "lookahead")}
+    settings = {key: value for key, value in settings.items() if key in fields}
+
+    class Tiny(config):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs | settings)
+
+    return Tiny
+
+
+def test_from_grpo(tmp_path, monkeypatch):
+    """The scripts run as they stand, beside a model under the path that they name and a data file of sums."""
+    trl = pytest.importorskip("trl", reason="TRL is not installed")
+
+    import egrsd_kernels.trl
+    from tests import trl_tiny
+
+    monkeypatch.chdir(tmp_path)
+    trl_tiny.tiny_model().save_pretrained("Qwen/Qwen3-4B")
+    trl_tiny.tokenizer().save_pretrained("Qwen/Qwen3-4B")
+    rows = [json.dumps(row) for row in trl_tiny.dataset()]
+    Path("problems.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    for module, name in ((trl, "GRPOConfig"), (egrsd_kernels.trl, "EGRSDConfig")):
+        monkeypatch.setattr(module, name, tiny(getattr(module, name)))
+    trainers = []
+    for module, name in ((trl, "GRPOTrainer"), (egrsd_kernels.trl, "EGRSDTrainer")):
+        cls = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, cls=cls, **k: trainers.append(cls(*a, **k)) or trainers[-1])
+
+    names = run("docs/from-grpo.md", {})
+    steps = [(type(trainer).__name__, trainer.state.global_step) for trainer in trainers]
+    assert steps == [("GRPOTrainer", 2), ("EGRSDTrainer", 2), ("EGRSDTrainer", 0)]
+    assert (trainers[1].args.gamma, trainers[1].args.lookahead) == (0.3, 3)
+    assert names["messages"][1]["content"].startswith("A correct solution, for reference:\n")
+    assert trainers[1].train_dataset[0]["solution"] in names["messages"][1]["content"]
+    assert names["rlsd"].gamma == 0 and names["rlsd"].clip_eps == 0.2
+    assert names["reinforce"].clip_eps == 0 and names["reinforce"].advantage == "welford"
+    assert names["grpo"].advantage == "group" and names["grpo"].length_beta == 0
+    assert names["model_config"].model_name_or_path == "Qwen/Qwen3-4B"
+    assert (names["config"].gamma, names["config"].lookahead) == (0.3, 3)
+
+
+def test_every_refused_setting_is_explained():
+    pytest.importorskip("trl", reason="TRL is not installed")
+    from egrsd_kernels.trl.config import GROUP_ONLY, NOT_OURS
+
+    page = (ROOT / "docs/from-grpo.md").read_text(encoding="utf-8")
+    refused = page.split("## What is refused")[1].split("\n## ")[0]
+    assert [name for name in (*NOT_OURS, *GROUP_ONLY) if f"`{name}`" not in refused] == []
+
+
+# -------------------------------------------------------------------------------------------------------- own-loop.md
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of one."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_own_loop(one_process):
+    """All ways of the page to compute the loss of one batch give the same gradients and the same number."""
+    names = language_model()
+    model = names["model"]
+    with torch.no_grad():  # adapters that change something: teacher and student differ
+        for key, parameter in model.named_parameters():
+            if "lora_B" in key:
+                parameter.normal_(std=0.1)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    found = []
+    for block in blocks("docs/own-loop.md"):
+        exec(block, names)
+        if any(p.grad is not None for p in trained):
+            found.append([p.grad.clone() for p in trained])
+            model.zero_grad(set_to_none=True)
+
+    batch, head = names["batch"], names["head"].weight
+    with torch.no_grad(), model.disable_adapter():
+        teacher_hidden = names["read"](batch.teacher, batch.teacher_positions)
+    hidden = names["read"](batch.student, batch.student_positions)
+    options = {"mask": batch.mask, "gamma": 0.3, "lookahead": 3}
+    loss, stats = fused_egrsd_loss(
+        hidden, head, teacher_hidden, batch.target_ids, names["advantages"], return_stats=True, **options
+    )
+    expected = torch.autograd.grad(loss, trained)
+    assert max(g.abs().max() for g in expected) > 1e-3
+    assert len(found) == 2  # accumulated, and under DistributedDataParallel
+    for gradients in (*found, torch.autograd.grad(names["packed_loss"], trained)):
+        for got, want in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(names["packed_loss"], loss)
+
+    # verl's tensors: the whole sequences packed, what belongs to responses (bsz, T).
+    packed = names["pack"](names["student_prompts"])
+    lengths = [len(p) + len(r) for p, r in zip(names["student_prompts"], names["responses"], strict=True)]
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    from_verl = names["egrsd_from_verl_tensors"](
+        names["backbone"](**packed, use_cache=False).last_hidden_state,
+        head,
+        torch.nested.nested_tensor_from_jagged(packed["input_ids"][0], offsets),
+        torch.tensor([len(prompt) for prompt in names["student_prompts"]]),
+        batch.mask,
+        names["advantages"][:, None].expand(batch.mask.shape),
+        stats.teacher_logp,
+        stats.teacher_entropy,
+        normalizer=batch.mask.sum(),
+        entropy_scale=names["entropy_scale"],
+        gamma=0.3,
+        lookahead=3,
+    )
+    torch.testing.assert_close(from_verl, loss)
+
+
+# ---------------------------------------------------------------------------------------------------------- tuning.md
+
+
+def test_the_metrics_of_the_page_are_logged(tmp_path):
+    """Every name with a slash, where … stands for any ending."""
+    pytest.importorskip("trl", reason="TRL is not installed")
+    from tests import trl_tiny
+
+    trainer, logs = trl_tiny.make(tmp_path, max_steps=1)
+    trainer.train()
+    text = (ROOT / "docs/tuning.md").read_text(encoding="utf-8")
+    names = set(re.findall(r"`(\w+/\w*…?)[` ]", text))
+    assert len(names) > 10
+    regimes = {f"restored/{name}" for name in REGIMES}  # there only with a token in them
+    for name in names:
+        assert any(re.fullmatch(name.replace("…", ".*"), key) for key in (*logs.steps[0], *regimes)), name
+
+
+def test_tuning():
+    torch.manual_seed(0)
+    head, mask = torch.randn(50, 16), torch.ones(3, 40, dtype=torch.bool)
+    mask[1, 30:] = False
+    scale = torch.linspace(0.05, 1.5, 40)[:, None]  # from undecided to decided
+    names = {
+        "student_hidden": (torch.randn(3, 40, 16) * scale).requires_grad_(),
+        "teacher_hidden": torch.randn(3, 40, 16) * scale,
+        "head": head,
+        "target_ids": torch.randint(50, (3, 40)),
+        "advantages": torch.tensor([1.0, -0.5, 0.3]),
+        "mask": mask,
+    }
+    run("docs/tuning.md", names)
+    names["loss"].backward()
+    assert names["student_hidden"].grad.abs().max() > 0
+    entropy = token_statistics(names["teacher_hidden"], head, names["target_ids"], mask=mask).entropy[mask]
+    assert 1 < names["scale"] < entropy.max()
+    torch.testing.assert_close(names["gate"], 1 - 0.3 * names["stats"].lookahead_entropy[mask] / names["scale"])
