@@ -5,9 +5,9 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__
-from .commands import CommandError, inspect
+from .commands import CommandError, inspect, sweep, train
 
-COMMANDS = (inspect,)
+COMMANDS = (train, sweep, inspect)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -22,7 +22,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, or 2 after one line on stderr about bad input."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and "overrides" not in args:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.overrides = rest
     try:
         args.run(args)
     except CommandError as error:

@@ -1,6 +1,13 @@
-"""The README's examples run: the loss as it stands, the trainer with settings for a tiny model on a CPU."""
+"""The README's examples run: the loss as it stands, the trainer with settings for a tiny model on a CPU.
+
+Of the command line, the config and the options are parsed.
+"""
 
 from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 
@@ -34,3 +41,24 @@ def test_example_with_trl(tmp_path, monkeypatch):
     example = example.replace("peft_config=lora)", "peft_config=lora, processing_class=tokenizer)")
     exec(example, names)
     assert len(find_rollout_files("run")) == options["max_steps"]
+
+
+def test_commands_are_understood(tmp_path, monkeypatch):
+    pytest.importorskip("trl", reason="TRL is not installed")
+    from egrsd_kernels import cli
+    from egrsd_kernels.commands.train import find_config, read_config
+    from egrsd_kernels.trl.settings import parse_settings
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("egrsd_kernels.trl.EGRSDConfig.world_size", 8)
+    (config,) = blocks("README.md", "yaml")
+    (shell,) = (block for block in blocks("README.md", "sh") if "egrsd train" in block)
+    Path("config.yaml").write_text(config)
+    settings = []
+    for line in shell.splitlines():
+        words = re.sub(r"^(egrsd|accelerate launch -m egrsd_kernels) ", "", line)
+        args, overrides = cli.build_parser().parse_known_args(shlex.split(words, comments=True))
+        settings.append(parse_settings(read_config(find_config(args.config)), [*overrides, "--use_cpu"]))
+    assert [training.lookahead for _, training, _ in settings] == [3, 3, 3, 3]
+    assert settings[0][1].learning_rate == 1e-5
+    assert all(arguments.reward_funcs == ["rewards.py:correct"] for arguments, _, _ in settings)

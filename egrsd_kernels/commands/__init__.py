@@ -1,7 +1,8 @@
 """The subcommands of ``egrsd``, each a module with ``add_parser(subparsers)``; :mod:`egrsd_kernels.cli` lists them.
 
 ``add_parser`` adds the subcommand's parser and sets its default ``run`` to the function that takes the parsed
-arguments and does the work. What is heavy to import belongs inside that function.
+arguments and does the work. What is heavy to import belongs inside that function. A subcommand that sets a default
+``overrides`` takes options that its parser does not know, and finds them there in their order.
 """
 
 

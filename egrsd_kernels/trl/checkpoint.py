@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from .trainer import EGRSDTrainer
 
 
+class CheckpointError(ValueError):
+    """A checkpoint does not fit the run that is to go on from it."""
+
+
 def save_state(trainer: "EGRSDTrainer", folder: str) -> None:
     """Write this process's rollouts still in use, counters, reward statistics, pending metrics and moving teacher."""
     every = trainer.args.steps_per_generation * trainer.num_iterations
@@ -32,15 +36,15 @@ def load_state(trainer: "EGRSDTrainer", folder: str) -> None:
     """Take up what :func:`save_state` wrote.
 
     Raises:
-        ValueError: the checkpoint was written by another number of processes, with another kind of teacher, or (with a
-            frozen teacher) from another initial model.
+        CheckpointError: the checkpoint was written by another number of processes, with another kind of teacher, or
+            (with a frozen teacher) from another initial model.
     """
     path = _path(trainer, folder)
     if not path.is_file():
-        raise ValueError(f"resume_from_checkpoint: {path} is missing; was it saved by as many processes?")
+        raise CheckpointError(f"resume_from_checkpoint: {path} is missing; was it saved by as many processes?")
     state = torch.load(path, map_location="cpu", weights_only=True)
     if state["processes"] != trainer.args.world_size:
-        raise ValueError(
+        raise CheckpointError(
             f"resume_from_checkpoint: expected {state['processes']} processes, as {folder} was saved by, "
             f"got {trainer.args.world_size}"
         )

@@ -14,6 +14,8 @@ from trl.trainer.utils import pad
 
 from egrsd_kernels.teacher import Message, teacher_messages
 
+from .checkpoint import CheckpointError
+
 
 def privileged_conversation(
     example: Mapping[str, Any], solution_column: str, template: Sequence[Message]
@@ -68,7 +70,7 @@ class AdaptersOff:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
-            raise ValueError("teacher: the checkpoint was written with another kind of teacher")
+            raise CheckpointError("teacher: the checkpoint was written with another kind of teacher")
 
 
 class EarlierWeights:
@@ -111,12 +113,12 @@ class EarlierWeights:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state.keys() != self.state_dict().keys():
-            raise ValueError("teacher: the checkpoint was written with another kind of teacher")
+            raise CheckpointError("teacher: the checkpoint was written with another kind of teacher")
         if self.moves:
             for kept, saved in zip(self.kept, state["kept"], strict=True):
                 kept.copy_(saved)
         elif state["digest"] != self._digest():
-            raise ValueError("model: not the one that this run began with, so the frozen teacher would differ")
+            raise CheckpointError("model: not the one that this run began with, so the frozen teacher would differ")
 
     def _digest(self) -> str:
         sums = [weight.sum(dtype=torch.float64).item() for weight in self.kept]

@@ -1,0 +1,160 @@
+"""What ``egrsd train`` does: the trainer that a run's settings describe, and its training."""
+
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import trl.rewards
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
+from transformers import AutoConfig, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from egrsd_kernels.teacher import TWO_TURN, Message
+
+from .config import EGRSDConfig
+from .settings import RunArguments
+from .trainer import EGRSDTrainer
+
+BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+# What GRPOTrainer passes to a reward function beside columns of the data set, and the columns that it does not pass.
+PASSED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+KEPT = ("prompt", "completion")
+
+
+def make_trainer(arguments: RunArguments, config: EGRSDConfig, model: ModelConfig) -> EGRSDTrainer:
+    """The trainer of a run. The cheap checks come first: a typing error costs no loaded model.
+
+    Raises:
+        ValueError, OSError, ImportError: in a message that names the key, column or package.
+    """
+    rewards = [load_reward(name) for name in arguments.reward_funcs]
+    template = _template(arguments.teacher_template)
+    options = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+    }
+    if hasattr(model, "trust_remote_code"):  # later versions of TRL have it in GRPOConfig, and see to it
+        options["trust_remote_code"] = model.trust_remote_code
+    trusted = getattr(model, "trust_remote_code", getattr(config, "trust_remote_code", False))
+    try:
+        AutoConfig.from_pretrained(model.model_name_or_path, revision=model.model_revision, trust_remote_code=trusted)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model_name_or_path: {model.model_name_or_path}: {error}") from error
+
+    splits = load_splits(arguments.dataset_name, arguments.dataset_config)
+    train = _split(splits, "dataset_train_split", arguments.dataset_train_split)
+    evaluates = config.eval_strategy != "no"
+    evaluation = _split(splits, "dataset_test_split", arguments.dataset_test_split) if evaluates else None
+    for name, reward in zip(arguments.reward_funcs, rewards, strict=True):
+        _check_arguments(name, reward, train.column_names)
+
+    quantization = get_quantization_config(model)
+    if quantization is not None:
+        options["quantization_config"] = quantization
+    set_seed(config.seed)  # for the adapters' initial weights, which earlier versions of TRL draw unseeded
+    config.model_init_kwargs = {**options, **(config.model_init_kwargs or {})}
+    return EGRSDTrainer(
+        model.model_name_or_path,
+        rewards,
+        config,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        peft_config=get_peft_config(model),
+        teacher_template=template,
+    )
+
+
+def last_checkpoint(output_dir: str) -> str:
+    """The latest checkpoint in a run's folder, or a ValueError where there is none."""
+    checkpoint = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
+    if checkpoint is None:
+        raise ValueError(f"resume: no checkpoint in {output_dir}")
+    return checkpoint
+
+
+def train(trainer: EGRSDTrainer, checkpoint: str | None = None) -> None:
+    """Train, from ``checkpoint`` on where one is given, and leave model and trainer_state.json in output_dir."""
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()  # last: whoever finds it knows that the run is complete
+    trainer.accelerator.end_training()
+
+
+def load_splits(name: str, config: str | None = None) -> Mapping[str, Dataset]:
+    """The splits of a data set: a file, a folder that save_to_disk wrote, or anything that load_dataset knows."""
+    path = Path(name)
+    try:
+        if path.suffix in BUILDERS:
+            if not path.is_file():
+                raise FileNotFoundError("no such file")
+            return load_dataset(BUILDERS[path.suffix], data_files=str(path))
+        if (path / "dataset_dict.json").is_file():
+            return load_from_disk(name)
+        if (path / "state.json").is_file():
+            return DatasetDict(train=load_from_disk(name))
+        return load_dataset(name, config)
+    except (OSError, ValueError, DatasetsError) as error:
+        raise ValueError(f"dataset_name: {name}: {error.__cause__ or error}") from error
+
+
+def _split(splits: Mapping[str, Dataset], key: str, name: str) -> Dataset:
+    if name not in splits:
+        raise ValueError(f"{key}: expected one of {', '.join(splits)}, got {name!r}")
+    return splits[name]
+
+
+def load_reward(name: str) -> Callable[..., Any]:
+    """The reward function that ``path/to/file.py:function``, ``package.module.function`` or a name of TRL's means."""
+    file, colon, function = name.rpartition(":")
+    if not colon:
+        file, _, function = name.rpartition(".")
+    try:
+        if colon:
+            # Under a name of its own: a file called math.py must not become the module math.
+            spec = importlib.util.spec_from_file_location(f"egrsd_reward_{Path(file).stem}", file)
+            if spec is None:
+                raise ImportError(f"{file}: not a Python file")
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        elif file:
+            if os.getcwd() not in sys.path:  # the console script's path lacks it
+                sys.path.insert(0, os.getcwd())
+            module = importlib.import_module(file)
+        else:
+            module = trl.rewards
+    except Exception as error:  # whatever the user's module raises
+        raise ValueError(f"reward_funcs: {name}: {type(error).__name__}: {error}") from error
+    reward = getattr(module, function, None)
+    if not callable(reward):
+        known = [one for one in dir(module) if one.endswith("_reward") and not one.startswith("get_")]
+        has = f"; TRL's own are {', '.join(known)}" if module is trl.rewards else ""
+        raise ValueError(f"reward_funcs: {name}: no function {function!r} in {file or 'trl.rewards'}{has}")
+    return reward
+
+
+def _check_arguments(name: str, reward: Callable[..., Any], columns: Sequence[str]) -> None:
+    """A ValueError for an argument of a reward function that nothing will fill."""
+    passed = [*PASSED, *(column for column in columns if column not in KEPT)]
+    for parameter in inspect.signature(reward).parameters.values():
+        variable = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if parameter.default is parameter.empty and not variable and parameter.name not in passed:
+            raise ValueError(f"reward_funcs: {name}: no column {parameter.name!r}; it can have {', '.join(passed)}")
+
+
+def _template(messages: list[Mapping[str, Any]] | None) -> Sequence[Message]:
+    if messages is None:
+        return TWO_TURN
+    for index, message in enumerate(messages):
+        if set(message) != {"role", "content"} or not all(isinstance(value, str) for value in message.values()):
+            raise ValueError(f"teacher_template[{index}]: expected role and content as text, got {message!r}")
+    if not any("{solution}" in message["content"] for message in messages):
+        raise ValueError("teacher_template: expected '{solution}' in one of its messages")
+    return messages

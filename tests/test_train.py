@@ -1,0 +1,315 @@
+"""``egrsd train``: what a YAML file and a command line say is what is trained; what they get wrong is named."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("trl", reason="TRL is not installed")
+
+import datasets
+import huggingface_hub
+import trl.rewards
+import yaml
+from safetensors.torch import load_file
+
+from egrsd_kernels import cli
+from egrsd_kernels.commands.train import find_config, read_config
+from egrsd_kernels.trl import PRESETS
+from egrsd_kernels.trl.run import load_reward, load_splits, make_trainer
+from egrsd_kernels.trl.settings import parse_settings
+from tests.trl_tiny import OPTIONS, dataset, row, tiny_model, tokenizer
+
+REWARDS = '''
+def odd(completions, answer, **_):
+    """Right by a rule that an untrained model meets half of the time."""
+    return [float(sum(map(ord, completion[0]["content"])) % 2) for completion in completions]
+
+def of_one(prompt, completions):
+    return 0.0
+
+not_a_function = 1
+'''
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A folder with a model, its tokenizer, a data set and a reward function."""
+    home = tmp_path_factory.mktemp("home")
+    tiny_model().save_pretrained(home / "model")
+    tokenizer().save_pretrained(home / "model")
+    datasets.DatasetDict(train=dataset(), test=dataset(4)).save_to_disk(str(home / "data"))
+    (home / "rewards.py").write_text(REWARDS)
+    (home / "broken.py").write_text("import nothing_of_that_name")
+    return home
+
+
+@pytest.fixture
+def config(home, tmp_path, monkeypatch):
+    """Writes a config with some keys changed (``...`` takes one away) and gives its path."""
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for module in (huggingface_hub.constants, datasets.config):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)  # what is absent is not asked for over the network
+
+    def write(**changes) -> str:
+        keys = OPTIONS | {
+            "model_name_or_path": "model",
+            "dataset_name": "data",
+            "reward_funcs": ["rewards.py:odd"],
+            "output_dir": str(tmp_path / "run"),
+            "use_peft": True,
+            "lora_r": 4,
+            "lora_target_modules": ["q_proj", "v_proj"],
+        }
+        keys = {key: value for key, value in (keys | changes).items() if value is not ...}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(keys))
+        return str(tmp_path / "config.yaml")
+
+    return write
+
+
+def history(run: Path) -> list[dict]:
+    """The logged steps of a run."""
+    return [row for row in json.loads((run / "trainer_state.json").read_text())["log_history"] if "loss" in row]
+
+
+# --------------------------------------------------------------------------------------------------------------- runs
+
+
+def test_trains_on_two_processes(config, home, tmp_path):
+    """Started as ``accelerate launch`` starts it on two GPUs."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    finished = subprocess.run(
+        [*launch, "-m", "egrsd_kernels", "train", config(save_strategy="steps", save_steps=1)],
+        capture_output=True,
+        text=True,
+        cwd=home,
+        env={**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+    )
+    assert finished.returncode == 0, finished.stderr
+    run = tmp_path / "run"
+    assert finished.stdout.count(f"{run}: the model after step 2\n") == 1
+    assert (run / "adapter_model.safetensors").is_file() and (run / "tokenizer.json").is_file()
+    assert {path.name for path in (run / "checkpoint-2").glob("egrsd_state_*")} == {
+        "egrsd_state_0.pt",
+        "egrsd_state_1.pt",
+    }
+    assert [row["gamma"] for row in history(run)] == [0.8, 0.8]
+
+
+def test_command_line_overrides_the_file(config, tmp_path, capsys):
+    options = [
+        "--max_steps",
+        "1",
+        "--gamma=0.5",
+        "--lora-target-modules",
+        "k_proj",
+        "o_proj",
+        "--reward_weights",
+        "-2.5",
+    ]
+    assert cli.main(["train", config(reward_weights=[1]), *options]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"{tmp_path / 'run'}: the model after step 1"
+    (logged,) = history(tmp_path / "run")
+    assert logged["gamma"] == 0.5 and logged["reward"] < 0
+    adapter = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert set(adapter["target_modules"]) == {"k_proj", "o_proj"} and adapter["r"] == 4
+
+
+def test_full_fine_tuning_with_evaluation(config, tmp_path):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4, "max_steps": 1}
+    assert cli.main(["train", config(use_peft=False, **options)]) == 0
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    assert sum("eval_reward" in row for row in state["log_history"]) == 1
+    before, after = tiny_model().state_dict(), load_file(tmp_path / "run" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert not before["lm_head.weight"].equal(after["lm_head.weight"])
+
+
+def test_resume_goes_on_where_the_checkpoint_is(config, tmp_path, capsys):
+    path = config(save_strategy="steps", save_steps=1)
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    assert cli.main(["train", path, "--output_dir", str(straight)]) == 0
+    assert cli.main(["train", path, "--output_dir", str(resumed), "--max_steps", "1"]) == 0
+    first = history(resumed)
+    assert cli.main(["train", path, "--resume", "--output_dir", str(resumed)]) == 0
+    assert history(resumed)[:1] == first and len(history(resumed)) == 2
+    files = [load_file(run / "adapter_model.safetensors") for run in (straight, resumed)]
+    assert all(value.equal(files[1][key]) for key, value in files[0].items())
+
+    capsys.readouterr()
+    assert cli.main(["train", "--resume", path, "--output_dir", str(resumed), "--teacher=frozen", "--max_steps=3"]) == 2
+    says = "egrsd: error: teacher: the checkpoint was written with another kind of teacher"
+    assert capsys.readouterr().err.splitlines()[-1] == says
+
+
+# ----------------------------------------------------------------------------------------------------- what is read
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_load_by_name(name, monkeypatch):
+    monkeypatch.setattr("egrsd_kernels.trl.EGRSDConfig.world_size", 8)
+    with pytest.raises(ValueError, match=r"^dataset_name: missing$"):
+        parse_settings(read_config(find_config(name)), ["--use_cpu"])
+    given = ["--use_cpu", "--dataset_name", "d", "--reward_funcs", "r", "--output_dir", "o"]
+    arguments, training, model = parse_settings(read_config(find_config(name)), given)
+    assert arguments.reward_funcs == ["r"]
+    assert (training.gate_floor, training.learning_rate, training.bf16) == (0.1, 5e-6, True)
+    assert (training.lookahead > 0) == ("-cl-" in name)
+    assert model.model_name_or_path == "Qwen/Qwen3-" + ("4B" if "4b" in name else "8B")
+    assert (model.dtype, model.lora_alpha, model.use_peft) == ("bfloat16", 128, True)
+    assert model.lora_target_modules[-1] == "down_proj"
+
+
+def test_every_kind_of_value(config):
+    values = {
+        "max_completion_length": None,
+        "length_beta": 0,
+        "save_strategy": False,  # how YAML reads a bare no
+        "learning_rate": "5e-6",  # YAML takes a number without a point for text
+        "report_to": ["none"],
+        "chat_template_kwargs": {"enable_thinking": False},
+        "entropy_scale": 3,
+        "lora_target_modules": "all-linear",
+        "reward_funcs": "rewards.odd",
+    }
+    arguments, training, model = parse_settings(read_config(Path(config(**values))))
+    assert training.max_completion_length is None and training.save_strategy == "no"
+    assert training.learning_rate == 5e-6 and training.entropy_scale == 3.0
+    assert training.chat_template_kwargs == {"enable_thinking": False}
+    assert model.lora_target_modules == "all-linear" and arguments.reward_funcs == ["rewards.odd"]
+
+
+def test_the_trainer_gets_what_the_file_says(config):
+    template = [{"role": "user", "content": "Known: {solution}"}]
+    path = config(teacher_template=template, dtype="bfloat16", reward_funcs=["rewards.odd", "think_format_reward"])
+    trainer = make_trainer(*parse_settings(read_config(Path(path))))
+    example = row(1, 2)
+    assert trainer.teacher_prompt(example)[-1]["content"] == "Known: 1 plus 2 is 3."
+    base = trainer.model.get_base_model()
+    assert str(base.lm_head.weight.dtype) == "torch.bfloat16"
+    assert [function.__name__ for function in trainer.reward_funcs] == ["odd", "think_format_reward"]
+
+
+def test_rewards_by_path_module_and_name(home, monkeypatch):
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", ".")])
+    by_path, by_module = load_reward(str(home / "rewards.py") + ":odd"), load_reward("rewards.odd")
+    assert by_path([[{"content": "a"}], [{"content": "b"}]], None) == [1.0, 0.0]
+    assert by_module.__code__.co_filename == by_path.__code__.co_filename
+    assert load_reward("think_format_reward") is trl.rewards.think_format_reward
+
+
+def test_data_sets_on_disk(config, tmp_path):
+    config()  # sets the cache
+    rows = dataset()
+    rows.save_to_disk(str(tmp_path / "one"))
+    rows.to_parquet(tmp_path / "rows.parquet")
+    rows.to_json(tmp_path / "rows.jsonl")
+    for name in ("one", "rows.parquet", "rows.jsonl"):
+        splits = load_splits(str(tmp_path / name))
+        assert list(splits) == ["train"] and splits["train"].to_list() == rows.to_list()
+    assert {name: len(split) for name, split in load_splits("data").items()} == {"train": 12, "test": 4}
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+
+def fails(arguments: list[str], capsys) -> str:
+    """The one line that a run with these arguments ends with."""
+    assert cli.main(["train", *arguments]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("egrsd: error: ")
+    return line.removeprefix("egrsd: error: ")
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"gama": 0.3}, "gama: unknown key; did you mean gamma?"),
+        ({"gamma": "high"}, "gamma: invalid float value: 'high'"),
+        ({"gamma": None}, "gamma: expected float, got None"),
+        ({"gamma": [0.3]}, "gamma: expected float, got [0.3]"),
+        ({"lookahead": 1.5}, "lookahead: invalid int value: '1.5'"),
+        ({"bf16": "maybe"}, "bf16: "),
+        ({"save_strategy": "sometimes"}, "save_strategy: invalid choice: 'sometimes'"),
+        ({"gate_floor": 2}, "gate_floor: expected a finite number at least 0 and at most 1, got 2"),
+        ({"lora_r": "big"}, "lora_r: invalid int value: 'big'"),
+        ({"lora_target_modules": [1]}, "lora_target_modules: expected list[str] or null, got [1]"),
+        ({"lora_target_modules": ["nowhere"]}, "Target modules "),
+        ({"output_dir": ...}, "output_dir: missing"),
+        ({"model_name_or_path": ...}, "model_name_or_path: missing"),
+        ({"model_name_or_path": "nobody/nothing"}, "model_name_or_path: nobody/nothing: "),
+        ({"model_name_or_path": "data"}, "model_name_or_path: data: "),
+        ({"dataset_name": ...}, "dataset_name: missing"),
+        ({"dataset_name": "absent.jsonl"}, "dataset_name: absent.jsonl: no such file"),
+        ({"dataset_name": "nobody/nothing"}, "dataset_name: nobody/nothing: "),
+        ({"dataset_name": "no json.jsonl"}, "dataset_name: no json.jsonl: JSON parse error"),
+        ({"dataset_train_split": "tran"}, "dataset_train_split: expected one of train, test, got 'tran'"),
+        (
+            {"dataset_test_split": "dev", "eval_strategy": "steps", "eval_steps": 1},
+            "dataset_test_split: expected one of train, test, got 'dev'",
+        ),
+        ({"solution_column": "proof"}, "train_dataset: expected a column 'proof', got prompt, solution, answer"),
+        ({"dataset_name": "no answers"}, "reward_funcs: rewards.py:odd: no column 'answer'; it can have prompts, "),
+        ({"dataset_name": "texts"}, "train_dataset, row 0: prompt: expected a conversation"),
+        ({"reward_funcs": []}, "reward_funcs: missing"),
+        ({"reward_funcs": ["absent.py:f"]}, "reward_funcs: absent.py:f: FileNotFoundError"),
+        ({"reward_funcs": ["broken.py:f"]}, "reward_funcs: broken.py:f: ModuleNotFoundError: No module named 'nothing"),
+        ({"reward_funcs": ["rewards.py:even"]}, "reward_funcs: rewards.py:even: no function 'even' in rewards.py"),
+        ({"reward_funcs": ["rewards.py:not_a_function"]}, "reward_funcs: rewards.py:not_a_function: no function"),
+        ({"reward_funcs": ["rewards.py:of_one"]}, "reward_funcs: rewards.py:of_one: no column 'prompt'; it can have"),
+        ({"reward_funcs": ["no.such.module"]}, "reward_funcs: no.such.module: ModuleNotFoundError: No module named"),
+        ({"reward_funcs": ["accuracy"]}, "reward_funcs: accuracy: no function 'accuracy' in trl.rewards; TRL's own"),
+        ({"teacher_template": ["s"]}, "teacher_template: expected list[dict] or null, got ['s']"),
+        ({"teacher_template": [{"role": "user"}]}, "teacher_template[0]: expected role and content as text, got"),
+        ({"teacher_template": [{"role": "user", "content": "?"}]}, "teacher_template: expected '{solution}'"),
+        ({"resume_from_checkpoint": "absent"}, "resume_from_checkpoint: no such folder: absent"),
+    ],
+)
+def test_a_bad_key_is_named_in_one_line(config, home, capsys, changes, says):
+    if not (home / "texts").exists():
+        (home / "no json.jsonl").write_text("{nothing")
+        dataset().remove_columns("answer").save_to_disk(str(home / "no answers"))
+        datasets.Dataset.from_list([row(1, 2) | {"prompt": "1+2?"}]).save_to_disk(str(home / "texts"))
+    assert fails([config(**changes)], capsys).startswith(says)
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--gama", "1"], "gama: unknown key; did you mean gamma?"),
+        (["--gamma", "high"], "gamma: invalid float value: 'high'"),
+        (["--gamma"], "gamma: expected one argument"),
+        (["gamma"], "gamma: expected --field value"),
+        (["--resume"], "resume: no checkpoint in "),
+    ],
+)
+def test_a_bad_option_is_named_in_one_line(config, capsys, arguments, says):
+    assert fails([config(), *arguments], capsys).startswith(says)
+
+
+def test_a_bad_file_is_named_in_one_line(tmp_path, capsys):
+    for text, says in {
+        "a: [": "while parsing",
+        "- a": "expected keys and values, got list",
+        "": "expected keys",
+    }.items():
+        (tmp_path / "c.yaml").write_text(text)
+        assert fails([str(tmp_path / "c.yaml")], capsys).startswith(f"{tmp_path / 'c.yaml'}: {says}")
+    assert fails(["qwen3-4b"], capsys).startswith(
+        "qwen3-4b: no such file, nor a preset (qwen3-4b-cl-egrsd, qwen3-4b-eg"
+    )
+
+
+def test_without_trl_the_message_says_what_to_install(config, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "egrsd_kernels.trl.run", None)
+    assert "pip install 'egrsd-kernels[trl]'" in fails([config()], capsys)
