@@ -81,9 +81,11 @@ def peer_tables(shapes: dict[tuple[int, int], dict]) -> list[str]:
     return blocks + ([table(["egrsd_kernels", *HEADINGS], alone)] if alone else [])
 
 
-def _rivals(rows: dict[str, dict], figure: str) -> dict[str, float]:
-    others = (row for row in rows.values() if row["per_token"] and not row["peer"].startswith(OURS))
-    return {row["name"]: row[figure]["ms"] for row in others if "ms" in row.get(figure, {})}
+def _lead(rows: dict[str, dict], figure: str, per_token: bool) -> str:
+    """The fastest other package's time over ours, among those that take a weight for each token, or that do not."""
+    others = (row for row in rows.values() if row["per_token"] == per_token and not row["peer"].startswith(OURS))
+    times = [row[figure]["ms"] for row in others if "ms" in row.get(figure, {})]
+    return f"{min(times) / rows[OURS][figure]['ms']:.2f}" if times else "–"
 
 
 def _overview_cell(entry: dict | None) -> str:
@@ -92,11 +94,8 @@ def _overview_cell(entry: dict | None) -> str:
     if not all("ms" in time for time in found.values()):
         return "–"
     ratios = " / ".join(f"{time['ratio']:.2f}" for time in found.values())
-    gains = []
-    for figure, time in found.items():
-        rivals = _rivals(rows, figure)
-        gains.append(f"{min(rivals.values()) / time['ms']:.1f}" if rivals else "–")
-    return f"{ratios}; {' / '.join(gains)}"
+    leads = [" / ".join(_lead(rows, figure, per_token) for figure in found) for per_token in (True, False)]
+    return "; ".join([ratios, *leads])
 
 
 def overview(shapes: dict[tuple[int, int], dict]) -> str:
@@ -143,8 +142,10 @@ def compare_section(path: Path) -> list[str]:
     ]
     if shapes:
         blocks += [
-            "`fused_egrsd_loss` at every size, with a frozen / trained head: its step over the floor; and the step of "
-            "the fastest other package that takes a weight for each token, over ours.",
+            "`fused_egrsd_loss` at every size, with a frozen / trained head: its step over the floor; the step of the "
+            "fastest other package that takes a weight for each token, over ours; and that of the faster of Liger's "
+            "and quack's losses with one weight for all tokens, the bare product as their teacher, over ours. "
+            "[Where targets were missed, and why](benchmarks/README.md).",
             overview(shapes),
         ]
     if flat := by_data.get("flat"):
