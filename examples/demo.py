@@ -147,14 +147,14 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+def build_model(tokenizer: PreTrainedTokenizerFast, width: int = 128, layers: int = 3) -> Qwen3ForCausalLM:
     config = Qwen3Config(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        num_key_value_heads=width // 64,
         head_dim=32,
         max_position_embeddings=256,
         initializer_range=0.06,  # near 1/sqrt(hidden_size); the default 0.02 suits wide models and learns slowly here
@@ -171,8 +171,14 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
 class Classroom:
     """A model with its tokenizer: writes prompts for student and teacher, and lets the model answer them."""
 
-    def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerFast, device: torch.device):
-        self.model, self.tokenizer, self.device = model, tokenizer, device
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerFast,
+        device: torch.device,
+        max_response: int = MAX_RESPONSE,
+    ):
+        self.model, self.tokenizer, self.device, self.max_response = model, tokenizer, device, max_response
 
     def _prompt(self, messages: list[dict[str, str]]) -> list[int]:
         text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -196,7 +202,7 @@ class Classroom:
         output = self.model.generate(
             input_ids=inputs["input_ids"].to(self.device),
             attention_mask=inputs["attention_mask"].to(self.device),
-            max_new_tokens=MAX_RESPONSE,
+            max_new_tokens=self.max_response,
             **how,
         )
         end = self.tokenizer.eos_token_id
@@ -213,7 +219,7 @@ class Classroom:
             ]
         )
         lengths = torch.tensor([len(response) for response in responses])
-        return correct, lengths, length_shaped_reward(correct, lengths, MAX_RESPONSE)
+        return correct, lengths, length_shaped_reward(correct, lengths, self.max_response)
 
     def evaluate(self, problems: Sequence[Problem], teacher: bool = False) -> dict[str, float]:
         """Greedy accuracy, mean reward and mean length; ``teacher`` puts the reference solution in the prompt."""
@@ -229,7 +235,14 @@ class Classroom:
 # --------------------------------------------------------------------------------------------------- supervised warm-up
 
 
-def warm_up(classroom: Classroom, rng: random.Random, exclude: frozenset[Problem], steps: int) -> Iterator[float]:
+def warm_up(
+    classroom: Classroom,
+    rng: random.Random,
+    exclude: frozenset[Problem],
+    steps: int,
+    additions: Sequence[int] = (2, 3),
+    chatter_rate: float = CHATTER_RATE,
+) -> Iterator[float]:
     """Imitate the careless student's demonstrations; yields the loss (nats a token) of each step.
 
     The first eighth drills single additions, which the longer sums are made of. After it every third batch has the
@@ -247,9 +260,9 @@ def warm_up(classroom: Classroom, rng: random.Random, exclude: frozenset[Problem
             demonstrations = [problem.solution(slips=rng) for problem in problems]
             prompts = [classroom.student_prompt(problem) for problem in problems]
         else:
-            problems = sample_problems(rng, 32, exclude)
+            problems = sample_problems(rng, 32, exclude, additions)
             demonstrations = [
-                problem.solution(rng if rng.random() < CHATTER_RATE else None, slips=None if privileged else rng)
+                problem.solution(rng if rng.random() < chatter_rate else None, slips=None if privileged else rng)
                 for problem in problems
             ]
             prompts = [

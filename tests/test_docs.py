@@ -13,7 +13,7 @@ import torch
 
 from egrsd_kernels import fused_egrsd_loss, token_statistics
 from egrsd_kernels.regimes import REGIMES
-from tests.examples import ROOT, blocks, language_model
+from tests.doc_examples import ROOT, blocks, language_model
 
 PAGES = sorted(page.name for page in (ROOT / "docs").glob("*.md"))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.examples import blocks, language_model
+from tests.doc_examples import blocks, language_model
 
 LOSS, WITH_TRL = blocks("README.md")
 

@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
         for run, folder in folders.items()
         if not (folder / "trainer_state.json").is_file()  # what `egrsd train` writes last
     }
-    statuses = _train_all(commands, args.jobs)
+    statuses = train_all(commands, args.jobs)
 
     cells = []
     for key, run in runs.items():
@@ -111,7 +111,7 @@ def _keep_config(copy: Path, source: Path, overrides: Sequence[str]) -> Path:
     return copy
 
 
-def _train_all(commands: Mapping[Path, Sequence[str]], jobs: int) -> dict[Path, int]:
+def train_all(commands: Mapping[Path, Sequence[str]], jobs: int) -> dict[Path, int]:
     """The exit status of each command, by the folder that its log goes to."""
     from rich.console import Console
     from rich.progress import Progress
