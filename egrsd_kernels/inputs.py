@@ -195,6 +195,13 @@ def backend(name: object, *hidden: torch.Tensor) -> ModuleType:
     return triton_backend
 
 
+def gradients(grad_mode: object, sparse_tol: object) -> tuple[str, float]:
+    """(grad_mode, sparse_tol): how gradients are made, and what sparse ones may leave out."""
+    expected = '"exact", "sparse" or "auto"'
+    expect(grad_mode in ("exact", "sparse", "auto"), "grad_mode", grad_mode, expected)
+    return grad_mode, number("sparse_tol", sparse_tol, low=0, high=1, strict=True)
+
+
 def refuse_second_derivative(function: str) -> None:
     """To be called in a backward pass: under create_graph=True its result would silently lack a graph of its own."""
     if torch.is_grad_enabled():

@@ -11,7 +11,7 @@ import torch
 
 from . import inputs
 from .inputs import expect, number
-from .problem import DEFAULT_CHUNK_BYTES, Head, Options, Rows, TokenStats, compute_dtype
+from .problem import DEFAULT_CHUNK_BYTES, DEFAULT_SPARSE_TOL, Head, Options, Rows, Sparse, TokenStats, compute_dtype
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class _Credit:
     scale: torch.Tensor  # 0-d, nats: what entropies are divided by
     normalizer: torch.Tensor  # 0-d
     options: Options
+    sparse_tol: float | None  # of sparse gradients; None for exact ones
 
     @cached_property
     def power(self) -> torch.Tensor:
@@ -40,10 +41,11 @@ class _Credit:
 
     def student(self, head: Head, hidden: torch.Tensor, needs: tuple[bool, bool, bool]):
         """(loss, stats, what finishes the gradients of loss · :attr:`power` for hidden, weight and bias)."""
-        logp, loss, magnitude, gate, token_advantage = (torch.zeros_like(self.advantages) for _ in range(5))
+        logp, loss, magnitude, gate, token_advantage, bound = (torch.zeros_like(self.advantages) for _ in range(6))
         stats = TokenStats(
-            logp, self.teacher_logp, self.teacher_entropy, self.lookahead_entropy, magnitude, gate, token_advantage
-        )
+            logp, self.teacher_logp, self.teacher_entropy, self.lookahead_entropy, magnitude, gate, token_advantage,
+            bound,
+        )  # fmt: skip
 
         unit = -self.power / self.normalizer
 
@@ -56,7 +58,10 @@ class _Credit:
 
         arguments = head, hidden, self.target_ids, self.rows
         if any(needs):
-            finish = self.backend.student_pass(*arguments, logp, credit, needs, self.options.chunk_bytes)
+            sparse = None if self.sparse_tol is None else Sparse.of(self.sparse_tol, self.target_ids)
+            finish = self.backend.student_pass(*arguments, logp, credit, needs, self.options.chunk_bytes, sparse)
+            if sparse is not None:
+                bound.copy_(sparse.error_bound(token_advantage))
         else:
             logp.copy_(self.backend.statistics(*arguments, self.options.chunk_bytes)[0])
             credit(0, logp.numel())
@@ -178,6 +183,8 @@ def fused_egrsd_loss(
     normalizer: float | torch.Tensor | None = None,
     data_group: torch.distributed.ProcessGroup | None = None,
     backend: Literal["auto", "triton", "torch"] = "auto",
+    grad_mode: Literal["exact", "sparse", "auto"] = "exact",
+    sparse_tol: float = DEFAULT_SPARSE_TOL,
     return_stats: bool = False,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
 ) -> torch.Tensor | tuple[torch.Tensor, TokenStats]:
@@ -212,6 +219,12 @@ def fused_egrsd_loss(
         normalizer: instead of Σm, the number of valid tokens: a number or 0-d tensor.
         data_group: the torch.distributed group over which the minibatch is spread; the batch maximum is the group's.
         backend: "triton", "torch" (plain PyTorch), or "auto": Triton on a GPU where it runs, else PyTorch.
+        grad_mode: "exact"; "sparse", which leaves out vocabulary entries that carry little of the gradient: what that
+            changes in dL/dlogits is certified to be at most sparse_tol of its L1 norm, on any input, and tokens whose
+            gradient is not sparse are made exactly; or "auto", sparse as long as earlier calls found it to pay. The
+            PyTorch backend's gradients are always exact.
+        sparse_tol: that tolerance, Σ_t |c_t| dropped_t <= sparse_tol · Σ_t |c_t| ‖p_t - e_y‖₁ with c_t = dL/dlog p_t and
+            dropped_t the probability mass left out; each token's share is TokenStats.gradient_error_bound.
         return_stats: also return the per-token :class:`TokenStats`.
         chunk_bytes: the most working memory held at a time: exponentials of a chunk of tokens and what goes with them.
             With a frozen head the Triton backend holds at most 350 MiB, since more would buy no speed. With a trained
@@ -245,6 +258,9 @@ def fused_egrsd_loss(
         gamma, gate_floor, lookahead, clip_eps, entropy_scale, min_entropy_scale, chunk_bytes, valid, dtype
     )
     ops = inputs.backend(backend, *(x for x in (student_hidden, teacher_hidden) if x is not None))
+    hidden = inputs.batched(student_hidden)
+    needs = inputs.needs_grad(hidden, student.weight, student.bias)
+    tolerance = ops.sparse_tolerance(*inputs.gradients(grad_mode, sparse_tol), student, needs)
 
     with torch.cuda.device_of(student_hidden), torch.no_grad():
         rows = Rows.build(valid, flat_advantages != 0)
@@ -267,11 +283,10 @@ def fused_egrsd_loss(
         divisor = tokens if normalizer is None else inputs.scalar("normalizer", normalizer, valid, dtype)
         divisor = torch.where(tokens == 0, 1, divisor)
         credit = _Credit(
-            ops, target_ids_flat, rows, flat_advantages, logp_t, entropy, lookahead_entropy, scale, divisor, options
-        )
+            ops, target_ids_flat, rows, flat_advantages, logp_t, entropy, lookahead_entropy, scale, divisor, options,
+            tolerance,
+        )  # fmt: skip
 
-    hidden = inputs.batched(student_hidden)
-    needs = inputs.needs_grad(hidden, student.weight, student.bias)
     with torch.cuda.device_of(student_hidden):
         loss, *stats = _FusedLoss.apply(
             hidden, student.weight, student.bias, student.softcap, student.temperature, credit, needs

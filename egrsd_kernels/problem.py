@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 IGNORE_INDEX = -100  # transformers' mark for a position without a target
+DEFAULT_SPARSE_TOL = 2.0**-10
 DEFAULT_CHUNK_BYTES = 1 << 30  # the most logits-sized memory that a call holds at a time
 
 
@@ -62,7 +63,8 @@ class Options:
 class TokenStats(NamedTuple):
     """Per-token figures of one call, detached, shaped like ``target_ids``, 0 where masked; entropies in nats.
 
-    float32 (float64 for float64 inputs).
+    float32 (float64 for float64 inputs). gradient_error_bound: of sparse gradients, a token's share |c_t| dropped_t /
+    Σ_s |c_s| ‖p_s − e_s‖₁ of the relative error: the sum is at most ``sparse_tol``. 0 where the gradient is exact.
     """
 
     student_logp: torch.Tensor
@@ -72,6 +74,34 @@ class TokenStats(NamedTuple):
     magnitude: torch.Tensor
     gate: torch.Tensor
     token_advantage: torch.Tensor
+    gradient_error_bound: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """What a student pass may leave out of its gradients, and what it did leave out: (N,) tensors in the callers' order.
+
+    With c = dL/dlogp, Σ |c| dropped <= tolerance Σ |c| mass; see ``kernels/sparse.py`` for the proof.
+    """
+
+    tolerance: float
+    dropped: torch.Tensor  # float32: the probability mass left out, 0 where the gradient is exact
+    mass: torch.Tensor  # float32: ‖p − e_y‖₁, or less; 0 where it was not looked at
+    dense: torch.Tensor  # int32: 1 where the gradient was looked at and found too dense to leave anything out
+
+    @classmethod
+    def of(cls, tolerance: float, target_ids: torch.Tensor) -> Sparse:
+        dropped, mass = torch.zeros(2, target_ids.numel(), dtype=torch.float32, device=target_ids.device)
+        return cls(tolerance, dropped, mass, torch.zeros_like(target_ids, dtype=torch.int32))
+
+    def error_bound(self, gradient: torch.Tensor) -> torch.Tensor:
+        """|c_t| dropped_t / Σ_s |c_s| mass_s (N,) float32, for c = ``gradient``: of the gradient's relative L1 error.
+
+        In float64, where no |c| of float32 overflows. What is not finite was left to the exact kernels.
+        """
+        c = gradient.double().abs().nan_to_num(0, 0, 0)
+        error = c * self.dropped
+        return torch.where(error > 0, error / (c * self.mass).sum(), 0).float()
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

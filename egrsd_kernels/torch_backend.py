@@ -140,19 +140,25 @@ def token_credit(
     magnitude = ratio.clamp(1 - options.clip_eps, 1 + options.clip_eps)
     gate = (1 - options.gamma * (lookahead_entropy[t] / scale)).clamp(options.gate_floor, 1)
     credit = torch.where(a == 0, 0, a * magnitude * gate)
-    for out, value in zip(stats[-3:], (magnitude, gate, credit), strict=True):
+    outputs = stats.magnitude, stats.gate, stats.token_advantage
+    for out, value in zip(outputs, (magnitude, gate, credit), strict=True):
         out[t] = torch.where(valid, value, 0)
     # Without an advantage log p = -inf costs nothing, but the NaN of a target outside the vocabulary must be seen.
     loss[t] = torch.where((credit == 0) & ~logp.isnan(), 0, -credit * logp)
 
 
+def sparse_tolerance(grad_mode: str, sparse_tol: float, head: Head, needs: tuple[bool, bool, bool]) -> None:
+    """None, for exact gradients, whatever is asked for: they are within any tolerance."""
+
+
 def student_pass(
     head: Head, hidden, target_ids, rows: Rows, logp, gradient_of: Callable[[int, int], torch.Tensor],
-    needs: tuple[bool, bool, bool], chunk_bytes: int,
+    needs: tuple[bool, bool, bool], chunk_bytes: int, sparse: None = None,
 ) -> Finish:  # fmt: skip
     """Write log p of the targets into ``logp`` (N,), and leave the gradients of (hidden, weight, bias) that are needed.
 
     gradient_of: called with (first row, number of rows) once their ``logp`` is there; gives dL/dlogp, an (N,) tensor.
+    sparse: nothing is left out here; see :func:`sparse_tolerance`.
     """
     dtype = compute_dtype(hidden.dtype)
     d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None

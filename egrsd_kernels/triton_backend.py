@@ -6,18 +6,24 @@ from collections.abc import Callable
 
 import torch
 
+from .automatic import Automatic
 from .kernels.common import ROW_TILE, interpreted
 from .kernels.credit import lookahead_entropy, token_credit
 from .kernels.gather import Chunk, gather_kernel
 from .kernels.gradient import ChunkGradients, multiply
-from .kernels.plan import ceil_div, chunk_plan
+from .kernels.plan import break_even, ceil_div, chunk_plan, sparse_plan
+from .kernels.sparse import SparseGradients
 from .kernels.tuning import machine
 from .kernels.vocab import VocabPass
-from .problem import Finish, Head, Rows, scaled
+from .problem import Finish, Head, Rows, Sparse, scaled
 
-__all__ = ["DTYPES", "lookahead_entropy", "multiply", "runs_on", "statistics", "student_pass", "token_credit"]
+__all__ = [
+    "DTYPES", "lookahead_entropy", "multiply", "runs_on", "sparse_tolerance", "statistics", "student_pass",
+    "token_credit",
+]  # fmt: skip
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+AUTOMATIC = Automatic()
 STATISTICS_ROWS = 4096  # nothing logits-sized is kept there: enough rows to fill any GPU
 
 
@@ -39,14 +45,28 @@ def statistics(head: Head, hidden, target_ids, rows: Rows, chunk_bytes: int):
     return logp, entropy, logsumexp
 
 
+def sparse_tolerance(grad_mode: str, sparse_tol: float, head: Head, needs: tuple[bool, bool, bool]) -> float | None:
+    """The tolerance of the gradients that ``grad_mode`` asks for ("exact", "sparse" or "auto"); None for exact ones."""
+    if grad_mode == "auto":
+        grad_mode = "sparse" if AUTOMATIC.sparse(_kind(head), break_even(needs[1] or needs[2])) else "exact"
+    return sparse_tol if grad_mode == "sparse" else None
+
+
+def _kind(head: Head) -> tuple:
+    """What the density of gradients is remembered by."""
+    return head.weight.device, head.weight.dtype, *head.weight.shape
+
+
 def student_pass(
     head: Head, hidden, target_ids, rows: Rows, logp, gradient_of: Callable[[int, int], torch.Tensor],
-    needs: tuple[bool, bool, bool], chunk_bytes: int,
+    needs: tuple[bool, bool, bool], chunk_bytes: int, sparse: Sparse | None = None,
 ) -> Finish:  # fmt: skip
     """Write log p of the targets into ``logp`` (N,), and leave the gradients all but done.
 
     gradient_of: called with (first row, number of rows) once their ``logp`` is there; gives dL/dlogp, an (N,) tensor.
     needs: gradients of (hidden, weight, bias).
+    sparse: what may be left out of them; takes what was. None: exact gradients. With it ``gradient_of`` is called again
+        for all rows, of which some have another ``logp``, as exact, or none yet.
 
     Returns:
         What gives the gradients, those that are needed, in the operands' dtypes: a function of a 0-d float32 tensor
@@ -60,23 +80,19 @@ def student_pass(
         d_bias = torch.zeros_like(head.bias) if needs[2] else None
     else:
         how = machine(head.weight)
-        shape = ceil_div(n, ROW_TILE), *head.weight.shape, dtype.itemsize
-        plan = chunk_plan(*shape, how, chunk_bytes, needs)
-        chunk = Chunk(head, plan.rows, how)
-        gradients = ChunkGradients(chunk, plan, d_hidden, head=needs[1] or needs[2])
-        if needs[1] and n > chunk.rows:
+        row_tiles, whole = ceil_div(n, ROW_TILE), needs[1] or needs[2]
+        plan = chunk_plan(row_tiles, *head.weight.shape, dtype.itemsize, how, chunk_bytes, needs)
+        if needs[1] and (n > plan.rows or sparse is not None):
             d_weight = torch.empty(head.weight.shape, dtype=torch.float32, device=device)
         if needs[2]:
             d_bias = torch.empty(head.bias.shape, dtype=torch.float32, device=device)
-        for first_row in range(0, n, chunk.rows):
-            order = rows.order[first_row:]
-            chunk.gather(hidden, target_ids, rows, first_row)
-            gradients.forward(order, logp)
-            gradients.backward(order, gradient_of(first_row, chunk.rows))
-            if d_weight is not None:
-                gradients.head_product(d_weight, accumulate=first_row > 0)
-            if d_bias is not None:
-                gradients.bias(d_bias, accumulate=first_row > 0)
+        operands, outputs = (hidden, target_ids), (logp, d_weight, d_bias)
+        if sparse is not None:
+            rows = _sparse_chunks(head, how, operands, rows, gradient_of, outputs, d_hidden, whole, chunk_bytes, sparse)
+        chunk = Chunk(head, plan.rows, how)
+        gradients = ChunkGradients(chunk, plan, d_hidden, head=whole)
+        every = None if sparse is None else lambda *_: gradient_of(0, n)
+        _every_chunk(gradients, operands, rows, every or gradient_of, outputs, accumulate=sparse is not None)
         if needs[1] and d_weight is None:
             # All rows in one chunk: its product is the whole gradient, so it waits for the factor and is rounded to the
             # head's dtype on its way out. That spares a float32 gradient, more memory than the chunk that waits.
@@ -91,3 +107,48 @@ def student_pass(
         return scaled(d_hidden, factor, dtype, multiply), weight, bias
 
     return finish
+
+
+def _every_chunk(gradients, operands, rows: Rows, gradient_of, outputs, accumulate: bool = False) -> None:
+    """All rows, chunk by chunk, through ``gradients``; outputs: logp, and the head's gradients or None.
+
+    accumulate: add to the head's gradients from the first chunk on.
+    """
+    hidden, target_ids = operands
+    logp, d_weight, d_bias = outputs
+    chunk = gradients.chunk
+    for first_row in range(0, target_ids.numel(), chunk.rows):
+        order = rows.order[first_row:]
+        chunk.gather(hidden, target_ids, rows, first_row)
+        gradients.forward(order, logp)
+        gradients.backward(order, gradient_of(first_row, chunk.rows))
+        if d_weight is not None:
+            gradients.head_product(d_weight, accumulate=accumulate or first_row > 0)
+        if d_bias is not None:
+            gradients.bias(d_bias, accumulate=accumulate or first_row > 0)
+
+
+def _sparse_chunks(
+    head: Head, how, operands, rows: Rows, gradient_of, outputs, d_hidden, whole: bool, chunk_bytes: int, sparse: Sparse
+) -> Rows:
+    """Sparse gradients as far as they go; gives the rows that are left over, for the exact kernels."""
+    hidden, target_ids = operands
+    n, c = target_ids.numel(), how.configs.vocab
+    col_tiles = ceil_div(head.weight.shape[0], c.cols)
+    plan = sparse_plan(
+        ceil_div(n, ROW_TILE), hidden.shape[-1], hidden.element_size(), col_tiles, c.cols, chunk_bytes, whole
+    )
+    attempted = Rows(rows.order, rows.counts.clone())
+    gradients = SparseGradients(Chunk(head, plan.rows, how), plan, d_hidden, sparse, attempted.counts)
+    _every_chunk(gradients, operands, attempted, gradient_of, outputs)
+    # The order has valid rows with a gradient first, then those without: what was not attempted may be of both kinds.
+    place = torch.arange(n, dtype=torch.int32, device=target_ids.device)
+    valid, active = (place < count for count in rows.counts)
+    order = rows.order.long()
+    left = torch.empty_like(valid)
+    left[order] = valid & (place >= attempted.counts[0])
+    with_gradient = torch.empty_like(valid)
+    with_gradient[order] = active
+    left = Rows.build(left | (sparse.dense > 0), with_gradient)
+    AUTOMATIC.observe(_kind(head), torch.stack([left.counts[1], rows.counts[1]]))
+    return left

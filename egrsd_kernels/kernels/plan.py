@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .common import ROW_TILE, Config, Machine
 
@@ -26,6 +26,16 @@ LAUNCHES = {"chunk": 12, "slice": 6}
 # With these limits on the memory of a chunk, more buys no speed where the head is frozen.
 MOST_ROWS = 4352
 FROZEN_BYTES = 350 << 20
+# Sparse gradients: rows of a tile of the products with the kept vocabulary tiles.
+PAIRS = 64
+# A batch is at least so many chunks, none below the rows that fill a GPU, so that one in which nothing is sparse is
+# found out by the first of them.
+FEWEST_CHUNKS = 4
+PROBE_ROWS = 1024
+# Break-even of sparse with exact gradients, in bare products: a sparse row costs its statistics, 1, and 1/4 for its
+# entries; a dense one 2 more with a frozen head, 3 with a trained one; an exact one costs 2 or 3.
+SPARSE_COST = 1.25
+
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,27 @@ class Plan:
     rows: int
     slice_tiles: int
     partial_tiles: int
+
+
+@dataclass(frozen=True)
+class SparsePlan:
+    """A chunk with sparse gradients: its ``rows``; the most vocabulary tiles, and entries, that a row may keep; and the
+    share of dense rows in a chunk above which the chunks after it are not worth an attempt."""
+
+    rows: int
+    most_dense: float
+    most_tiles: int = 16
+    most_entries: int = 128
+
+    def pairs(self, col_tiles: int) -> int:
+        """Room for pairs of a row and a tile that it keeps: each tile's are padded to whole blocks of PAIRS."""
+        return (self.rows * self.most_tiles // PAIRS + col_tiles) * PAIRS
+
+
+def break_even(trained: bool) -> float:
+    """The share of dense rows at which sparse gradients take as long as exact ones."""
+    products = 3 if trained else 2
+    return (products - SPARSE_COST) / products
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -141,3 +172,17 @@ def chunk_plan(
     smallest = (1, col_tiles if whole else 1, rooms(1)[0])
     tiles, width, room = min(found, key=lambda option: steps(*option), default=smallest)
     return Plan(tiles * ROW_TILE, width, room)
+
+
+def sparse_plan(row_tiles: int, hidden_size: int, itemsize: int, col_tiles: int, cols: int, budget: int, trained: bool):
+    """The :class:`SparsePlan` for so many tiles of rows over ``col_tiles`` vocabulary tiles of ``cols``.
+
+    Nothing in a chunk is as large as the vocabulary, so what limits its rows is that more of them buy no speed.
+    """
+    one = SparsePlan(ROW_TILE, break_even(trained))
+    padding = 4 * cols * PAIRS * col_tiles
+    per_row = hidden_size * itemsize + 12 * col_tiles + 4 * (cols + 3) * one.most_tiles + 8 * one.most_entries + 64
+    fitting = max(0, min(budget, FROZEN_BYTES) - padding) // per_row
+    tiles = min(fitting, MOST_ROWS) // ROW_TILE
+    share = max(ceil_div(row_tiles, FEWEST_CHUNKS), PROBE_ROWS // ROW_TILE)
+    return replace(one, rows=max(1, min(tiles, share, row_tiles)) * ROW_TILE)
