@@ -106,13 +106,13 @@ def test_token_credit(timed, n):
     valid = torch.ones(n, dtype=torch.bool, device=DEVICE)
     rows, end = Rows.build(valid, valid), torch.full((n,), n - 1, dtype=torch.int32, device=DEVICE)
     options = Options(0.3, 0.1, 3, 0.2, "batch_max", 1.0, 1 << 30)
-    scale, made = torch.ones((), device=DEVICE), torch.empty(5, n, device=DEVICE)
+    scale, made = torch.ones((), device=DEVICE), torch.empty(6, n, device=DEVICE)
 
     def run() -> None:
         lookahead = triton_backend.lookahead_entropy(entropy, valid, end, 3)
-        stats = TokenStats(logp, teacher_logp, entropy, lookahead, *made[:3])
+        stats = TokenStats(logp, teacher_logp, entropy, lookahead, *made[:4])
         triton_backend.token_credit(
-            rows, 0, n, advantages, teacher_logp, logp, lookahead, scale, options, stats, made[3]
+            rows, 0, n, advantages, teacher_logp, logp, lookahead, scale, options, stats, made[4]
         )
 
     timed("token credit", run)

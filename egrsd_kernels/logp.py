@@ -7,23 +7,32 @@ from typing import Literal
 import torch
 
 from . import inputs
-from .problem import DEFAULT_CHUNK_BYTES, Head, Rows, compute_dtype
+from .problem import DEFAULT_CHUNK_BYTES, DEFAULT_SPARSE_TOL, Head, Rows, Sparse, compute_dtype, exceeding
 
 
 class _LinearLogp(torch.autograd.Function):
     """A frozen head needs d log p / d hidden alone, which the forward pass makes while the exponentials are there.
 
     The head's gradient needs dL/dlogp before its product, so there the exponentials are made again, chunk by chunk.
+
+    A sparse direction is made before anyone knows dL/dlogp = c, so with every c = 1, within half of the tolerance. What
+    that says of other c is known once they are there: Σ |c| dropped <= sparse_tol Σ |c| mass either holds, as it does
+    unless |c| goes up with what was dropped, or all tokens that drop more than sparse_tol of their own mass are made
+    again, exactly, and then it holds token by token.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, softcap, temperature, target_ids, valid, backend, chunk_bytes, needs):
-        ctx.arguments = softcap, temperature, backend, chunk_bytes, needs
+    def forward(
+        ctx, hidden, weight, bias, softcap, temperature, target_ids, valid, backend, chunk_bytes, needs, sparse_tol
+    ):
+        ctx.arguments = softcap, temperature, backend, chunk_bytes, needs, sparse_tol
         problem = Head(weight, bias, softcap, temperature), hidden, target_ids, Rows.build(valid, valid)
         if needs == (True, False, False):
             logp, ones = (new(valid, dtype=compute_dtype(hidden.dtype)) for new in (torch.zeros_like, torch.ones_like))
-            direction, *_ = backend.student_pass(*problem, logp, lambda *_: ones, needs, chunk_bytes)(None)
-            ctx.save_for_backward(direction)
+            sparse = None if sparse_tol is None else Sparse.of(sparse_tol / 2, target_ids)
+            direction, *_ = backend.student_pass(*problem, logp, lambda *_: ones, needs, chunk_bytes, sparse)(None)
+            again = () if sparse is None else (hidden, weight, bias, target_ids, sparse.dropped, sparse.mass)
+            ctx.save_for_backward(direction, *again)
             return logp
         ctx.save_for_backward(hidden, weight, bias, target_ids, valid)
         return backend.statistics(*problem, chunk_bytes)[0]
@@ -31,22 +40,28 @@ class _LinearLogp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_logp):
         inputs.refuse_second_derivative("linear_logp")
-        softcap, temperature, backend, chunk_bytes, needs = ctx.arguments
-        if needs == (True, False, False):
-            (direction,) = ctx.saved_tensors
-            d_logp = d_logp.reshape(*direction.shape[:-1], 1)
-            d_hidden = torch.mul(direction, d_logp, out=torch.empty_like(direction))
-            # Chosen, not multiplied: the direction of a target outside the vocabulary is NaN.
-            return d_hidden.masked_fill_(d_logp == 0, 0), *(None,) * 9
-        hidden, weight, bias, target_ids, valid = ctx.saved_tensors
+        softcap, temperature, backend, chunk_bytes, needs, sparse_tol = ctx.arguments
         d_logp = d_logp.contiguous()
-        needed = valid & (d_logp != 0)
-        rows = Rows.build(needed, needed)
-        head = Head(weight, bias, softcap, temperature)
-        finish = backend.student_pass(
-            head, hidden, target_ids, rows, torch.zeros_like(d_logp), lambda *_: d_logp, needs, chunk_bytes
-        )
-        return *finish(None), *(None,) * 7
+
+        def student_pass(hidden, weight, bias, target_ids, needed, sparse=None):
+            problem = Head(weight, bias, softcap, temperature), hidden, target_ids, Rows.build(needed, needed)
+            logp = torch.zeros_like(d_logp)
+            return backend.student_pass(*problem, logp, lambda *_: d_logp, needs, chunk_bytes, sparse)(None)
+
+        if needs == (True, False, False):
+            direction, *again = ctx.saved_tensors
+            factor = d_logp.reshape(*direction.shape[:-1], 1)
+            d_hidden = torch.mul(direction, factor, out=torch.empty_like(direction))
+            # Chosen, not multiplied: the direction of a target outside the vocabulary is NaN.
+            d_hidden.masked_fill_(factor == 0, 0)
+            if again:
+                *problem, dropped, mass = again
+                beyond = exceeding(dropped, mass, d_logp, sparse_tol)
+                d_hidden.masked_fill_(beyond.view(factor.shape), 0).add_(student_pass(*problem, beyond)[0])
+            return d_hidden, *(None,) * 10
+        *problem, valid = ctx.saved_tensors
+        sparse = None if sparse_tol is None else Sparse.of(sparse_tol, problem[-1])
+        return *student_pass(*problem, valid & (d_logp != 0), sparse), *(None,) * 8
 
 
 @torch.compiler.disable
@@ -60,6 +75,8 @@ def linear_logp(
     temperature: float = 1.0,
     softcap: float | None = None,
     backend: Literal["auto", "triton", "torch"] = "auto",
+    grad_mode: Literal["exact", "sparse", "auto"] = "exact",
+    sparse_tol: float = DEFAULT_SPARSE_TOL,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
 ) -> torch.Tensor:
     """log p(y) = z_y - logsumexp(z), in nats, differentiable in hidden, weight and bias.
@@ -73,6 +90,8 @@ def linear_logp(
         hidden: (B, T, D) or (N, D). weight: (V, D), the dtype of hidden. bias: (V,).
         target_ids: (B, T) or (N,) integers; -100 masks a position. mask: the same shape, bool or 0/1.
         temperature, softcap, backend, chunk_bytes: as in :func:`egrsd_kernels.fused_egrsd_loss`.
+        grad_mode, sparse_tol: as there. The bound holds for any incoming gradient; with a frozen head a sparse forward
+            pass keeps hidden and weight for the backward pass, which makes the tokens again that it would not hold for.
 
     Returns:
         float32 (float64 for float64 input), shaped like target_ids, 0 where masked.
@@ -88,8 +107,10 @@ def linear_logp(
     ops = inputs.backend(backend, hidden)
     hidden = inputs.batched(hidden)
     needs = inputs.needs_grad(hidden, head.weight, head.bias)
+    tolerance = ops.sparse_tolerance(*inputs.gradients(grad_mode, sparse_tol), head, needs)
     with torch.cuda.device_of(hidden):
         logp = _LinearLogp.apply(
-            hidden, head.weight, head.bias, head.softcap, head.temperature, flat_targets, valid, ops, chunk_bytes, needs
-        )
+            hidden, head.weight, head.bias, head.softcap, head.temperature, flat_targets, valid, ops, chunk_bytes,
+            needs, tolerance,
+        )  # fmt: skip
     return logp.view(target_ids.shape)

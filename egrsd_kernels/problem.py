@@ -85,8 +85,8 @@ class Sparse:
     """
 
     tolerance: float
-    dropped: torch.Tensor  # float32: the probability mass left out, 0 where the gradient is exact
-    mass: torch.Tensor  # float32: ‖p − e_y‖₁, or less; 0 where it was not looked at
+    dropped: torch.Tensor  # float32: the probability mass left out, or a little more; 0 where the gradient is exact
+    mass: torch.Tensor  # float32: ‖p − e_y‖₁; less, down to 0, where the gradient is exact
     dense: torch.Tensor  # int32: 1 where the gradient was looked at and found too dense to leave anything out
 
     @classmethod
@@ -102,6 +102,16 @@ class Sparse:
         c = gradient.double().abs().nan_to_num(0, 0, 0)
         error = c * self.dropped
         return torch.where(error > 0, error / (c * self.mass).sum(), 0).float()
+
+
+def exceeding(dropped: torch.Tensor, mass: torch.Tensor, gradient: torch.Tensor, tolerance: float) -> torch.Tensor:
+    """The tokens (N,) that must be made exactly for Σ |c| dropped <= tolerance Σ |c| mass, c = ``gradient``; mostly none.
+
+    Where the inequality does not hold, all those that drop more than the tolerance of their own mass: it then holds for
+    each of the others. In float64, with a margin for its rounding.
+    """
+    c, allowed = gradient.double().abs().nan_to_num(0, 0, 0), tolerance * (1 - 2.0**-30) * mass.double()
+    return ((c * dropped).sum() > (c * allowed).sum()) & (dropped > allowed) & (c != 0)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
