@@ -384,13 +384,15 @@ def entries_kernel(
 
 @triton.jit
 def certify_kernel(
-    gradient, order, live, top, weight, others, dropped, dense, signed,
-    token_dropped, token_mass, token_dense, counts, end, tolerance, unit, most_dense, ROWS: tl.constexpr,
+    gradient, order, live, weight, others, dropped, dense, signed, peak,
+    token_dropped, token_mass, token_dense, counts, end, tolerance, most_dense, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Check the chunk's bound, and make all its rows dense if it does not hold; then say what each row drops.
 
-    signed: g / max |g| in units of ``unit``, of the rows that are not dense; 0 for the others. ``counts``, of the rows
-    that are worth an attempt, ends with this chunk where more than the share ``most_dense`` of it is dense.
+    signed: g of the rows that are not dense, 0 for the others. peak: the largest entry of dL/dz, which is some target's:
+    what the entries are divided by where they are rounded, as small ones of a row with a large g would not be there.
+    ``counts``, of the rows that are worth an attempt, ends with this chunk where more than the share ``most_dense`` of
+    it is dense.
     """
     n = tl.load(live + 1)
     mass = tl.zeros([ROWS], tl.float32)
@@ -401,7 +403,7 @@ def certify_kernel(
         mass += gradient_mass(a, tl.load(others + r, mask=r < n, other=0.0))
         spent += weighed(a, tl.load(dropped + r, mask=r < n, other=0.0))
     failed = 1 - (tl.sum(spent, 0) * (1.0 + 2.0 * SLACK) <= tolerance * tl.sum(mass, 0)).to(tl.int32)
-    largest = tl.load(top)
+    largest = tl.zeros([ROWS], tl.float32)
     left = tl.zeros([ROWS], tl.int32)
     for start in range(0, n, ROWS):
         r = start + tl.arange(0, ROWS)
@@ -411,12 +413,18 @@ def certify_kernel(
         exact = tl.load(dense + r, mask=ours, other=0) | (failed & active.to(tl.int32))
         sparse = active & (exact == 0)
         g = tl.load(gradient + t, mask=ours, other=0.0)
-        tl.store(signed + r, tl.where(sparse, g / largest / unit, 0.0), mask=ours)
+        g = tl.where(sparse, g, 0.0)
+        other = tl.load(others + r, mask=ours, other=0.0)
+        largest = tl.maximum(largest, tl.abs(g) * other)
+        tl.store(signed + r, g, mask=ours)
+        tl.store(dense + r, exact, mask=ours)
         lost = tl.load(dropped + r, mask=ours, other=0.0) * (1.0 + SLACK)
         tl.store(token_dropped + t, tl.where(sparse, lost, 0.0), mask=ours)
-        tl.store(token_mass + t, tl.where(active, 2.0 * tl.load(others + r, mask=ours, other=0.0), 0.0), mask=ours)
+        tl.store(token_mass + t, tl.where(active, 2.0 * other, 0.0), mask=ours)
         tl.store(token_dense + t, exact, mask=ours)
         left += exact
+    # So that neither it nor its inverse underflows.
+    tl.store(peak, tl.minimum(tl.maximum(tl.max(largest, 0), SMALL), 1.0 / SMALL))
     worth = tl.sum(left, 0).to(tl.float32) <= most_dense * n.to(tl.float32)
     for which in range(0, 2):
         tl.store(counts + which, tl.where(worth, tl.load(counts + which), tl.minimum(tl.load(counts + which), end)))
@@ -424,15 +432,15 @@ def certify_kernel(
 
 @triton.jit
 def gather_hidden_kernel(
-    entry_of, value_of, n_entries, signed, weight, stride_wv, stride_wd, gradient, order, live, out, temperature, D,
+    entry_of, value_of, n_entries, dense, signed, weight, stride_wv, stride_wd, order, live, out, temperature, D,
     CAPACITY: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """dhidden of a row: its entries' rows of the head, weighed. Rows without gradient, and dense ones, are left alone."""
     r = tl.program_id(0)
     if r < tl.load(live + 1):
-        if tl.load(signed + r) != 0:
+        n = tl.load(n_entries + r)
+        if (n > 0) & (tl.load(dense + r) == 0):
             t = tl.load(order + r)
-            n = tl.load(n_entries + r)
             d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
             total = tl.zeros([BLOCK], tl.float32)
             for start in range(0, n, AT_ONCE):
@@ -444,16 +452,16 @@ def gather_hidden_kernel(
                     mask=(i < n)[:, None] & (d < D)[None, :], other=0.0,
                 )  # fmt: skip
                 total += tl.sum(w.to(tl.float32) * x[:, None], 0)
-            total *= tl.load(gradient + t) / temperature
+            total *= tl.load(signed + r) / temperature
             tl.store(out + t.to(tl.int64) * D + d, total.to(out.dtype.element_ty), mask=d < D)
 
 
 @triton.jit
 def load_gradient(
     probability, row_of, signed, weight, target, target_value, lse, cut, j, first_pair, i, n, v, chunk, softcap, scale,
-    COLS: tl.constexpr, SOFTCAP: tl.constexpr,
+    unit, COLS: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """(rows, dL/d(product) in the units of ``signed``) of the pairs i of tile j, at its vocabulary entries v."""
+    """(rows, T dL/d(product) in units of ``unit``) of the pairs i of tile j, at its vocabulary entries v."""
     ours = i < n
     r = tl.load(row_of + j * chunk + i, mask=ours, other=0)
     at = probability + (first_pair + i).to(tl.int64)[:, None] * COLS + (v - j * COLS)[None, :]
@@ -463,17 +471,18 @@ def load_gradient(
     own = tl.load(target_value + r, mask=ours, other=0.0)[:, None]
     l = tl.load(lse + r, mask=ours, other=0.0)[:, None]
     x = product_gradient(p, v[None, :], y, a, tl.load(cut), own, l, softcap, scale, SOFTCAP)
-    return r, x * tl.load(signed + r, mask=ours, other=0.0)[:, None]
+    return r, x * tl.load(signed + r, mask=ours, other=0.0)[:, None] * (1.0 / unit)
 
 
 @triton.jit
 def head_pairs_kernel(
-    probability, row_of, n_rows, first_block, signed, weight, target, target_value, lse, cut, top, hidden, out,
-    chunk, D, V, col_tiles, softcap, scale, unit,
+    probability, row_of, n_rows, first_block, signed, weight, target, target_value, lse, cut, peak, hidden, out,
+    chunk, D, V, col_tiles, softcap, scale, temperature, unit,
     COLS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, PAIRS: tl.constexpr,
     PROGRAMS: tl.constexpr, SOFTCAP: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dW (V, D) float32, in pieces of ROWS x WIDTH: dL/d(product)^T hidden, over the rows that keep the tile."""
+    unit *= tl.load(peak)
     pieces = COLS // ROWS
     wide = tl.cdiv(D, WIDTH)
     for piece in range(tl.program_id(0), col_tiles * pieces * wide, PROGRAMS):
@@ -487,12 +496,12 @@ def head_pairs_kernel(
             i = start + tl.arange(0, DEPTH)
             r, x = load_gradient(
                 probability, row_of, signed, weight, target, target_value, lse, cut, j, first_pair, i, n, v, chunk,
-                softcap, scale, COLS, SOFTCAP,
+                softcap, scale, unit, COLS, SOFTCAP,
             )  # fmt: skip
             at = hidden + r.to(tl.int64)[:, None] * D + d[None, :]
             h = tl.load(at, mask=(i < n)[:, None] & (d < D)[None, :], other=0.0)
             product = tl.dot(x.to(h.dtype).T, h, product, input_precision=PRECISION)
-        product *= tl.load(top) * unit
+        product *= unit / temperature
         at = out + v.to(tl.int64)[:, None] * D + d[None, :]
         inside = (v < V)[:, None] & (d < D)[None, :]
         if ACCUMULATE:
@@ -504,11 +513,12 @@ def head_pairs_kernel(
 
 @triton.jit
 def bias_pairs_kernel(
-    probability, row_of, n_rows, first_block, signed, weight, target, target_value, lse, cut, top, out,
-    chunk, V, softcap, scale, unit,
+    probability, row_of, n_rows, first_block, signed, weight, target, target_value, lse, cut, peak, out,
+    chunk, V, softcap, scale, temperature, unit,
     COLS: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr, SOFTCAP: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
     """dbias (V,) float32: the sum of dL/d(product) over the rows that keep the tile."""
+    unit *= tl.load(peak)
     j = tl.program_id(0)
     v = j * COLS + tl.arange(0, COLS)
     n = tl.load(n_rows + j)
@@ -518,10 +528,10 @@ def bias_pairs_kernel(
         i = start + tl.arange(0, ROWS)
         _, x = load_gradient(
             probability, row_of, signed, weight, target, target_value, lse, cut, j, first_pair, i, n, v, chunk,
-            softcap, scale, COLS, SOFTCAP,
+            softcap, scale, unit, COLS, SOFTCAP,
         )  # fmt: skip
         total += tl.sum(x, 0)
-    total *= tl.load(top) * unit
+    total *= unit / temperature
     if ACCUMULATE:
         total += tl.load(out + v, mask=v < V, other=0.0)
     tl.store(out + v, total, mask=v < V)
@@ -561,7 +571,7 @@ class SparseGradients:
         self.below = chunk.floats(max(chunk.programs, self.row_blocks), BINS.value)
         self.cuts = chunk.floats(BINS.value)
         # 16 bytes apart: Triton compiles a kernel again for a pointer that is less aligned.
-        self.top, self.tile_cut, self.entry_cut = chunk.floats(12).split(4)
+        self.top, self.peak, self.tile_cut, self.entry_cut = chunk.floats(16).split(4)
 
     def _ints(self, *shape: int) -> torch.Tensor:
         return torch.empty(*shape, dtype=torch.int32, device=self.chunk.hidden.device)
@@ -581,15 +591,15 @@ class SparseGradients:
         self._make_pairs()
         self._select_entries()
         certify_kernel[(1,)](
-            gradient, order, chunk.live, self.top, self.weight, self.others, self.dropped, self.dense, self.signed,
-            sparse.dropped, sparse.mass, sparse.dense, self.counts, self.seen, sparse.tolerance, self.unit,
+            gradient, order, chunk.live, self.weight, self.others, self.dropped, self.dense, self.signed, self.peak,
+            sparse.dropped, sparse.mass, sparse.dense, self.counts, self.seen, sparse.tolerance,
             self.plan.most_dense, ROWS=SLOTS,
         )  # fmt: skip
         if self.out_hidden is not None:
             weight, block = chunk.head.weight, min(1024, triton.next_power_of_2(chunk.D))
             gather_hidden_kernel[(chunk.rows, triton.cdiv(chunk.D, block))](
-                self.entry_of, self.value_of, self.n_entries, self.signed, weight, *weight.stride(), gradient, order,
-                chunk.live, self.out_hidden, chunk.head.temperature, chunk.D,
+                self.entry_of, self.value_of, self.n_entries, self.dense, self.signed, weight, *weight.stride(),
+                order, chunk.live, self.out_hidden, chunk.head.temperature, chunk.D,
                 CAPACITY=self.plan.most_entries, BLOCK=block, AT_ONCE=4,
             )  # fmt: skip
 
@@ -666,7 +676,7 @@ class SparseGradients:
         chunk = self.chunk
         return (
             self.probability, self.row_of, self.n_rows, self.first_block, self.signed, self.weight, chunk.target,
-            self.target_value, chunk.offset, self.entry_cut, self.top,
+            self.target_value, chunk.offset, self.entry_cut, self.peak,
         )  # fmt: skip
 
     def head_product(self, out: torch.Tensor, accumulate: bool) -> None:
@@ -676,7 +686,7 @@ class SparseGradients:
         tile = {"ROWS": min(cols, 128), "WIDTH": 256 if large else 64, "DEPTH": 64 if large else 32}
         head_pairs_kernel[(chunk.programs,)](
             *self._pairs, chunk.hidden, out, chunk.rows, chunk.D, chunk.V, self.vocab.col_tiles,
-            head.softcap or 0.0, chunk.logit_scale, self.unit / head.temperature,
+            head.softcap or 0.0, chunk.logit_scale, head.temperature, self.unit,
             COLS=cols, PAIRS=PAIRS, PROGRAMS=chunk.programs, SOFTCAP=head.softcap is not None, ACCUMULATE=accumulate,
             PRECISION=PRECISION, num_warps=8 if large else 4, num_stages=3, **tile,
         )  # fmt: skip
@@ -686,6 +696,6 @@ class SparseGradients:
         chunk, head = self.chunk, self.chunk.head
         bias_pairs_kernel[(self.vocab.col_tiles,)](
             *self._pairs, out, chunk.rows, chunk.V, head.softcap or 0.0, chunk.logit_scale,
-            self.unit / head.temperature, COLS=self.config.cols, ROWS=32, PAIRS=PAIRS,
+            head.temperature, self.unit, COLS=self.config.cols, ROWS=32, PAIRS=PAIRS,
             SOFTCAP=head.softcap is not None, ACCUMULATE=accumulate,
         )  # fmt: skip

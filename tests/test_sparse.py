@@ -1,0 +1,290 @@
+"""Sparse gradients: the certified bound on adversarial logits, what overflows, what is given up, and "auto".
+
+With the identity as head, hidden states are the logits and the hidden gradient is dL/dlogits: every entry that was left
+out shows. As in test_kernels.py fresh buffers are NaN, so that reading what no kernel wrote shows too.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from egrsd_kernels import fused_egrsd_loss, linear_logp, triton_backend
+from egrsd_kernels.automatic import PROBE_EVERY, Automatic
+from egrsd_kernels.kernels import plan as plans
+from egrsd_kernels.kernels.plan import SparsePlan
+from egrsd_kernels.problem import Head, Rows, Sparse
+from tests.conftest import Combo, Draw, draw_head, draw_hidden, draw_targets, make_case, package_result
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
+COMBO = Combo("triton", DEVICE.type, torch.float32)
+SIZE = {torch.float32: 200, torch.float16: 800, torch.bfloat16: 800}  # vocabulary: a few tiles
+UNIT = {torch.float32: 2.0**-20, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+N = 24
+
+pytestmark = [pytest.mark.cuda] if CUDA else []
+
+
+@pytest.fixture(autouse=True)
+def poisoned_buffers():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def dtype(request):
+    return request.param
+
+
+def plan_of(monkeypatch, **changes) -> None:
+    """Every sparse pass with chunks of one row tile and these limits."""
+    plan = SparsePlan(**{"rows": 128, "most_dense": 1.0} | changes)
+    monkeypatch.setattr(triton_backend, "sparse_plan", lambda *_: plan)
+
+
+class Result:
+    """Of one student pass on logits (n, V), that is with the identity as head; float64 and on the CPU."""
+
+    def __init__(self, z, y, g, tolerance, dtype=torch.float32, softcap=None, temperature=1.0, exact=False):
+        z, y, self.g = z.to(DEVICE, dtype), y.to(DEVICE), g.to(DEVICE)
+        n, size = z.shape
+        weight, bias = torch.eye(size, dtype=dtype, device=DEVICE), torch.zeros(size, dtype=dtype, device=DEVICE)
+        head = Head(weight, bias, softcap, temperature)
+        rows = Rows.build(torch.ones(n, dtype=torch.bool, device=DEVICE), self.g != 0)
+        self.sparse = Sparse.of(tolerance, y)
+        self.logp = torch.zeros(n, device=DEVICE)
+        finish = triton_backend.student_pass(
+            head, z[None], y, rows, self.logp, lambda *_: self.g, (True, True, True), 1 << 30,
+            None if exact else self.sparse,
+        )  # fmt: skip
+        self.gradients = finish(None)
+        self.dz, self.dw, self.db = (x.cpu().double() for x in self.gradients)
+        self.dz = self.dz[0]
+        self.temperature = temperature
+        self.h = z.cpu().double()
+        self.dropped, self.mass = self.sparse.dropped.cpu().double(), self.sparse.mass.cpu().double()
+        self.dense = self.sparse.dense.cpu() > 0
+
+        product = self.h.clone().requires_grad_()
+        logits = product * 1 if softcap is None else softcap * torch.tanh(product / softcap)
+        self.log_p = (logits / temperature).log_softmax(-1).detach()
+        # Without cancellation: 1 - p_y is the sum of all p but the target's.
+        at = y.cpu()[:, None]
+        dz = -self.log_p.exp().scatter(1, at, 0)
+        self.true_mass = -2 * dz.sum(1)
+        dz.scatter_(1, at, -dz.sum(1, keepdim=True))
+        logits.backward(dz * self.g.cpu().double()[:, None] / temperature)
+        self.want = product.grad
+        self.weight = self.g.cpu().double().abs()
+
+    def check(self, tolerance: float, dtype=torch.float32) -> None:
+        spent, allowed = self.weight * self.dropped, self.weight * self.true_mass
+        assert spent.sum() <= tolerance * allowed.sum()
+        bound = self.sparse.error_bound(self.g).cpu().double()
+        assert bound.isfinite().all() and (bound >= 0).all() and bound.sum() <= tolerance
+        # Each row is off by what it says that it dropped, and by rounding; where that is nothing, by rounding alone.
+        off = (self.dz - self.want).abs().sum(1)
+        tiny = torch.finfo(dtype).smallest_normal * self.dz.shape[1]  # where the gradient's dtype underflows
+        logits = 8 * 2.0**-24 * self.h.abs().amax(1) / self.temperature  # a probability is as good as its logit
+        rounding = (2 * UNIT[dtype] + logits) * allowed + self.weight * 2.0**-120 * self.dz.shape[1] + tiny
+        assert (off <= spent + rounding).all()
+        assert not self.dropped[self.dense].any()
+        # p_y near 1 costs no accuracy.
+        sparse = ~self.dense & (self.weight > 0)
+        assert ((self.mass - self.true_mass).abs() <= 1e-4 * self.true_mass + 2.0**-120)[sparse].all()
+        # The head's gradients are made of the same entries.
+        size = self.dz.abs().t() @ self.h.abs()
+        assert ((self.dw - self.dz.t() @ self.h).abs() <= 3 * UNIT[dtype] * size + tiny * self.h.abs().max()).all()
+        assert ((self.db - self.dz.sum(0)).abs() <= 2 * UNIT[dtype] * self.dz.abs().sum(0) + tiny).all()
+
+
+def logits_of(name: str, size: int):
+    """(z, y, g): N rows of logits, targets and dL/dlogp."""
+    draw = Draw(7)
+    z, y, g = draw.normal(N, size), draw.integers(size, N), draw.normal(N)
+    g[::7] = 0
+    rows = torch.arange(N)
+    if name in ("peaked", "huge and tiny g", "huge g", "denormal g"):
+        z += torch.nn.functional.one_hot(draw.integers(size, N), size) * 18 * draw.uniform(N, 1)
+        y = torch.where(draw.uniform(N) < 0.8, z.argmax(1), y)
+    if name == "huge and tiny g":
+        g *= 10.0 ** (60 * draw.uniform(N) - 30)
+    elif name == "huge g":
+        g *= 1e37
+    elif name == "denormal g":
+        g *= 1e-40
+    elif name == "flat":
+        z *= 0.01
+    elif name == "equal logits":
+        z[...] = 3.0
+    elif name == "one-hot":  # 1 - p_y is 0 in float32 for some rows, and tiny for others
+        z[...] = 0
+        z[rows, y] = 12.0 * (1 + rows % 10)
+    elif name == "the largest g is one-hot":
+        z[...] = 0
+        z[rows, y] = torch.where(rows == 1, 400.0, 5.0)
+        g = torch.where(rows == 1, 1e30, 1e-10)
+    elif name == "unlikely targets":
+        z[rows, (y + 1) % size] = 30.0
+        z[rows, y] = -40.0 * (1 + rows % 3)
+    elif name == "halves":  # every probability a power of two: equal weighed masses, on a threshold
+        z = -math.log(2) * torch.arange(size).remainder(40).float().expand(N, size)
+        g = torch.ones(N)
+    elif name == "two kinds":  # decided rows that may lose all but the target, beside undecided ones
+        z[::2] *= 0.1
+        z[1::2, 5] += 16
+        y[1::2] = 5
+    return z, y, g
+
+
+NAMES = [
+    "peaked", "flat", "equal logits", "one-hot", "unlikely targets", "halves", "two kinds", "huge g", "denormal g",
+    "huge and tiny g", "the largest g is one-hot",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("tolerance", [2.0**-10, 0.05], ids=["2^-10", "0.05"])
+@pytest.mark.parametrize("name", NAMES)
+def test_bound(name, tolerance, monkeypatch):
+    plan_of(monkeypatch, most_tiles=3, most_entries=24)
+    Result(*logits_of(name, SIZE[torch.float32]), tolerance).check(tolerance)
+
+
+@pytest.mark.parametrize("name", ["peaked", "two kinds"])
+@pytest.mark.parametrize("transform", [{}, {"softcap": 9.0, "temperature": 0.7}], ids=["plain", "softcap-temperature"])
+def test_bound_in_every_dtype(name, transform, dtype, monkeypatch):
+    plan_of(monkeypatch, most_tiles=3)
+    result = Result(*logits_of(name, SIZE[dtype]), 0.01, dtype, **transform)
+    result.check(0.01, dtype)
+    assert 0 < result.dense.sum() < N and result.dropped.any(), "the case shows nothing"
+
+
+@pytest.mark.parametrize("over", [False, True])
+@pytest.mark.parametrize("limit", ["tiles", "entries"])
+def test_lists_exactly_full(limit, over, monkeypatch):
+    """As many tiles and entries as there is room for, or one more: only then the row is dense."""
+    size, cols = SIZE[torch.float32], 64
+    plan_of(monkeypatch, most_tiles=2 if limit == "tiles" else 4, most_entries=9)
+    z = torch.full((N, size), -30.0)
+    y = torch.full((N,), 3)
+    if limit == "tiles":
+        z[:, [3, cols + 1]] = 0.0
+        z[1::2, 2 * cols + 5] = 0.0 if over else -30.0
+    else:
+        z[:, :8] = 0.0  # the target and 7 others
+        z[:, 100] = 0.0
+        z[1::2, 150] = 0.0 if over else -30.0
+    result = Result(z, y, torch.ones(N), 2.0**-10)
+    result.check(2.0**-10)
+    assert torch.equal(result.dense, (torch.arange(N) % 2 == 1) & over)
+    entries = (result.dz != 0).sum(1)
+    assert (entries[~result.dense] == (2 if limit == "tiles" else 9)).all()
+
+
+def test_nothing_is_dropped_beyond_the_tolerance_of_rows_alone(monkeypatch):
+    """What one row spends, others have to save: a single row keeps within its own mass."""
+    plan_of(monkeypatch)
+    z, y, _ = logits_of("peaked", SIZE[torch.float32])
+    for row in range(3):
+        result = Result(z[row : row + 1], y[row : row + 1], torch.ones(1), 0.05)
+        result.check(0.05)
+
+
+def test_a_failed_check_makes_the_chunk_exact(monkeypatch):
+    """Whatever the thresholds are worth: here they drop everything off the targets' tiles, and then it is put right."""
+    from egrsd_kernels.kernels import sparse
+
+    def everything(self, blocks, out):
+        out.fill_(2.0)
+
+    plan_of(monkeypatch, most_tiles=3)
+    monkeypatch.setattr(sparse.SparseGradients, "_cut", everything)
+    z, y, g = logits_of("peaked", SIZE[torch.float32])
+    result = Result(z, y, g, 2.0**-10)
+    result.check(2.0**-10)
+    assert not result.dropped.any() and torch.equal(result.dense, g != 0)
+
+
+def test_rows_without_a_finite_gradient_are_left_to_the_exact_kernels(monkeypatch):
+    plan_of(monkeypatch, most_tiles=3)
+    z, y, g = logits_of("peaked", SIZE[torch.float32])
+    z[1, 5], y[2], g[3], g[4] = math.nan, SIZE[torch.float32] + 7, math.inf, math.nan
+    got, want = Result(z, y.clamp(max=10**6), g, 0.01), None
+    want = Result(z, y, g, 0.01, exact=True)
+    odd = [1, 2, 3, 4]
+    assert got.dense[odd].all() and torch.equal(got.logp.isnan(), want.logp.isnan())
+    assert torch.equal(got.dz[odd].nan_to_num(0, 1, -1), want.dz[odd].nan_to_num(0, 1, -1))
+    others = torch.ones(N, dtype=torch.bool)
+    others[odd] = False
+    assert got.dz[others].isfinite().all() and got.dropped[others].any()
+
+
+def random_problem(dtype, n, size, vocabulary, *, transform, seed=0):
+    """(head, hidden, targets, dL/dlogp, rows): language-model-like, a fifth masked, a third without gradient."""
+    draw = Draw(seed)
+    weight = draw_head(draw, vocabulary, size)
+    hidden = draw_hidden(draw, "peaked", weight, n)
+    targets, g, valid = draw_targets(draw, hidden, weight), draw.normal(n), draw.uniform(n) < 0.8
+    g[::3] = 0
+    transform = dict(transform)
+    bias = draw.normal(vocabulary) if transform.pop("bias", False) else None
+    if bias is not None:
+        bias[7::5] = -math.inf
+        targets = torch.where((targets >= 7) & (targets % 5 == 2), 0, targets)
+    weight, hidden = (x.to(DEVICE, dtype) for x in (weight, hidden))
+    head = Head(weight, None if bias is None else bias.to(DEVICE, dtype), **transform)
+    targets, g, valid = (x.to(DEVICE) for x in (targets, g, valid))
+    return head, hidden, targets, g, Rows.build(valid, g != 0), valid
+
+
+def student_pass(head, hidden, targets, g, rows, sparse, chunk_bytes=1):
+    logp = torch.zeros(len(targets), device=DEVICE)
+    needs = (True, True, head.bias is not None)
+    finish = triton_backend.student_pass(
+        head, hidden[None], targets, rows, logp, lambda *_: g, needs, chunk_bytes, sparse
+    )
+    return logp, finish(None)
+
+
+TRANSFORMS = [{}, {"bias": True, "softcap": 14.0, "temperature": 0.7}, {"bias": True}]
+
+
+@pytest.mark.parametrize("family", ["tma", "pointer"])
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "bias-softcap-temperature", "bias"])
+def test_against_exact_gradients(transform, family, dtype, monkeypatch):
+    """Several chunks, masked rows of NaN, a head of another size: gradients within the bound, log p as ever."""
+    monkeypatch.setenv("EGRSD_KERNELS_TMA", "1" if family == "tma" else "0")
+    tolerance = 0.02
+    plan_of(monkeypatch, most_tiles=2 if dtype != torch.float32 else 4, most_entries=100)
+    head, hidden, targets, g, rows, valid = random_problem(dtype, 150, 40, 700, transform=transform)
+    hidden[~valid], targets[~valid] = math.nan, 10**9
+    sparse = Sparse.of(tolerance, targets)
+    logp, got = student_pass(head, hidden, targets, g, rows, sparse)
+    exact_logp, want = student_pass(head, hidden, targets, g, rows, None)
+    assert (logp - exact_logp).abs().nan_to_num(0).max() <= 1e-4 and not logp[~valid].any()
+    c = g.double().abs() * valid
+    assert 0 < sparse.dense.sum() < c.count_nonzero() and sparse.dropped.any(), "the case shows nothing"
+    # Where the row was not dense, its mass is ||p - e_y||_1.
+    seen = (c > 0) & (sparse.dense == 0)
+    mass = -2 * torch.expm1(exact_logp.double())
+    assert ((sparse.mass - mass).abs() <= 1e-3 * mass + 1e-5)[seen].all()
+    assert (c * sparse.dropped).sum() <= tolerance * (c * mass).sum()
+    assert sparse.error_bound(g).double().sum() <= tolerance
+    # ||ΔdL/dz||_1 <= |c| dropped for each row; what the products make of it.
+    spent = c * sparse.dropped / head.temperature
+    lengths = hidden.double().nan_to_num(0).norm(dim=1)
+    bounds = [spent * head.weight.double().norm(dim=1).max(), (spent * lengths).sum(), spent.sum()]
+    unit = 4 * UNIT[dtype]
+    off = (got[0] - want[0])[0].double().norm(dim=1)
+    assert (off <= bounds[0] + unit * want[0][0].double().norm(dim=1) + unit * c).all()
+    for a, b, bound in zip(got[1:], want[1:], bounds[1:], strict=True):
+        assert a is b is None or (a - b).double().norm() <= bound + unit * b.double().norm()
+    again, others = Sparse.of(tolerance, targets), student_pass(head, hidden, targets, g, rows, None)
+    again_logp, others = student_pass(head, hidden, targets, g, rows, again)
+    assert torch.equal(again_logp, logp) and torch.equal(again.dropped, sparse.dropped)
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(others, got, strict=True))
