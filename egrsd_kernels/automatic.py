@@ -42,7 +42,7 @@ class Automatic:
         return history.share is None or history.share <= most_dense or history.calls % PROBE_EVERY == 0
 
     def observe(self, key: Hashable, counts: torch.Tensor) -> None:
-        """counts (2,), on the device: how many rows were dense, and of how many. Left out while a copy is on its way."""
+        """counts (2,): how many rows were dense, and of how many. Not taken while a copy is on its way."""
         history = self._seen.setdefault(key, _History())
         history.read()
         if history.counts is not None:

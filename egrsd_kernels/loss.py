@@ -223,14 +223,14 @@ def fused_egrsd_loss(
             changes in dL/dlogits is certified to be at most sparse_tol of its L1 norm, on any input, and tokens whose
             gradient is not sparse are made exactly; or "auto", sparse as long as earlier calls found it to pay. The
             PyTorch backend's gradients are always exact.
-        sparse_tol: that tolerance, Σ_t |c_t| dropped_t <= sparse_tol · Σ_t |c_t| ‖p_t - e_y‖₁ with c_t = dL/dlog p_t and
-            dropped_t the probability mass left out; each token's share is TokenStats.gradient_error_bound.
+        sparse_tol: that tolerance, Σ_t |c_t| dropped_t <= sparse_tol · Σ_t |c_t| ‖p_t - e_y‖₁ with c_t = dL/dlog p_t
+            and dropped_t the probability mass left out; a token's share of it is TokenStats.gradient_error_bound.
         return_stats: also return the per-token :class:`TokenStats`.
         chunk_bytes: the most working memory held at a time: exponentials of a chunk of tokens and what goes with them.
             With a frozen head the Triton backend holds at most 350 MiB, since more would buy no speed. With a trained
             one, chunks add up in a float32 gradient of the head, 4·V·D bytes more. Where all tokens fit into one chunk
             there is none; that chunk may take what this spares beside a 16-bit head, 2·V·D bytes, and is held until
-            the backward pass.
+            the backward pass. Sparse gradients of a trained head always add up in float32.
 
     Returns:
         The loss, 0-d float32 (float64 for float64 input), differentiable in student_hidden, student_weight and

@@ -79,7 +79,7 @@ class TokenStats(NamedTuple):
 
 @dataclass(frozen=True)
 class Sparse:
-    """What a student pass may leave out of its gradients, and what it did leave out: (N,) tensors in the callers' order.
+    """What a student pass may leave out of its gradients, and what it did leave out: (N,), in the callers' order.
 
     With c = dL/dlogp, Σ |c| dropped <= tolerance Σ |c| mass; see ``kernels/sparse.py`` for the proof.
     """
@@ -105,7 +105,7 @@ class Sparse:
 
 
 def exceeding(dropped: torch.Tensor, mass: torch.Tensor, gradient: torch.Tensor, tolerance: float) -> torch.Tensor:
-    """The tokens (N,) that must be made exactly for Σ |c| dropped <= tolerance Σ |c| mass, c = ``gradient``; mostly none.
+    """The tokens (N,) to make exactly, mostly none, for Σ |c| dropped <= tolerance Σ |c| mass with c = ``gradient``.
 
     Where the inequality does not hold, all those that drop more than the tolerance of their own mass: it then holds for
     each of the others. In float64, with a margin for its rounding.

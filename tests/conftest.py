@@ -417,8 +417,8 @@ def assert_result(
     if not ordinary:
         relative = (d_credit / s.token_advantage.abs()).nan_to_num(0, 0, 0)
         tolerance += float(peak(2 * dz_s + relative))
-    # What sparse gradients leave out, as a share of Σ |c| ‖p − e_y‖₁: a hidden gradient is off by at most max ‖W_v‖ times
-    # that sum, the head's by max ‖h‖ times it, and the bias' by once.
+    # What sparse gradients leave out, as a share of Σ |c| ‖p − e_y‖₁: a hidden gradient is off by at most max ‖W_v‖
+    # times that, the head's by max ‖h‖ times it, and the bias' by once.
     left_out = float(got.stats.gradient_error_bound.double().sum())
     assert left_out <= (case.get("sparse_tol", 2.0**-10) if case.get("grad_mode", "exact") != "exact" else 0)
     mass = -2 * (credit.abs() * torch.expm1(s.student_logp).nan_to_num(0, 0, 0)).sum() * factor / divisor

@@ -31,7 +31,9 @@ def run(n: int, vocabulary: int, size: int, dtype: torch.dtype) -> None:
         for chunk_bytes in (1, 1 << 30):
             options = {"cu_seqlens": ends, "lookahead": 5, "chunk_bytes": chunk_bytes, **transform}
             for head in (weight, weight.detach()):  # a frozen head takes the vocabulary in slices
-                fused_egrsd_loss(hidden, head, hidden + 1, target_ids, advantages, **options).backward()
+                for mode in ("exact", "sparse"):
+                    arguments = hidden, head, hidden + 1, target_ids, advantages
+                    fused_egrsd_loss(*arguments, **options, grad_mode=mode).backward()
     linear_logp(hidden, weight, target_ids).sum().backward()
     linear_logp(hidden, weight * 200, target_ids).sum().backward()  # 1/p_y beyond float32: done again
     token_statistics(hidden, weight, target_ids)

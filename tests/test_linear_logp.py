@@ -11,6 +11,8 @@ from egrsd_kernels import linear_logp, token_statistics, triton_backend
 from reference import log_prob, logits
 from tests.conftest import (
     LOGP_TOLERANCE,
+    OURS,
+    SPARSE,
     Combo,
     Draw,
     all_combos,
@@ -24,6 +26,7 @@ from tests.conftest import (
     gradient_tolerance,
     logit_error,
     logp_error,
+    sparse_combos,
 )
 
 NAMES = ("hidden", "weight", "bias")
@@ -73,7 +76,7 @@ def reference_logp(operands: dict, targets, incoming, mask=None, softcap=None, t
 def check(combo: Combo, operands: dict, targets, incoming, ordinary: bool = True, **options) -> None:
     """With a trained head and with a frozen one."""
     results = [package_logp(combo, operands, targets, incoming, frozen, **options) for frozen in (False, True)]
-    options.pop("chunk_bytes", None)
+    options = {name: value for name, value in options.items() if name not in OURS}
     want, expected = reference_logp(operands, targets, incoming, **options)
     options.pop("mask", None)
     dz = logit_error(combo, **operands, **options).nan_to_num(0)
@@ -106,6 +109,21 @@ def check(combo: Combo, operands: dict, targets, incoming, ordinary: bool = True
 )
 def test_parity(combo, shape, size, options):
     check(combo, *make_operands(combo, *shape, **size), **options)
+
+
+@sparse_combos
+@pytest.mark.parametrize(
+    "shape, size, options",
+    [
+        ((3, 5), {"width": 17, "vocabulary": 257}, {"temperature": 0.7}),
+        ((7,), {"width": 40, "vocabulary": 130, "bias": True}, {"softcap": 5.0}),
+        ((1, 1), {"kind": "flat", "vocabulary": 200}, {}),
+        ((0, 4), {"bias": True}, {}),
+    ],
+    ids=str,
+)
+def test_sparse_parity(combo, shape, size, options):
+    check(combo, *make_operands(combo, *shape, **size), **options, **SPARSE)
 
 
 @all_combos

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from egrsd_kernels.kernels.common import ROW_TILE, Configs, Machine
-from egrsd_kernels.kernels.plan import FROZEN_BYTES, ceil_div, chunk_plan
+from egrsd_kernels.kernels.plan import FROZEN_BYTES, SPARSE_COST, break_even, ceil_div, chunk_plan, sparse_plan
 from egrsd_kernels.kernels.tuning import FLOAT32, HALF, configs
 
 H100 = Machine(132, True, configs(torch.bfloat16, torch.device("cpu"), True, 232_448))
@@ -68,3 +68,23 @@ def test_rounds_of_the_grid_are_full():
         plan = chunk_plan(128, V, size, 2, H100, 1 << 30, FROZEN)
         tiles = plan.rows // ROW_TILE * ceil_div(size, H100.configs.hidden.cols)
         assert tiles / (ceil_div(tiles, 132) * 132) > 0.95, size
+
+
+def test_sparse_plans_are_within_their_memory():
+    for size in (1024, 2560, 5120):
+        for tokens in (1, 1000, 5000, 16_384, 1 << 20):
+            for config, itemsize in ((HALF[0], 2), (FLOAT32, 4)):
+                col_tiles, row_tiles = ceil_div(V, config.cols), ceil_div(tokens, ROW_TILE)
+                plan = sparse_plan(row_tiles, size, itemsize, col_tiles, config.cols, 1 << 30, False)
+                assert plan.rows % ROW_TILE == 0 and ROW_TILE <= plan.rows <= row_tiles * ROW_TILE
+                per_row = size * itemsize + 12 * col_tiles + 8 * (plan.most_entries + plan.most_tiles)
+                assert plan.rows * per_row + 4 * config.cols * plan.pairs(col_tiles) <= FROZEN_BYTES
+                if tokens >= 4 * 1024:  # a batch in which nothing is sparse shows it after a part of itself
+                    assert 1024 <= plan.rows <= max(1024, tokens // 4 + ROW_TILE)
+
+
+def test_break_even():
+    """A dense row costs what its sparse attempt did, and then what it costs anyway."""
+    for trained, products in ((False, 2), (True, 3)):
+        share = break_even(trained)
+        assert abs(SPARSE_COST + share * products - products) < 1e-12

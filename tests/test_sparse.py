@@ -13,7 +13,6 @@ import torch
 
 from egrsd_kernels import fused_egrsd_loss, linear_logp, triton_backend
 from egrsd_kernels.automatic import PROBE_EVERY, Automatic
-from egrsd_kernels.kernels import plan as plans
 from egrsd_kernels.kernels.plan import SparsePlan
 from egrsd_kernels.problem import Head, Rows, Sparse
 from tests.conftest import Combo, Draw, draw_head, draw_hidden, draw_targets, make_case, package_result
@@ -297,6 +296,7 @@ def test_what_is_not_worth_an_attempt_is_left_to_the_exact_kernels(monkeypatch):
     plan_of(monkeypatch, most_dense=0.3, most_tiles=2)
     head, hidden, targets, g, rows, valid = random_problem(torch.float32, 300, 16, 200, transform={})
     hidden *= 0.01
+    g.sign_()
     sparse = Sparse.of(2.0**-10, targets)
     logp, got = student_pass(head, hidden, targets, g, rows, sparse)
     exact_logp, want = student_pass(head, hidden, targets, g, rows, None)
@@ -308,9 +308,10 @@ def test_what_is_not_worth_an_attempt_is_left_to_the_exact_kernels(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["flat", "peaked"])
 def test_loss_over_many_chunks(kind, monkeypatch):
-    """Statistics, which are made twice for dense tokens, as in exact mode; a share of the bound for each other token."""
+    """Statistics, made twice for dense tokens, as in exact mode; a share of the bound for each of the others."""
     plan_of(monkeypatch, most_dense=0.3 if kind == "flat" else 1.0, most_tiles=2)
     case = make_case(COMBO, lengths=(70, 70, 70), vocabulary=200, kind=kind, mask="holes", per_token=True, lookahead=2)
+    case["advantages"] = case["advantages"].sign()
     exact, sparse = (package_result(case, COMBO, grad_mode=mode, sparse_tol=0.03) for mode in ("exact", "sparse"))
     bound = sparse.stats.gradient_error_bound
     assert (bound.sum() > 0) == (kind == "peaked") and bound.double().sum() <= 0.03
@@ -326,7 +327,7 @@ def test_logp_holds_the_bound_for_any_incoming_gradient(incoming, monkeypatch):
     """The forward pass of a frozen head cannot know what is asked for: tokens that dropped too much are made again."""
     plan_of(monkeypatch)
     z, y, _ = logits_of("two kinds", SIZE[torch.float32])
-    weight, hidden = torch.eye(z.shape[1], device=DEVICE), z.to(DEVICE).requires_grad_()
+    weight, hidden = torch.eye(z.shape[1], device=DEVICE), z.clone().to(DEVICE).requires_grad_()
     tolerance = 0.2
     logp = linear_logp(hidden, weight, y.to(DEVICE), backend="triton", grad_mode="sparse", sparse_tol=tolerance)
     # The decided tokens, every second one, lose nearly all: nothing, where all tokens count alike.
@@ -340,8 +341,9 @@ def test_logp_holds_the_bound_for_any_incoming_gradient(incoming, monkeypatch):
     off = c.double() * ((hidden.grad.cpu().double() / c.double()[:, None]).nan_to_num(0) - want).abs().sum(1)
     mass = c.double() * want.abs().sum(1)
     assert off.sum() <= tolerance * mass.sum()
-    assert incoming == "zeros" or off.sum() >= 1e-3 * (c == 1).all() * mass.sum()
-    if incoming == "zeros":
+    if incoming == "ones":
+        assert off[1::2].sum() > 0.4 * mass[1::2].sum()
+    elif incoming == "zeros":
         assert not hidden.grad.any()
 
 
@@ -367,8 +369,10 @@ def test_automatic_goes_by_what_it_saw():
 
 def test_auto_mode(monkeypatch):
     monkeypatch.setattr(triton_backend, "AUTOMATIC", Automatic())
-    plan_of(monkeypatch, most_tiles=2)
+    plan_of(monkeypatch)
     flat, peaked = (make_case(COMBO, vocabulary=200, kind=kind, per_token=True) for kind in ("flat", "peaked"))
+    for case in (flat, peaked):
+        case["advantages"] = case["advantages"].sign()
     bounds = []
     for case in (peaked, flat, peaked):
         bounds.append(package_result(case, COMBO, grad_mode="auto", sparse_tol=0.03).stats.gradient_error_bound.any())

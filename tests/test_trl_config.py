@@ -40,6 +40,8 @@ def config(**options) -> EGRSDConfig:
         ({"teacher_ema_decay": 1.1}, "teacher_ema_decay: "),
         ({"teacher_copy_steps": 0}, "teacher_copy_steps: "),
         ({"backend": "cuda"}, "backend: "),
+        ({"grad_mode": "dense"}, "grad_mode: expected one of exact, sparse, auto, got 'dense'"),
+        ({"sparse_tol": 0}, "sparse_tol: expected a finite number above 0 and at most 1, got 0"),
         ({"chunk_mib": 0}, "chunk_mib: "),
         ({"tau_low": 0.3}, "tau_low: expected less than tau_high = 0.17, got 0.3"),
         ({"rollout_steps": -1}, "rollout_steps: "),

@@ -37,7 +37,6 @@ PROBE_ROWS = 1024
 SPARSE_COST = 1.25
 
 
-
 @dataclass(frozen=True)
 class Plan:
     """A chunk: its ``rows``; ``slice_tiles``, the width of a stored slice of the vocabulary, in tiles of its pass; and

@@ -1,31 +1,31 @@
 """Sparse gradients with a certified bound, from the statistics that the vocabulary pass leaves anyway.
 
 That pass gives each (row, vocabulary tile) its maximum and its sum of exponentials: with logsumexp known, the exact
-probability mass q of every tile of every row. Tiles that carry little of the gradient are dropped, and what they held is
-known without another look. The logits of the tiles that are kept, a few in a row, are made again, grouped by tile, as a
-small matrix product; of their probabilities p again the small ones are dropped. The entries that are left give dhidden
-as a gather of rows of the head, and dW as a product over the rows that keep each tile.
+probability mass q of every tile of every row. Tiles that carry little of the gradient are dropped, and what they held
+is known without another look. The logits of the tiles that are kept, a few in a row, are made again, grouped by tile,
+as a small matrix product; of their probabilities p again the small ones are dropped. The entries that are left give
+dhidden as a gather of rows of the head, and dW as a product over the rows that keep each tile.
 
 Both thresholds are on the weighed mass a p, with a = |g| / max |g| and g = dL/dlogp: what is dropped from a row that
 matters little may be large. Each is the largest budget · 2^-k under which everything together stays within the budget.
 A row that keeps too many tiles or entries is dense: it is left to the exact kernels, and drops nothing.
 
 **The bound.** Let δ_t be the probability mass that row t drops, its target never being dropped, and
-M_t = ||p_t - e_y||_1 = 2 Σ_{v≠y} p_v. The target's entry stays 1 - p_y = Σ_{v≠y} p_v, dropped or not, so that dL/dz_t is
-off by g_t p_v at the dropped v and by nothing elsewhere: its L1 error is |g_t| δ_t. (With a softcap each term is damped
-by a factor 1 - tanh² <= 1, which only helps. For dhidden it means: off by at most |g_t| δ_t max_v ||W_v|| / T.)
+M_t = ||p_t - e_y||_1 = 2 Σ_{v≠y} p_v. The target's entry stays 1 - p_y = Σ_{v≠y} p_v, dropped or not, so that dL/dz_t
+is off by g_t p_v at the dropped v and by nothing elsewhere: its L1 error is |g_t| δ_t. (With a softcap each term is
+damped by a factor 1 - tanh² <= 1, which only helps. dhidden is off by at most |g_t| δ_t max_v ||W_v|| / T.)
 
     Σ_t |g_t| δ_t <= tol Σ_t |g_t| M_t        on any input
 
-*Proof.* ``certify_kernel`` adds up both sides over the rows of the chunk, and unless D (1 + 2 SLACK) <= tol M for the two
-sums as computed, it makes every row of the chunk dense, whose δ is 0. So nothing hangs on how the thresholds were found;
-it remains that the sums as computed are good for the sums. All their terms are nonnegative, so that m roundings on the
-way from a term to the sum change it by a factor within 1 ± m u / (1 - m u), u = 2^-24. A tile's sum takes at most COLS
-additions, a row's one for each tile, and the chunk's one for each row: m < 2^14 with room to spare, which is a factor
-within 1 ± 2^-9.9 for either sum, and (1 + 2^-9.9) / (1 - 2^-9.9) < 1 + SLACK. Underflow is taken the safe way: a weighed
-mass that is not 0 counts as at least the smallest normal number in D, and one below 2^-100 as 0 in M. The M of a row
-whose tiles were not looked into leaves out the target's tile, which can only make it smaller. Chunks each keep to their
-own budget, so the sums over all of them do. ∎
+*Proof.* ``certify_kernel`` adds up both sides over the rows of the chunk, and unless D (1 + 2 SLACK) <= tol M for the
+two sums as computed, it makes every row of the chunk dense, whose δ is 0. So nothing hangs on how the thresholds were
+found; it remains that the sums as computed are good for the sums. All their terms are nonnegative, so that m roundings
+on the way from a term to the sum change it by a factor within 1 ± m u / (1 - m u), u = 2^-24. A tile's sum takes at
+most COLS additions, a row's one for each tile, and the chunk's one for each row: m < 2^14 with room to spare, which is
+a factor within 1 ± 2^-9.9 for either sum, and (1 + 2^-9.9) / (1 - 2^-9.9) < 1 + SLACK. Underflow is taken the safe
+way: a weighed mass that is not 0 counts as at least the smallest normal number in D, and one below 2^-100 as 0 in M.
+The M of a row whose tiles were not looked into leaves out the target's tile, which can only make it smaller. Chunks
+each keep to their own budget, so the sums over all of them do. ∎
 
 Each row's δ is given out times 1 + SLACK, so that it stands for the exact one over the exact M_t in any sum that is
 made of it later; the other SLACK keeps such a sum within the tolerance, however it is rounded.
@@ -101,9 +101,9 @@ def row_weight_kernel(gradient, order, live, lse, logit, weight, dense, top, ROW
     for start in range(0, n, ROWS):
         r = start + tl.arange(0, ROWS)
         g = tl.abs(tl.load(gradient + tl.load(order + r, mask=r < n, other=0), mask=r < n, other=0.0))
-        l = tl.load(lse + r, mask=r < n, other=0.0)
+        shift = tl.load(lse + r, mask=r < n, other=0.0)
         z = tl.load(logit + r, mask=r < n, other=0.0)
-        sound = (g < float("inf")) & (tl.abs(l) < -0.1 * NEG) & (z == z)
+        sound = (g < float("inf")) & (tl.abs(shift) < -0.1 * NEG) & (z == z)
         largest = tl.maximum(largest, tl.where(sound, g, 0.0))
         # The weight is still to be divided by the largest.
         tl.store(weight + r, tl.where(sound, g, 0.0), mask=r < n)
@@ -123,7 +123,7 @@ def tile_mass_kernel(
     if tl.program_id(0) * ROWS < n:
         a = tl.load(weight + r, mask=ours, other=0.0)
         a = tl.where(a > 0, tl.maximum(a / tl.load(top), TINY), 0.0)
-        l = tl.load(lse + r, mask=ours, other=0.0)
+        shift = tl.load(lse + r, mask=ours, other=0.0)
         own = tl.load(target + r, mask=ours, other=0) // COLS
         total = tl.zeros([ROWS], tl.float32)
         for start in range(0, col_tiles, TILES):
@@ -131,7 +131,7 @@ def tile_mass_kernel(
             inside = (j < col_tiles)[:, None] & ours[None, :]
             at = partial + j[:, None] * chunk + r[None, :]
             s = tl.load(at + col_tiles * chunk, mask=inside, other=0.0)
-            q = s * tl.exp2(tl.load(at, mask=inside, other=NEG) - l[None, :])
+            q = s * tl.exp2(tl.load(at, mask=inside, other=NEG) - shift[None, :])
             q = tl.where((a > 0)[None, :], q, 0.0)
             tl.store(at, q, mask=inside)
             total += tl.sum(tl.where(j[:, None] == own[None, :], 0.0, q), 0)
@@ -197,7 +197,7 @@ def select_tiles_kernel(
     mass, weight, target, live, cut, tile_of, n_tiles, dropped, dense, chunk, col_tiles,
     COLS: tl.constexpr, MOST: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """The tiles that a row keeps, in order, its target's always; none where they are more than MOST: such a row is dense."""
+    """The tiles that a row keeps, in order, its target's always; none where there are over MOST: it is dense then."""
     n = tl.load(live + 1)
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     ours = r < n
@@ -270,7 +270,7 @@ def pair_kernel(
     D: tl.constexpr, PAIRS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, PROGRAMS: tl.constexpr,
     TMA: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """p of the kept tiles, (pairs, COLS) float32, and each pair's sum without the target; 0 for places without a row."""
+    """p of the kept tiles, (pairs, COLS) float32, and each pair's sum without the target; 0 where there is no row."""
     for block in range(tl.program_id(0), tl.load(first_block + col_tiles), PROGRAMS):
         j = tile_of_block(first_block, col_tiles, block, SIZE)
         i = (block - tl.load(first_block + j)) * PAIRS + tl.arange(0, PAIRS)
@@ -350,7 +350,7 @@ def entries_kernel(
         n = tl.load(n_tiles + r)
         y = tl.load(target + r)
         a = tl.load(weight + r)
-        l = tl.load(lse + r)
+        shift = tl.load(lse + r)
         limit = tl.load(cut)
         own = tl.load(others + r)
         if SOFTCAP:
@@ -365,7 +365,7 @@ def entries_kernel(
             keep = kept(a, p, limit) & (v != y)
             one = keep.to(tl.int32)
             at = count + tl.cumsum(one, 0) - one
-            x = product_gradient(p, v, y, a, limit, own, l, softcap, scale, SOFTCAP)
+            x = product_gradient(p, v, y, a, limit, own, shift, softcap, scale, SOFTCAP)
             inside = keep & (at < CAPACITY - 1)
             tl.store(entry_of + r * CAPACITY + at, v, mask=inside)
             tl.store(value_of + r * CAPACITY + at, x, mask=inside)
@@ -389,10 +389,9 @@ def certify_kernel(
 ):  # fmt: skip
     """Check the chunk's bound, and make all its rows dense if it does not hold; then say what each row drops.
 
-    signed: g of the rows that are not dense, 0 for the others. peak: the largest entry of dL/dz, which is some target's:
-    what the entries are divided by where they are rounded, as small ones of a row with a large g would not be there.
-    ``counts``, of the rows that are worth an attempt, ends with this chunk where more than the share ``most_dense`` of
-    it is dense.
+    signed: g of the rows that are not dense, 0 for the others. peak: the largest entry of dL/dz, which is some
+    target's: what entries are divided by where they are rounded to the operands' dtype. ``counts``, of the rows that
+    are worth an attempt, ends with this chunk where more than the share ``most_dense`` of it is dense.
     """
     n = tl.load(live + 1)
     mass = tl.zeros([ROWS], tl.float32)
@@ -435,7 +434,7 @@ def gather_hidden_kernel(
     entry_of, value_of, n_entries, dense, signed, weight, stride_wv, stride_wd, order, live, out, temperature, D,
     CAPACITY: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """dhidden of a row: its entries' rows of the head, weighed. Rows without gradient, and dense ones, are left alone."""
+    """dhidden of a row: its entries' rows of the head, weighed. Rows without gradient and dense ones are left alone."""
     r = tl.program_id(0)
     if r < tl.load(live + 1):
         n = tl.load(n_entries + r)
@@ -469,8 +468,8 @@ def load_gradient(
     y = tl.load(target + r, mask=ours, other=-1)[:, None]
     a = tl.load(weight + r, mask=ours, other=0.0)[:, None]
     own = tl.load(target_value + r, mask=ours, other=0.0)[:, None]
-    l = tl.load(lse + r, mask=ours, other=0.0)[:, None]
-    x = product_gradient(p, v[None, :], y, a, tl.load(cut), own, l, softcap, scale, SOFTCAP)
+    shift = tl.load(lse + r, mask=ours, other=0.0)[:, None]
+    x = product_gradient(p, v[None, :], y, a, tl.load(cut), own, shift, softcap, scale, SOFTCAP)
     return r, x * tl.load(signed + r, mask=ours, other=0.0)[:, None] * (1.0 / unit)
 
 
@@ -538,7 +537,7 @@ def bias_pairs_kernel(
 
 
 class SparseGradients:
-    """Log p and sparse gradients of one chunk after another, in order, as :class:`~.gradient.ChunkGradients` makes them.
+    """Log p and sparse gradients of one chunk after another, in order, like :class:`~.gradient.ChunkGradients`.
 
     plan: how many tiles and entries a row may keep.
     out_hidden: (N, D), zeros, filled at the rows with a gradient that are not dense; or None.
@@ -577,12 +576,12 @@ class SparseGradients:
         return torch.empty(*shape, dtype=torch.int32, device=self.chunk.hidden.device)
 
     def forward(self, order: torch.Tensor, logp: torch.Tensor) -> None:
-        """Write log p (nats) of row i at order[i] of ``logp`` (N,), and leave logsumexp and sums of the tiles behind."""
+        """Write log p (nats) of row i at order[i] of ``logp`` (N,), and leave logsumexp and tile sums behind."""
         self.seen += self.chunk.rows
         self.vocab.normalise(order, logp)
 
     def backward(self, order: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Turn dL/dlogp, ``gradient`` (N,) float32, into the chunk's hidden gradients, and into pairs for the head's."""
+        """Turn dL/dlogp, ``gradient`` (N,) float32, into the chunk's hidden gradients, and pairs for the head's."""
         chunk, sparse = self.chunk, self.sparse
         row_weight_kernel[(1,)](
             gradient, order, chunk.live, chunk.offset, chunk.logit, self.weight, self.dense, self.top, ROWS=SLOTS
@@ -688,7 +687,7 @@ class SparseGradients:
             *self._pairs, chunk.hidden, out, chunk.rows, chunk.D, chunk.V, self.vocab.col_tiles,
             head.softcap or 0.0, chunk.logit_scale, head.temperature, self.unit,
             COLS=cols, PAIRS=PAIRS, PROGRAMS=chunk.programs, SOFTCAP=head.softcap is not None, ACCUMULATE=accumulate,
-            PRECISION=PRECISION, num_warps=8 if large else 4, num_stages=3, **tile,
+            PRECISION=PRECISION, num_warps=8 if large else 4, num_stages=2, **tile,
         )  # fmt: skip
 
     def bias(self, out: torch.Tensor, accumulate: bool) -> None:

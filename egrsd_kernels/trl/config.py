@@ -7,6 +7,7 @@ from pathlib import Path
 from trl import GRPOConfig
 
 from egrsd_kernels.inputs import expect, integer, number
+from egrsd_kernels.problem import DEFAULT_SPARSE_TOL
 from egrsd_kernels.regimes import TAU_HIGH, TAU_LOW
 
 PRESETS = {path.stem: path for path in sorted((Path(__file__).parent / "presets").glob("*.yaml"))}
@@ -15,6 +16,7 @@ PRESETS = {path.stem: path for path in sorted((Path(__file__).parent / "presets"
 CHOICES = {
     "advantage": ("welford", "group"),
     "backend": ("auto", "triton", "torch"),
+    "grad_mode": ("exact", "sparse", "auto"),
     "gamma_schedule": ("constant", "linear", "cosine"),
     "loss_type": ("dapo", "dr_grpo"),
     "teacher": ("auto", "adapters_off", "frozen", "ema", "copy"),
@@ -91,6 +93,15 @@ class EGRSDConfig(GRPOConfig):
     teacher_copy_steps: int = field(default=100, metadata={"help": "Optimizer steps between hard copies."})
     backend: str = field(default="auto", metadata={"help": 'Kernels: "auto", "triton" or "torch".'})
     chunk_mib: int = field(default=1024, metadata={"help": "The most working memory of the loss, MiB."})
+    grad_mode: str = field(
+        default="exact",
+        metadata={
+            "help": '"exact"; "sparse": leaves out what carries little of the gradient, within sparse_tol; "auto".'
+        },
+    )
+    sparse_tol: float = field(
+        default=DEFAULT_SPARSE_TOL, metadata={"help": "The most that sparse gradients leave out, of their L1 norm."}
+    )
     tau_low: float = field(default=TAU_LOW, metadata={"help": "Regimes: H / log V up to this is certain."})
     tau_high: float = field(default=TAU_HIGH, metadata={"help": "Regimes: H / log V from this on is uncertain."})
     rollout_steps: int = field(
@@ -107,6 +118,7 @@ class EGRSDConfig(GRPOConfig):
             "gate_floor": {"high": 1},
             "clip_eps": {"high": 1},
             "min_entropy_scale": {"strict": True},
+            "sparse_tol": {"high": 1, "strict": True},
             "length_beta": {},
             "teacher_ema_decay": {"high": 1},
             "tau_low": {},

@@ -314,6 +314,8 @@ class EGRSDTrainer(GRPOTrainer):
                 softcap=self._softcap,
                 normalizer=inputs["normalizer"],
                 backend=args.backend,
+                grad_mode=args.grad_mode,
+                sparse_tol=args.sparse_tol,
                 chunk_bytes=args.chunk_mib << 20,
                 return_stats=True,
             )
