@@ -659,7 +659,7 @@ class SparseGradients:
         pairs_below_kernel[(chunk.programs,)](
             self.probability, self.weight, chunk.target, self.row_of, self.n_rows, self.first_block, self.cuts,
             self.below, chunk.rows, tiles, PAIRS=PAIRS, COLS=c.cols, PROGRAMS=chunk.programs,
-            SIZE=triton.next_power_of_2(tiles), BINS=BINS,
+            SIZE=triton.next_power_of_2(tiles), BINS=BINS, num_warps=8,
         )  # fmt: skip
         self._cut(chunk.programs, self.entry_cut)
         entries_kernel[(chunk.rows,)](
