@@ -108,10 +108,13 @@ def exceeding(dropped: torch.Tensor, mass: torch.Tensor, gradient: torch.Tensor,
     """The tokens (N,) to make exactly, mostly none, for Σ |c| dropped <= tolerance Σ |c| mass with c = ``gradient``.
 
     Where the inequality does not hold, all those that drop more than the tolerance of their own mass: it then holds for
-    each of the others. In float64, with a margin for its rounding.
+    each of the others. In float64, with a margin for its rounding. Where c is not finite nothing may be left out.
     """
-    c, allowed = gradient.double().abs().nan_to_num(0, 0, 0), tolerance * (1 - 2.0**-30) * mass.double()
-    return ((c * dropped).sum() > (c * allowed).sum()) & (dropped > allowed) & (c != 0)
+    finite = gradient.isfinite()
+    c = torch.where(finite, gradient, 0).double().abs()
+    allowed = tolerance * (1 - 2.0**-30) * mass.double()
+    beyond = ((c * dropped).sum() > (c * allowed).sum()) & (dropped > allowed) & (c != 0)
+    return beyond | (~finite & (dropped > 0))
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -65,8 +65,8 @@ def student_pass(
 
     gradient_of: called with (first row, number of rows) once their ``logp`` is there; gives dL/dlogp, an (N,) tensor.
     needs: gradients of (hidden, weight, bias).
-    sparse: what may be left out of them; takes what was. None: exact gradients. With it ``gradient_of`` is called again
-        for all rows, of which some have another ``logp``, as exact, or none yet.
+    sparse: what may be left out of them; takes what was. None: exact gradients. With it ``gradient_of`` may be called
+        before some of the rows have their ``logp``, and is called again for all rows when they have it.
 
     Returns:
         What gives the gradients, those that are needed, in the operands' dtypes: a function of a 0-d float32 tensor
@@ -80,19 +80,24 @@ def student_pass(
         d_bias = torch.zeros_like(head.bias) if needs[2] else None
     else:
         how = machine(head.weight)
-        row_tiles, whole = ceil_div(n, ROW_TILE), needs[1] or needs[2]
-        plan = chunk_plan(row_tiles, *head.weight.shape, dtype.itemsize, how, chunk_bytes, needs)
+        shape, whole = (ceil_div(n, ROW_TILE), *head.weight.shape, dtype.itemsize), needs[1] or needs[2]
+        plan = chunk_plan(*shape, how, chunk_bytes, needs)
         if needs[1] and (n > plan.rows or sparse is not None):
             d_weight = torch.empty(head.weight.shape, dtype=torch.float32, device=device)
         if needs[2]:
             d_bias = torch.empty(head.bias.shape, dtype=torch.float32, device=device)
-        operands, outputs = (hidden, target_ids), (logp, d_weight, d_bias)
+        operands, results = (hidden, target_ids), (logp, d_weight, d_bias)
         if sparse is not None:
-            rows = _sparse_chunks(head, how, operands, rows, gradient_of, outputs, d_hidden, whole, chunk_bytes, sparse)
-        chunk = Chunk(head, plan.rows, how)
-        gradients = ChunkGradients(chunk, plan, d_hidden, head=whole)
-        every = None if sparse is None else lambda *_: gradient_of(0, n)
-        _every_chunk(gradients, operands, rows, every or gradient_of, outputs, accumulate=sparse is not None)
+            attempt = Rows(rows.order, rows.counts.clone())
+            limits = sparse_plan(*shape, how, chunk_bytes, whole)
+            gradients = SparseGradients(Chunk(head, limits.rows, how), limits, d_hidden, sparse, attempt.counts)
+            _every_chunk(gradients, operands, attempt, gradient_of, results)
+            del gradients  # its memory is the next one's
+            AUTOMATIC.observe(_kind(head), torch.stack([sparse.dense.sum(), attempt.counts[1]]))
+            rows, unseen = _left_over(rows, attempt, sparse)
+            results, gradient_of = _of_all_rows(gradient_of, results, unseen)
+        gradients = ChunkGradients(Chunk(head, plan.rows, how), plan, d_hidden, head=whole)
+        _every_chunk(gradients, operands, rows, gradient_of, results, accumulate=sparse is not None)
         if needs[1] and d_weight is None:
             # All rows in one chunk: its product is the whole gradient, so it waits for the factor and is rounded to the
             # head's dtype on its way out. That spares a float32 gradient, more memory than the chunk that waits.
@@ -128,27 +133,24 @@ def _every_chunk(gradients, operands, rows: Rows, gradient_of, outputs, accumula
             gradients.bias(d_bias, accumulate=accumulate or first_row > 0)
 
 
-def _sparse_chunks(
-    head: Head, how, operands, rows: Rows, gradient_of, outputs, d_hidden, whole: bool, chunk_bytes: int, sparse: Sparse
-) -> Rows:
-    """Sparse gradients as far as they go; gives the rows that are left over, for the exact kernels."""
-    hidden, target_ids = operands
-    n, c = target_ids.numel(), how.configs.vocab
-    col_tiles = ceil_div(head.weight.shape[0], c.cols)
-    plan = sparse_plan(
-        ceil_div(n, ROW_TILE), hidden.shape[-1], hidden.element_size(), col_tiles, c.cols, chunk_bytes, whole
-    )
-    attempted = Rows(rows.order, rows.counts.clone())
-    gradients = SparseGradients(Chunk(head, plan.rows, how), plan, d_hidden, sparse, attempted.counts)
-    _every_chunk(gradients, operands, attempted, gradient_of, outputs)
-    # The order has valid rows with a gradient first, then those without: what was not attempted may be of both kinds.
-    place = torch.arange(n, dtype=torch.int32, device=target_ids.device)
-    valid, active = (place < count for count in rows.counts)
+def _left_over(rows: Rows, attempt: Rows, sparse: Sparse) -> tuple[Rows, torch.Tensor]:
+    """(the rows for the exact kernels, which tokens (N,) among them no attempt was made for)."""
     order = rows.order.long()
-    left = torch.empty_like(valid)
-    left[order] = valid & (place >= attempted.counts[0])
-    with_gradient = torch.empty_like(valid)
-    with_gradient[order] = active
-    left = Rows.build(left | (sparse.dense > 0), with_gradient)
-    AUTOMATIC.observe(_kind(head), torch.stack([left.counts[1], rows.counts[1]]))
-    return left
+    place = torch.empty_like(rows.order)
+    place[order] = torch.arange(order.numel(), dtype=torch.int32, device=order.device)
+    unseen = (place >= attempt.counts[0]) & (place < rows.counts[0])
+    return Rows.build(unseen | (sparse.dense > 0), place < rows.counts[1]), unseen
+
+
+def _of_all_rows(gradient_of, results, unseen: torch.Tensor):
+    """What sparse gradients leave over for the exact kernels is not in the order that ``gradient_of`` knows: (results,
+    gradient_of) with a log p of their own, taken over for the tokens that had none. The others keep theirs, and with
+    it the gradient that the bound was checked for."""
+    logp, *head = results
+    exact_logp = torch.zeros_like(logp)
+
+    def gradient_of_all(*_) -> torch.Tensor:
+        logp.copy_(torch.where(unseen, exact_logp, logp))
+        return gradient_of(0, logp.numel())
+
+    return (exact_logp, *head), gradient_of_all

@@ -75,7 +75,8 @@ def test_sparse_plans_are_within_their_memory():
         for tokens in (1, 1000, 5000, 16_384, 1 << 20):
             for config, itemsize in ((HALF[0], 2), (FLOAT32, 4)):
                 col_tiles, row_tiles = ceil_div(V, config.cols), ceil_div(tokens, ROW_TILE)
-                plan = sparse_plan(row_tiles, size, itemsize, col_tiles, config.cols, 1 << 30, False)
+                how = Machine(132, True, Configs(config, config, config))
+                plan = sparse_plan(row_tiles, V, size, itemsize, how, 1 << 30, False)
                 assert plan.rows % ROW_TILE == 0 and ROW_TILE <= plan.rows <= row_tiles * ROW_TILE
                 per_row = size * itemsize + 12 * col_tiles + 8 * (plan.most_entries + plan.most_tiles)
                 assert plan.rows * per_row + 4 * config.cols * plan.pairs(col_tiles) <= FROZEN_BYTES

@@ -302,7 +302,7 @@ def test_what_is_not_worth_an_attempt_is_left_to_the_exact_kernels(monkeypatch):
     exact_logp, want = student_pass(head, hidden, targets, g, rows, None)
     assert 0 < (sparse.dense > 0).sum() <= 128 < (valid & (g != 0)).sum()
     assert not sparse.dropped.any()
-    assert torch.equal(logp, exact_logp) and torch.equal(got[0], want[0])
+    assert (logp - exact_logp).abs().max() <= 1e-5 and torch.equal(got[0], want[0])
     assert (got[1] - want[1]).norm() <= 1e-5 * want[1].norm()
 
 

@@ -173,12 +173,15 @@ def chunk_plan(
     return Plan(tiles * ROW_TILE, width, room)
 
 
-def sparse_plan(row_tiles: int, hidden_size: int, itemsize: int, col_tiles: int, cols: int, budget: int, trained: bool):
-    """The :class:`SparsePlan` for so many tiles of rows over ``col_tiles`` vocabulary tiles of ``cols``.
+def sparse_plan(
+    row_tiles: int, vocabulary: int, hidden_size: int, itemsize: int, machine: Machine, budget: int, trained: bool
+) -> SparsePlan:
+    """The largest chunks that are worth it, within ``budget`` bytes (or the smallest). trained: whether the head is.
 
-    Nothing in a chunk is as large as the vocabulary, so what limits its rows is that more of them buy no speed.
+    The gradient of a head in float32, which chunks add up in, is beside that budget.
     """
-    one = SparsePlan(ROW_TILE, break_even(trained))
+    one, cols = SparsePlan(ROW_TILE, break_even(trained)), machine.configs.vocab.cols
+    col_tiles = ceil_div(vocabulary, cols)
     padding = 4 * cols * PAIRS * col_tiles
     per_row = hidden_size * itemsize + 12 * col_tiles + 4 * (cols + 3) * one.most_tiles + 8 * one.most_entries + 64
     fitting = max(0, min(budget, FROZEN_BYTES) - padding) // per_row
