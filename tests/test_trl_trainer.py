@@ -32,6 +32,7 @@ SETTINGS = {
     "group": {"advantage": "group", "scale_rewards": "none"},
     "several passes": {"num_iterations": 2, "steps_per_generation": 4},
     "no thinking": {"chat_template_kwargs": {"enable_thinking": False}},
+    "sparse": {"grad_mode": "sparse", "sparse_tol": 0.01},
     "bf16": {"bf16": True},
     "temperature": {"temperature": 0.7},
     "padded": {"pad_to_multiple_of": 8},

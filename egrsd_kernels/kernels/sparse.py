@@ -385,12 +385,13 @@ def entries_kernel(
 @triton.jit
 def certify_kernel(
     gradient, order, live, weight, others, dropped, dense, signed, peak,
-    token_dropped, token_mass, token_dense, counts, end, tolerance, most_dense, ROWS: tl.constexpr,
+    token_dropped, token_mass, token_dense, counts, end, tolerance, most_dense,
+    SCALED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Check the chunk's bound, and make all its rows dense if it does not hold; then say what each row drops.
 
-    signed: g of the rows that are not dense, 0 for the others. peak: the largest entry of dL/dz, which is some
-    target's: what entries are divided by where they are rounded to the operands' dtype. ``counts``, of the rows that
+    signed: g of the rows that are not dense, 0 for the others. peak: what entries are divided by before they are
+    rounded to the operands' dtype: 1, or with SCALED the largest of them, some target's. ``counts``, of the rows that
     are worth an attempt, ends with this chunk where more than the share ``most_dense`` of it is dense.
     """
     n = tl.load(live + 1)
@@ -422,8 +423,10 @@ def certify_kernel(
         tl.store(token_mass + t, tl.where(active, 2.0 * other, 0.0), mask=ours)
         tl.store(token_dense + t, exact, mask=ours)
         left += exact
-    # So that neither it nor its inverse underflows.
-    tl.store(peak, tl.minimum(tl.maximum(tl.max(largest, 0), SMALL), 1.0 / SMALL))
+    if SCALED:  # within bounds in which neither it nor its inverse underflows
+        tl.store(peak, tl.minimum(tl.maximum(tl.max(largest, 0), SMALL), 1.0 / SMALL))
+    else:
+        tl.store(peak, 1.0)
     worth = tl.sum(left, 0).to(tl.float32) <= most_dense * n.to(tl.float32)
     for which in range(0, 2):
         tl.store(counts + which, tl.where(worth, tl.load(counts + which), tl.minimum(tl.load(counts + which), end)))
@@ -553,7 +556,7 @@ class SparseGradients:
         c = self.config = chunk.configs.vocab
         self.vocab = VocabPass(chunk)
         tiles = self.vocab.col_tiles
-        # float16 cannot hold small gradients: there they are in units of 2^-15, taken back in float32 at the end.
+        # float16 cannot hold small gradients: there they are in units of 2^-15 of the largest, taken back in float32.
         self.unit = 2.0**-15 if chunk.hidden.dtype == torch.float16 else 1.0
         # Maxima, sums, and sums for the entropy are done with once tile masses, rows of a tile and ranks are there.
         planes = self.vocab.partial.view(3, tiles, chunk.rows)
@@ -592,7 +595,7 @@ class SparseGradients:
         certify_kernel[(1,)](
             gradient, order, chunk.live, self.weight, self.others, self.dropped, self.dense, self.signed, self.peak,
             sparse.dropped, sparse.mass, sparse.dense, self.counts, self.seen, sparse.tolerance,
-            self.plan.most_dense, ROWS=SLOTS,
+            self.plan.most_dense, SCALED=self.unit != 1, ROWS=SLOTS,
         )  # fmt: skip
         if self.out_hidden is not None:
             weight, block = chunk.head.weight, min(1024, triton.next_power_of_2(chunk.D))
