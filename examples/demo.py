@@ -242,6 +242,7 @@ def warm_up(
     steps: int,
     additions: Sequence[int] = (2, 3),
     chatter_rate: float = CHATTER_RATE,
+    teacher_chatter_rate: float = CHATTER_RATE,
 ) -> Iterator[float]:
     """Imitate the careless student's demonstrations; yields the loss (nats a token) of each step.
 
@@ -261,8 +262,9 @@ def warm_up(
             prompts = [classroom.student_prompt(problem) for problem in problems]
         else:
             problems = sample_problems(rng, 32, exclude, additions)
+            rate = teacher_chatter_rate if privileged else chatter_rate
             demonstrations = [
-                problem.solution(rng if rng.random() < chatter_rate else None, slips=None if privileged else rng)
+                problem.solution(rng if rng.random() < rate else None, slips=None if privileged else rng)
                 for problem in problems
             ]
             prompts = [

@@ -1,4 +1,4 @@
-"""GRPO, RLSD, EGRSD and CL-EGRSD from one checkpoint at equal budget: accuracy against response length.
+"""GRPO, REINFORCE, RLSD, EGRSD and CL-EGRSD from one checkpoint at equal budget: accuracy against response length.
 
     python -m examples.experiment --output experiment_output     # from the repository's root; needs egrsd-kernels[trl]
 
@@ -6,6 +6,9 @@ A small Qwen3 model is pre-trained on long sums in words, by a careless writer (
 checkpoint ``egrsd train`` then runs each method with several seeds, in a process each: the same problems, reward,
 number of rollouts and optimizer steps. What is compared is measured afterwards, on problems that no training saw:
 every checkpoint answers them at temperature 1, the last one greedily too.
+
+GRPO's advantages are relative to the group; the others' are Welford's. REINFORCE, without magnitude and gate, stands
+between GRPO and RLSD: what differs from it is the token weights' doing, and what GRPO differs by, the advantage's.
 
 Everything that is there already is kept, so that a run that was cut off goes on where it was.
 """
@@ -39,10 +42,11 @@ from examples import demo
 ROOT = Path(__file__).parents[1]
 MAX_RESPONSE = 128  # L_max, tokens
 ADDITIONS = (3, 4, 5)
-CHATTER_RATE = 0.9
+CHATTER_RATE = 0.9  # share of the demonstrations that are in words
+TEACHER_CHATTER_RATE = 0.45  # who has read the solution, hesitates half as often
 HELD_OUT = 512
 PROBLEMS = 4096
-COLORS = {"GRPO": "#64748b", "RLSD": "#0f766e", "EGRSD": "#c2410c", "CL-EGRSD": "#2563eb"}
+COLORS = {"GRPO": "#64748b", "REINFORCE": "#a16207", "RLSD": "#0f766e", "EGRSD": "#c2410c", "CL-EGRSD": "#2563eb"}
 
 
 def correct(completions: list, answer: list[int], **_: Any) -> list[float]:
@@ -55,6 +59,7 @@ def methods(gamma: float, lookahead: int) -> dict[str, dict[str, Any]]:
     """What each method changes in the common settings."""
     return {
         "GRPO": {"gamma": 0.0, "clip_eps": 0.0, "advantage": "group"},
+        "REINFORCE": {"gamma": 0.0, "clip_eps": 0.0},
         "RLSD": {"gamma": 0.0},
         "EGRSD": {"gamma": gamma},
         "CL-EGRSD": {"gamma": gamma, "lookahead": lookahead},
@@ -70,7 +75,7 @@ def pretrain(folder: Path, args: argparse.Namespace) -> None:
     tokenizer = demo.build_tokenizer()
     model = demo.build_model(tokenizer, args.width, args.layers).to(args.device)
     classroom = demo.Classroom(model, tokenizer, torch.device(args.device), MAX_RESPONSE)
-    losses = demo.warm_up(classroom, rng, exclude, args.pretrain_steps, ADDITIONS, CHATTER_RATE)
+    losses = demo.warm_up(classroom, rng, exclude, args.pretrain_steps, ADDITIONS, CHATTER_RATE, TEACHER_CHATTER_RATE)
     for loss in track(losses, "pre-training", total=args.pretrain_steps, transient=True):
         last = loss
     problems = demo.sample_problems(rng, PROBLEMS, exclude, ADDITIONS)

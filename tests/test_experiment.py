@@ -33,6 +33,7 @@ def test_every_method_is_a_config(tmp_path):
     found = {name: (c.advantage, c.clip_eps, c.gamma, c.lookahead) for name, c in configs.items()}
     assert found == {
         "GRPO": ("group", 0.0, 0.0, 0),
+        "REINFORCE": ("welford", 0.0, 0.0, 0),
         "RLSD": ("welford", 0.2, 0.0, 0),
         "EGRSD": ("welford", 0.2, 0.5, 0),
         "CL-EGRSD": ("welford", 0.2, 0.5, 3),

@@ -115,6 +115,14 @@ def test_minus_infinity_through_the_bias(combo):
     check(combo, operands, targets)
 
 
+def same(combo, got, want) -> bool:
+    """Bit for bit from the kernels. A BLAS chooses its loops by number of rows, strides and threads."""
+    if combo.backend == "triton":
+        return all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+    slack = 64 * combo.unit_roundoff
+    return all(torch.allclose(x, y, rtol=slack, atol=slack) for x, y in zip(got, want, strict=True))
+
+
 @all_combos
 def test_masked_positions_are_zero_and_never_looked_at(combo):
     operands, targets = make_operands(combo, 4, 6, bias=True)
@@ -125,11 +133,12 @@ def test_masked_positions_are_zero_and_never_looked_at(combo):
     targets[~mask] = -7
     for value in (mask, mask.long()):
         masked = token_statistics(**operands, target_ids=targets, mask=value, backend=combo.backend)
-        for x, y in zip(masked, plain, strict=True):
-            assert torch.equal(x, torch.where(mask, y, 0))
+        assert all((x[~mask] == 0).all() for x in masked)
+        assert same(combo, (x[mask] for x in masked), (x[mask] for x in plain))
     targets[~mask] = -100
-    for x, y in zip(token_statistics(**operands, target_ids=targets, backend=combo.backend), plain, strict=True):
-        assert torch.equal(x, torch.where(mask, y, 0))
+    ignored = token_statistics(**operands, target_ids=targets, backend=combo.backend)
+    assert all((x[~mask] == 0).all() for x in ignored)
+    assert same(combo, (x[mask] for x in ignored), (x[mask] for x in plain))
 
 
 @all_combos
@@ -176,11 +185,10 @@ def test_any_strides(combo):
     assert apart.stride(-1) == 2
     for h, w in ((hidden, weight), (hidden, columns), (apart, weight)):
         got = token_statistics(h[:, :-1], w, targets[:, 1:], **options)
-        assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
-    same = token_statistics(hidden[:1, :1].expand(2, 3, -1), weight, targets[:1, :1].expand(2, 3), **options)
-    assert all(
-        (x == y[0, 0]).all() for x, y in zip(same, token_statistics(hidden, weight, targets, **options), strict=True)
-    )
+        assert same(combo, got, want)
+    repeated = token_statistics(hidden[:1, :1].expand(2, 3, -1), weight, targets[:1, :1].expand(2, 3), **options)
+    once = token_statistics(hidden, weight, targets, **options)
+    assert same(combo, repeated, (x[:1, :1].expand(2, 3) for x in once))
 
 
 @pytest.mark.cuda
