@@ -19,7 +19,6 @@ import os
 import random
 import re
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -36,10 +35,10 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
+from benchmarks.measure import environment, write
 from egrsd_kernels.commands.sweep import TRAIN, train_all
 from examples import demo
 
-ROOT = Path(__file__).parents[1]
 MAX_RESPONSE = 128  # L_max, tokens
 ADDITIONS = (3, 4, 5)
 CHATTER_RATE = 0.9  # share of the demonstrations that are in words
@@ -251,11 +250,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def commit() -> str | None:
-    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return found.stdout.strip() or None
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     folder = args.output.resolve()
@@ -270,15 +264,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = run_all(folder, args)
     report = {
         "command": "python -m examples.experiment " + shlex.join(sys.argv[1:] if argv is None else argv),
-        "commit": commit(),
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else "CPU",
-        "torch": torch.__version__,
+        **environment(torch.device(args.device), ["transformers", "peft", "trl"]),
         "settings": {name: value for name, value in vars(args).items() if name not in ("output", "device")},
         "methods": methods(args.gamma, args.lookahead),
         **evaluate(folder, runs, args),
     }
     report["seconds"] = time.perf_counter() - start
-    (folder / "experiment.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write(folder / "experiment.json", report)
     plot(folder / "experiment.png", report)
     print_table(report)
     print(f"{report['seconds']:.0f} s. In {args.output}: experiment.json, experiment.png, a folder for each run")
