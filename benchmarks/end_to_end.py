@@ -494,7 +494,7 @@ def measure(
 ROW = (
     "model", "layers", "variant", "rollouts", "tokens", "step_ms", "low", "high", "head_ms", "tokens_per_second",
     "peak_mib", "peak_above_weights_mib", "probe_peak_mib", "largest_rollouts", "largest_batch_tokens",
-    "failing_rollouts", "loss", "grad_norm", "commit", "note", "error",
+    "failing_rollouts", "loss", "grad_norm", "command", "commit", "note", "error",
 )  # fmt: skip
 ENVIRONMENT = ("device", "torch", "triton", "transformers", "peft", "attn_implementation", "settings")
 
@@ -510,8 +510,11 @@ def merge(report: dict[str, object], earlier: dict[str, object] | None) -> dict[
     def key(row: dict[str, object]) -> tuple[object, ...]:
         return row["model"], row["layers"], row["variant"]
 
-    new = {key(row) for row in report["rows"]}
-    return {**report, "rows": [*(row for row in earlier["rows"] if key(row) not in new), *report["rows"]]}
+    def place(row: dict[str, object]) -> tuple[object, ...]:
+        return row["model"], row["layers"], list(VARIANTS).index(row["variant"])
+
+    rows = {key(row): row for row in [*earlier["rows"], *report["rows"]]}
+    return {**report, "rows": sorted(rows.values(), key=place)}
 
 
 def show(row: dict[str, object]) -> str:
@@ -569,10 +572,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     lengths = Lengths(args.prompt, args.solution, args.response)
     machine = environment(torch.device(args.device), ["transformers", "peft"], args.commit)
     report = {
-        **{name: value for name, value in machine.items() if name != "packages"},
+        **{name: value for name, value in machine.items() if name not in ("packages", "commit")},
         **machine["packages"],
         "attn_implementation": attention,
-        "command": args.command,
         "settings": {
             **lengths._asdict(),
             "dtype": args.dtype,
@@ -592,7 +594,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     largest_seconds = None if args.skip_largest or not on_gpu else args.largest_seconds
     for name in args.models:
         config = qwen3_config(name, args.layers)
-        head = {"model": name, "layers": config.num_hidden_layers, "commit": report["commit"]}
+        head = {"model": name, "layers": config.num_hidden_layers, "command": args.command, "commit": machine["commit"]}
         policies: list[Policy] = []
         start = time.perf_counter()
 

@@ -190,7 +190,8 @@ def command(module: str, parser: argparse.ArgumentParser, args: argparse.Namespa
     words = [f"python -m {module}"]
     for name, value in vars(args).items():
         if value != parser.get_default(name) and name not in ("output", "commit"):
-            words.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}"))
+            values = value if isinstance(value, list) else [] if value is True else [value]
+            words += [f"--{name.replace('_', '-')}", *map(str, values)]
     return " ".join(words)
 
 

@@ -105,6 +105,16 @@ def overview(shapes: dict[tuple[int, int], dict]) -> str:
     return table(["", *(f"N = {n:,}" for n in tokens)], rows)
 
 
+def commits_of(runs: list[dict]) -> str:
+    commits = dict.fromkeys(run["commit"][:7] for run in runs)
+    return f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
+
+
+def commands_of(runs: list[dict], path: Path) -> str:
+    commands = dict.fromkeys(f"{run['command']} --output benchmarks/results/{path.name}" for run in runs)
+    return "```sh\n" + "\n".join(commands) + "\n```"
+
+
 def provenance(report: dict, path: Path) -> list[str]:
     """The machine, the versions, the commits and the commands."""
     latest = report["runs"][-1]
@@ -112,13 +122,11 @@ def provenance(report: dict, path: Path) -> list[str]:
     versions["driver"] = latest["driver"]
     for run in report["runs"]:
         versions |= {name: found for name, found in run["packages"].items() if name != "egrsd-kernels"}
-    commits = list(dict.fromkeys(run["commit"][:7] for run in report["runs"]))
-    commands = dict.fromkeys(f"{run['command']} --output benchmarks/results/{path.name}" for run in report["runs"])
     listed = ", ".join(f"{name} {found}" for name, found in versions.items() if found)
     return [
-        f"{listed}; commit{'s' * (len(commits) > 1)} {', '.join(commits)}. "
+        f"{listed}; {commits_of(report['runs'])}. "
         f"All figures: [{path.name}](benchmarks/results/{path.name}). To rerun:",
-        "```sh\n" + "\n".join(commands) + "\n```",
+        commands_of(report["runs"], path),
     ]
 
 
@@ -182,10 +190,11 @@ def end_to_end_section(path: Path) -> list[str]:
             ]
         )
     return [
-        f"A whole optimiser step (teacher, student, loss, backward, AdamW on LoRA adapters) on one {report['device']}, "
-        f"commit {report['commit'][:7]}:",
+        "A whole optimiser step (teacher, student, loss, backward, AdamW on LoRA adapters) on one "
+        f"{report['device']}, {commits_of(report['rows'])}:",
         table(headings, rows),
-        f"To rerun: `{report['command']} --output benchmarks/results/{path.name}`",
+        "To rerun:",
+        commands_of(report["rows"], path),
     ]
 
 

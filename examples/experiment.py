@@ -18,8 +18,6 @@ import json
 import os
 import random
 import re
-import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -36,10 +34,10 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
+from benchmarks.measure import command, environment, write
 from egrsd_kernels.commands.sweep import TRAIN, train_all
 from examples import demo
 
-ROOT = Path(__file__).parents[1]
 MAX_RESPONSE = 128  # L_max, tokens
 ADDITIONS = (3, 4, 5)
 CHATTER_RATE = 0.9  # share of the demonstrations that are in words
@@ -212,24 +210,23 @@ def plot(path: Path, report: dict[str, Any]) -> None:
     figure.savefig(path, dpi=150)
 
 
-def print_table(report: dict[str, Any]) -> None:
-    table = Table("method", "accuracy", "length", "greedy accuracy", "greedy length")
+def summary(report: dict[str, Any]) -> list[list[str]]:
+    """Method, then accuracy and length at the end, sampled and greedy: means over seeds ± one deviation."""
 
     def text(values: Sequence[float], form: str) -> str:
         mean, deviation = spread(values)
         return f"{mean:{form}} ± {deviation:{form}}"
 
     start = report["start"]
-    cells = [f"{start[how][name]:{form}}" for how in ("sampled", "greedy") for name, form in FORMS.items()]
-    table.add_row("checkpoint", *cells)
+    rows = [["checkpoint", *(f"{start[how][name]:{form}}" for how in ("sampled", "greedy") for name, form in FORMS)]]
     for method in COLORS:
         runs = [run for run in report["runs"] if run["method"] == method]
         ends = ([run["curve"][-1] for run in runs], [run["greedy"] for run in runs])
-        table.add_row(method, *(text([p[name] for p in end], form) for end in ends for name, form in FORMS.items()))
-    Console().print(table)
+        rows.append([method, *(text([p[name] for p in end], form) for end in ends for name, form in FORMS)])
+    return rows
 
 
-FORMS = {"accuracy": ".1%", "length": ".1f"}
+FORMS = (("accuracy", ".1%"), ("length", ".1f"))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -248,12 +245,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4, help="layers of the model")
     parser.add_argument("--jobs", type=int, default=4, help="runs at once")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    return parser.parse_args(argv)
-
-
-def commit() -> str | None:
-    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return found.stdout.strip() or None
+    args = parser.parse_args(argv)
+    args.command = command("examples.experiment", parser, args)
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -269,19 +263,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         pretrain(folder, args)
     runs = run_all(folder, args)
     report = {
-        "command": "python -m examples.experiment " + shlex.join(sys.argv[1:] if argv is None else argv),
-        "commit": commit(),
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else "CPU",
-        "torch": torch.__version__,
-        "settings": {name: value for name, value in vars(args).items() if name not in ("output", "device")},
+        "command": args.command,
+        **environment(torch.device(args.device), ["transformers", "peft", "trl"]),
+        "settings": {name: value for name, value in vars(args).items() if name not in ("output", "device", "command")},
         "methods": methods(args.gamma, args.lookahead),
         **evaluate(folder, runs, args),
     }
-    report["seconds"] = time.perf_counter() - start
-    (folder / "experiment.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write(folder / "experiment.json", report)
     plot(folder / "experiment.png", report)
-    print_table(report)
-    print(f"{report['seconds']:.0f} s. In {args.output}: experiment.json, experiment.png, a folder for each run")
+    table = Table("method", "accuracy", "length", "greedy accuracy", "greedy length")
+    for row in summary(report):
+        table.add_row(*row)
+    Console().print(table)
+    print(
+        f"{time.perf_counter() - start:.0f} s. In {args.output}: experiment.json, experiment.png, a folder for each run"
+    )
 
 
 if __name__ == "__main__":

@@ -365,12 +365,14 @@ def test_table(tmp_path, results):
 def test_table_of_other_shapes_and_end_to_end(results):
     (results / "compare-gpu.json").write_text(json.dumps(synthetic(sizes=(1024,), tokens=(1024,))))
     row = {"model": "4b", "layers": 36, "variant": "ours", "tokens": 16384, "step_ms": 1234.4, "peak_mib": 4567.8}
-    rows = [row | {"largest_batch_tokens": None, "note": "x"}]
-    report = {"device": "GPU", "commit": "0123456789", "command": "python -m benchmarks.end_to_end", "rows": rows}
+    row |= {"commit": "0123456789", "command": "python -m benchmarks.end_to_end"}
+    report = {"device": "GPU", "rows": [row | {"largest_batch_tokens": None, "note": "x"}]}
     (results / "end_to_end-gpu.json").write_text(json.dumps(report))
     text = table.section(results)
     assert "| 0.6B (D = 1024) | 1.10 / 1.10; 1.82 / 1.82; 1.09 / 1.09 |" in text
     assert "| 4B | 36 | ours | 16,384 | 1,234 | 4,568 | – | x |" in text
+    assert "commit 0123456:" in text
+    assert "python -m benchmarks.end_to_end --output benchmarks/results/end_to_end-gpu.json" in text
 
 
 def test_readme_without_markers_is_refused():

@@ -26,7 +26,7 @@ def run(page: str, names: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_every_page_is_tested_and_linked():
-    assert PAGES == ["from-grpo.md", "own-loop.md", "tuning.md"]
+    assert PAGES == ["experiment.md", "from-grpo.md", "own-loop.md", "tuning.md"]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert all(f"(docs/{page})" in readme for page in PAGES)
 

@@ -162,7 +162,7 @@ def test_merge_replaces_the_same_model_layers_and_variant():
 
     earlier = {"device": "a", "rows": [row("eager", 36, 1.0), row("ours", 36, 2.0), row("ours", 8, 3.0)]}
     report = {"device": "a", "rows": [row("ours", 36, 4.0)]}
-    assert [row["step_ms"] for row in merge(report, earlier)["rows"]] == [1.0, 3.0, 4.0]
+    assert [row["step_ms"] for row in merge(report, earlier)["rows"]] == [3.0, 1.0, 4.0]
     assert merge(report, None) is report
     with pytest.raises(ValueError, match="another device"):
         merge({"device": "b", "rows": []}, earlier)

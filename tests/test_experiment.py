@@ -78,6 +78,20 @@ def test_failed_runs_are_named(tmp_path, monkeypatch):
         experiment.run_all(tmp_path, experiment.parse(SMALL))
 
 
+def test_the_docs_show_the_committed_results():
+    root = Path(experiment.__file__).parents[1]
+    report = json.loads((root / "examples" / "results" / "experiment-h100.json").read_text())
+    page = (root / "docs" / "experiment.md").read_text(encoding="utf-8")
+    rows = experiment.summary(report)
+    assert len(rows) == 6
+    assert all(f"| {' | '.join(row)} |" in page for row in rows)
+    assert report["command"] in page
+
+
+def test_command_leaves_out_the_defaults():
+    assert experiment.parse(["--seeds", "1", "2", "--jobs", "8"]).command.endswith("experiment --seeds 1 2 --jobs 8")
+
+
 def test_spread_is_over_seeds():
     assert experiment.spread([1.0, 3.0]) == (2.0, pytest.approx(2**0.5))
     assert experiment.spread([4.0]) == (4.0, 0.0)
@@ -85,5 +99,5 @@ def test_spread_is_over_seeds():
 
 def test_modules_are_found_from_the_root():
     """The reward is named as examples.experiment.correct in the runs' config."""
-    assert Path(experiment.__file__).parents[1] == experiment.ROOT
-    assert (experiment.ROOT / "setup.py").is_file()
+    assert experiment.correct.__module__ == "examples.experiment"
+    assert (Path(experiment.__file__).parents[1] / "setup.py").is_file()

@@ -86,13 +86,14 @@ def test_trains_on_two_processes(config, home, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
+    path = os.pathsep.join([str(Path(cli.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
     finished = subprocess.run(
         [*launch, "-m", "egrsd_kernels", "train", config(save_strategy="steps", save_steps=1)],
         capture_output=True,
         text=True,
         cwd=home,
-        env={**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
     )
     assert finished.returncode == 0, finished.stderr
     run = tmp_path / "run"

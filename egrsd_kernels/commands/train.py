@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..presets import PRESETS
 from . import CommandError
 
 DESCRIPTION = """Train with EGRSD or CL-EGRSD. The keys of the YAML file are the fields of EGRSDConfig (and so of TRL's
@@ -12,9 +13,6 @@ save_to_disk, a .jsonl or .parquet file), dataset_config, dataset_train_split, d
 of package.module.function, path/to/file.py:function or TRL's own (accuracy_reward); teacher_template, the messages that
 follow the prompt in the teacher's conversation. The model goes to output_dir. On several GPUs:
 accelerate launch -m egrsd_kernels train CONFIG.yaml"""
-
-# Those of egrsd_kernels.trl, which cannot be imported without TRL.
-PRESETS = {path.stem: path for path in sorted((Path(__file__).parents[1] / "trl" / "presets").glob("*.yaml"))}
 
 
 def add_parser(subparsers) -> None:

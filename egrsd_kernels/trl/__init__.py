@@ -12,7 +12,9 @@ from importlib.util import find_spec
 if find_spec("trl") is None:
     raise ModuleNotFoundError("egrsd_kernels.trl needs TRL: pip install 'egrsd-kernels[trl]'", name="trl")
 
-from .config import PRESETS, EGRSDConfig
+from egrsd_kernels.presets import PRESETS
+
+from .config import EGRSDConfig
 from .trainer import EGRSDTrainer
 
 __all__ = ["PRESETS", "EGRSDConfig", "EGRSDTrainer"]

@@ -2,16 +2,12 @@
 
 import math
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 
 from trl import GRPOConfig
 
 from egrsd_kernels.inputs import expect, integer, number
 from egrsd_kernels.problem import DEFAULT_SPARSE_TOL
 from egrsd_kernels.regimes import TAU_HIGH, TAU_LOW
-
-PRESETS = {path.stem: path for path in sorted((Path(__file__).parent / "presets").glob("*.yaml"))}
-"""The paper's settings, by name: YAML files with the keys of EGRSDConfig and of TRL's ModelConfig."""
 
 CHOICES = {
     "advantage": ("welford", "group"),
