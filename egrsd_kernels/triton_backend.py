@@ -65,8 +65,7 @@ def student_pass(
 
     gradient_of: called with (first row, number of rows) once their ``logp`` is there; gives dL/dlogp, an (N,) tensor.
     needs: gradients of (hidden, weight, bias).
-    sparse: what may be left out of them; takes what was. None: exact gradients. With it ``gradient_of`` may be called
-        before some of the rows have their ``logp``, and is called again for all rows when they have it.
+    sparse: what may be left out of them; takes what was. None: exact gradients.
 
     Returns:
         What gives the gradients, those that are needed, in the operands' dtypes: a function of a 0-d float32 tensor
@@ -81,24 +80,35 @@ def student_pass(
     else:
         how = machine(head.weight)
         shape, whole = (ceil_div(n, ROW_TILE), *head.weight.shape, dtype.itemsize), needs[1] or needs[2]
-        plan = chunk_plan(*shape, how, chunk_bytes, needs)
-        if needs[1] and (n > plan.rows or sparse is not None):
-            d_weight = torch.empty(head.weight.shape, dtype=torch.float32, device=device)
-        if needs[2]:
-            d_bias = torch.empty(head.bias.shape, dtype=torch.float32, device=device)
-        operands, results = (hidden, target_ids), (logp, d_weight, d_bias)
         if sparse is not None:
-            attempt = Rows(rows.order, rows.counts.clone())
-            limits = sparse_plan(*shape, how, chunk_bytes, whole)
-            gradients = SparseGradients(Chunk(head, limits.rows, how), limits, d_hidden, sparse, attempt.counts)
-            _every_chunk(gradients, operands, attempt, gradient_of, results)
-            del gradients  # its memory is the next one's
-            AUTOMATIC.observe(_kind(head), torch.stack([sparse.dense.sum(), attempt.counts[1]]))
-            rows, unseen = _left_over(rows, attempt, sparse)
-            results, gradient_of = _of_all_rows(gradient_of, results, unseen)
-        gradients = ChunkGradients(Chunk(head, plan.rows, how), plan, d_hidden, head=whole)
-        _every_chunk(gradients, operands, rows, gradient_of, results, accumulate=sparse is not None)
-        if needs[1] and d_weight is None:
+            if needs[1]:
+                d_weight = torch.zeros(head.weight.shape, dtype=torch.float32, device=device)
+            if needs[2]:
+                d_bias = torch.zeros(head.bias.shape, dtype=torch.float32, device=device)
+            plan = sparse_plan(*shape, how, chunk_bytes, whole)
+            chunk = Chunk(head, plan.rows, how)
+            gradients = SparseGradients(chunk, plan, n, (d_hidden, d_weight, d_bias), sparse)
+        else:
+            plan = chunk_plan(*shape, how, chunk_bytes, needs)
+            chunk = Chunk(head, plan.rows, how)
+            gradients = ChunkGradients(chunk, plan, d_hidden, head=whole)
+            if needs[1] and n > plan.rows:
+                d_weight = torch.empty(head.weight.shape, dtype=torch.float32, device=device)
+            if needs[2]:
+                d_bias = torch.empty(head.bias.shape, dtype=torch.float32, device=device)
+        for first_row in range(0, n, chunk.rows):
+            order = rows.order[first_row:]
+            chunk.gather(hidden, target_ids, rows, first_row)
+            gradients.forward(order, logp)
+            gradients.backward(order, gradient_of(first_row, chunk.rows))
+            if sparse is None and d_weight is not None:
+                gradients.head_product(d_weight, accumulate=first_row > 0)
+            if sparse is None and d_bias is not None:
+                gradients.bias(d_bias, accumulate=first_row > 0)
+        if sparse is not None:
+            gradients.finish()
+            AUTOMATIC.observe(_kind(head), torch.stack([sparse.dense.sum(), rows.counts[1]]))
+        elif needs[1] and d_weight is None:
             # All rows in one chunk: its product is the whole gradient, so it waits for the factor and is rounded to the
             # head's dtype on its way out. That spares a float32 gradient, more memory than the chunk that waits.
             head_product = gradients.head_product
@@ -112,45 +122,3 @@ def student_pass(
         return scaled(d_hidden, factor, dtype, multiply), weight, bias
 
     return finish
-
-
-def _every_chunk(gradients, operands, rows: Rows, gradient_of, outputs, accumulate: bool = False) -> None:
-    """All rows, chunk by chunk, through ``gradients``; outputs: logp, and the head's gradients or None.
-
-    accumulate: add to the head's gradients from the first chunk on.
-    """
-    hidden, target_ids = operands
-    logp, d_weight, d_bias = outputs
-    chunk = gradients.chunk
-    for first_row in range(0, target_ids.numel(), chunk.rows):
-        order = rows.order[first_row:]
-        chunk.gather(hidden, target_ids, rows, first_row)
-        gradients.forward(order, logp)
-        gradients.backward(order, gradient_of(first_row, chunk.rows))
-        if d_weight is not None:
-            gradients.head_product(d_weight, accumulate=accumulate or first_row > 0)
-        if d_bias is not None:
-            gradients.bias(d_bias, accumulate=accumulate or first_row > 0)
-
-
-def _left_over(rows: Rows, attempt: Rows, sparse: Sparse) -> tuple[Rows, torch.Tensor]:
-    """(the rows for the exact kernels, which tokens (N,) among them no attempt was made for)."""
-    order = rows.order.long()
-    place = torch.empty_like(rows.order)
-    place[order] = torch.arange(order.numel(), dtype=torch.int32, device=order.device)
-    unseen = (place >= attempt.counts[0]) & (place < rows.counts[0])
-    return Rows.build(unseen | (sparse.dense > 0), place < rows.counts[1]), unseen
-
-
-def _of_all_rows(gradient_of, results, unseen: torch.Tensor):
-    """What sparse gradients leave over for the exact kernels is not in the order that ``gradient_of`` knows: (results,
-    gradient_of) with a log p of their own, taken over for the tokens that had none. The others keep theirs, and with
-    it the gradient that the bound was checked for."""
-    logp, *head = results
-    exact_logp = torch.zeros_like(logp)
-
-    def gradient_of_all(*_) -> torch.Tensor:
-        logp.copy_(torch.where(unseen, exact_logp, logp))
-        return gradient_of(0, logp.numel())
-
-    return (exact_logp, *head), gradient_of_all

@@ -13,6 +13,7 @@ import torch
 
 from egrsd_kernels import fused_egrsd_loss, linear_logp, triton_backend
 from egrsd_kernels.automatic import PROBE_EVERY, Automatic
+from egrsd_kernels.kernels.common import device_limits
 from egrsd_kernels.kernels.plan import SparsePlan
 from egrsd_kernels.problem import Head, Rows, Sparse
 from tests.conftest import Combo, Draw, draw_head, draw_hidden, draw_targets, make_case, package_result
@@ -42,7 +43,7 @@ def dtype(request):
 
 def plan_of(monkeypatch, **changes) -> None:
     """Every sparse pass with chunks of one row tile and these limits."""
-    plan = SparsePlan(**{"rows": 128, "most_dense": 1.0} | changes)
+    plan = SparsePlan(**{"rows": 128, "entries": 512, "partial_tiles": 2 * device_limits(DEVICE)[0]} | changes)
     monkeypatch.setattr(triton_backend, "sparse_plan", lambda *_: plan)
 
 
@@ -79,6 +80,7 @@ class Result:
         dz.scatter_(1, at, -dz.sum(1, keepdim=True))
         logits.backward(dz * self.g.cpu().double()[:, None] / temperature)
         self.want = product.grad
+        self.tight = softcap is None  # whether ||p - e_y||_1 is known, and not only a lower bound
         self.weight = self.g.cpu().double().abs()
 
     def check(self, tolerance: float, dtype=torch.float32) -> None:
@@ -98,7 +100,9 @@ class Result:
         assert not self.dropped[self.dense].any()
         # p_y near 1 costs no accuracy.
         sparse = ~self.dense & (self.weight > 0)
-        assert ((self.mass - self.true_mass).abs() <= 1e-4 * self.true_mass + 2.0**-120)[sparse].all()
+        error = self.mass - self.true_mass
+        allowed = max(UNIT[dtype], 1e-4) * self.true_mass + 2.0**-120
+        assert (error <= allowed)[sparse].all() and (not self.tight or (error >= -allowed)[sparse].all())
         # The head's gradients are made of the same entries.
         size = self.dz.abs().t() @ self.h.abs()
         assert ((self.dw - self.dz.t() @ self.h).abs() <= 3 * UNIT[dtype] * size + tiny * self.h.abs().max()).all()
@@ -153,39 +157,30 @@ NAMES = [
 @pytest.mark.parametrize("tolerance", [2.0**-10, 0.05], ids=["2^-10", "0.05"])
 @pytest.mark.parametrize("name", NAMES)
 def test_bound(name, tolerance, monkeypatch):
-    plan_of(monkeypatch, most_tiles=3, most_entries=24)
+    plan_of(monkeypatch, entries=24)
     Result(*logits_of(name, SIZE[torch.float32]), tolerance).check(tolerance)
 
 
 @pytest.mark.parametrize("name", ["peaked", "two kinds"])
 @pytest.mark.parametrize("transform", [{}, {"softcap": 9.0, "temperature": 0.7}], ids=["plain", "softcap-temperature"])
 def test_bound_in_every_dtype(name, transform, dtype, monkeypatch):
-    plan_of(monkeypatch, most_tiles=3)
+    plan_of(monkeypatch, entries=24)
     result = Result(*logits_of(name, SIZE[dtype]), 0.01, dtype, **transform)
     result.check(0.01, dtype)
     assert 0 < result.dense.sum() < N and result.dropped.any(), "the case shows nothing"
 
 
 @pytest.mark.parametrize("over", [False, True])
-@pytest.mark.parametrize("limit", ["tiles", "entries"])
-def test_lists_exactly_full(limit, over, monkeypatch):
-    """As many tiles and entries as there is room for, or one more: only then the row is dense."""
-    size, cols = SIZE[torch.float32], 64
-    plan_of(monkeypatch, most_tiles=2 if limit == "tiles" else 4, most_entries=9)
-    z = torch.full((N, size), -30.0)
-    y = torch.full((N,), 3)
-    if limit == "tiles":
-        z[:, [3, cols + 1]] = 0.0
-        z[1::2, 2 * cols + 5] = 0.0 if over else -30.0
-    else:
-        z[:, :8] = 0.0  # the target and 7 others
-        z[:, 100] = 0.0
-        z[1::2, 150] = 0.0 if over else -30.0
-    result = Result(z, y, torch.ones(N), 2.0**-10)
+def test_list_exactly_full(over, monkeypatch):
+    """As many entries as there is room for, or one more: only then the row is dense."""
+    plan_of(monkeypatch, entries=9)
+    z = torch.full((N, SIZE[torch.float32]), -30.0)
+    z[:, [*range(8), 100]] = 0.0  # the target, and 8 others in two tiles
+    z[1::2, 150] = 0.0 if over else -30.0
+    result = Result(z, torch.full((N,), 3), torch.ones(N), 2.0**-10)
     result.check(2.0**-10)
     assert torch.equal(result.dense, (torch.arange(N) % 2 == 1) & over)
-    entries = (result.dz != 0).sum(1)
-    assert (entries[~result.dense] == (2 if limit == "tiles" else 9)).all()
+    assert ((result.dz != 0).sum(1)[~result.dense] == 9).all()
 
 
 def test_nothing_is_dropped_beyond_the_tolerance_of_rows_alone(monkeypatch):
@@ -201,10 +196,10 @@ def test_a_failed_check_makes_the_chunk_exact(monkeypatch):
     """Whatever the thresholds are worth: here they drop everything off the targets' tiles, and then it is put right."""
     from egrsd_kernels.kernels import sparse
 
-    def everything(self, blocks, out):
+    def everything(self, blocks, share, out):
         out.fill_(0.5)
 
-    plan_of(monkeypatch, most_tiles=3)
+    plan_of(monkeypatch)
     monkeypatch.setattr(sparse.SparseGradients, "_cut", everything)
     z, y, g = logits_of("peaked", SIZE[torch.float32])
     result = Result(z, y, g, 2.0**-10)
@@ -213,7 +208,7 @@ def test_a_failed_check_makes_the_chunk_exact(monkeypatch):
 
 
 def test_rows_without_a_finite_gradient_are_left_to_the_exact_kernels(monkeypatch):
-    plan_of(monkeypatch, most_tiles=3)
+    plan_of(monkeypatch)
     z, y, g = logits_of("peaked", SIZE[torch.float32])
     z[1, 5], y[2], g[3], g[4] = math.nan, SIZE[torch.float32] + 7, math.inf, math.nan
     got, want = (Result(z, y, g, 0.01, exact=exact) for exact in (False, True))
@@ -261,7 +256,7 @@ def test_against_exact_gradients(transform, family, dtype, monkeypatch):
     """Several chunks, masked rows of NaN, a head of another size: gradients within the bound, log p as ever."""
     monkeypatch.setenv("EGRSD_KERNELS_TMA", "1" if family == "tma" else "0")
     tolerance = 0.02
-    plan_of(monkeypatch, most_tiles=2 if dtype != torch.float32 else 4, most_entries=100)
+    plan_of(monkeypatch, entries=32)
     head, hidden, targets, g, rows, valid = random_problem(dtype, 140, 40, 500, transform=transform)
     hidden[~valid], targets[~valid] = math.nan, 10**9
     sparse = Sparse.of(tolerance, targets)
@@ -270,10 +265,11 @@ def test_against_exact_gradients(transform, family, dtype, monkeypatch):
     assert (logp - exact_logp).abs().nan_to_num(0).max() <= 1e-4 and not logp[~valid].any()
     c = g.double().abs() * valid
     assert 0 < sparse.dense.sum() < c.count_nonzero() and sparse.dropped.any(), "the case shows nothing"
-    # Where the row was not dense, its mass is ||p - e_y||_1.
+    # Where the row was not dense, its mass is ||p - e_y||_1; under a softcap it may be less.
     seen = (c > 0) & (sparse.dense == 0)
     mass = -2 * torch.expm1(exact_logp.double())
-    assert ((sparse.mass - mass).abs() <= 1e-3 * mass + 1e-5)[seen].all()
+    error, allowed = sparse.mass - mass, max(1e-3, UNIT[dtype]) * mass + 1e-5
+    assert (error <= allowed)[seen].all() and ("softcap" in transform or (error >= -allowed)[seen].all())
     assert (c * sparse.dropped).sum() <= tolerance * (c * mass).sum()
     assert sparse.error_bound(g).double().sum() <= tolerance
     # ||ΔdL/dz||_1 <= |c| dropped for each row; what the products make of it.
@@ -292,25 +288,32 @@ def test_against_exact_gradients(transform, family, dtype, monkeypatch):
         assert all(a is b is None or torch.equal(a, b) for a, b in zip(others, got, strict=True))
 
 
-def test_what_is_not_worth_an_attempt_is_left_to_the_exact_kernels(monkeypatch):
-    """A batch in which nothing is sparse: found out by its first chunk, and the same bits as exact gradients."""
-    plan_of(monkeypatch, most_dense=0.3, most_tiles=2)
-    head, hidden, targets, g, rows, valid = random_problem(torch.float32, 300, 16, 200, transform={})
-    hidden *= 0.01
+@pytest.mark.parametrize("dense", ["none", "some", "all"])
+def test_dense_rows_of_several_chunks_gather_in_the_reserve(dense, monkeypatch):
+    """They are made when there is no more room for a chunk's, and after the last chunk."""
+    plan_of(monkeypatch, entries=16)
+    head, hidden, targets, g, rows, _ = random_problem(torch.float32, 500, 16, 200, transform={})
     g.sign_()
+    scale = {"none": 40.0, "some": 1.0, "all": 0.01}[dense]
+    hidden[::2] *= scale
+    hidden[1::2] *= 40.0 if dense == "some" else scale
     sparse = Sparse.of(2.0**-10, targets)
     logp, got = student_pass(head, hidden, targets, g, rows, sparse)
     exact_logp, want = student_pass(head, hidden, targets, g, rows, None)
-    assert 0 < (sparse.dense > 0).sum() <= 128 < (valid & (g != 0)).sum()
-    assert not sparse.dropped.any()
-    assert (logp - exact_logp).abs().max() <= 1e-5 and torch.equal(got[0], want[0])
-    assert (got[1] - want[1]).norm() <= 1e-5 * want[1].norm()
+    found, active = (sparse.dense > 0).sum(), rows.counts[1]
+    assert active > 2 * 128 and {"none": found == 0, "some": 128 < found < active, "all": found == active}[dense]
+    assert (logp - exact_logp).abs().max() <= 1e-4
+    spent = (g.abs() * sparse.dropped).sum()
+    for a, b, other in zip(got[:2], want[:2], (head.weight, hidden), strict=True):
+        assert (a - b).norm() <= 1.01 * spent * other.norm(dim=1).max() + 1e-5 * b.norm()
+    if dense == "all":
+        assert not sparse.dropped.any()
 
 
 @pytest.mark.parametrize("kind", ["flat", "peaked"])
 def test_loss_over_many_chunks(kind, monkeypatch):
     """Statistics, made twice for dense tokens, as in exact mode; a share of the bound for each of the others."""
-    plan_of(monkeypatch, most_dense=0.3 if kind == "flat" else 1.0, most_tiles=2)
+    plan_of(monkeypatch, entries=24)
     case = make_case(COMBO, lengths=(70, 70, 70), vocabulary=200, kind=kind, mask="holes", per_token=True, lookahead=2)
     case["advantages"] = case["advantages"].sign()
     exact, sparse = (package_result(case, COMBO, grad_mode=mode, sparse_tol=0.03) for mode in ("exact", "sparse"))
@@ -370,7 +373,7 @@ def test_automatic_goes_by_what_it_saw():
 
 def test_auto_mode(monkeypatch):
     monkeypatch.setattr(triton_backend, "AUTOMATIC", Automatic())
-    plan_of(monkeypatch)
+    plan_of(monkeypatch, entries=24)
     flat, peaked = (make_case(COMBO, vocabulary=200, kind=kind, per_token=True) for kind in ("flat", "peaked"))
     for case in (flat, peaked):
         case["advantages"] = case["advantages"].sign()

@@ -142,15 +142,16 @@ def finish_hidden_kernel(
 
 
 @triton.jit
-def scale_rows_kernel(matrix, factor, D, BLOCK: tl.constexpr):
+def scale_rows_kernel(matrix, factor, live, D, BLOCK: tl.constexpr):
     row = tl.program_id(0)
-    s = tl.load(factor + row)
-    for start in range(0, D, BLOCK):
-        d = start + tl.arange(0, BLOCK)
-        at = matrix + row.to(tl.int64) * D + d
-        scaled = tl.load(at, mask=d < D, other=0.0).to(tl.float32) * s
-        # Chosen, not multiplied: a row past the last may hold anything, NaN included.
-        tl.store(at, tl.where(s == 0, 0.0, scaled).to(matrix.dtype.element_ty), mask=d < D)
+    if tl.load(live + 1) > 0:  # with nothing to do, rows that wait for their turn stay as they are
+        s = tl.load(factor + row)
+        for start in range(0, D, BLOCK):
+            d = start + tl.arange(0, BLOCK)
+            at = matrix + row.to(tl.int64) * D + d
+            scaled = tl.load(at, mask=d < D, other=0.0).to(tl.float32) * s
+            # Chosen, not multiplied: a row past the last may hold anything, NaN included.
+            tl.store(at, tl.where(s == 0, 0.0, scaled).to(matrix.dtype.element_ty), mask=d < D)
 
 
 @triton.jit
@@ -248,7 +249,8 @@ class HeadProduct:
 
     def scale_hidden(self, factor: torch.Tensor) -> None:
         block = min(1024, triton.next_power_of_2(self.chunk.D))
-        scale_rows_kernel[(self.chunk.rows,)](self.chunk.hidden, factor, self.chunk.D, BLOCK=block)
+        chunk = self.chunk
+        scale_rows_kernel[(chunk.rows,)](chunk.hidden, factor, chunk.live, chunk.D, BLOCK=block)
 
     def __call__(self, out: torch.Tensor, accumulate: bool = False, factor: torch.Tensor | None = None) -> None:
         """out (V, D) = the product times ``factor`` (0-d float32, or 1), in its dtype; or add to float32."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from .common import ROW_TILE, Config, Machine
 
@@ -26,15 +26,11 @@ LAUNCHES = {"chunk": 12, "slice": 6}
 # With these limits on the memory of a chunk, more buys no speed where the head is frozen.
 MOST_ROWS = 4352
 FROZEN_BYTES = 350 << 20
-# Sparse gradients: rows of a tile of the products with the kept vocabulary tiles.
-PAIRS = 64
-# A batch is at least so many chunks, none below the rows that fill a GPU, so that one in which nothing is sparse is
-# found out by the first of them.
-FEWEST_CHUNKS = 4
-PROBE_ROWS = 1024
-# Break-even of sparse with exact gradients, in bare products: a sparse row costs its statistics, 1, and 1/4 for its
-# entries; a dense one 2 more with a frozen head, 3 with a trained one; an exact one costs 2 or 3.
-SPARSE_COST = 1.25
+# Sparse gradients: the most entries that a row may keep. A gathered row of the head costs what some 500 columns of a
+# product do; the head's gradient also works on whole tiles for each of them.
+MOST_ENTRIES = {False: 512, True: 256}
+# What they cost besides, in bare products.
+SPARSE_COST = 0.15
 
 
 @dataclass(frozen=True)
@@ -49,22 +45,17 @@ class Plan:
 
 @dataclass(frozen=True)
 class SparsePlan:
-    """A chunk with sparse gradients: its ``rows``; the most vocabulary tiles, and entries, that a row may keep; and the
-    share of dense rows in a chunk above which the chunks after it are not worth an attempt."""
+    """A chunk with sparse gradients: its ``rows``; the most vocabulary ``entries`` that a row may keep; and room for
+    tiles of dhidden, as in :class:`Plan`."""
 
     rows: int
-    most_dense: float
-    most_tiles: int = 16
-    most_entries: int = 128
-
-    def pairs(self, col_tiles: int) -> int:
-        """Room for pairs of a row and a tile that it keeps: each tile's are padded to whole blocks of PAIRS."""
-        return (self.rows * self.most_tiles // PAIRS + col_tiles) * PAIRS
+    entries: int
+    partial_tiles: int
 
 
 def break_even(trained: bool) -> float:
     """The share of dense rows at which sparse gradients take as long as exact ones."""
-    products = 3 if trained else 2
+    products = 2 if trained else 1
     return (products - SPARSE_COST) / products
 
 
@@ -176,15 +167,22 @@ def chunk_plan(
 def sparse_plan(
     row_tiles: int, vocabulary: int, hidden_size: int, itemsize: int, machine: Machine, budget: int, trained: bool
 ) -> SparsePlan:
-    """The largest chunks that are worth it, within ``budget`` bytes (or the smallest). trained: whether the head is.
+    """The largest chunks within ``budget`` bytes (or the smallest), with a reserve of as many rows beside them.
 
-    The gradient of a head in float32, which chunks add up in, is beside that budget.
+    The gradient of a head in float32, which chunks add up in, is beside that budget. trained: whether the head is.
     """
-    one, cols = SparsePlan(ROW_TILE, break_even(trained)), machine.configs.vocab.cols
+    programs, _, configs = machine
+    entries, cols = MOST_ENTRIES[trained], configs.vocab.cols
     col_tiles = ceil_div(vocabulary, cols)
-    padding = 4 * cols * PAIRS * col_tiles
-    per_row = hidden_size * itemsize + 12 * col_tiles + 4 * (cols + 3) * one.most_tiles + 8 * one.most_entries + 64
-    fitting = max(0, min(budget, FROZEN_BYTES) - padding) // per_row
-    tiles = min(fitting, MOST_ROWS) // ROW_TILE
-    share = max(ceil_div(row_tiles, FEWEST_CHUNKS), PROBE_ROWS // ROW_TILE)
-    return replace(one, rows=max(1, min(tiles, share, row_tiles)) * ROW_TILE)
+
+    def room(tiles: int) -> int:
+        return least_partial_tiles(configs.hidden, tiles * ROW_TILE, hidden_size, programs)
+
+    def buffers(tiles: int) -> int:
+        """Bytes: exponentials, hidden states and tile sums of the chunk and of the reserve; lists; tiles of dhidden."""
+        per_row = 2 * ((col_tiles * cols + hidden_size) * itemsize + 4 * col_tiles)
+        per_row += (9 if trained else 4) * col_tiles + 8 * entries + 256
+        return tiles * ROW_TILE * per_row + 4 * room(tiles) * configs.hidden.rows * configs.hidden.cols
+
+    tiles = max((tiles for tiles in range(1, row_tiles + 1) if buffers(tiles) <= budget), default=1)
+    return SparsePlan(tiles * ROW_TILE, entries, room(tiles))

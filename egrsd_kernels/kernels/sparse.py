@@ -1,38 +1,43 @@
-"""Sparse gradients with a certified bound, from the statistics that the vocabulary pass leaves anyway.
+"""Sparse gradients with a certified bound, from the exponentials that the vocabulary pass stores.
 
-That pass gives each (row, vocabulary tile) its maximum and its sum of exponentials: with logsumexp known, the exact
-probability mass q of every tile of every row. Tiles that carry little of the gradient are dropped, and what they held
-is known without another look. The logits of the tiles that are kept, a few in a row, are made again, grouped by tile,
-as a small matrix product; of their probabilities p again the small ones are dropped. The entries that are left give
-dhidden as a gather of rows of the head, and dW as a product over the rows that keep each tile.
+That pass leaves a chunk's exponentials E and, in float32, their sum over each vocabulary tile of each row. With the
+row's sum S known, the exact probability mass of every tile is known too, and tiles that carry little of the gradient
+are never looked at again. In the others the entries that are small are dropped as well. What is left, mostly a few
+entries, gives dhidden as a weighed sum of rows of the head, and dW as a product over the rows that keep something in a
+tile. A row that keeps more entries than there is room for is dense: it drops nothing, and its exponentials are set
+aside until there are enough such rows for the exact kernels.
 
-Both thresholds are on the weighed mass a p, with a = |g| / max |g| and g = dL/dlogp: what is dropped from a row that
-matters little may be large. Each is the largest budget · 2^-k under which everything together stays within the budget.
-A row that keeps too many tiles or entries is dense: it is left to the exact kernels, and drops nothing.
+Below, x = T dlogp/d(product) is a row's gradient, for product = h W^T + b and the temperature T. Without a softcap
+x = e_y - p; with one, the entries of e_y - p are each damped by a factor 1 - tanh^2 <= 1. The target's entry is
+Σ_{v≠y} p_v, damped, whether or not these entries are dropped themselves.
 
-**The bound.** Let δ_t be the probability mass that row t drops, its target never being dropped, and
-M_t = ||p_t - e_y||_1 = 2 Σ_{v≠y} p_v. The target's entry stays 1 - p_y = Σ_{v≠y} p_v, dropped or not, so that dL/dz_t
-is off by g_t p_v at the dropped v and by nothing elsewhere: its L1 error is |g_t| δ_t. (With a softcap each term is
-damped by a factor 1 - tanh² <= 1, which only helps. dhidden is off by at most |g_t| δ_t max_v ||W_v|| / T.)
+Both thresholds are on the weighed size a |x_v|, with a = |g| / max |g| and g = dL/dlogp: what is dropped from a row
+that matters little may be large. Each is the largest budget · 2^-k under which everything that is at most as large
+stays within its share of the budget.
+
+**The bound.** Let δ_t be what row t drops, Σ |x_v| over the entries dropped (or more, where a tile is dropped as a
+whole: its undamped mass). dL/dlogits of row t is off by g_t x_v at these entries and by nothing elsewhere, that is by
+|g_t| δ_t in L1. (dhidden is off by at most |g_t| δ_t max_v ||W_v|| / T.) With M_t = ||p_t - e_y||_1:
 
     Σ_t |g_t| δ_t <= tol Σ_t |g_t| M_t        on any input
 
 *Proof.* ``certify_kernel`` adds up both sides over the rows of the chunk, and unless D (1 + 2 SLACK) <= tol M for the
 two sums as computed, it makes every row of the chunk dense, whose δ is 0. So nothing hangs on how the thresholds were
-found; it remains that the sums as computed are good for the sums. All their terms are nonnegative, so that m roundings
-on the way from a term to the sum change it by a factor within 1 ± m u / (1 - m u), u = 2^-24. A tile's sum takes at
-most COLS additions, a row's one for each tile, and the chunk's one for each row: m < 2^14 with room to spare, which is
-a factor within 1 ± 2^-9.9 for either sum, and (1 + 2^-9.9) / (1 - 2^-9.9) < 1 + SLACK. Underflow is taken the safe
-way: a weighed mass that is not 0 counts as at least the smallest normal number in D, and one below 2^-100 as 0 in M.
-The M of a row whose tiles were not looked into leaves out the target's tile, which can only make it smaller. Chunks
-each keep to their own budget, so the sums over all of them do. ∎
+found; it remains that the sums as computed are good for the sums. All their terms are nonnegative. One is rounded to
+the operands' dtype, by a factor within 1 ± 2^-9 (bfloat16; float16 and float32 are finer), and by m float32 roundings
+on its way into the sum, a factor within 1 ± m 2^-24 / (1 - m 2^-24). A tile's sum takes at most COLS additions, a row's
+one for each tile, and the chunk's one for each row: m < 2^14 with room to spare. Together that is within
+1 ± (2^-9 + 2^-9.9) for either sum, and their quotient below 1 + SLACK. M leaves terms out, never adds any: under a
+softcap it is a lower bound. Underflow is taken the safe way: a weighed mass that is not 0 counts as at least the
+smallest normal number in D, and one below 2^-100 as 0 in M; what float16 cannot hold, at most 2^-25 an entry in units
+of its E, counts as dropped. Chunks each keep to their own budget, so the sums over all of them do. ∎
 
 Each row's δ is given out times 1 + SLACK, so that it stands for the exact one over the exact M_t in any sum that is
 made of it later; the other SLACK keeps such a sum within the tolerance, however it is rounded.
 
-The probabilities are those that the kernels compute: e^(z - logsumexp) from float32 logits, which the two passes may
-round differently. As in the exact kernels a p is off by the relative error 2 Δz where logits are off by Δz, and below
-2^-126 it is 0. A mass is a sum of them: never a difference such as 1 - p_y, whose error would not shrink with it.
+The probabilities are those that the kernels compute, from float32 logits. As in the exact kernels a p is off by the
+relative error 2 Δz where logits are off by Δz, and below 2^-126 it is 0. A mass is a sum of them, and not a difference
+such as 1 - p_y, whose error would not shrink with it; the target's entry is that difference where p_y < 1/2.
 """
 
 from __future__ import annotations
@@ -41,71 +46,61 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import NEG, PRECISION, load_tile, logits_of
+from .common import PRECISION, ROW_TILE
 from .gather import Chunk
-from .plan import PAIRS, SparsePlan
-from .vocab import VocabPass
+from .gradient import ChunkGradients
+from .plan import Plan, SparsePlan
 
 BINS = tl.constexpr(32)  # a budget · 2^-32 is below what even a whole chunk of equal entries could do with
-SLACK = tl.constexpr(2.0**-8)
+SLACK = tl.constexpr(2.0**-7)
 TINY = tl.constexpr(2.0**-126)
 SMALL = tl.constexpr(2.0**-100)
+TILE_SHARE = 0.25  # of the budget, for whole tiles: more leaves fewer tiles to look into, but more entries in them
 ROW_BLOCK = 16  # rows of a program that goes through all tiles of its rows, TILE_BLOCK at a time
 TILE_BLOCK = 64
+AT_ONCE = 1024  # entries of a row that a program looks at together
 SLOTS = 1024  # rows at a time of a program that goes through all rows
 
 
 @triton.jit
-def weighed(a, p):
-    """a p, for the sum of what is dropped: not 0 unless p is. The same bits wherever it is computed."""
-    return tl.where(p > 0, tl.maximum(a * p, TINY), 0.0)
+def weighed(a, x):
+    """a x, for the sum of what is dropped: not 0 unless x is. The same bits wherever it is computed."""
+    return tl.where(x > 0, tl.maximum(a * x, TINY), 0.0)
 
 
 @triton.jit
-def gradient_mass(a, others):
-    """a ||p - e_y||_1, never too large. others: the sum of all p but the target's."""
-    mass = 2.0 * a * others
-    return tl.where(mass < SMALL, 0.0, mass)
+def gradient_mass(a, mass):
+    """a ||p - e_y||_1, never too large."""
+    return tl.where(a * mass < SMALL, 0.0, a * mass)
 
 
 @triton.jit
-def kept(a, p, cut):
-    return weighed(a, p) > cut
+def kept(a, x, cut):
+    return weighed(a, x) > cut
 
 
 @triton.jit
 def add_below(below, x, cuts, BINS: tl.constexpr):
-    """below[k] += the sum of all x (2D) that are at most cuts[k]."""
+    """below[k] += the sum of all x (1D) that are at most cuts[k]."""
     k = tl.arange(0, BINS)
     for one in range(0, BINS):
         cut = tl.load(cuts + one)
-        below += tl.where(k == one, tl.sum(tl.sum(tl.where(x <= cut, x, 0.0), 1), 0), 0.0)
+        below += tl.where(k == one, tl.sum(tl.where(x <= cut, x, 0.0), 0), 0.0)
     return below
 
 
 @triton.jit
-def product_gradient(p, v, y, a, cut, target_value, lse, softcap, scale, SOFTCAP: tl.constexpr):
-    """T dlogp/d(product) of the vocabulary entries v where they are kept, else 0; target_value is the target's own."""
-    x = tl.where(kept(a, p, cut), -p, 0.0)
-    if SOFTCAP:  # the logit comes back from its probability, as precise as logsumexp is
-        capped = (tl.log2(tl.maximum(p, TINY)) + lse) / (softcap * scale)
-        x *= 1.0 - capped * capped
-    return tl.where(v == y, target_value, x)
-
-
-@triton.jit
-def row_weight_kernel(gradient, order, live, lse, logit, weight, dense, top, ROWS: tl.constexpr):
-    """weight = |g| / max |g|, 0 without gradient. What is not finite is for the exact kernels: dense, weight 0."""
+def weigh_kernel(gradient, order, live, total, logit, weight, dense, top, ROWS: tl.constexpr):
+    """weight = |g|, 0 for what is not finite, which is for the exact kernels: dense. top: the largest."""
     n = tl.load(live + 1)
     largest = tl.zeros([ROWS], tl.float32)
     for start in range(0, n, ROWS):
         r = start + tl.arange(0, ROWS)
         g = tl.abs(tl.load(gradient + tl.load(order + r, mask=r < n, other=0), mask=r < n, other=0.0))
-        shift = tl.load(lse + r, mask=r < n, other=0.0)
+        s = tl.load(total + r, mask=r < n, other=1.0)
         z = tl.load(logit + r, mask=r < n, other=0.0)
-        sound = (g < float("inf")) & (tl.abs(shift) < -0.1 * NEG) & (z == z)
+        sound = (g < float("inf")) & (s > 0) & (s < float("inf")) & (z == z)
         largest = tl.maximum(largest, tl.where(sound, g, 0.0))
-        # The weight is still to be divided by the largest.
         tl.store(weight + r, tl.where(sound, g, 0.0), mask=r < n)
         tl.store(dense + r, 1 - sound.to(tl.int32), mask=r < n)
     tl.store(top, tl.max(largest, 0))
@@ -113,55 +108,66 @@ def row_weight_kernel(gradient, order, live, lse, logit, weight, dense, top, ROW
 
 @triton.jit
 def tile_mass_kernel(
-    partial, lse, target, live, top, weight, others, chunk, col_tiles,
-    COLS: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
+    sums, exponentials, stride_e, total, target, logit, offset, live, top, weight, inverse, target_value, mass,
+    chunk, col_tiles, softcap, scale,
+    COLS: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """q = S e^(m - logsumexp) of each tile, in the place of m; and each row's mass outside of the target's tile."""
+    """The probability mass of each tile in place of its sum; of each row a, 1/S, the target's x, and ||p - e_y||_1."""
     n = tl.load(live + 1)
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     ours = r < n
     if tl.program_id(0) * ROWS < n:
         a = tl.load(weight + r, mask=ours, other=0.0)
         a = tl.where(a > 0, tl.maximum(a / tl.load(top), TINY), 0.0)
-        shift = tl.load(lse + r, mask=ours, other=0.0)
-        own = tl.load(target + r, mask=ours, other=0) // COLS
-        total = tl.zeros([ROWS], tl.float32)
+        inv = tl.where(a > 0, 1.0 / tl.load(total + r, mask=ours, other=1.0), 0.0)
+        y = tl.load(target + r, mask=ours, other=0)
+        own = y // COLS
+        others = tl.zeros([ROWS], tl.float32)
         for start in range(0, col_tiles, TILES):
             j = start + tl.arange(0, TILES)
             inside = (j < col_tiles)[:, None] & ours[None, :]
-            at = partial + j[:, None] * chunk + r[None, :]
-            s = tl.load(at + col_tiles * chunk, mask=inside, other=0.0)
-            q = s * tl.exp2(tl.load(at, mask=inside, other=NEG) - shift[None, :])
-            q = tl.where((a > 0)[None, :], q, 0.0)
+            at = sums + j[:, None] * chunk + r[None, :]
+            # Chosen, not multiplied: without a weight a sum may be infinite, or NaN.
+            q = tl.where((a > 0)[None, :], tl.load(at, mask=inside, other=0.0), 0.0) * inv[None, :]
             tl.store(at, q, mask=inside)
-            total += tl.sum(tl.where(j[:, None] == own[None, :], 0.0, q), 0)
+            others += tl.sum(tl.where(j[:, None] == own[None, :], 0.0, q), 0)
+        v = own[:, None] * COLS + tl.arange(0, COLS)[None, :]
+        sound = (a > 0)[:, None]
+        e = tl.load(exponentials + r.to(tl.int64)[:, None] * stride_e + v, mask=sound, other=0.0).to(tl.float32)
+        others += tl.sum(tl.where(v == y[:, None], 0.0, e * inv[:, None]), 1)
+        z = tl.load(logit + r, mask=ours, other=0.0)
+        likely = tl.exp2(z - tl.load(offset + r, mask=ours, other=0.0)) * inv
+        own_value = tl.where(likely < 0.5, 1.0 - likely, others)
+        size = others + others
+        if SOFTCAP:  # the stored entries of the target's tile are damped: too small for p
+            capped = z / (softcap * scale)
+            damping = 1.0 - capped * capped
+            own_value = damping * tl.maximum(1.0 - likely, others)
+            size = damping * others
         tl.store(weight + r, a, mask=ours)
-        tl.store(others + r, total, mask=ours)
+        tl.store(inverse + r, inv, mask=ours)
+        tl.store(target_value + r, tl.where(a > 0, own_value, 0.0), mask=ours)
+        tl.store(mass + r, tl.where(a > 0, size, 0.0), mask=ours)
 
 
 @triton.jit
-def budget_kernel(
-    weight, others, dropped, live, cuts, tolerance, SPENT: tl.constexpr, ROWS: tl.constexpr, BINS: tl.constexpr
-):
-    """cuts[k] = budget · 2^-k: what may be dropped within the tolerance, less what is dropped already with SPENT."""
+def budget_kernel(weight, mass, live, cuts, tolerance, ROWS: tl.constexpr, BINS: tl.constexpr):
+    """cuts[k] = budget · 2^-k: what may be dropped within the tolerance."""
     n = tl.load(live + 1)
-    mass = tl.zeros([ROWS], tl.float32)
-    spent = tl.zeros([ROWS], tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
     for start in range(0, n, ROWS):
         r = start + tl.arange(0, ROWS)
         a = tl.load(weight + r, mask=r < n, other=0.0)
-        mass += gradient_mass(a, tl.load(others + r, mask=r < n, other=0.0))
-        if SPENT:
-            spent += weighed(a, tl.load(dropped + r, mask=r < n, other=0.0))
+        total += gradient_mass(a, tl.load(mass + r, mask=r < n, other=0.0))
     # A little less than certify_kernel allows: sums are rounded differently in between.
-    budget = tl.sum(mass, 0) * tolerance / (1.0 + 4.0 * SLACK) - tl.sum(spent, 0)
+    budget = tl.sum(total, 0) * tolerance / (1.0 + 4.0 * SLACK)
     k = tl.arange(0, BINS)
-    tl.store(cuts + k, tl.maximum(budget, 0.0) * tl.exp2(-k.to(tl.float32)))
+    tl.store(cuts + k, budget * tl.exp2(-k.to(tl.float32)))
 
 
 @triton.jit
 def tiles_below_kernel(
-    mass, weight, target, live, cuts, below, chunk, col_tiles,
+    tile_mass, weight, target, live, cuts, below, chunk, col_tiles,
     COLS: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     """below (programs, BINS): how much weighed mass the tiles of these rows have under each cut."""
@@ -174,30 +180,30 @@ def tiles_below_kernel(
         for start in range(0, col_tiles, TILES):
             j = start + tl.arange(0, TILES)
             inside = (j < col_tiles)[:, None] & (r < n)[None, :]
-            q = tl.load(mass + j[:, None] * chunk + r[None, :], mask=inside, other=0.0)
+            q = tl.load(tile_mass + j[:, None] * chunk + r[None, :], mask=inside, other=0.0)
             w = weighed(a[None, :], tl.where(j[:, None] == own[None, :], 0.0, q))
-            total = add_below(total, w, cuts, BINS)
+            total = add_below(total, tl.reshape(w, [TILES * ROWS]), cuts, BINS)
     tl.store(below + tl.program_id(0) * BINS + tl.arange(0, BINS), total)
 
 
 @triton.jit
-def cut_kernel(below, blocks, cuts, out, BLOCKS: tl.constexpr, BINS: tl.constexpr):
-    """The largest of the cuts under which all that is at most as large as it fits into the budget; 0 if none."""
+def cut_kernel(below, blocks, cuts, share, out, BLOCKS: tl.constexpr, BINS: tl.constexpr):
+    """The largest cut under which all that is at most as large is within a share of the budget; 0 if none."""
     k = tl.arange(0, BINS)
     total = tl.zeros([BINS], tl.float32)
     for start in range(0, blocks, BLOCKS):
         i = start + tl.arange(0, BLOCKS)
         total += tl.sum(tl.load(below + i[:, None] * BINS + k[None, :], mask=(i < blocks)[:, None], other=0.0), 0)
-    fits = total <= tl.load(cuts)
+    fits = total <= share * tl.load(cuts)
     tl.store(out, tl.max(tl.where(fits, tl.load(cuts + k), 0.0), 0))
 
 
 @triton.jit
 def select_tiles_kernel(
-    mass, weight, target, live, cut, tile_of, n_tiles, dropped, dense, chunk, col_tiles,
-    COLS: tl.constexpr, MOST: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
+    tile_mass, weight, target, live, cut, tile_of, n_tiles, dropped, chunk, col_tiles,
+    COLS: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """The tiles that a row keeps, in order, its target's always; none where there are over MOST: it is dense then."""
+    """tile_of (chunk, tiles): the tiles that a row keeps, in order, its target's always; what the others held."""
     n = tl.load(live + 1)
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     ours = r < n
@@ -210,201 +216,125 @@ def select_tiles_kernel(
         for start in range(0, col_tiles, TILES):
             j = start + tl.arange(0, TILES)
             inside = (j < col_tiles)[:, None] & (ours & (a > 0))[None, :]
-            q = tl.load(mass + j[:, None] * chunk + r[None, :], mask=inside, other=0.0)
+            q = tl.load(tile_mass + j[:, None] * chunk + r[None, :], mask=inside, other=0.0)
             keep = inside & (kept(a[None, :], q, limit) | (j[:, None] == own[None, :]))
             one = keep.to(tl.int32)
             k = count[None, :] + tl.cumsum(one, 0) - one
-            tl.store(tile_of + r[None, :] * MOST + k, j[:, None] + tl.zeros_like(k), mask=keep & (k < MOST))
+            tl.store(tile_of + r[None, :] * col_tiles + k, j[:, None] + tl.zeros_like(k), mask=keep)
             count += tl.sum(one, 0)
             lost += tl.sum(tl.where(keep, 0.0, q), 0)
-        full = count > MOST
-        tl.store(n_tiles + r, tl.where(full, 0, count), mask=ours)
-        tl.store(dropped + r, tl.where(full, 0.0, lost), mask=ours)
-        tl.store(dense + r, tl.load(dense + r, mask=ours, other=0) | full.to(tl.int32), mask=ours)
+        tl.store(n_tiles + r, count, mask=ours)
+        tl.store(dropped + r, lost, mask=ours)
 
 
 @triton.jit
-def tile_rows_kernel(
-    mass, weight, target, live, cut, n_tiles, row_of, rank, n_rows, chunk, COLS: tl.constexpr, ROWS: tl.constexpr
+def load_entries(
+    exponentials, stride_e, tile_of, r, start, n, y, inv, col_tiles, COLS: tl.constexpr, SIZE: tl.constexpr
 ):
-    """The rows that keep a tile, in order: row_of (tiles, chunk); and the place of each among them: rank, likewise."""
-    j = tl.program_id(0)
-    n = tl.load(live + 1)
-    limit = tl.load(cut)
-    count = 0
-    for start in range(0, n, ROWS):
-        r = start + tl.arange(0, ROWS)
-        ours = (r < n) & (tl.load(n_tiles + r, mask=r < n, other=0) > 0)
-        a = tl.load(weight + r, mask=ours, other=0.0)
-        own = tl.load(target + r, mask=ours, other=0) // COLS
-        q = tl.load(mass + j * chunk + r, mask=ours, other=0.0)
-        keep = ours & (kept(a, q, limit) | (own == j))
-        one = keep.to(tl.int32)
-        at = count + tl.cumsum(one, 0) - one
-        tl.store(row_of + j * chunk + at, r, mask=keep)
-        tl.store(rank + j * chunk + r, at, mask=keep)
-        count += tl.sum(one, 0)
-    tl.store(n_rows + j, count)
+    """(v, |x|, inside) of SIZE entries of row r, from its kept tile ``start`` of ``n`` on; the target's is 0."""
+    i = tl.arange(0, SIZE)
+    inside = start + i // COLS < n
+    j = tl.load(tile_of + r * col_tiles + start + i // COLS, mask=inside, other=0)
+    v = j * COLS + i % COLS
+    e = tl.load(exponentials + r.to(tl.int64) * stride_e + v, mask=inside, other=0.0)
+    return v, tl.where(v == y, 0.0, e.to(tl.float32) * inv), inside
 
 
 @triton.jit
-def schedule_kernel(n_rows, first_block, col_tiles, PAIRS: tl.constexpr, SIZE: tl.constexpr):
-    """first_block (tiles + 1,): where each tile's blocks of PAIRS pairs of a row and the tile begin."""
-    j = tl.arange(0, SIZE)
-    blocks = tl.cdiv(tl.load(n_rows + j, mask=j < col_tiles, other=0), PAIRS)
-    end = tl.cumsum(blocks, 0)
-    tl.store(first_block + j + 1, end, mask=j < col_tiles)
-    tl.store(first_block + j, end - blocks, mask=j == 0)
-
-
-@triton.jit
-def tile_of_block(first_block, col_tiles, block, SIZE: tl.constexpr):
-    j = tl.arange(0, SIZE)
-    return tl.sum((tl.load(first_block + 1 + j, mask=j < col_tiles, other=block + 1) <= block).to(tl.int32), 0)
-
-
-@triton.jit
-def pair_kernel(
-    hidden, weight, stride_wv, stride_wd, bias, target, lse, row_of, n_rows, first_block,
-    probability, pair_others, chunk, V, col_tiles, softcap, scale,
-    D: tl.constexpr, PAIRS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, PROGRAMS: tl.constexpr,
-    TMA: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr,
+def entries_below_kernel(
+    exponentials, stride_e, tile_of, n_tiles, weight, inverse, target, live, cuts, below, col_tiles,
+    COLS: tl.constexpr, SIZE: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
-    """p of the kept tiles, (pairs, COLS) float32, and each pair's sum without the target; 0 where there is no row."""
-    for block in range(tl.program_id(0), tl.load(first_block + col_tiles), PROGRAMS):
-        j = tile_of_block(first_block, col_tiles, block, SIZE)
-        i = (block - tl.load(first_block + j)) * PAIRS + tl.arange(0, PAIRS)
-        ours = i < tl.load(n_rows + j)
-        r = tl.load(row_of + j * chunk + i, mask=ours, other=0)
-        product = tl.zeros([PAIRS, COLS], tl.float32)
-        for d in range(0, D, DEPTH):
-            dd = d + tl.arange(0, DEPTH)
-            h = tl.load(hidden + r.to(tl.int64)[:, None] * D + dd[None, :], mask=(dd < D)[None, :], other=0.0)
-            w = load_tile(weight, j * COLS, d, V, D, stride_wv, stride_wd, COLS, DEPTH, TMA, False, D % DEPTH == 0)
-            product = tl.dot(h, w.T, product, input_precision=PRECISION)
-        v = j * COLS + tl.arange(0, COLS)
-        if BIAS:
-            product += tl.load(bias + v, mask=v < V, other=0.0).to(tl.float32)[None, :]
-        z, _ = logits_of(product, softcap, scale, SOFTCAP)
-        if BIAS:
-            z = tl.where(z == float("-inf"), NEG, z)
-        p = tl.exp2(z - tl.load(lse + r, mask=ours, other=0.0)[:, None])
-        p = tl.where(ours[:, None] & (v < V)[None, :], p, 0.0)
-        place = block * PAIRS + tl.arange(0, PAIRS)
-        tl.store(probability + place.to(tl.int64)[:, None] * COLS + tl.arange(0, COLS)[None, :], p)
-        y = tl.load(target + r, mask=ours, other=0)
-        tl.store(pair_others + place, tl.sum(tl.where(v[None, :] == y[:, None], 0.0, p), 1))
-
-
-@triton.jit
-def row_pairs_kernel(
-    tile_of, n_tiles, rank, first_block, pair_others, dropped, live, pair_of, others, chunk,
-    MOST: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Where a row's pairs are: pair_of (chunk, MOST); and its mass off target, without what its target's tile hid."""
-    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    ours = r < tl.load(live + 1)
-    n = tl.load(n_tiles + r, mask=ours, other=0)
-    total = tl.load(dropped + r, mask=ours, other=0.0)
-    for k in range(0, MOST):
-        here = k < n
-        j = tl.load(tile_of + r * MOST + k, mask=here, other=0)
-        first = tl.load(first_block + j, mask=here, other=0)
-        pair = first * PAIRS + tl.load(rank + j * chunk + r, mask=here, other=0)
-        tl.store(pair_of + r * MOST + k, pair, mask=here)
-        total += tl.load(pair_others + pair, mask=here, other=0.0)
-    tl.store(others + r, total, mask=n > 0)
-
-
-@triton.jit
-def pairs_below_kernel(
-    probability, weight, target, row_of, n_rows, first_block, cuts, below, chunk, col_tiles,
-    PAIRS: tl.constexpr, COLS: tl.constexpr, PROGRAMS: tl.constexpr, SIZE: tl.constexpr, BINS: tl.constexpr,
-):  # fmt: skip
-    """below (programs, BINS): how much weighed mass off target the kept tiles' entries have under each cut."""
+    """below (rows, BINS): how much a row's entries off target, in the kept tiles, weigh under each cut."""
+    r = tl.program_id(0)
     total = tl.zeros([BINS], tl.float32)
-    for block in range(tl.program_id(0), tl.load(first_block + col_tiles), PROGRAMS):
-        j = tile_of_block(first_block, col_tiles, block, SIZE)
-        i = (block - tl.load(first_block + j)) * PAIRS + tl.arange(0, PAIRS)
-        ours = i < tl.load(n_rows + j)
-        r = tl.load(row_of + j * chunk + i, mask=ours, other=0)
-        y = tl.load(target + r, mask=ours, other=0)
-        c = tl.arange(0, COLS)
-        place = block * PAIRS + tl.arange(0, PAIRS)
-        p = tl.load(probability + place.to(tl.int64)[:, None] * COLS + c[None, :])
-        p = tl.where((j * COLS + c)[None, :] == y[:, None], 0.0, p)
-        w = weighed(tl.load(weight + r, mask=ours, other=0.0)[:, None], p)
-        total = add_below(total, w, cuts, BINS)
-    tl.store(below + tl.program_id(0) * BINS + tl.arange(0, BINS), total)
+    if r < tl.load(live + 1):
+        n = tl.load(n_tiles + r)
+        y = tl.load(target + r)
+        inv = tl.load(inverse + r)
+        a = tl.load(weight + r)
+        for start in range(0, n, SIZE // COLS):
+            _, x, _ = load_entries(exponentials, stride_e, tile_of, r, start, n, y, inv, col_tiles, COLS, SIZE)
+            total = add_below(total, weighed(a, x), cuts, BINS)
+    tl.store(below + r * BINS + tl.arange(0, BINS), total)
 
 
 @triton.jit
 def entries_kernel(
-    probability, tile_of, n_tiles, pair_of, weight, target, logit, lse, others, live, cut,
-    entry_of, value_of, n_entries, target_value, dropped, dense, softcap, scale,
-    MOST: tl.constexpr, CAPACITY: tl.constexpr, COLS: tl.constexpr, SOFTCAP: tl.constexpr,
+    exponentials, stride_e, tile_of, n_tiles, weight, inverse, target, target_value, live, cut,
+    entry_of, value_of, n_entries, keeps, dropped, dense, chunk, col_tiles, unseen,
+    COLS: tl.constexpr, SIZE: tl.constexpr, CAPACITY: tl.constexpr, HEAD: tl.constexpr,
 ):  # fmt: skip
-    """A row's entries and their T dlogp/d(product), the target's last; a row with more than CAPACITY is dense."""
+    """A row's entries and their x, the target's last; a row with more than CAPACITY is dense.
+
+    keeps (tiles, chunk), zeros: becomes 1 for the tiles in which the row has entries. unseen: what an entry may be off
+    by because the dtype underflows, in units of E.
+    """
     r = tl.program_id(0)
     if r < tl.load(live + 1):
         n = tl.load(n_tiles + r)
         y = tl.load(target + r)
         a = tl.load(weight + r)
-        shift = tl.load(lse + r)
+        inv = tl.load(inverse + r)
         limit = tl.load(cut)
-        own = tl.load(others + r)
-        if SOFTCAP:
-            capped = tl.load(logit + r) / (softcap * scale)
-            own *= 1.0 - capped * capped
-        lost = tl.load(dropped + r)
+        lost = tl.load(dropped + r) + n * (COLS * unseen) * inv
         count = 0
-        for k in range(0, n):
-            c = tl.arange(0, COLS)
-            v = tl.load(tile_of + r * MOST + k) * COLS + c
-            p = tl.load(probability + tl.load(pair_of + r * MOST + k).to(tl.int64) * COLS + c)
-            keep = kept(a, p, limit) & (v != y)
+        start = 0
+        while start < n:
+            v, x, inside = load_entries(exponentials, stride_e, tile_of, r, start, n, y, inv, col_tiles, COLS, SIZE)
+            keep = kept(a, x, limit) & inside
             one = keep.to(tl.int32)
             at = count + tl.cumsum(one, 0) - one
-            x = product_gradient(p, v, y, a, limit, own, shift, softcap, scale, SOFTCAP)
-            inside = keep & (at < CAPACITY - 1)
-            tl.store(entry_of + r * CAPACITY + at, v, mask=inside)
-            tl.store(value_of + r * CAPACITY + at, x, mask=inside)
+            fits = keep & (at < CAPACITY - 1)
+            tl.store(entry_of + r * CAPACITY + at, v, mask=fits)
+            tl.store(value_of + r * CAPACITY + at, -x, mask=fits)
+            if HEAD:
+                tl.store(keeps + (v // COLS) * chunk + r, 1, mask=(keep | (v == y)) & inside)
             count += tl.sum(one, 0)
-            lost += tl.sum(tl.where(keep | (v == y), 0.0, p), 0)
+            lost += tl.sum(tl.where(keep, 0.0, x), 0)
+            start = tl.where(count < CAPACITY, start + SIZE // COLS, n)
         full = count >= CAPACITY
         last = tl.minimum(count, CAPACITY - 1)
         if n > 0:
             tl.store(entry_of + r * CAPACITY + last, y)
-            tl.store(value_of + r * CAPACITY + last, own)
+            tl.store(value_of + r * CAPACITY + last, tl.load(target_value + r))
             tl.store(dense + r, full.to(tl.int32))
-        tl.store(target_value + r, own)
         tl.store(n_entries + r, tl.where(full | (n == 0), 0, last + 1))
         tl.store(dropped + r, tl.where(full, 0.0, lost))
 
 
 @triton.jit
 def certify_kernel(
-    gradient, order, live, weight, others, dropped, dense, signed, peak,
-    token_dropped, token_mass, token_dense, counts, end, tolerance, most_dense,
+    gradient, order, live, weight, mass, target_value, dropped, dense, signed, peak,
+    token_dropped, token_mass, token_dense, token_gradient, slot_of, stored, flush, room, tolerance,
     SCALED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Check the chunk's bound, and make all its rows dense if it does not hold; then say what each row drops.
+    """Check the chunk's bound, and make all its rows dense if it does not hold; then say what each row drops, and where
+    the dense ones go.
 
     signed: g of the rows that are not dense, 0 for the others. peak: what entries are divided by before they are
-    rounded to the operands' dtype: 1, or with SCALED the largest of them, some target's. ``counts``, of the rows that
-    are worth an attempt, ends with this chunk where more than the share ``most_dense`` of it is dense.
+    rounded to the operands' dtype: 1, or with SCALED the largest of them, some target's. slot_of: a dense row's place
+    in the reserve, else -1. stored (2,): how many it holds, twice. flush: how many to make exactly first, twice; 0
+    where there is room for all.
     """
     n = tl.load(live + 1)
-    mass = tl.zeros([ROWS], tl.float32)
+    allowed = tl.zeros([ROWS], tl.float32)
     spent = tl.zeros([ROWS], tl.float32)
     for start in range(0, n, ROWS):
         r = start + tl.arange(0, ROWS)
         a = tl.load(weight + r, mask=r < n, other=0.0)
-        mass += gradient_mass(a, tl.load(others + r, mask=r < n, other=0.0))
+        allowed += gradient_mass(a, tl.load(mass + r, mask=r < n, other=0.0))
         spent += weighed(a, tl.load(dropped + r, mask=r < n, other=0.0))
-    failed = 1 - (tl.sum(spent, 0) * (1.0 + 2.0 * SLACK) <= tolerance * tl.sum(mass, 0)).to(tl.int32)
+    failed = 1 - (tl.sum(spent, 0) * (1.0 + 2.0 * SLACK) <= tolerance * tl.sum(allowed, 0)).to(tl.int32)
+    left = 0
+    for start in range(0, n, ROWS):
+        r = start + tl.arange(0, ROWS)
+        active = (tl.load(weight + r, mask=r < n, other=0.0) > 0).to(tl.int32)
+        left += tl.sum(tl.load(dense + r, mask=r < n, other=0) | (failed & active), 0)
+    held = tl.load(stored)
+    full = held + left > room
+    base = tl.where(full, 0, held)
     largest = tl.zeros([ROWS], tl.float32)
-    left = tl.zeros([ROWS], tl.int32)
     for start in range(0, n, ROWS):
         r = start + tl.arange(0, ROWS)
         ours = r < n
@@ -413,35 +343,36 @@ def certify_kernel(
         exact = tl.load(dense + r, mask=ours, other=0) | (failed & active.to(tl.int32))
         sparse = active & (exact == 0)
         g = tl.load(gradient + t, mask=ours, other=0.0)
+        tl.store(token_gradient + t, g, mask=ours)
         g = tl.where(sparse, g, 0.0)
-        other = tl.load(others + r, mask=ours, other=0.0)
-        largest = tl.maximum(largest, tl.abs(g) * other)
+        largest = tl.maximum(largest, tl.abs(g) * tl.load(target_value + r, mask=ours, other=0.0))
         tl.store(signed + r, g, mask=ours)
-        tl.store(dense + r, exact, mask=ours)
+        tl.store(slot_of + r, tl.where(exact > 0, base + tl.cumsum(exact, 0) - exact, -1), mask=ours)
+        base += tl.sum(exact, 0)
         lost = tl.load(dropped + r, mask=ours, other=0.0) * (1.0 + SLACK)
         tl.store(token_dropped + t, tl.where(sparse, lost, 0.0), mask=ours)
-        tl.store(token_mass + t, tl.where(active, 2.0 * other, 0.0), mask=ours)
+        tl.store(token_mass + t, tl.load(mass + r, mask=ours, other=0.0), mask=ours)
         tl.store(token_dense + t, exact, mask=ours)
-        left += exact
+    for which in range(0, 2):
+        tl.store(flush + which, tl.where(full, held, 0))
+        tl.store(stored + which, base)
     if SCALED:  # within bounds in which neither it nor its inverse underflows
         tl.store(peak, tl.minimum(tl.maximum(tl.max(largest, 0), SMALL), 1.0 / SMALL))
     else:
         tl.store(peak, 1.0)
-    worth = tl.sum(left, 0).to(tl.float32) <= most_dense * n.to(tl.float32)
-    for which in range(0, 2):
-        tl.store(counts + which, tl.where(worth, tl.load(counts + which), tl.minimum(tl.load(counts + which), end)))
 
 
 @triton.jit
 def gather_hidden_kernel(
-    entry_of, value_of, n_entries, dense, signed, weight, stride_wv, stride_wd, order, live, out, temperature, D,
+    entry_of, value_of, n_entries, signed, weight, stride_wv, stride_wd, order, live, out, temperature, D,
     CAPACITY: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """dhidden of a row: its entries' rows of the head, weighed. Rows without gradient and dense ones are left alone."""
     r = tl.program_id(0)
     if r < tl.load(live + 1):
         n = tl.load(n_entries + r)
-        if (n > 0) & (tl.load(dense + r) == 0):
+        g = tl.load(signed + r)
+        if (n > 0) & (g != 0):
             t = tl.load(order + r)
             d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
             total = tl.zeros([BLOCK], tl.float32)
@@ -454,36 +385,53 @@ def gather_hidden_kernel(
                     mask=(i < n)[:, None] & (d < D)[None, :], other=0.0,
                 )  # fmt: skip
                 total += tl.sum(w.to(tl.float32) * x[:, None], 0)
-            total *= tl.load(signed + r) / temperature
+            total *= g / temperature
             tl.store(out + t.to(tl.int64) * D + d, total.to(out.dtype.element_ty), mask=d < D)
 
 
 @triton.jit
+def tile_rows_kernel(keeps, signed, live, row_of, n_rows, chunk, ROWS: tl.constexpr):
+    """row_of (tiles, chunk): the sparse rows that keep entries in a tile, in order."""
+    j = tl.program_id(0)
+    n = tl.load(live + 1)
+    count = 0
+    for start in range(0, n, ROWS):
+        r = start + tl.arange(0, ROWS)
+        flag = tl.load(keeps + j * chunk + r, mask=r < n, other=0)
+        keep = (flag > 0) & (tl.load(signed + r, mask=r < n, other=0.0) != 0)
+        one = keep.to(tl.int32)
+        tl.store(row_of + j * chunk + count + tl.cumsum(one, 0) - one, r, mask=keep)
+        count += tl.sum(one, 0)
+    tl.store(n_rows + j, count)
+
+
+@triton.jit
 def load_gradient(
-    probability, row_of, signed, weight, target, target_value, lse, cut, j, first_pair, i, n, v, chunk, softcap, scale,
-    unit, COLS: tl.constexpr, SOFTCAP: tl.constexpr,
+    exponentials, stride_e, row_of, signed, weight, inverse, target, target_value, cut, j, i, n, v, chunk, unit,
 ):  # fmt: skip
-    """(rows, T dL/d(product) in units of ``unit``) of the pairs i of tile j, at its vocabulary entries v."""
+    """(rows, g x in units of ``unit``) of the rows i of those that keep entries in tile j, at its entries v."""
     ours = i < n
     r = tl.load(row_of + j * chunk + i, mask=ours, other=0)
-    at = probability + (first_pair + i).to(tl.int64)[:, None] * COLS + (v - j * COLS)[None, :]
-    p = tl.load(at, mask=ours[:, None], other=0.0)
-    y = tl.load(target + r, mask=ours, other=-1)[:, None]
+    e = tl.load(exponentials + r.to(tl.int64)[:, None] * stride_e + v[None, :], mask=ours[:, None], other=0.0)
+    x = e.to(tl.float32) * tl.load(inverse + r, mask=ours, other=0.0)[:, None]
     a = tl.load(weight + r, mask=ours, other=0.0)[:, None]
+    y = tl.load(target + r, mask=ours, other=-1)[:, None]
     own = tl.load(target_value + r, mask=ours, other=0.0)[:, None]
-    shift = tl.load(lse + r, mask=ours, other=0.0)[:, None]
-    x = product_gradient(p, v[None, :], y, a, tl.load(cut), own, shift, softcap, scale, SOFTCAP)
+    x = tl.where(v[None, :] == y, own, tl.where(kept(a, x, tl.load(cut)), -x, 0.0))
     return r, x * tl.load(signed + r, mask=ours, other=0.0)[:, None] * (1.0 / unit)
 
 
 @triton.jit
-def head_pairs_kernel(
-    probability, row_of, n_rows, first_block, signed, weight, target, target_value, lse, cut, peak, hidden, out,
-    chunk, D, V, col_tiles, softcap, scale, temperature, unit,
-    COLS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, PAIRS: tl.constexpr,
-    PROGRAMS: tl.constexpr, SOFTCAP: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
+def head_rows_kernel(
+    exponentials, stride_e, row_of, signed, weight, inverse, target, target_value, cut, n_rows, peak, hidden, out,
+    chunk, D, V, col_tiles, temperature, unit,
+    COLS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, PROGRAMS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dW (V, D) float32, in pieces of ROWS x WIDTH: dL/d(product)^T hidden, over the rows that keep the tile."""
+    """out (V, D) float32 += dL/d(product)^T hidden over the rows that keep entries in a tile.
+
+    In pieces of ROWS x WIDTH; only the vocabulary entries that occur are read and written.
+    """
     unit *= tl.load(peak)
     pieces = COLS // ROWS
     wide = tl.cdiv(D, WIDTH)
@@ -492,212 +440,250 @@ def head_pairs_kernel(
         v = j * COLS + (piece // wide % pieces) * ROWS + tl.arange(0, ROWS)
         d = (piece % wide) * WIDTH + tl.arange(0, WIDTH)
         n = tl.load(n_rows + j)
-        first_pair = tl.load(first_block + j) * PAIRS
         product = tl.zeros([ROWS, WIDTH], tl.float32)
+        occurs = tl.zeros([ROWS], tl.int32)
         for start in range(0, n, DEPTH):
             i = start + tl.arange(0, DEPTH)
             r, x = load_gradient(
-                probability, row_of, signed, weight, target, target_value, lse, cut, j, first_pair, i, n, v, chunk,
-                softcap, scale, unit, COLS, SOFTCAP,
+                exponentials, stride_e, row_of, signed, weight, inverse, target, target_value, cut, j, i, n, v, chunk,
+                unit,
             )  # fmt: skip
+            occurs = tl.maximum(occurs, tl.max((x != 0).to(tl.int32), 0))
             at = hidden + r.to(tl.int64)[:, None] * D + d[None, :]
             h = tl.load(at, mask=(i < n)[:, None] & (d < D)[None, :], other=0.0)
             product = tl.dot(x.to(h.dtype).T, h, product, input_precision=PRECISION)
-        product *= unit / temperature
         at = out + v.to(tl.int64)[:, None] * D + d[None, :]
-        inside = (v < V)[:, None] & (d < D)[None, :]
-        if ACCUMULATE:
-            if n > 0:
-                tl.store(at, product + tl.load(at, mask=inside, other=0.0), mask=inside)
-        else:
-            tl.store(at, product, mask=inside)
+        inside = ((occurs > 0) & (v < V))[:, None] & (d < D)[None, :]
+        tl.store(at, product * (unit / temperature) + tl.load(at, mask=inside, other=0.0), mask=inside)
 
 
 @triton.jit
-def bias_pairs_kernel(
-    probability, row_of, n_rows, first_block, signed, weight, target, target_value, lse, cut, peak, out,
-    chunk, V, softcap, scale, temperature, unit,
-    COLS: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr, SOFTCAP: tl.constexpr, ACCUMULATE: tl.constexpr,
+def bias_rows_kernel(
+    exponentials, stride_e, row_of, signed, weight, inverse, target, target_value, cut, n_rows, peak, out,
+    chunk, V, temperature, unit,
+    COLS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """dbias (V,) float32: the sum of dL/d(product) over the rows that keep the tile."""
+    """out (V,) float32 += the sum of dL/d(product) over the rows that keep entries in a tile."""
     unit *= tl.load(peak)
     j = tl.program_id(0)
     v = j * COLS + tl.arange(0, COLS)
     n = tl.load(n_rows + j)
-    first_pair = tl.load(first_block + j) * PAIRS
     total = tl.zeros([COLS], tl.float32)
     for start in range(0, n, ROWS):
         i = start + tl.arange(0, ROWS)
         _, x = load_gradient(
-            probability, row_of, signed, weight, target, target_value, lse, cut, j, first_pair, i, n, v, chunk,
-            softcap, scale, unit, COLS, SOFTCAP,
+            exponentials, stride_e, row_of, signed, weight, inverse, target, target_value, cut, j, i, n, v, chunk, unit,
         )  # fmt: skip
         total += tl.sum(x, 0)
-    total *= unit / temperature
-    if ACCUMULATE:
-        total += tl.load(out + v, mask=v < V, other=0.0)
-    tl.store(out + v, total, mask=v < V)
+    at = out + v
+    tl.store(at, total * (unit / temperature) + tl.load(at, mask=v < V, other=0.0), mask=v < V)
+
+
+@triton.jit
+def set_aside_kernel(
+    exponentials, stride_e, hidden, target, logit, offset, total, order, slot_of, live, stored,
+    to_exponentials, to_stride_e, to_hidden, to_target, to_logit, to_offset, to_total, to_order, width, D,
+    ROW_TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The dense rows of the chunk go to the reserve; zeros after its last row, to the end of a tile of rows."""
+    r = tl.program_id(0)
+    block = tl.program_id(1)
+    column = block * BLOCK + tl.arange(0, BLOCK)
+    end = tl.load(stored)
+    if end + r < tl.cdiv(end, ROW_TILE) * ROW_TILE:
+        at = to_exponentials + (end + r).to(tl.int64) * to_stride_e + column
+        tl.store(at, tl.zeros([BLOCK], to_exponentials.dtype.element_ty), mask=column < width)
+    if r < tl.load(live + 1):
+        slot = tl.load(slot_of + r).to(tl.int64)
+        if slot >= 0:
+            e = tl.load(exponentials + r.to(tl.int64) * stride_e + column, mask=column < width, other=0.0)
+            tl.store(to_exponentials + slot * to_stride_e + column, e, mask=column < width)
+            h = tl.load(hidden + r.to(tl.int64) * D + column, mask=column < D, other=0.0)
+            tl.store(to_hidden + slot * D + column, h, mask=column < D)
+            if block == 0:
+                tl.store(to_target + slot, tl.load(target + r))
+                tl.store(to_logit + slot, tl.load(logit + r))
+                tl.store(to_offset + slot, tl.load(offset + r))
+                tl.store(to_total + slot, tl.load(total + r))
+                tl.store(to_order + slot, tl.load(order + r))
 
 
 class SparseGradients:
-    """Log p and sparse gradients of one chunk after another, in order, like :class:`~.gradient.ChunkGradients`.
+    """Log p and gradients of one chunk after another, in order; the last rows with :meth:`finish`.
 
-    plan: how many tiles and entries a row may keep.
-    out_hidden: (N, D), zeros, filled at the rows with a gradient that are not dense; or None.
+    plan: how many entries a row may keep, and the room for parts of dhidden.
+    tokens: how many there are, N.
+    outputs: the gradients of hidden, (N, D) zeros in its dtype, filled at the rows with a gradient; of the head, (V, D)
+        float32 zeros, and of its bias, (V,) float32 zeros, which are added to. None where not needed.
     sparse: has ``tolerance``; and, (N,) each, ``dropped`` and ``mass`` float32, ``dense`` int32, which take what each
         token drops, its ||p - e_y||_1, and whether its gradient is left to the exact kernels.
-    counts: how many rows of the order are valid, and have a gradient; cut down to the rows seen so far once more than
-        the share ``plan.most_dense`` of a chunk is dense. Later chunks then do nothing, and their rows are left over.
     """
 
-    def __init__(self, chunk: Chunk, plan: SparsePlan, out_hidden, sparse, counts: torch.Tensor):
-        self.chunk, self.plan, self.out_hidden, self.sparse, self.counts = chunk, plan, out_hidden, sparse, counts
-        self.seen = 0
-        c = self.config = chunk.configs.vocab
-        self.vocab = VocabPass(chunk)
-        tiles = self.vocab.col_tiles
+    def __init__(self, chunk: Chunk, plan: SparsePlan, tokens: int, outputs, sparse):
+        self.chunk, self.plan, self.sparse = chunk, plan, sparse
+        self.out_hidden, self.out_head, self.out_bias = outputs
+        tiles = triton.cdiv(chunk.V, chunk.configs.vocab.cols)
+        whole = Plan(chunk.rows, tiles, plan.partial_tiles)
+        self.trained = self.out_head is not None or self.out_bias is not None
+        self.stored_pass = ChunkGradients(chunk, whole, None, head=False)
+        self.vocab = self.stored_pass.vocab
         # float16 cannot hold small gradients: there they are in units of 2^-15 of the largest, taken back in float32.
-        self.unit = 2.0**-15 if chunk.hidden.dtype == torch.float16 else 1.0
-        # Maxima, sums, and sums for the entropy are done with once tile masses, rows of a tile and ranks are there.
-        planes = self.vocab.partial.view(3, tiles, chunk.rows)
-        self.mass, self.row_of, self.rank = planes[0], *planes[1:].view(torch.int32)
-        self.weight, self.others, self.dropped, self.target_value, self.signed = chunk.floats(5, chunk.rows)
-        self.dense, self.n_tiles, self.n_entries = self._ints(3, chunk.rows)
-        self.tile_of, self.pair_of = self._ints(2, chunk.rows, plan.most_tiles)
-        self.entry_of = self._ints(chunk.rows, plan.most_entries)
-        self.value_of = chunk.floats(chunk.rows, plan.most_entries)
-        self.n_rows, self.first_block = self._ints(tiles), self._ints(tiles + 1)
-        pairs = plan.pairs(tiles)
-        self.probability, self.pair_others = chunk.floats(pairs, c.cols), chunk.floats(pairs)
-        self.row_blocks = triton.cdiv(chunk.rows, ROW_BLOCK)
-        self.below = chunk.floats(max(chunk.programs, self.row_blocks), BINS.value)
-        self.cuts = chunk.floats(BINS.value)
+        half = chunk.hidden.dtype == torch.float16
+        self.unit = 2.0**-15 if half else 1.0
+        self.unseen = 2.0**-25 if half else 0.0
+        self.weight, self.inverse, self.target_value, self.mass, self.dropped, self.signed = chunk.floats(6, chunk.rows)
+        self.dense, self.n_tiles, self.n_entries, self.slot_of = self._ints(4, chunk.rows)
+        self.tile_of = self._ints(chunk.rows, tiles)
+        self.entry_of, self.value_of = self._ints(chunk.rows, plan.entries), chunk.floats(chunk.rows, plan.entries)
+        if self.trained:
+            self.keeps = torch.empty(tiles, chunk.rows, dtype=torch.int8, device=self.dense.device)
+            self.row_of, self.n_rows = self._ints(tiles, chunk.rows), self._ints(tiles)
+        self.below, self.cuts = chunk.floats(chunk.rows, BINS.value), chunk.floats(BINS.value)
         # 16 bytes apart: Triton compiles a kernel again for a pointer that is less aligned.
         self.top, self.peak, self.tile_cut, self.entry_cut = chunk.floats(16).split(4)
+        # Dense rows, until the exact kernels take them.
+        self.reserve = Chunk(chunk.head, chunk.rows, (chunk.programs, chunk.tma, chunk.configs))
+        self.exact = ChunkGradients(self.reserve, whole, self.out_hidden, head=self.trained)
+        self.reserve_order, self.stored = self._ints(chunk.rows), torch.zeros_like(self.reserve.live)
+        self.gradient = chunk.floats(tokens)
 
     def _ints(self, *shape: int) -> torch.Tensor:
         return torch.empty(*shape, dtype=torch.int32, device=self.chunk.hidden.device)
 
     def forward(self, order: torch.Tensor, logp: torch.Tensor) -> None:
-        """Write log p (nats) of row i at order[i] of ``logp`` (N,), and leave logsumexp and tile sums behind."""
-        self.seen += self.chunk.rows
-        self.vocab.normalise(order, logp)
+        """Write log p (nats) of row i at order[i] of ``logp`` (N,), and leave exponentials and their sums behind."""
+        self.stored_pass.forward(order, logp)
 
     def backward(self, order: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Turn dL/dlogp, ``gradient`` (N,) float32, into the chunk's hidden gradients, and pairs for the head's."""
-        chunk, sparse = self.chunk, self.sparse
-        row_weight_kernel[(1,)](
-            gradient, order, chunk.live, chunk.offset, chunk.logit, self.weight, self.dense, self.top, ROWS=SLOTS
-        )
+        """Turn dL/dlogp, ``gradient`` (N,) float32, into the gradients of the chunk's sparse rows; keep the others."""
+        self._weigh(order, gradient)
         self._select_tiles()
-        self._make_pairs()
         self._select_entries()
-        certify_kernel[(1,)](
-            gradient, order, chunk.live, self.weight, self.others, self.dropped, self.dense, self.signed, self.peak,
-            sparse.dropped, sparse.mass, sparse.dense, self.counts, self.seen, sparse.tolerance,
-            self.plan.most_dense, SCALED=self.unit != 1, ROWS=SLOTS,
-        )  # fmt: skip
+        self._certify(order, gradient)
         if self.out_hidden is not None:
-            weight, block = chunk.head.weight, min(1024, triton.next_power_of_2(chunk.D))
-            gather_hidden_kernel[(chunk.rows, triton.cdiv(chunk.D, block))](
-                self.entry_of, self.value_of, self.n_entries, self.dense, self.signed, weight, *weight.stride(),
-                order, chunk.live, self.out_hidden, chunk.head.temperature, chunk.D,
-                CAPACITY=self.plan.most_entries, BLOCK=block, AT_ONCE=4,
-            )  # fmt: skip
+            self._hidden(order)
+        if self.trained:
+            self._head()
+        self._make_reserve()
+        self._set_aside(order)
 
-    def _budget(self, tolerance: float, spent: bool) -> None:
-        budget_kernel[(1,)](
-            self.weight, self.others, self.dropped, self.chunk.live, self.cuts, tolerance,
-            SPENT=spent, ROWS=SLOTS, BINS=BINS,
-        )  # fmt: skip
+    def finish(self) -> None:
+        """Make the gradients of the rows that are still kept."""
+        self.reserve.live.copy_(self.stored)
+        self._make_reserve()
 
-    def _cut(self, blocks: int, out: torch.Tensor) -> None:
-        cut_kernel[(1,)](self.below, blocks, self.cuts, out, BLOCKS=64, BINS=BINS)
-
-    def _select_tiles(self) -> None:
-        """Drop tiles, within half of the tolerance; group the rows by the tiles that they keep."""
-        chunk, tiles = self.chunk, self.vocab.col_tiles
-        grid = (self.row_blocks,)
-        by_rows = {"COLS": self.config.cols, "ROWS": ROW_BLOCK, "TILES": TILE_BLOCK}
-        tile_mass_kernel[grid](
-            self.vocab.partial, chunk.offset, chunk.target, chunk.live, self.top, self.weight, self.others,
-            chunk.rows, tiles, **by_rows,
+    def _weigh(self, order, gradient) -> None:
+        """Weights, tile masses and the budget."""
+        chunk, e = self.chunk, self.vocab.exponentials
+        total = self.stored_pass.total
+        weigh_kernel[(1,)](
+            gradient, order, chunk.live, total, chunk.logit, self.weight, self.dense, self.top, ROWS=SLOTS
+        )
+        tile_mass_kernel[self._row_blocks](
+            self.vocab.sums, e, e.stride(0), total, chunk.target, chunk.logit, chunk.offset, chunk.live, self.top,
+            self.weight, self.inverse, self.target_value, self.mass, chunk.rows, self.vocab.col_tiles,
+            chunk.head.softcap or 0.0, chunk.logit_scale, SOFTCAP=chunk.head.softcap is not None, **self._by_rows,
         )  # fmt: skip
-        self._budget(self.sparse.tolerance / 2, spent=False)
-        tiles_below_kernel[grid](
-            self.mass, self.weight, chunk.target, chunk.live, self.cuts, self.below, chunk.rows, tiles,
-            BINS=BINS, **by_rows,
-        )  # fmt: skip
-        self._cut(self.row_blocks, self.tile_cut)
-        select_tiles_kernel[grid](
-            self.mass, self.weight, chunk.target, chunk.live, self.tile_cut, self.tile_of, self.n_tiles, self.dropped,
-            self.dense, chunk.rows, tiles, MOST=self.plan.most_tiles, **by_rows,
-        )  # fmt: skip
-        tile_rows_kernel[(tiles,)](
-            self.mass, self.weight, chunk.target, chunk.live, self.tile_cut, self.n_tiles, self.row_of, self.rank,
-            self.n_rows, chunk.rows, COLS=self.config.cols, ROWS=SLOTS,
-        )  # fmt: skip
-        size = triton.next_power_of_2(tiles)
-        schedule_kernel[(1,)](self.n_rows, self.first_block, tiles, PAIRS=PAIRS, SIZE=size)
-
-    def _make_pairs(self) -> None:
-        """Probabilities of the kept tiles, and with them each row's mass off target."""
-        chunk, head, c, tiles = self.chunk, self.chunk.head, self.config, self.vocab.col_tiles
-        pair_kernel[(chunk.programs,)](
-            chunk.hidden, self.vocab.operands[1], *head.weight.stride(), head.bias, chunk.target, chunk.offset,
-            self.row_of, self.n_rows, self.first_block, self.probability, self.pair_others, chunk.rows, chunk.V, tiles,
-            head.softcap or 0.0, chunk.logit_scale, D=chunk.D, PAIRS=PAIRS, COLS=c.cols, DEPTH=c.depth,
-            PROGRAMS=chunk.programs, TMA=chunk.tma, BIAS=head.bias is not None, SOFTCAP=head.softcap is not None,
-            SIZE=triton.next_power_of_2(tiles), PRECISION=PRECISION, num_warps=4, num_stages=3,
-        )  # fmt: skip
-        row_pairs_kernel[(triton.cdiv(chunk.rows, 128),)](
-            self.tile_of, self.n_tiles, self.rank, self.first_block, self.pair_others, self.dropped, chunk.live,
-            self.pair_of, self.others, chunk.rows, MOST=self.plan.most_tiles, PAIRS=PAIRS, ROWS=128,
-        )  # fmt: skip
-
-    def _select_entries(self) -> None:
-        """Drop entries of the kept tiles, within what is left of the tolerance."""
-        chunk, head, c, tiles = self.chunk, self.chunk.head, self.config, self.vocab.col_tiles
-        self._budget(self.sparse.tolerance, spent=True)
-        pairs_below_kernel[(chunk.programs,)](
-            self.probability, self.weight, chunk.target, self.row_of, self.n_rows, self.first_block, self.cuts,
-            self.below, chunk.rows, tiles, PAIRS=PAIRS, COLS=c.cols, PROGRAMS=chunk.programs,
-            SIZE=triton.next_power_of_2(tiles), BINS=BINS, num_warps=8,
-        )  # fmt: skip
-        self._cut(chunk.programs, self.entry_cut)
-        entries_kernel[(chunk.rows,)](
-            self.probability, self.tile_of, self.n_tiles, self.pair_of, self.weight, chunk.target, chunk.logit,
-            chunk.offset, self.others, chunk.live, self.entry_cut, self.entry_of, self.value_of, self.n_entries,
-            self.target_value, self.dropped, self.dense, head.softcap or 0.0, chunk.logit_scale,
-            MOST=self.plan.most_tiles, CAPACITY=self.plan.most_entries, COLS=c.cols, SOFTCAP=head.softcap is not None,
-        )  # fmt: skip
+        budget_kernel[(1,)](self.weight, self.mass, chunk.live, self.cuts, self.sparse.tolerance, ROWS=SLOTS, BINS=BINS)
 
     @property
-    def _pairs(self) -> tuple:
-        """What the kernels of the head's gradients read dL/d(product) from."""
-        chunk = self.chunk
-        return (
-            self.probability, self.row_of, self.n_rows, self.first_block, self.signed, self.weight, chunk.target,
-            self.target_value, chunk.offset, self.entry_cut, self.peak,
+    def _row_blocks(self) -> tuple[int]:
+        return (triton.cdiv(self.chunk.rows, ROW_BLOCK),)
+
+    @property
+    def _by_rows(self) -> dict[str, int]:
+        return {"COLS": self.vocab.config.cols, "ROWS": ROW_BLOCK, "TILES": TILE_BLOCK}
+
+    def _cut(self, blocks: int, share: float, out: torch.Tensor) -> None:
+        cut_kernel[(1,)](self.below, blocks, self.cuts, share, out, BLOCKS=64, BINS=BINS)
+
+    def _select_tiles(self) -> None:
+        """Drop tiles, within their share of the budget."""
+        chunk, tiles = self.chunk, self.vocab.col_tiles
+        known = self.vocab.sums, self.weight, chunk.target, chunk.live
+        tiles_below_kernel[self._row_blocks](
+            *known, self.cuts, self.below, chunk.rows, tiles, BINS=BINS, **self._by_rows
+        )
+        self._cut(self._row_blocks[0], TILE_SHARE, self.tile_cut)
+        select_tiles_kernel[self._row_blocks](
+            *known, self.tile_cut, self.tile_of, self.n_tiles, self.dropped, chunk.rows, tiles, **self._by_rows
+        )
+
+    def _select_entries(self) -> None:
+        """Drop entries of the kept tiles, within what is left of the budget; list the others."""
+        chunk, tiles, cols = self.chunk, self.vocab.col_tiles, self.vocab.config.cols
+        e = self.vocab.exponentials
+        known = e, e.stride(0), self.tile_of, self.n_tiles, self.weight, self.inverse, chunk.target
+        entries_below_kernel[(chunk.rows,)](
+            *known, chunk.live, self.cuts, self.below, tiles, COLS=cols, SIZE=AT_ONCE, BINS=BINS
+        )
+        self._cut(chunk.rows, 1 - TILE_SHARE, self.entry_cut)
+        if self.trained:
+            self.keeps.zero_()
+        entries_kernel[(chunk.rows,)](
+            *known, self.target_value, chunk.live, self.entry_cut, self.entry_of, self.value_of, self.n_entries,
+            self.keeps if self.trained else None, self.dropped, self.dense, chunk.rows, tiles, self.unseen,
+            COLS=cols, SIZE=AT_ONCE, CAPACITY=self.plan.entries, HEAD=self.trained,
         )  # fmt: skip
 
-    def head_product(self, out: torch.Tensor, accumulate: bool) -> None:
-        """out (V, D) float32 = the gradient of the head from the rows that are not dense, or add it."""
-        chunk, head, cols = self.chunk, self.chunk.head, self.config.cols
-        large = cols >= 128
-        tile = {"ROWS": min(cols, 128), "WIDTH": 256 if large else 64, "DEPTH": 64 if large else 32}
-        head_pairs_kernel[(chunk.programs,)](
-            *self._pairs, chunk.hidden, out, chunk.rows, chunk.D, chunk.V, self.vocab.col_tiles,
-            head.softcap or 0.0, chunk.logit_scale, head.temperature, self.unit,
-            COLS=cols, PAIRS=PAIRS, PROGRAMS=chunk.programs, SOFTCAP=head.softcap is not None, ACCUMULATE=accumulate,
-            PRECISION=PRECISION, num_warps=8 if large else 4, num_stages=2, **tile,
+    def _certify(self, order, gradient) -> None:
+        chunk, sparse = self.chunk, self.sparse
+        certify_kernel[(1,)](
+            gradient, order, chunk.live, self.weight, self.mass, self.target_value, self.dropped, self.dense,
+            self.signed, self.peak, sparse.dropped, sparse.mass, sparse.dense, self.gradient, self.slot_of,
+            self.stored, self.reserve.live, self.reserve.rows, sparse.tolerance, SCALED=self.unit != 1, ROWS=SLOTS,
         )  # fmt: skip
 
-    def bias(self, out: torch.Tensor, accumulate: bool) -> None:
-        """out (V,) float32 = the gradient of the bias from the rows that are not dense, or add it."""
-        chunk, head = self.chunk, self.chunk.head
-        bias_pairs_kernel[(self.vocab.col_tiles,)](
-            *self._pairs, out, chunk.rows, chunk.V, head.softcap or 0.0, chunk.logit_scale,
-            head.temperature, self.unit, COLS=self.config.cols, ROWS=32, PAIRS=PAIRS,
-            SOFTCAP=head.softcap is not None, ACCUMULATE=accumulate,
+    def _hidden(self, order) -> None:
+        chunk, weight = self.chunk, self.chunk.head.weight
+        block = min(1024, triton.next_power_of_2(chunk.D))
+        gather_hidden_kernel[(chunk.rows, triton.cdiv(chunk.D, block))](
+            self.entry_of, self.value_of, self.n_entries, self.signed, weight, *weight.stride(), order, chunk.live,
+            self.out_hidden, chunk.head.temperature, chunk.D, CAPACITY=self.plan.entries, BLOCK=block, AT_ONCE=4,
+        )  # fmt: skip
+
+    def _head(self) -> None:
+        """Add the sparse rows to the gradients of the head and its bias."""
+        chunk, tiles, e = self.chunk, self.vocab.col_tiles, self.vocab.exponentials
+        cols = self.vocab.config.cols
+        tile_rows_kernel[(tiles,)](
+            self.keeps, self.signed, chunk.live, self.row_of, self.n_rows, chunk.rows, ROWS=SLOTS
+        )
+        known = (
+            e, e.stride(0), self.row_of, self.signed, self.weight, self.inverse, chunk.target, self.target_value,
+            self.entry_cut, self.n_rows, self.peak,
+        )  # fmt: skip
+        temperature = chunk.head.temperature
+        if self.out_head is not None:
+            large = cols >= 128
+            tile = {"ROWS": min(cols, 128), "WIDTH": 256 if large else 64, "DEPTH": 64 if large else 32}
+            head_rows_kernel[(chunk.programs,)](
+                *known, chunk.hidden, self.out_head, chunk.rows, chunk.D, chunk.V, tiles, temperature, self.unit,
+                COLS=cols, PROGRAMS=chunk.programs, PRECISION=PRECISION, num_warps=8 if large else 4, num_stages=2,
+                **tile,
+            )  # fmt: skip
+        if self.out_bias is not None:
+            bias_rows_kernel[(tiles,)](
+                *known, self.out_bias, chunk.rows, chunk.V, temperature, self.unit, COLS=cols, ROWS=32
+            )
+
+    def _make_reserve(self) -> None:
+        """The exact gradients of as many rows of the reserve as its ``live`` says."""
+        exact, live = self.exact, self.reserve.live
+        if self.out_hidden is not None:
+            exact.hidden_product(live, 0)
+        exact.backward(self.reserve_order, self.gradient)
+        if self.out_head is not None:
+            exact.head_product(self.out_head, accumulate=True)
+        if self.out_bias is not None:
+            exact.bias(self.out_bias, accumulate=True)
+
+    def _set_aside(self, order) -> None:
+        chunk, reserve = self.chunk, self.reserve
+        e, to = self.vocab.exponentials, self.exact.exponentials
+        block = min(8192, triton.next_power_of_2(e.shape[1]))
+        set_aside_kernel[(chunk.rows, triton.cdiv(max(e.shape[1], chunk.D), block))](
+            e, e.stride(0), chunk.hidden, chunk.target, chunk.logit, chunk.offset, self.stored_pass.total, order,
+            self.slot_of, chunk.live, self.stored, to, to.stride(0), reserve.hidden, reserve.target, reserve.logit,
+            reserve.offset, self.exact.total, self.reserve_order, e.shape[1], chunk.D, ROW_TILE=ROW_TILE, BLOCK=block,
         )  # fmt: skip
