@@ -9,7 +9,9 @@ Entries off the target are dropped from the smallest on, by one threshold for al
 
     sum of the dropped p  <=  tolerance * sum of ||p - e_y||_1
 
-and the report says what is kept then, for each tenth of the rows by entropy.
+and the report says what is kept then, for each tenth of the rows by entropy, and how much lies beyond the 1, 2, 4 ...
+most probable entries. On the same rows it compares sparse gradients with exact ones, in time and in error; and it goes
+on training from the same weights, on the same batches, twice with exact and once with sparse gradients.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import random
 import sysconfig
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,11 +30,12 @@ from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3Model
 
-from benchmarks.measure import command, environment, write
+from benchmarks.measure import command, environment, interleaved, timer_of, write
 from egrsd_kernels import linear_logp
 
 TOLERANCES = (2.0**-10, 2.0**-8, 2.0**-6)
 MANY = (64, 256, 1024, 4096)  # rows that keep more entries are counted
+MODES = ("exact", "exact again", "sparse")  # the exact runs differ by the order of atomic sums alone
 ROWS = 1024  # of logits at a time
 
 
@@ -92,9 +96,9 @@ class LanguageModel(nn.Module):
         """(B, T, D) bfloat16 hidden states."""
         return self.states(ids)
 
-    def loss(self, ids: Tensor) -> Tensor:
-        """Nats a token."""
-        return -linear_logp(self(ids)[:, :-1], self.head.bfloat16(), ids[:, 1:]).mean()
+    def loss(self, ids: Tensor, **options) -> Tensor:
+        """Nats a token. options: of linear_logp."""
+        return -linear_logp(self(ids)[:, :-1], self.head.bfloat16(), ids[:, 1:], **options).mean()
 
     @torch.no_grad()
     def continued(self, ids: Tensor, count: int) -> Tensor:
@@ -139,9 +143,14 @@ def sparsity(hidden: Tensor, head: Tensor, targets: Tensor) -> dict:
     edges = torch.exp2(-torch.arange(80, device=hidden.device) / 2)
     below = torch.zeros(len(edges), device=hidden.device, dtype=torch.float64)
     entropy, others = torch.empty(2, len(hidden), device=hidden.device)
+    ranks = [1 << k for k in range((head.shape[0] - 1).bit_length())]
+    beyond = torch.empty(len(hidden), len(ranks), device=hidden.device)
     for rows, p, off in probabilities():
         entropy[rows] = torch.special.entr(p).sum(-1)
         others[rows] = off.sum(-1)
+        # From the smallest on: a sum from the largest on would end with what rounding left of 1 - 1.
+        tail = p.sort(-1).values.cumsum(-1).flip(-1)
+        beyond[rows] = tail[:, ranks]
         below += torch.stack([(off * (off <= edge)).sum(dtype=torch.float64) for edge in edges])
     order = entropy.argsort()
     report = {
@@ -150,6 +159,8 @@ def sparsity(hidden: Tensor, head: Tensor, targets: Tensor) -> dict:
         "entropy_deciles": entropy.quantile(torch.linspace(0.1, 0.9, 9, device=hidden.device)).tolist(),
         "share_entropy_below_0.01": (entropy < 0.01).float().mean().item(),
         "share_entropy_above_0.672": (entropy > 0.672).float().mean().item(),
+        "ranks": ranks,
+        "mass_beyond_rank_by_entropy": [beyond[part].mean(0).tolist() for part in order.tensor_split(10)],
         "tolerances": [],
     }
     for tolerance in TOLERANCES:
@@ -172,6 +183,47 @@ def sparsity(hidden: Tensor, head: Tensor, targets: Tensor) -> dict:
     return report
 
 
+def gradients(hidden: Tensor, head: Tensor, targets: Tensor) -> dict:
+    """Sparse gradients of the rows (N, D) x (V, D) beside exact ones, each token weighed alike: time and error."""
+    timer = timer_of(hidden.device)
+    found: dict = {}
+
+    def step(trained: bool, **options) -> tuple[Tensor, ...]:
+        leaves = hidden.detach().requires_grad_(), head.detach().requires_grad_(trained)
+        linear_logp(*leaves, targets, **options).sum().backward()
+        return tuple(leaf.grad for leaf in leaves if leaf.requires_grad)
+
+    for name, trained in (("frozen", False), ("trained", True)):
+        subjects = {mode: partial(step, trained, grad_mode=mode) for mode in ("exact", "sparse")}
+        want, got = (subjects[mode]() for mode in subjects)
+        errors = [((g.double() - w.double()).norm() / w.double().norm()).item() for g, w in zip(got, want, strict=True)]
+        times = interleaved(subjects, timer, rounds=15, budget=0.5, sustained=False)
+        found[name] = {"relative_error_of_hidden_and_head": errors, "times": times}
+    return found
+
+
+def curves(model: LanguageModel, data: Tensor, steps: int, batch: int, rate: float) -> dict[str, list[float]]:
+    """The losses of ``steps`` more steps from the same weights, on the same batches, in each of MODES."""
+    start = {name: x.clone() for name, x in model.state_dict().items()}
+    found = {}
+    for mode in MODES:
+        model.load_state_dict(start)
+        generator = torch.Generator(data.device).manual_seed(1)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.05)
+        losses = []
+        for _ in range(steps):
+            rows = data[torch.randint(len(data), (batch,), device=data.device, generator=generator)]
+            loss = model.loss(rows, grad_mode=mode.split()[0])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            losses.append(loss.detach())
+        found[mode] = torch.stack(losses).tolist() if losses else []
+    model.load_state_dict(start)
+    return found
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="JSON")
@@ -183,6 +235,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=48, help="rows of context a step")
     parser.add_argument("--rows", type=int, default=16_384, help="softmax rows to look at")
+    parser.add_argument("--curves", type=int, default=300, help="steps with exact and with sparse gradients")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--commit", default=None, help="recorded in the result; default: git's HEAD")
     args = parser.parse_args(argv)
@@ -212,10 +265,15 @@ def main(argv: list[str] | None = None) -> None:
         report |= {"parameters": sum(p.numel() for p in model.parameters()), "training_tokens": data.numel()}
         report |= {"losses": losses[:: max(1, len(losses) // 200)], "steps": len(losses)}
         report["held_out_loss"] = torch.stack([model.loss(rows) for rows in held_out.split(8)]).mean().item()
-        report["sparsity"] = {}
+        report["sparsity"], report["gradients"] = {}, {}
         for name, (ids, first) in seen.items():
             hidden = torch.cat([model(rows)[:, first:-1].flatten(0, 1) for rows in ids.split(8)])
-            report["sparsity"][name] = sparsity(hidden, model.head.bfloat16(), ids[:, first + 1 :].flatten())
+            rows = hidden, model.head.bfloat16(), ids[:, first + 1 :].flatten()
+            report["sparsity"][name] = sparsity(*rows)
+            with torch.enable_grad():
+                report["gradients"][name] = gradients(*rows)
+    model.train()
+    report["curves"] = curves(model, data, args.curves, max(1, args.batch // 3), 1e-4)
     write(args.output, report)
     print(f"held-out loss {report['held_out_loss']:.3f}")
     for name, found in report["sparsity"].items():
@@ -224,6 +282,13 @@ def main(argv: list[str] | None = None) -> None:
             kept = ", ".join(f"{tenth['kept_mean']:.0f}" for tenth in at["by_entropy"])
             many = ", ".join(f"> {many}: {at[f'share_above_{many}']:.1%}" for many in MANY)
             print(f"  tolerance {at['tolerance']:.1e}: kept by tenths of entropy {kept}; rows {many}")
+        for figure, measured in report["gradients"][name].items():
+            times = ", ".join(f"{mode} {time.get('ms', math.nan):.2f} ms" for mode, time in measured["times"].items())
+            errors = ", ".join(f"{error:.1e}" for error in measured["relative_error_of_hidden_and_head"])
+            print(f"  {figure}: {times}; relative difference {errors}")
+    exact, again, sparse = (torch.tensor(report["curves"][mode]) for mode in MODES)
+    for name, other in (("exact again", again), ("sparse", sparse)):
+        print(f"{name}: loss differs from exact by {(other - exact).square().mean().sqrt():.1e} nat (r.m.s.)")
 
 
 if __name__ == "__main__":

@@ -138,6 +138,16 @@ def ours(p: Problem) -> Calls:
     return _ours(p)
 
 
+@peer(
+    "ours-sparse",
+    "egrsd_kernels, sparse gradients",
+    "egrsd-kernels",
+    "gradients to the last bit: up to 2^-10 of their L1 norm is left out",
+)
+def ours_sparse(p: Problem) -> Calls:
+    return Calls(None, _ours(p, grad_mode="sparse").step)
+
+
 @peer("ours-pointer", "egrsd_kernels, pointer kernels", "egrsd-kernels")
 def ours_pointer(p: Problem) -> Calls:
     """The kernels that GPUs without TMA take."""

@@ -27,6 +27,9 @@ def test_what_is_kept_is_within_the_tolerance_and_no_more_than_needed():
     assert found["rows"] == 1500
     assert found["entropy_mean"] == pytest.approx(entropy.mean().item(), rel=1e-4)
     assert found["share_entropy_below_0.01"] == pytest.approx((entropy < 0.01).float().mean().item(), abs=2e-3)
+    tail = p.sort(-1, descending=True).values[:, 16:].sum(-1)[entropy.argsort()[-150:]].mean()
+    assert found["ranks"] == [2**k for k in range(9)]
+    assert found["mass_beyond_rank_by_entropy"][-1][4] == pytest.approx(tail.item(), rel=1e-4)
     for at in found["tolerances"]:
         tenths = at["by_entropy"]
         assert [tenth["entropy"] for tenth in tenths] == sorted(tenth["entropy"] for tenth in tenths)
@@ -45,10 +48,15 @@ def test_what_is_kept_is_within_the_tolerance_and_no_more_than_needed():
 
 def test_from_sources_to_report(tmp_path, capsys):
     path = tmp_path / "report.json"
-    language_model.main([*TINY, "--rows=64", "--device=cpu", "--output", str(path)])
+    language_model.main([*TINY, "--rows=64", "--curves=2", "--device=cpu", "--output", str(path)])
     report = json.loads(path.read_text())
-    assert report["steps"] > 1 and report["losses"][-1] < report["losses"][0] * 1.1
+    assert report["steps"] >= 1 and report["losses"][-1] <= report["losses"][0] * 1.1
     assert report["sparsity"].keys() == {"held-out text", "own samples"}
     assert all(found["rows"] > 32 for found in report["sparsity"].values())
+    for figures in report["gradients"].values():
+        assert all(len(figures[name]["times"]) == 2 for name in ("frozen", "trained"))
+    # PyTorch's gradients are exact in every mode.
+    exact, again, sparse = (report["curves"][mode] for mode in language_model.MODES)
+    assert len(exact) == 2 and exact == again == sparse
     assert "--vocabulary 400" in report["command"] and report["device"] == "CPU"
     assert "held-out loss" in capsys.readouterr().out

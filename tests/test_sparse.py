@@ -373,7 +373,7 @@ def test_automatic_goes_by_what_it_saw():
 
 def test_auto_mode(monkeypatch):
     monkeypatch.setattr(triton_backend, "AUTOMATIC", Automatic())
-    plan_of(monkeypatch, entries=24)
+    plan_of(monkeypatch, entries=100)
     flat, peaked = (make_case(COMBO, vocabulary=200, kind=kind, per_token=True) for kind in ("flat", "peaked"))
     for case in (flat, peaked):
         case["advantages"] = case["advantages"].sign()
