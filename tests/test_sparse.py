@@ -196,7 +196,7 @@ def test_a_failed_check_makes_the_chunk_exact(monkeypatch):
     """Whatever the thresholds are worth: here they drop everything off the targets' tiles, and then it is put right."""
     from egrsd_kernels.kernels import sparse
 
-    def everything(self, blocks, share, out):
+    def everything(self, counts, share, out):
         out.fill_(0.5)
 
     plan_of(monkeypatch)

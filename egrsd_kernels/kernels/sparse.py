@@ -12,8 +12,8 @@ x = e_y - p; with one, the entries of e_y - p are each damped by a factor 1 - ta
 Σ_{v≠y} p_v, damped, whether or not these entries are dropped themselves.
 
 Both thresholds are on the weighed size a |x_v|, with a = |g| / max |g| and g = dL/dlogp: what is dropped from a row
-that matters little may be large. Each is the largest budget · 2^-k under which everything that is at most as large
-stays within its share of the budget.
+that matters little may be large. Each is the largest budget · 2^(-k/3) under which everything that is at most as large
+stays within its share of the budget, by a histogram of these sizes: whole numbers, which add up in any order.
 
 **The bound.** Let δ_t be what row t drops, Σ |x_v| over the entries dropped (or more, where a tile is dropped as a
 whole: its undamped mass). dL/dlogits of row t is off by g_t x_v at these entries and by nothing elsewhere, that is by
@@ -51,7 +51,9 @@ from .gather import Chunk
 from .gradient import ChunkGradients
 from .plan import Plan, SparsePlan
 
-BINS = tl.constexpr(32)  # a budget · 2^-32 is below what even a whole chunk of equal entries could do with
+# Of a histogram of weighed sizes, three for a factor of 2: the last but one is what is below 2^-42 of the budget, so
+# little that even 2^31 entries fit, and the last what is 0 or above the budget.
+BINS = tl.constexpr(128)
 SLACK = tl.constexpr(2.0**-7)
 TINY = tl.constexpr(2.0**-126)
 SMALL = tl.constexpr(2.0**-100)
@@ -80,19 +82,20 @@ def kept(a, x, cut):
 
 
 @triton.jit
-def add_below(below, x, cuts, BINS: tl.constexpr):
-    """below[k] += the sum of all x (1D) that are at most cuts[k]."""
-    k = tl.arange(0, BINS)
-    for one in range(0, BINS):
-        cut = tl.load(cuts + one)
-        below += tl.where(k == one, tl.sum(tl.where(x <= cut, x, 0.0), 0), 0.0)
-    return below
+def histogram(w, budget, BINS: tl.constexpr):
+    """How many of the weighed sizes w (1D) are in each bin; those of bin k are at most budget · 2^(-k/3)."""
+    k = 3.0 * (tl.log2(budget) - tl.log2(tl.maximum(w, TINY)))
+    k = tl.minimum(tl.maximum(k, 0.0), BINS - 2).to(tl.int32)
+    return tl.histogram(tl.where((w > 0) & (w <= budget), k, BINS - 1), BINS)
 
 
 @triton.jit
-def weigh_kernel(gradient, order, live, total, logit, weight, dense, top, ROWS: tl.constexpr):
-    """weight = |g|, 0 for what is not finite, which is for the exact kernels: dense. top: the largest."""
+def weigh_kernel(
+    gradient, order, live, total, logit, weight, dense, top, counts, ROWS: tl.constexpr, BINS: tl.constexpr
+):
+    """weight = |g|, 0 for what is not finite, which is for the exact kernels: dense. top: the largest. counts: zeros."""
     n = tl.load(live + 1)
+    tl.store(counts + tl.arange(0, 2 * BINS), tl.zeros([2 * BINS], tl.int64))
     largest = tl.zeros([ROWS], tl.float32)
     for start in range(0, n, ROWS):
         r = start + tl.arange(0, ROWS)
@@ -151,8 +154,8 @@ def tile_mass_kernel(
 
 
 @triton.jit
-def budget_kernel(weight, mass, live, cuts, tolerance, ROWS: tl.constexpr, BINS: tl.constexpr):
-    """cuts[k] = budget · 2^-k: what may be dropped within the tolerance."""
+def budget_kernel(weight, mass, live, budget, tolerance, ROWS: tl.constexpr):
+    """budget: what may be dropped within the tolerance."""
     n = tl.load(live + 1)
     total = tl.zeros([ROWS], tl.float32)
     for start in range(0, n, ROWS):
@@ -160,21 +163,19 @@ def budget_kernel(weight, mass, live, cuts, tolerance, ROWS: tl.constexpr, BINS:
         a = tl.load(weight + r, mask=r < n, other=0.0)
         total += gradient_mass(a, tl.load(mass + r, mask=r < n, other=0.0))
     # A little less than certify_kernel allows: sums are rounded differently in between.
-    budget = tl.sum(total, 0) * tolerance / (1.0 + 4.0 * SLACK)
-    k = tl.arange(0, BINS)
-    tl.store(cuts + k, budget * tl.exp2(-k.to(tl.float32)))
+    tl.store(budget, tl.sum(total, 0) * tolerance / (1.0 + 4.0 * SLACK))
 
 
 @triton.jit
-def tiles_below_kernel(
-    tile_mass, weight, target, live, cuts, below, chunk, col_tiles,
+def count_tiles_kernel(
+    tile_mass, weight, target, live, budget, counts, chunk, col_tiles,
     COLS: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
-    """below (programs, BINS): how much weighed mass the tiles of these rows have under each cut."""
+    """counts (BINS,) += the histogram of the weighed masses of tiles, but for the targets' own."""
     n = tl.load(live + 1)
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    total = tl.zeros([BINS], tl.float32)
     if tl.program_id(0) * ROWS < n:
+        total = tl.zeros([BINS], tl.int32)
         a = tl.load(weight + r, mask=r < n, other=0.0)
         own = tl.load(target + r, mask=r < n, other=0) // COLS
         for start in range(0, col_tiles, TILES):
@@ -182,20 +183,18 @@ def tiles_below_kernel(
             inside = (j < col_tiles)[:, None] & (r < n)[None, :]
             q = tl.load(tile_mass + j[:, None] * chunk + r[None, :], mask=inside, other=0.0)
             w = weighed(a[None, :], tl.where(j[:, None] == own[None, :], 0.0, q))
-            total = add_below(total, tl.reshape(w, [TILES * ROWS]), cuts, BINS)
-    tl.store(below + tl.program_id(0) * BINS + tl.arange(0, BINS), total)
+            total += histogram(tl.reshape(w, [TILES * ROWS]), tl.load(budget), BINS)
+        tl.atomic_add(counts + tl.arange(0, BINS), total.to(tl.int64), sem="relaxed")
 
 
 @triton.jit
-def cut_kernel(below, blocks, cuts, share, out, BLOCKS: tl.constexpr, BINS: tl.constexpr):
-    """The largest cut under which all that is at most as large is within a share of the budget; 0 if none."""
+def cut_kernel(counts, budget, share, out, BINS: tl.constexpr):
+    """The largest edge of a bin under which all that is at most as large is within a share of the budget; 0 if none."""
     k = tl.arange(0, BINS)
-    total = tl.zeros([BINS], tl.float32)
-    for start in range(0, blocks, BLOCKS):
-        i = start + tl.arange(0, BLOCKS)
-        total += tl.sum(tl.load(below + i[:, None] * BINS + k[None, :], mask=(i < blocks)[:, None], other=0.0), 0)
-    fits = total <= share * tl.load(cuts)
-    tl.store(out, tl.max(tl.where(fits, tl.load(cuts + k), 0.0), 0))
+    edge = tl.load(budget) * tl.exp2(k.to(tl.float32) * (-1.0 / 3.0))
+    most = tl.where(k < BINS - 1, tl.load(counts + k).to(tl.float32) * edge, 0.0)
+    below = tl.sum(tl.where(k[None, :] >= k[:, None], most[None, :], 0.0), 1)
+    tl.store(out, tl.max(tl.where((below <= share * tl.load(budget)) & (k < BINS - 1), edge, 0.0), 0))
 
 
 @triton.jit
@@ -241,22 +240,22 @@ def load_entries(
 
 
 @triton.jit
-def entries_below_kernel(
-    exponentials, stride_e, tile_of, n_tiles, weight, inverse, target, live, cuts, below, col_tiles,
+def count_entries_kernel(
+    exponentials, stride_e, tile_of, n_tiles, weight, inverse, target, live, budget, counts, col_tiles,
     COLS: tl.constexpr, SIZE: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
-    """below (rows, BINS): how much a row's entries off target, in the kept tiles, weigh under each cut."""
+    """counts (BINS,) += the histogram of the weighed entries off target in the tiles that a row keeps."""
     r = tl.program_id(0)
-    total = tl.zeros([BINS], tl.float32)
-    if r < tl.load(live + 1):
-        n = tl.load(n_tiles + r)
+    n = tl.load(n_tiles + r, mask=r < tl.load(live + 1), other=0)
+    if n > 0:
+        total = tl.zeros([BINS], tl.int32)
         y = tl.load(target + r)
         inv = tl.load(inverse + r)
         a = tl.load(weight + r)
         for start in range(0, n, SIZE // COLS):
             _, x, _ = load_entries(exponentials, stride_e, tile_of, r, start, n, y, inv, col_tiles, COLS, SIZE)
-            total = add_below(total, weighed(a, x), cuts, BINS)
-    tl.store(below + r * BINS + tl.arange(0, BINS), total)
+            total += histogram(weighed(a, x), tl.load(budget), BINS)
+        tl.atomic_add(counts + tl.arange(0, BINS), total.to(tl.int64), sem="relaxed")
 
 
 @triton.jit
@@ -406,25 +405,37 @@ def tile_rows_kernel(keeps, signed, live, row_of, n_rows, chunk, ROWS: tl.conste
 
 
 @triton.jit
-def load_gradient(
-    exponentials, stride_e, row_of, signed, weight, inverse, target, target_value, cut, j, i, n, v, chunk, unit,
+def write_gradient_kernel(
+    exponentials, stride_e, tile_of, n_tiles, weight, inverse, target, target_value, live, cut, signed, peak,
+    col_tiles, unit, COLS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """(rows, g x in units of ``unit``) of the rows i of those that keep entries in tile j, at its entries v."""
-    ours = i < n
-    r = tl.load(row_of + j * chunk + i, mask=ours, other=0)
-    e = tl.load(exponentials + r.to(tl.int64)[:, None] * stride_e + v[None, :], mask=ours[:, None], other=0.0)
-    x = e.to(tl.float32) * tl.load(inverse + r, mask=ours, other=0.0)[:, None]
-    a = tl.load(weight + r, mask=ours, other=0.0)[:, None]
-    y = tl.load(target + r, mask=ours, other=-1)[:, None]
-    own = tl.load(target_value + r, mask=ours, other=0.0)[:, None]
-    x = tl.where(v[None, :] == y, own, tl.where(kept(a, x, tl.load(cut)), -x, 0.0))
-    return r, x * tl.load(signed + r, mask=ours, other=0.0)[:, None] * (1.0 / unit)
+    """g x, in units of ``peak`` · ``unit`` and 0 where dropped, in the place of a sparse row's exponentials."""
+    r = tl.program_id(0)
+    g = tl.load(signed + r, mask=r < tl.load(live + 1), other=0.0)
+    if g != 0:
+        n = tl.load(n_tiles + r)
+        y = tl.load(target + r)
+        inv = tl.load(inverse + r)
+        a = tl.load(weight + r)
+        own = tl.load(target_value + r)
+        limit = tl.load(cut)
+        for start in range(0, n, SIZE // COLS):
+            v, x, inside = load_entries(exponentials, stride_e, tile_of, r, start, n, y, inv, col_tiles, COLS, SIZE)
+            x = tl.where(v == y, own, tl.where(kept(a, x, limit), -x, 0.0)) * (g / (tl.load(peak) * unit))
+            at = exponentials + r.to(tl.int64) * stride_e + v
+            tl.store(at, x.to(exponentials.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_gradient(exponentials, stride_e, row_of, j, i, n, v, chunk):
+    """(rows, their stored gradients) of the rows i of those that keep entries in tile j, at its entries v."""
+    r = tl.load(row_of + j * chunk + i, mask=i < n, other=0).to(tl.int64)
+    return r, tl.load(exponentials + r[:, None] * stride_e + v[None, :], mask=(i < n)[:, None], other=0.0)
 
 
 @triton.jit
 def head_rows_kernel(
-    exponentials, stride_e, row_of, signed, weight, inverse, target, target_value, cut, n_rows, peak, hidden, out,
-    chunk, D, V, col_tiles, temperature, unit,
+    exponentials, stride_e, row_of, n_rows, peak, hidden, out, chunk, D, V, col_tiles, unit,
     COLS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, PROGRAMS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -432,7 +443,6 @@ def head_rows_kernel(
 
     In pieces of ROWS x WIDTH; only the vocabulary entries that occur are read and written.
     """
-    unit *= tl.load(peak)
     pieces = COLS // ROWS
     wide = tl.cdiv(D, WIDTH)
     for piece in range(tl.program_id(0), col_tiles * pieces * wide, PROGRAMS):
@@ -444,39 +454,30 @@ def head_rows_kernel(
         occurs = tl.zeros([ROWS], tl.int32)
         for start in range(0, n, DEPTH):
             i = start + tl.arange(0, DEPTH)
-            r, x = load_gradient(
-                exponentials, stride_e, row_of, signed, weight, inverse, target, target_value, cut, j, i, n, v, chunk,
-                unit,
-            )  # fmt: skip
+            r, x = load_gradient(exponentials, stride_e, row_of, j, i, n, v, chunk)
             occurs = tl.maximum(occurs, tl.max((x != 0).to(tl.int32), 0))
-            at = hidden + r.to(tl.int64)[:, None] * D + d[None, :]
-            h = tl.load(at, mask=(i < n)[:, None] & (d < D)[None, :], other=0.0)
-            product = tl.dot(x.to(h.dtype).T, h, product, input_precision=PRECISION)
+            h = tl.load(hidden + r[:, None] * D + d[None, :], mask=(i < n)[:, None] & (d < D)[None, :], other=0.0)
+            product = tl.dot(x.T, h, product, input_precision=PRECISION)
         at = out + v.to(tl.int64)[:, None] * D + d[None, :]
         inside = ((occurs > 0) & (v < V))[:, None] & (d < D)[None, :]
-        tl.store(at, product * (unit / temperature) + tl.load(at, mask=inside, other=0.0), mask=inside)
+        tl.store(at, product * (tl.load(peak) * unit) + tl.load(at, mask=inside, other=0.0), mask=inside)
 
 
 @triton.jit
 def bias_rows_kernel(
-    exponentials, stride_e, row_of, signed, weight, inverse, target, target_value, cut, n_rows, peak, out,
-    chunk, V, temperature, unit,
-    COLS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    exponentials, stride_e, row_of, n_rows, peak, out, chunk, V, unit, COLS: tl.constexpr, ROWS: tl.constexpr
+):
     """out (V,) float32 += the sum of dL/d(product) over the rows that keep entries in a tile."""
-    unit *= tl.load(peak)
     j = tl.program_id(0)
     v = j * COLS + tl.arange(0, COLS)
     n = tl.load(n_rows + j)
     total = tl.zeros([COLS], tl.float32)
     for start in range(0, n, ROWS):
         i = start + tl.arange(0, ROWS)
-        _, x = load_gradient(
-            exponentials, stride_e, row_of, signed, weight, inverse, target, target_value, cut, j, i, n, v, chunk, unit,
-        )  # fmt: skip
-        total += tl.sum(x, 0)
+        _, x = load_gradient(exponentials, stride_e, row_of, j, i, n, v, chunk)
+        total += tl.sum(x.to(tl.float32), 0)
     at = out + v
-    tl.store(at, total * (unit / temperature) + tl.load(at, mask=v < V, other=0.0), mask=v < V)
+    tl.store(at, total * (tl.load(peak) * unit) + tl.load(at, mask=v < V, other=0.0), mask=v < V)
 
 
 @triton.jit
@@ -538,9 +539,9 @@ class SparseGradients:
         if self.trained:
             self.keeps = torch.empty(tiles, chunk.rows, dtype=torch.int8, device=self.dense.device)
             self.row_of, self.n_rows = self._ints(tiles, chunk.rows), self._ints(tiles)
-        self.below, self.cuts = chunk.floats(chunk.rows, BINS.value), chunk.floats(BINS.value)
+        self.tile_counts, self.entry_counts = torch.empty(2, BINS.value, dtype=torch.int64, device=self.dense.device)
         # 16 bytes apart: Triton compiles a kernel again for a pointer that is less aligned.
-        self.top, self.peak, self.tile_cut, self.entry_cut = chunk.floats(16).split(4)
+        self.top, self.budget, self.peak, self.tile_cut, self.entry_cut = chunk.floats(20).split(4)
         # Dense rows, until the exact kernels take them.
         self.reserve = Chunk(chunk.head, chunk.rows, (chunk.programs, chunk.tma, chunk.configs))
         self.exact = ChunkGradients(self.reserve, whole, self.out_hidden, head=self.trained)
@@ -577,14 +578,15 @@ class SparseGradients:
         chunk, e = self.chunk, self.vocab.exponentials
         total = self.stored_pass.total
         weigh_kernel[(1,)](
-            gradient, order, chunk.live, total, chunk.logit, self.weight, self.dense, self.top, ROWS=SLOTS
-        )
+            gradient, order, chunk.live, total, chunk.logit, self.weight, self.dense, self.top, self.tile_counts,
+            ROWS=SLOTS, BINS=BINS,
+        )  # fmt: skip
         tile_mass_kernel[self._row_blocks](
             self.vocab.sums, e, e.stride(0), total, chunk.target, chunk.logit, chunk.offset, chunk.live, self.top,
             self.weight, self.inverse, self.target_value, self.mass, chunk.rows, self.vocab.col_tiles,
             chunk.head.softcap or 0.0, chunk.logit_scale, SOFTCAP=chunk.head.softcap is not None, **self._by_rows,
         )  # fmt: skip
-        budget_kernel[(1,)](self.weight, self.mass, chunk.live, self.cuts, self.sparse.tolerance, ROWS=SLOTS, BINS=BINS)
+        budget_kernel[(1,)](self.weight, self.mass, chunk.live, self.budget, self.sparse.tolerance, ROWS=SLOTS)
 
     @property
     def _row_blocks(self) -> tuple[int]:
@@ -594,34 +596,38 @@ class SparseGradients:
     def _by_rows(self) -> dict[str, int]:
         return {"COLS": self.vocab.config.cols, "ROWS": ROW_BLOCK, "TILES": TILE_BLOCK}
 
-    def _cut(self, blocks: int, share: float, out: torch.Tensor) -> None:
-        cut_kernel[(1,)](self.below, blocks, self.cuts, share, out, BLOCKS=64, BINS=BINS)
+    def _cut(self, counts: torch.Tensor, share: float, out: torch.Tensor) -> None:
+        cut_kernel[(1,)](counts, self.budget, share, out, BINS=BINS)
 
     def _select_tiles(self) -> None:
         """Drop tiles, within their share of the budget."""
         chunk, tiles = self.chunk, self.vocab.col_tiles
         known = self.vocab.sums, self.weight, chunk.target, chunk.live
-        tiles_below_kernel[self._row_blocks](
-            *known, self.cuts, self.below, chunk.rows, tiles, BINS=BINS, **self._by_rows
+        count_tiles_kernel[self._row_blocks](
+            *known, self.budget, self.tile_counts, chunk.rows, tiles, BINS=BINS, **self._by_rows
         )
-        self._cut(self._row_blocks[0], TILE_SHARE, self.tile_cut)
+        self._cut(self.tile_counts, TILE_SHARE, self.tile_cut)
         select_tiles_kernel[self._row_blocks](
             *known, self.tile_cut, self.tile_of, self.n_tiles, self.dropped, chunk.rows, tiles, **self._by_rows
         )
 
+    @property
+    def _kept_tiles(self) -> tuple:
+        """What kernels go through the kept tiles of a row by."""
+        e = self.vocab.exponentials
+        return e, e.stride(0), self.tile_of, self.n_tiles, self.weight, self.inverse, self.chunk.target
+
     def _select_entries(self) -> None:
         """Drop entries of the kept tiles, within what is left of the budget; list the others."""
         chunk, tiles, cols = self.chunk, self.vocab.col_tiles, self.vocab.config.cols
-        e = self.vocab.exponentials
-        known = e, e.stride(0), self.tile_of, self.n_tiles, self.weight, self.inverse, chunk.target
-        entries_below_kernel[(chunk.rows,)](
-            *known, chunk.live, self.cuts, self.below, tiles, COLS=cols, SIZE=AT_ONCE, BINS=BINS
+        count_entries_kernel[(chunk.rows,)](
+            *self._kept_tiles, chunk.live, self.budget, self.entry_counts, tiles, COLS=cols, SIZE=AT_ONCE, BINS=BINS
         )
-        self._cut(chunk.rows, 1 - TILE_SHARE, self.entry_cut)
+        self._cut(self.entry_counts, 1 - TILE_SHARE, self.entry_cut)
         if self.trained:
             self.keeps.zero_()
         entries_kernel[(chunk.rows,)](
-            *known, self.target_value, chunk.live, self.entry_cut, self.entry_of, self.value_of, self.n_entries,
+            *self._kept_tiles, self.target_value, chunk.live, self.entry_cut, self.entry_of, self.value_of, self.n_entries,
             self.keeps if self.trained else None, self.dropped, self.dense, chunk.rows, tiles, self.unseen,
             COLS=cols, SIZE=AT_ONCE, CAPACITY=self.plan.entries, HEAD=self.trained,
         )  # fmt: skip
@@ -643,29 +649,28 @@ class SparseGradients:
         )  # fmt: skip
 
     def _head(self) -> None:
-        """Add the sparse rows to the gradients of the head and its bias."""
+        """Add the sparse rows to the gradients of the head and its bias. Their exponentials are then gone."""
         chunk, tiles, e = self.chunk, self.vocab.col_tiles, self.vocab.exponentials
         cols = self.vocab.config.cols
         tile_rows_kernel[(tiles,)](
             self.keeps, self.signed, chunk.live, self.row_of, self.n_rows, chunk.rows, ROWS=SLOTS
         )
-        known = (
-            e, e.stride(0), self.row_of, self.signed, self.weight, self.inverse, chunk.target, self.target_value,
-            self.entry_cut, self.n_rows, self.peak,
+        unit = self.unit / chunk.head.temperature
+        write_gradient_kernel[(chunk.rows,)](
+            *self._kept_tiles, self.target_value, chunk.live, self.entry_cut, self.signed, self.peak, tiles, self.unit,
+            COLS=cols, SIZE=AT_ONCE,
         )  # fmt: skip
-        temperature = chunk.head.temperature
+        known = e, e.stride(0), self.row_of, self.n_rows, self.peak
         if self.out_head is not None:
             large = cols >= 128
             tile = {"ROWS": min(cols, 128), "WIDTH": 256 if large else 64, "DEPTH": 64 if large else 32}
             head_rows_kernel[(chunk.programs,)](
-                *known, chunk.hidden, self.out_head, chunk.rows, chunk.D, chunk.V, tiles, temperature, self.unit,
+                *known, chunk.hidden, self.out_head, chunk.rows, chunk.D, chunk.V, tiles, unit,
                 COLS=cols, PROGRAMS=chunk.programs, PRECISION=PRECISION, num_warps=8 if large else 4, num_stages=2,
                 **tile,
             )  # fmt: skip
         if self.out_bias is not None:
-            bias_rows_kernel[(tiles,)](
-                *known, self.out_bias, chunk.rows, chunk.V, temperature, self.unit, COLS=cols, ROWS=32
-            )
+            bias_rows_kernel[(tiles,)](*known, self.out_bias, chunk.rows, chunk.V, unit, COLS=cols, ROWS=32)
 
     def _make_reserve(self) -> None:
         """The exact gradients of as many rows of the reserve as its ``live`` says."""
