@@ -3,8 +3,8 @@
 That pass leaves a chunk's exponentials E and, in float32, their sum over each vocabulary tile of each row. With the
 row's sum S known, the exact probability mass of every tile is known too, and tiles that carry little of the gradient
 are never looked at again. In the others the entries that are small are dropped as well. What is left, mostly a few
-entries, gives dhidden as a weighed sum of rows of the head, and dW as a product over the rows that keep something in a
-tile. A row that keeps more entries than there is room for is dense: it drops nothing, and its exponentials are set
+entries, gives dhidden as a weighed sum of rows of the head and, sorted by vocabulary entry, dW as one of hidden states.
+A row that keeps more entries than there is room for is dense: it drops nothing, and its exponentials are set
 aside until there are enough such rows for the exact kernels.
 
 Below, x = T dlogp/d(product) is a row's gradient, for product = h W^T + b and the temperature T. Without a softcap
@@ -46,7 +46,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import PRECISION, ROW_TILE
+from .common import ROW_TILE
 from .gather import Chunk
 from .gradient import ChunkGradients
 from .plan import Plan, SparsePlan
@@ -62,6 +62,7 @@ ROW_BLOCK = 16  # rows of a program that goes through all tiles of its rows, TIL
 TILE_BLOCK = 64
 AT_ONCE = 1024  # entries of a row that a program looks at together
 SLOTS = 1024  # rows at a time of a program that goes through all rows
+OCCUPANCY = 8  # small programs on a multiprocessor at a time
 
 
 @triton.jit
@@ -91,11 +92,15 @@ def histogram(w, budget, BINS: tl.constexpr):
 
 @triton.jit
 def weigh_kernel(
-    gradient, order, live, total, logit, weight, dense, top, counts, ROWS: tl.constexpr, BINS: tl.constexpr
+    gradient, order, live, total, logit, weight, dense, top, counts, cursors, ROWS: tl.constexpr, BINS: tl.constexpr
 ):
-    """weight = |g|, 0 for what is not finite, which is for the exact kernels: dense. top: the largest. counts: zeros."""
+    """weight = |g|, 0 for what is not finite, which is for the exact kernels: dense. top: the largest of them.
+
+    counts, cursors: become zeros.
+    """
     n = tl.load(live + 1)
     tl.store(counts + tl.arange(0, 2 * BINS), tl.zeros([2 * BINS], tl.int64))
+    tl.store(cursors + tl.arange(0, 2), tl.zeros([2], tl.int32))
     largest = tl.zeros([ROWS], tl.float32)
     for start in range(0, n, ROWS):
         r = start + tl.arange(0, ROWS)
@@ -304,17 +309,15 @@ def entries_kernel(
 
 @triton.jit
 def certify_kernel(
-    gradient, order, live, weight, mass, target_value, dropped, dense, signed, peak,
+    gradient, order, live, weight, mass, dropped, dense, signed,
     token_dropped, token_mass, token_dense, token_gradient, slot_of, stored, flush, room, tolerance,
-    SCALED: tl.constexpr, ROWS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """Check the chunk's bound, and make all its rows dense if it does not hold; then say what each row drops, and where
     the dense ones go.
 
-    signed: g of the rows that are not dense, 0 for the others. peak: what entries are divided by before they are
-    rounded to the operands' dtype: 1, or with SCALED the largest of them, some target's. slot_of: a dense row's place
-    in the reserve, else -1. stored (2,): how many it holds, twice. flush: how many to make exactly first, twice; 0
-    where there is room for all.
+    signed: g of the rows that are not dense, 0 for the others. slot_of: a dense row's place in the reserve, else -1.
+    stored (2,): how many it holds, twice. flush: how many to make exactly first, twice; 0 where there is room for all.
     """
     n = tl.load(live + 1)
     allowed = tl.zeros([ROWS], tl.float32)
@@ -333,7 +336,6 @@ def certify_kernel(
     held = tl.load(stored)
     full = held + left > room
     base = tl.where(full, 0, held)
-    largest = tl.zeros([ROWS], tl.float32)
     for start in range(0, n, ROWS):
         r = start + tl.arange(0, ROWS)
         ours = r < n
@@ -343,9 +345,7 @@ def certify_kernel(
         sparse = active & (exact == 0)
         g = tl.load(gradient + t, mask=ours, other=0.0)
         tl.store(token_gradient + t, g, mask=ours)
-        g = tl.where(sparse, g, 0.0)
-        largest = tl.maximum(largest, tl.abs(g) * tl.load(target_value + r, mask=ours, other=0.0))
-        tl.store(signed + r, g, mask=ours)
+        tl.store(signed + r, tl.where(sparse, g, 0.0), mask=ours)
         tl.store(slot_of + r, tl.where(exact > 0, base + tl.cumsum(exact, 0) - exact, -1), mask=ours)
         base += tl.sum(exact, 0)
         lost = tl.load(dropped + r, mask=ours, other=0.0) * (1.0 + SLACK)
@@ -355,10 +355,6 @@ def certify_kernel(
     for which in range(0, 2):
         tl.store(flush + which, tl.where(full, held, 0))
         tl.store(stored + which, base)
-    if SCALED:  # within bounds in which neither it nor its inverse underflows
-        tl.store(peak, tl.minimum(tl.maximum(tl.max(largest, 0), SMALL), 1.0 / SMALL))
-    else:
-        tl.store(peak, 1.0)
 
 
 @triton.jit
@@ -405,79 +401,90 @@ def tile_rows_kernel(keeps, signed, live, row_of, n_rows, chunk, ROWS: tl.conste
 
 
 @triton.jit
-def write_gradient_kernel(
-    exponentials, stride_e, tile_of, n_tiles, weight, inverse, target, target_value, live, cut, signed, peak,
-    col_tiles, unit, COLS: tl.constexpr, SIZE: tl.constexpr,
+def load_gradient(
+    exponentials, stride_e, row_of, signed, weight, inverse, target, target_value, cut, j, i, n, chunk,
+    COLS: tl.constexpr,
 ):  # fmt: skip
-    """g x, in units of ``peak`` · ``unit`` and 0 where dropped, in the place of a sparse row's exponentials."""
-    r = tl.program_id(0)
-    g = tl.load(signed + r, mask=r < tl.load(live + 1), other=0.0)
-    if g != 0:
-        n = tl.load(n_tiles + r)
-        y = tl.load(target + r)
-        inv = tl.load(inverse + r)
-        a = tl.load(weight + r)
-        own = tl.load(target_value + r)
-        limit = tl.load(cut)
-        for start in range(0, n, SIZE // COLS):
-            v, x, inside = load_entries(exponentials, stride_e, tile_of, r, start, n, y, inv, col_tiles, COLS, SIZE)
-            x = tl.where(v == y, own, tl.where(kept(a, x, limit), -x, 0.0)) * (g / (tl.load(peak) * unit))
-            at = exponentials + r.to(tl.int64) * stride_e + v
-            tl.store(at, x.to(exponentials.dtype.element_ty), mask=inside)
+    """(r, g x) of the rows i of those that keep entries in tile j: (rows,) and (rows, COLS), 0 where dropped."""
+    ours = i < n
+    v = j * COLS + tl.arange(0, COLS)[None, :]
+    r = tl.load(row_of + j * chunk + i, mask=ours, other=0)
+    e = tl.load(exponentials + r.to(tl.int64)[:, None] * stride_e + v, mask=ours[:, None], other=0.0)
+    x = e.to(tl.float32) * tl.load(inverse + r, mask=ours, other=0.0)[:, None]
+    a = tl.load(weight + r, mask=ours, other=0.0)[:, None]
+    y = tl.load(target + r, mask=ours, other=-1)[:, None]
+    own = tl.load(target_value + r, mask=ours, other=0.0)[:, None]
+    x = tl.where(v == y, own, tl.where(kept(a, x, tl.load(cut)), -x, 0.0))
+    return r, x * tl.load(signed + r, mask=ours, other=0.0)[:, None]
 
 
 @triton.jit
-def load_gradient(exponentials, stride_e, row_of, j, i, n, v, chunk):
-    """(rows, their stored gradients) of the rows i of those that keep entries in tile j, at its entries v."""
-    r = tl.load(row_of + j * chunk + i, mask=i < n, other=0).to(tl.int64)
-    return r, tl.load(exponentials + r[:, None] * stride_e + v[None, :], mask=(i < n)[:, None], other=0.0)
-
-
-@triton.jit
-def head_rows_kernel(
-    exponentials, stride_e, row_of, n_rows, peak, hidden, out, chunk, D, V, col_tiles, unit,
-    COLS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, PROGRAMS: tl.constexpr,
-    PRECISION: tl.constexpr,
+def sort_entries_kernel(
+    exponentials, stride_e, row_of, n_rows, signed, weight, inverse, target, target_value, cut, cursors,
+    occurring, first_of, count_of, sorted_row, sorted_value, chunk, COLS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """out (V, D) float32 += dL/d(product)^T hidden over the rows that keep entries in a tile.
+    """The kept entries by vocabulary entry, and for each in the order of their rows.
 
-    In pieces of ROWS x WIDTH; only the vocabulary entries that occur are read and written.
+    occurring, first_of, count_of: the vocabulary entries that occur, and where their entries are among sorted_row and
+    sorted_value. Where a tile's share of these lists begins depends on when its program comes; nothing else does.
+    cursors (2,), zeros: how long the lists are, of entries and of vocabulary entries.
     """
-    pieces = COLS // ROWS
-    wide = tl.cdiv(D, WIDTH)
-    for piece in range(tl.program_id(0), col_tiles * pieces * wide, PROGRAMS):
-        j = piece // (pieces * wide)
-        v = j * COLS + (piece // wide % pieces) * ROWS + tl.arange(0, ROWS)
-        d = (piece % wide) * WIDTH + tl.arange(0, WIDTH)
-        n = tl.load(n_rows + j)
-        product = tl.zeros([ROWS, WIDTH], tl.float32)
-        occurs = tl.zeros([ROWS], tl.int32)
-        for start in range(0, n, DEPTH):
-            i = start + tl.arange(0, DEPTH)
-            r, x = load_gradient(exponentials, stride_e, row_of, j, i, n, v, chunk)
-            occurs = tl.maximum(occurs, tl.max((x != 0).to(tl.int32), 0))
-            h = tl.load(hidden + r[:, None] * D + d[None, :], mask=(i < n)[:, None] & (d < D)[None, :], other=0.0)
-            product = tl.dot(x.T, h, product, input_precision=PRECISION)
-        at = out + v.to(tl.int64)[:, None] * D + d[None, :]
-        inside = ((occurs > 0) & (v < V))[:, None] & (d < D)[None, :]
-        tl.store(at, product * (tl.load(peak) * unit) + tl.load(at, mask=inside, other=0.0), mask=inside)
+    j = tl.program_id(0)
+    n = tl.load(n_rows + j)
+    if n > 0:
+        count = tl.zeros([COLS], tl.int32)
+        for start in range(0, n, ROWS):
+            _, x = load_gradient(
+                exponentials, stride_e, row_of, signed, weight, inverse, target, target_value, cut,
+                j, start + tl.arange(0, ROWS), n, chunk, COLS,
+            )  # fmt: skip
+            count += tl.sum((x != 0).to(tl.int32), 0)
+        occurs = (count > 0).to(tl.int32)
+        at = tl.atomic_add(cursors, tl.sum(count, 0), sem="relaxed") + tl.cumsum(count, 0) - count
+        k = tl.atomic_add(cursors + 1, tl.sum(occurs, 0), sem="relaxed") + tl.cumsum(occurs, 0) - occurs
+        tl.store(occurring + k, j * COLS + tl.arange(0, COLS), mask=occurs > 0)
+        tl.store(first_of + k, at, mask=occurs > 0)
+        tl.store(count_of + k, count, mask=occurs > 0)
+        for start in range(0, n, ROWS):
+            r, x = load_gradient(
+                exponentials, stride_e, row_of, signed, weight, inverse, target, target_value, cut,
+                j, start + tl.arange(0, ROWS), n, chunk, COLS,
+            )  # fmt: skip
+            one = (x != 0).to(tl.int32)
+            place = at[None, :] + tl.cumsum(one, 0) - one
+            tl.store(sorted_row + place, r[:, None] + tl.zeros_like(place), mask=one > 0)
+            tl.store(sorted_value + place, x, mask=one > 0)
+            at += tl.sum(one, 0)
 
 
 @triton.jit
-def bias_rows_kernel(
-    exponentials, stride_e, row_of, n_rows, peak, out, chunk, V, unit, COLS: tl.constexpr, ROWS: tl.constexpr
-):
-    """out (V,) float32 += the sum of dL/d(product) over the rows that keep entries in a tile."""
-    j = tl.program_id(0)
-    v = j * COLS + tl.arange(0, COLS)
-    n = tl.load(n_rows + j)
-    total = tl.zeros([COLS], tl.float32)
-    for start in range(0, n, ROWS):
-        i = start + tl.arange(0, ROWS)
-        _, x = load_gradient(exponentials, stride_e, row_of, j, i, n, v, chunk)
-        total += tl.sum(x.to(tl.float32), 0)
-    at = out + v
-    tl.store(at, total * (tl.load(peak) * unit) + tl.load(at, mask=v < V, other=0.0), mask=v < V)
+def add_head_kernel(
+    occurring, first_of, count_of, sorted_row, sorted_value, cursors, hidden, out, out_bias, temperature, D,
+    BLOCK: tl.constexpr, AT_ONCE: tl.constexpr, PROGRAMS: tl.constexpr, HEAD: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """out (V, D) += Σ g x h and out_bias (V,) += Σ g x, over the entries of each vocabulary entry that occurs."""
+    blocks = tl.cdiv(D, BLOCK) if HEAD else 1
+    for unit in range(tl.program_id(0), tl.load(cursors + 1) * blocks, PROGRAMS):
+        k = unit // blocks
+        v = tl.load(occurring + k).to(tl.int64)
+        first = tl.load(first_of + k)
+        n = tl.load(count_of + k)
+        d = (unit % blocks) * BLOCK + tl.arange(0, BLOCK)
+        total = tl.zeros([BLOCK], tl.float32)
+        bias = 0.0
+        for start in range(0, n, AT_ONCE):
+            i = start + tl.arange(0, AT_ONCE)
+            x = tl.load(sorted_value + first + i, mask=i < n, other=0.0) / temperature
+            bias += tl.sum(x, 0)
+            if HEAD:
+                r = tl.load(sorted_row + first + i, mask=i < n, other=0).to(tl.int64)
+                at = hidden + r[:, None] * D + d[None, :]
+                h = tl.load(at, mask=(i < n)[:, None] & (d < D)[None, :], other=0.0)
+                total += tl.sum(h.to(tl.float32) * x[:, None], 0)
+        if HEAD:
+            tl.store(out + v * D + d, tl.load(out + v * D + d, mask=d < D, other=0.0) + total, mask=d < D)
+        if BIAS:
+            tl.store(out_bias + v, tl.load(out_bias + v) + bias, mask=unit % blocks == 0)
 
 
 @triton.jit
@@ -528,20 +535,22 @@ class SparseGradients:
         self.trained = self.out_head is not None or self.out_bias is not None
         self.stored_pass = ChunkGradients(chunk, whole, None, head=False)
         self.vocab = self.stored_pass.vocab
-        # float16 cannot hold small gradients: there they are in units of 2^-15 of the largest, taken back in float32.
-        half = chunk.hidden.dtype == torch.float16
-        self.unit = 2.0**-15 if half else 1.0
-        self.unseen = 2.0**-25 if half else 0.0
+        self.unseen = 2.0**-25 if chunk.hidden.dtype == torch.float16 else 0.0
         self.weight, self.inverse, self.target_value, self.mass, self.dropped, self.signed = chunk.floats(6, chunk.rows)
         self.dense, self.n_tiles, self.n_entries, self.slot_of = self._ints(4, chunk.rows)
         self.tile_of = self._ints(chunk.rows, tiles)
         self.entry_of, self.value_of = self._ints(chunk.rows, plan.entries), chunk.floats(chunk.rows, plan.entries)
+        self.keeps = None
         if self.trained:
             self.keeps = torch.empty(tiles, chunk.rows, dtype=torch.int8, device=self.dense.device)
             self.row_of, self.n_rows = self._ints(tiles, chunk.rows), self._ints(tiles)
+            entries = chunk.rows * plan.entries
+            self.sorted_row, self.sorted_value = self._ints(entries), chunk.floats(entries)
+            self.occurring, self.first_of, self.count_of = self._ints(3, min(entries, chunk.V))
+        self.cursors = self._ints(2)
         self.tile_counts, self.entry_counts = torch.empty(2, BINS.value, dtype=torch.int64, device=self.dense.device)
         # 16 bytes apart: Triton compiles a kernel again for a pointer that is less aligned.
-        self.top, self.budget, self.peak, self.tile_cut, self.entry_cut = chunk.floats(20).split(4)
+        self.top, self.budget, self.tile_cut, self.entry_cut = chunk.floats(16).split(4)
         # Dense rows, until the exact kernels take them.
         self.reserve = Chunk(chunk.head, chunk.rows, (chunk.programs, chunk.tma, chunk.configs))
         self.exact = ChunkGradients(self.reserve, whole, self.out_hidden, head=self.trained)
@@ -579,7 +588,7 @@ class SparseGradients:
         total = self.stored_pass.total
         weigh_kernel[(1,)](
             gradient, order, chunk.live, total, chunk.logit, self.weight, self.dense, self.top, self.tile_counts,
-            ROWS=SLOTS, BINS=BINS,
+            self.cursors, ROWS=SLOTS, BINS=BINS,
         )  # fmt: skip
         tile_mass_kernel[self._row_blocks](
             self.vocab.sums, e, e.stride(0), total, chunk.target, chunk.logit, chunk.offset, chunk.live, self.top,
@@ -627,17 +636,17 @@ class SparseGradients:
         if self.trained:
             self.keeps.zero_()
         entries_kernel[(chunk.rows,)](
-            *self._kept_tiles, self.target_value, chunk.live, self.entry_cut, self.entry_of, self.value_of, self.n_entries,
-            self.keeps if self.trained else None, self.dropped, self.dense, chunk.rows, tiles, self.unseen,
+            *self._kept_tiles, self.target_value, chunk.live, self.entry_cut, self.entry_of, self.value_of,
+            self.n_entries, self.keeps, self.dropped, self.dense, chunk.rows, tiles, self.unseen,
             COLS=cols, SIZE=AT_ONCE, CAPACITY=self.plan.entries, HEAD=self.trained,
         )  # fmt: skip
 
     def _certify(self, order, gradient) -> None:
         chunk, sparse = self.chunk, self.sparse
         certify_kernel[(1,)](
-            gradient, order, chunk.live, self.weight, self.mass, self.target_value, self.dropped, self.dense,
-            self.signed, self.peak, sparse.dropped, sparse.mass, sparse.dense, self.gradient, self.slot_of,
-            self.stored, self.reserve.live, self.reserve.rows, sparse.tolerance, SCALED=self.unit != 1, ROWS=SLOTS,
+            gradient, order, chunk.live, self.weight, self.mass, self.dropped, self.dense, self.signed,
+            sparse.dropped, sparse.mass, sparse.dense, self.gradient, self.slot_of, self.stored, self.reserve.live,
+            self.reserve.rows, sparse.tolerance, ROWS=SLOTS,
         )  # fmt: skip
 
     def _hidden(self, order) -> None:
@@ -649,28 +658,23 @@ class SparseGradients:
         )  # fmt: skip
 
     def _head(self) -> None:
-        """Add the sparse rows to the gradients of the head and its bias. Their exponentials are then gone."""
+        """Add the sparse rows to the gradients of the head and its bias."""
         chunk, tiles, e = self.chunk, self.vocab.col_tiles, self.vocab.exponentials
-        cols = self.vocab.config.cols
         tile_rows_kernel[(tiles,)](
             self.keeps, self.signed, chunk.live, self.row_of, self.n_rows, chunk.rows, ROWS=SLOTS
         )
-        unit = self.unit / chunk.head.temperature
-        write_gradient_kernel[(chunk.rows,)](
-            *self._kept_tiles, self.target_value, chunk.live, self.entry_cut, self.signed, self.peak, tiles, self.unit,
-            COLS=cols, SIZE=AT_ONCE,
+        lists = self.occurring, self.first_of, self.count_of, self.sorted_row, self.sorted_value
+        sort_entries_kernel[(tiles,)](
+            e, e.stride(0), self.row_of, self.n_rows, self.signed, self.weight, self.inverse, chunk.target,
+            self.target_value, self.entry_cut, self.cursors, *lists, chunk.rows, COLS=self.vocab.config.cols,
+            ROWS=16, num_warps=8,
         )  # fmt: skip
-        known = e, e.stride(0), self.row_of, self.n_rows, self.peak
-        if self.out_head is not None:
-            large = cols >= 128
-            tile = {"ROWS": min(cols, 128), "WIDTH": 256 if large else 64, "DEPTH": 64 if large else 32}
-            head_rows_kernel[(chunk.programs,)](
-                *known, chunk.hidden, self.out_head, chunk.rows, chunk.D, chunk.V, tiles, unit,
-                COLS=cols, PROGRAMS=chunk.programs, PRECISION=PRECISION, num_warps=8 if large else 4, num_stages=2,
-                **tile,
-            )  # fmt: skip
-        if self.out_bias is not None:
-            bias_rows_kernel[(tiles,)](*known, self.out_bias, chunk.rows, chunk.V, unit, COLS=cols, ROWS=32)
+        programs = OCCUPANCY * chunk.programs
+        add_head_kernel[(programs,)](
+            *lists, self.cursors, chunk.hidden, self.out_head, self.out_bias, chunk.head.temperature, chunk.D,
+            BLOCK=min(512, triton.next_power_of_2(chunk.D)), AT_ONCE=8, PROGRAMS=programs,
+            HEAD=self.out_head is not None, BIAS=self.out_bias is not None,
+        )  # fmt: skip
 
     def _make_reserve(self) -> None:
         """The exact gradients of as many rows of the reserve as its ``live`` says."""
