@@ -11,9 +11,12 @@ Below, x = T dlogp/d(product) is a row's gradient, for product = h W^T + b and t
 x = e_y - p; with one, the entries of e_y - p are each damped by a factor 1 - tanh^2 <= 1. The target's entry is
 Σ_{v≠y} p_v, damped, whether or not these entries are dropped themselves.
 
-Both thresholds are on the weighed size a |x_v|, with a = |g| / max |g| and g = dL/dlogp: what is dropped from a row
-that matters little may be large. Each is the largest budget · 2^(-k/3) under which everything that is at most as large
-stays within its share of the budget, by a histogram of these sizes: whole numbers, which add up in any order.
+What is small is decided on the weighed size a |x_v|, with a = |g| / max |g| and g = dL/dlogp: what is dropped from a
+row that matters little may be large. The budget is tol Σ a M over the rows of the chunk, and three things share it. A
+tile is dropped whose mass is small. A row is sparse if what it must drop to fit into its list is small; these are as
+many rows as can be. And of their entries those are dropped that are small. Each time "small" is the largest of a series
+of thresholds under which everything that is at most as large stays within its share, by a histogram of these sizes:
+whole numbers, which add up in any order.
 
 **The bound.** Let δ_t be what row t drops, Σ |x_v| over the entries dropped (or more, where a tile is dropped as a
 whole: its undamped mass). dL/dlogits of row t is off by g_t x_v at these entries and by nothing elsewhere, that is by
@@ -51,13 +54,15 @@ from .gather import Chunk
 from .gradient import ChunkGradients
 from .plan import Plan, SparsePlan
 
-# Of a histogram of weighed sizes, three for a factor of 2: the last but one is what is below 2^-42 of the budget, so
-# little that even 2^31 entries fit, and the last what is 0 or above the budget.
+# Of a histogram of weighed sizes, three for a factor of 2: the first is what is above the budget, the last but one
+# what is below 2^-41 of it, so little that even 2^31 entries fit, and the last what is 0.
 BINS = tl.constexpr(128)
 SLACK = tl.constexpr(2.0**-7)
 TINY = tl.constexpr(2.0**-126)
 SMALL = tl.constexpr(2.0**-100)
-TILE_SHARE = 0.25  # of the budget, for whole tiles: more leaves fewer tiles to look into, but more entries in them
+# Of the budget: for whole tiles, of which more leaves fewer to look into; for what rows drop to fit into their lists,
+# of which more leaves fewer dense rows; and for small entries, of which more leaves shorter lists.
+TILE_SHARE, ROW_SHARE, ENTRY_SHARE = 0.125, 0.5, 0.375
 ROW_BLOCK = 16  # rows of a program that goes through all tiles of its rows, TILE_BLOCK at a time
 TILE_BLOCK = 64
 AT_ONCE = 1024  # entries of a row that a program looks at together
@@ -83,11 +88,24 @@ def kept(a, x, cut):
 
 
 @triton.jit
-def histogram(w, budget, BINS: tl.constexpr):
-    """How many of the weighed sizes w (1D) are in each bin; those of bin k are at most budget · 2^(-k/3)."""
-    k = 3.0 * (tl.log2(budget) - tl.log2(tl.maximum(w, TINY)))
-    k = tl.minimum(tl.maximum(k, 0.0), BINS - 2).to(tl.int32)
-    return tl.histogram(tl.where((w > 0) & (w <= budget), k, BINS - 1), BINS)
+def bin_of(w, budget, BINS: tl.constexpr):
+    """The bin of a weighed size: what is in one is at most as large as its edge."""
+    k = 1.0 + 3.0 * (tl.log2(budget) - tl.log2(tl.maximum(w, TINY)))
+    k = tl.minimum(tl.maximum(k, 1.0), BINS - 2).to(tl.int32)
+    return tl.where(w > budget, 0, tl.where(w > 0, k, BINS - 1))
+
+
+@triton.jit
+def edge_of(k, budget, BINS: tl.constexpr):
+    """The largest size in a bin: infinite for the first, 0 for the last."""
+    edge = budget * tl.exp2((k - 1).to(tl.float32) * (-1.0 / 3.0))
+    return tl.where(k == 0, float("inf"), tl.where(k == BINS - 1, 0.0, edge))
+
+
+@triton.jit
+def mass_of(counts, k, budget, BINS: tl.constexpr):
+    """At most how much that many sizes in each bin k come to; those of the first are never dropped."""
+    return tl.where(k == 0, 0.0, counts.to(tl.float32) * edge_of(tl.maximum(k, 1), budget, BINS))
 
 
 @triton.jit
@@ -99,7 +117,7 @@ def weigh_kernel(
     counts, cursors: become zeros.
     """
     n = tl.load(live + 1)
-    tl.store(counts + tl.arange(0, 2 * BINS), tl.zeros([2 * BINS], tl.int64))
+    tl.store(counts + tl.arange(0, 4 * BINS), tl.zeros([4 * BINS], tl.int64))
     tl.store(cursors + tl.arange(0, 2), tl.zeros([2], tl.int32))
     largest = tl.zeros([ROWS], tl.float32)
     for start in range(0, n, ROWS):
@@ -188,7 +206,8 @@ def count_tiles_kernel(
             inside = (j < col_tiles)[:, None] & (r < n)[None, :]
             q = tl.load(tile_mass + j[:, None] * chunk + r[None, :], mask=inside, other=0.0)
             w = weighed(a[None, :], tl.where(j[:, None] == own[None, :], 0.0, q))
-            total += histogram(tl.reshape(w, [TILES * ROWS]), tl.load(budget), BINS)
+            k = bin_of(tl.reshape(w, [TILES * ROWS]), tl.load(budget), BINS)
+            total += tl.histogram(k, BINS)
         tl.atomic_add(counts + tl.arange(0, BINS), total.to(tl.int64), sem="relaxed")
 
 
@@ -196,10 +215,10 @@ def count_tiles_kernel(
 def cut_kernel(counts, budget, share, out, BINS: tl.constexpr):
     """The largest edge of a bin under which all that is at most as large is within a share of the budget; 0 if none."""
     k = tl.arange(0, BINS)
-    edge = tl.load(budget) * tl.exp2(k.to(tl.float32) * (-1.0 / 3.0))
-    most = tl.where(k < BINS - 1, tl.load(counts + k).to(tl.float32) * edge, 0.0)
+    most = mass_of(tl.load(counts + k), k, tl.load(budget), BINS)
     below = tl.sum(tl.where(k[None, :] >= k[:, None], most[None, :], 0.0), 1)
-    tl.store(out, tl.max(tl.where((below <= share * tl.load(budget)) & (k < BINS - 1), edge, 0.0), 0))
+    fits = (below <= share * tl.load(budget)) & (k > 0)
+    tl.store(out, tl.max(tl.where(fits, edge_of(k, tl.load(budget), BINS), 0.0), 0))
 
 
 @triton.jit
@@ -246,45 +265,77 @@ def load_entries(
 
 @triton.jit
 def count_entries_kernel(
-    exponentials, stride_e, tile_of, n_tiles, weight, inverse, target, live, budget, counts, col_tiles,
-    COLS: tl.constexpr, SIZE: tl.constexpr, BINS: tl.constexpr,
+    exponentials, stride_e, tile_of, n_tiles, weight, inverse, target, live, budget,
+    row_counts, row_cut, excess, counts, col_tiles,
+    COLS: tl.constexpr, SIZE: tl.constexpr, CAPACITY: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
-    """counts (BINS,) += the histogram of the weighed entries off target in the tiles that a row keeps."""
+    """row_counts (chunk, BINS): the histogram of a row's weighed entries off target, in the tiles that it keeps.
+
+    row_cut: under which it has to drop them to fit into its list. excess: at most how much that is; counts (BINS,) +=
+    its histogram.
+    """
     r = tl.program_id(0)
     n = tl.load(n_tiles + r, mask=r < tl.load(live + 1), other=0)
     if n > 0:
-        total = tl.zeros([BINS], tl.int32)
         y = tl.load(target + r)
         inv = tl.load(inverse + r)
         a = tl.load(weight + r)
+        limit = tl.load(budget)
+        total = tl.zeros([BINS], tl.int32)
         for start in range(0, n, SIZE // COLS):
             _, x, _ = load_entries(exponentials, stride_e, tile_of, r, start, n, y, inv, col_tiles, COLS, SIZE)
-            total += histogram(weighed(a, x), tl.load(budget), BINS)
+            total += tl.histogram(bin_of(weighed(a, x), limit, BINS), BINS)
+        k = tl.arange(0, BINS)
+        # The list's last place is the target's. From the last bin whose larger ones fit on, they are dropped.
+        first = tl.max(tl.where(tl.cumsum(total, 0) - total < CAPACITY, k, 0), 0)
+        cut = edge_of(first, limit, BINS)
+        lost = tl.sum(tl.where(k >= first, mass_of(total, k, limit, BINS), 0.0), 0)
+        lost = tl.where(first == 0, 2.0 * limit, lost)
+        tl.store(row_counts + r * BINS + k, total)
+        tl.store(row_cut + r, cut)
+        tl.store(excess + r, lost)
+        tl.atomic_add(counts + bin_of(lost, limit, BINS), 1, sem="relaxed")
+
+
+@triton.jit
+def select_rows_kernel(
+    row_counts, row_cut, excess, n_tiles, live, budget, limit, dense, counts, ROWS: tl.constexpr, BINS: tl.constexpr
+):
+    """Rows whose excess is above the limit become dense. counts (BINS,) += what the others could still drop."""
+    n = tl.load(live + 1)
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    if tl.program_id(0) * ROWS < n:
+        ours = tl.load(n_tiles + r, mask=r < n, other=0) > 0
+        sparse = tl.load(excess + r, mask=ours, other=0.0) <= tl.load(limit)
+        tl.store(dense + r, 1 - sparse.to(tl.int32), mask=ours)
+        k = tl.arange(0, BINS)[None, :]
+        left = edge_of(k, tl.load(budget), BINS) > tl.load(row_cut + r, mask=ours, other=0.0)[:, None]
+        mask = left & (sparse & ours)[:, None]
+        total = tl.sum(tl.load(row_counts + r[:, None] * BINS + k, mask=mask, other=0), 0)
         tl.atomic_add(counts + tl.arange(0, BINS), total.to(tl.int64), sem="relaxed")
 
 
 @triton.jit
 def entries_kernel(
     exponentials, stride_e, tile_of, n_tiles, weight, inverse, target, target_value, live, cut,
-    entry_of, value_of, n_entries, keeps, dropped, dense, chunk, col_tiles, unseen,
+    row_cut, entry_of, value_of, n_entries, keeps, dropped, dense, chunk, col_tiles, unseen,
     COLS: tl.constexpr, SIZE: tl.constexpr, CAPACITY: tl.constexpr, HEAD: tl.constexpr,
 ):  # fmt: skip
-    """A row's entries and their x, the target's last; a row with more than CAPACITY is dense.
+    """A sparse row's entries above the cut and its own, and their x, the target's last. Its own becomes the larger one.
 
     keeps (tiles, chunk), zeros: becomes 1 for the tiles in which the row has entries. unseen: what an entry may be off
     by because the dtype underflows, in units of E.
     """
     r = tl.program_id(0)
     if r < tl.load(live + 1):
-        n = tl.load(n_tiles + r)
+        n = tl.where(tl.load(dense + r) > 0, 0, tl.load(n_tiles + r))
         y = tl.load(target + r)
         a = tl.load(weight + r)
         inv = tl.load(inverse + r)
-        limit = tl.load(cut)
+        limit = tl.maximum(tl.load(cut), tl.load(row_cut + r, mask=n > 0, other=0.0))
         lost = tl.load(dropped + r) + n * (COLS * unseen) * inv
         count = 0
-        start = 0
-        while start < n:
+        for start in range(0, n, SIZE // COLS):
             v, x, inside = load_entries(exponentials, stride_e, tile_of, r, start, n, y, inv, col_tiles, COLS, SIZE)
             keep = kept(a, x, limit) & inside
             one = keep.to(tl.int32)
@@ -296,15 +347,16 @@ def entries_kernel(
                 tl.store(keeps + (v // COLS) * chunk + r, 1, mask=(keep | (v == y)) & inside)
             count += tl.sum(one, 0)
             lost += tl.sum(tl.where(keep, 0.0, x), 0)
-            start = tl.where(count < CAPACITY, start + SIZE // COLS, n)
+        # More than were counted, by rounding at the edge of a bin: the row is dense after all.
         full = count >= CAPACITY
         last = tl.minimum(count, CAPACITY - 1)
         if n > 0:
             tl.store(entry_of + r * CAPACITY + last, y)
             tl.store(value_of + r * CAPACITY + last, tl.load(target_value + r))
+            tl.store(row_cut + r, limit)
             tl.store(dense + r, full.to(tl.int32))
         tl.store(n_entries + r, tl.where(full | (n == 0), 0, last + 1))
-        tl.store(dropped + r, tl.where(full, 0.0, lost))
+        tl.store(dropped + r, tl.where(full | (n == 0), 0.0, lost))
 
 
 @triton.jit
@@ -402,7 +454,7 @@ def tile_rows_kernel(keeps, signed, live, row_of, n_rows, chunk, ROWS: tl.conste
 
 @triton.jit
 def load_gradient(
-    exponentials, stride_e, row_of, signed, weight, inverse, target, target_value, cut, j, i, n, chunk,
+    exponentials, stride_e, row_of, signed, weight, inverse, target, target_value, row_cut, j, i, n, chunk,
     COLS: tl.constexpr,
 ):  # fmt: skip
     """(r, g x) of the rows i of those that keep entries in tile j: (rows,) and (rows, COLS), 0 where dropped."""
@@ -414,13 +466,14 @@ def load_gradient(
     a = tl.load(weight + r, mask=ours, other=0.0)[:, None]
     y = tl.load(target + r, mask=ours, other=-1)[:, None]
     own = tl.load(target_value + r, mask=ours, other=0.0)[:, None]
-    x = tl.where(v == y, own, tl.where(kept(a, x, tl.load(cut)), -x, 0.0))
+    cut = tl.load(row_cut + r, mask=ours, other=0.0)[:, None]
+    x = tl.where(v == y, own, tl.where(kept(a, x, cut), -x, 0.0))
     return r, x * tl.load(signed + r, mask=ours, other=0.0)[:, None]
 
 
 @triton.jit
 def sort_entries_kernel(
-    exponentials, stride_e, row_of, n_rows, signed, weight, inverse, target, target_value, cut, cursors,
+    exponentials, stride_e, row_of, n_rows, signed, weight, inverse, target, target_value, row_cut, cursors,
     occurring, first_of, count_of, sorted_row, sorted_value, chunk, COLS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The kept entries by vocabulary entry, and for each in the order of their rows.
@@ -435,7 +488,7 @@ def sort_entries_kernel(
         count = tl.zeros([COLS], tl.int32)
         for start in range(0, n, ROWS):
             _, x = load_gradient(
-                exponentials, stride_e, row_of, signed, weight, inverse, target, target_value, cut,
+                exponentials, stride_e, row_of, signed, weight, inverse, target, target_value, row_cut,
                 j, start + tl.arange(0, ROWS), n, chunk, COLS,
             )  # fmt: skip
             count += tl.sum((x != 0).to(tl.int32), 0)
@@ -447,7 +500,7 @@ def sort_entries_kernel(
         tl.store(count_of + k, count, mask=occurs > 0)
         for start in range(0, n, ROWS):
             r, x = load_gradient(
-                exponentials, stride_e, row_of, signed, weight, inverse, target, target_value, cut,
+                exponentials, stride_e, row_of, signed, weight, inverse, target, target_value, row_cut,
                 j, start + tl.arange(0, ROWS), n, chunk, COLS,
             )  # fmt: skip
             one = (x != 0).to(tl.int32)
@@ -548,9 +601,11 @@ class SparseGradients:
             self.sorted_row, self.sorted_value = self._ints(entries), chunk.floats(entries)
             self.occurring, self.first_of, self.count_of = self._ints(3, min(entries, chunk.V))
         self.cursors = self._ints(2)
-        self.tile_counts, self.entry_counts = torch.empty(2, BINS.value, dtype=torch.int64, device=self.dense.device)
+        self.row_counts = self._ints(chunk.rows, BINS.value)
+        self.row_cut, self.excess = chunk.floats(2, chunk.rows)
+        self.counts = torch.empty(4, BINS.value, dtype=torch.int64, device=self.dense.device)
         # 16 bytes apart: Triton compiles a kernel again for a pointer that is less aligned.
-        self.top, self.budget, self.tile_cut, self.entry_cut = chunk.floats(16).split(4)
+        self.top, self.budget, self.tile_cut, self.row_limit, self.entry_cut = chunk.floats(20).split(4)
         # Dense rows, until the exact kernels take them.
         self.reserve = Chunk(chunk.head, chunk.rows, (chunk.programs, chunk.tma, chunk.configs))
         self.exact = ChunkGradients(self.reserve, whole, self.out_hidden, head=self.trained)
@@ -587,7 +642,7 @@ class SparseGradients:
         chunk, e = self.chunk, self.vocab.exponentials
         total = self.stored_pass.total
         weigh_kernel[(1,)](
-            gradient, order, chunk.live, total, chunk.logit, self.weight, self.dense, self.top, self.tile_counts,
+            gradient, order, chunk.live, total, chunk.logit, self.weight, self.dense, self.top, self.counts,
             self.cursors, ROWS=SLOTS, BINS=BINS,
         )  # fmt: skip
         tile_mass_kernel[self._row_blocks](
@@ -613,9 +668,9 @@ class SparseGradients:
         chunk, tiles = self.chunk, self.vocab.col_tiles
         known = self.vocab.sums, self.weight, chunk.target, chunk.live
         count_tiles_kernel[self._row_blocks](
-            *known, self.budget, self.tile_counts, chunk.rows, tiles, BINS=BINS, **self._by_rows
+            *known, self.budget, self.counts[0], chunk.rows, tiles, BINS=BINS, **self._by_rows
         )
-        self._cut(self.tile_counts, TILE_SHARE, self.tile_cut)
+        self._cut(self.counts[0], TILE_SHARE, self.tile_cut)
         select_tiles_kernel[self._row_blocks](
             *known, self.tile_cut, self.tile_of, self.n_tiles, self.dropped, chunk.rows, tiles, **self._by_rows
         )
@@ -627,17 +682,23 @@ class SparseGradients:
         return e, e.stride(0), self.tile_of, self.n_tiles, self.weight, self.inverse, self.chunk.target
 
     def _select_entries(self) -> None:
-        """Drop entries of the kept tiles, within what is left of the budget; list the others."""
+        """Tell sparse rows from dense ones; drop entries of the kept tiles, and list the others."""
         chunk, tiles, cols = self.chunk, self.vocab.col_tiles, self.vocab.config.cols
         count_entries_kernel[(chunk.rows,)](
-            *self._kept_tiles, chunk.live, self.budget, self.entry_counts, tiles, COLS=cols, SIZE=AT_ONCE, BINS=BINS
-        )
-        self._cut(self.entry_counts, 1 - TILE_SHARE, self.entry_cut)
+            *self._kept_tiles, chunk.live, self.budget, self.row_counts, self.row_cut, self.excess, self.counts[1],
+            tiles, COLS=cols, SIZE=AT_ONCE, CAPACITY=self.plan.entries, BINS=BINS,
+        )  # fmt: skip
+        self._cut(self.counts[1], ROW_SHARE, self.row_limit)
+        select_rows_kernel[self._row_blocks](
+            self.row_counts, self.row_cut, self.excess, self.n_tiles, chunk.live, self.budget, self.row_limit,
+            self.dense, self.counts[2], ROWS=ROW_BLOCK, BINS=BINS,
+        )  # fmt: skip
+        self._cut(self.counts[2], ENTRY_SHARE, self.entry_cut)
         if self.trained:
             self.keeps.zero_()
         entries_kernel[(chunk.rows,)](
-            *self._kept_tiles, self.target_value, chunk.live, self.entry_cut, self.entry_of, self.value_of,
-            self.n_entries, self.keeps, self.dropped, self.dense, chunk.rows, tiles, self.unseen,
+            *self._kept_tiles, self.target_value, chunk.live, self.entry_cut, self.row_cut, self.entry_of,
+            self.value_of, self.n_entries, self.keeps, self.dropped, self.dense, chunk.rows, tiles, self.unseen,
             COLS=cols, SIZE=AT_ONCE, CAPACITY=self.plan.entries, HEAD=self.trained,
         )  # fmt: skip
 
@@ -666,7 +727,7 @@ class SparseGradients:
         lists = self.occurring, self.first_of, self.count_of, self.sorted_row, self.sorted_value
         sort_entries_kernel[(tiles,)](
             e, e.stride(0), self.row_of, self.n_rows, self.signed, self.weight, self.inverse, chunk.target,
-            self.target_value, self.entry_cut, self.cursors, *lists, chunk.rows, COLS=self.vocab.config.cols,
+            self.target_value, self.row_cut, self.cursors, *lists, chunk.rows, COLS=self.vocab.config.cols,
             ROWS=16, num_warps=8,
         )  # fmt: skip
         programs = OCCUPANCY * chunk.programs
