@@ -227,8 +227,9 @@ def fused_egrsd_loss(
             and dropped_t the probability mass left out; a token's share of it is TokenStats.gradient_error_bound.
         return_stats: also return the per-token :class:`TokenStats`.
         chunk_bytes: the most working memory held at a time: exponentials of a chunk of tokens and what goes with them.
-            With a frozen head the Triton backend holds at most 350 MiB, since more would buy no speed. With a trained
-            one, chunks add up in a float32 gradient of the head, 4·V·D bytes more. Where all tokens fit into one chunk
+            With a frozen head the Triton backend holds at most 350 MiB for exact gradients, since more would buy no
+            speed; for sparse ones it takes all, half of it for tokens that wait to be made exactly. With a trained
+            head, chunks add up in a float32 gradient of the head, 4·V·D bytes more. Where all tokens fit into one chunk
             there is none; that chunk may take what this spares beside a 16-bit head, 2·V·D bytes, and is held until
             the backward pass. Sparse gradients of a trained head always add up in float32.
 

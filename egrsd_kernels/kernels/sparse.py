@@ -4,8 +4,8 @@ That pass leaves a chunk's exponentials E and, in float32, their sum over each v
 row's sum S known, the exact probability mass of every tile is known too, and tiles that carry little of the gradient
 are never looked at again. In the others the entries that are small are dropped as well. What is left, mostly a few
 entries, gives dhidden as a weighed sum of rows of the head and, sorted by vocabulary entry, dW as one of hidden states.
-A row that keeps more entries than there is room for is dense: it drops nothing, and its exponentials are set
-aside until there are enough such rows for the exact kernels.
+A row that would have to drop too much to fit into its list of entries is dense: it drops nothing, and its exponentials
+are set aside until there are enough such rows for the exact kernels.
 
 Below, x = T dlogp/d(product) is a row's gradient, for product = h W^T + b and the temperature T. Without a softcap
 x = e_y - p; with one, the entries of e_y - p are each damped by a factor 1 - tanh^2 <= 1. The target's entry is
