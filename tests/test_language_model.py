@@ -47,7 +47,7 @@ def test_from_sources_to_report(tmp_path, capsys):
     path = tmp_path / "report.json"
     language_model.main([*TINY, "--rows=64", "--device=cpu", "--output", str(path)])
     report = json.loads(path.read_text())
-    assert report["steps"] > 1 and report["losses"][-1] < report["losses"][0] * 1.1
+    assert report["steps"] >= 1 and report["losses"][-1] <= report["losses"][0] * 1.1
     assert report["sparsity"].keys() == {"held-out text", "own samples"}
     assert all(found["rows"] > 32 for found in report["sparsity"].values())
     assert "--vocabulary 400" in report["command"] and report["device"] == "CPU"
