@@ -1,5 +1,6 @@
 """``egrsd train``: what a YAML file and a command line say is what is trained; what they get wrong is named."""
 
+import importlib.util
 import json
 import os
 import socket
@@ -274,6 +275,12 @@ def fails(arguments: list[str], capsys) -> str:
         ({"teacher_template": [{"role": "user"}]}, "teacher_template[0]: expected role and content as text, got"),
         ({"teacher_template": [{"role": "user", "content": "?"}]}, "teacher_template: expected '{solution}'"),
         ({"resume_from_checkpoint": "absent"}, "resume_from_checkpoint: no such folder: absent"),
+        ({"report_to": "nobody"}, "report_to: nobody is not supported, only "),
+        pytest.param(
+            {"report_to": "wandb"},
+            "report_to: WandbCallback requires wandb",
+            marks=pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is there"),
+        ),
     ],
 )
 def test_a_bad_key_is_named_in_one_line(config, home, capsys, changes, says):

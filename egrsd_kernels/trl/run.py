@@ -13,6 +13,7 @@ import trl.rewards
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 from transformers import AutoConfig, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
@@ -35,6 +36,7 @@ def make_trainer(arguments: RunArguments, config: EGRSDConfig, model: ModelConfi
         ValueError, OSError, ImportError: in a message that names the key, column or package.
     """
     rewards = [load_reward(name) for name in arguments.reward_funcs]
+    _check_reporters(config.report_to)
     template = _template(arguments.teacher_template)
     options = {
         "revision": model.model_revision,
@@ -138,6 +140,15 @@ def load_reward(name: str) -> Callable[..., Any]:
         has = f"; TRL's own are {', '.join(known)}" if module is trl.rewards else ""
         raise ValueError(f"reward_funcs: {name}: no function {function!r} in {file or 'trl.rewards'}{has}")
     return reward
+
+
+def _check_reporters(names: Sequence[str]) -> None:
+    """A ValueError for a reporter that is unknown, or whose package is missing."""
+    try:
+        for callback in get_reporting_integration_callbacks(names):
+            callback()
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise ValueError(f"report_to: {error}") from error
 
 
 def _check_arguments(name: str, reward: Callable[..., Any], columns: Sequence[str]) -> None:
