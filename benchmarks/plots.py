@@ -1,6 +1,8 @@
-"""Pictures of a result file: time and memory of a step against the number of tokens and against the hidden size.
+"""Pictures of a result file: time and memory of a step against the number of tokens and against the hidden size; or how
+sparse a language model's softmax rows are, and how it trains with sparse gradients.
 
     python -m benchmarks.plots benchmarks/results/compare-h100.json --output benchmarks/results
+    python -m benchmarks.plots benchmarks/results/language_model-h100.json --output benchmarks/results
 
 Time is per token, in µs, so that peers can be told apart over three decades of batch sizes. Scales are logarithmic.
 """
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import matplotlib
@@ -147,13 +150,47 @@ def draw(report: dict, figure: str, quantity: str, against: str, path: Path) -> 
     plt.close(canvas)
 
 
+def draw_sparsity(report: dict, path: Path) -> None:
+    """What lies beyond the most probable entries, what is kept, and training with exact and with sparse gradients."""
+    found = report["sparsity"]["own samples"]
+    tenths = found["mass_beyond_rank_by_entropy"]
+    entropies = [tenth["entropy"] for tenth in found["tolerances"][0]["by_entropy"]]
+    canvas, (beyond, kept, training) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    for i, (masses, entropy) in enumerate(zip(tenths, entropies, strict=True)):
+        beyond.plot(found["ranks"], masses, color=plt.cm.viridis(i / 10), label=f"{entropy:.2g}")
+    beyond.set(xscale="log", yscale="log", ylim=(1e-8, 1), xlabel="k", title="Probability beyond the k largest")
+    beyond.legend(title="entropy, nats", fontsize=7, title_fontsize=8, frameon=False, ncols=2)
+    for at, marker in zip(found["tolerances"], MARKERS, strict=False):
+        entries = [tenth["kept_mean"] for tenth in at["by_entropy"]]
+        kept.plot(entropies, entries, marker=marker, label=f"2^{math.log2(at['tolerance']):.0f}")
+    kept.set(xscale="log", yscale="log", xlabel="entropy, nats", title="Entries that have to be kept")
+    kept.legend(title="tolerance", fontsize=8, title_fontsize=8, frameon=False)
+    exact = report["curves"]["exact"]
+    for mode, losses in report["curves"].items():
+        if mode != "exact":
+            gaps = [abs(a - b) for a, b in zip(losses, exact, strict=True)]
+            training.plot(range(1, len(gaps) + 1), gaps, linewidth=0.9, label=f"{mode}, less exact")
+    training.plot(range(1, len(exact) + 1), exact, color="#999999", linewidth=0.9, label="exact: the loss itself")
+    training.set(yscale="log", xlabel="step", title="Loss, nats a token")
+    training.legend(fontsize=8, frameon=False)
+    for axes in (beyond, kept, training):
+        axes.grid(alpha=0.3, linewidth=0.6)
+    rows = f"{found['rows']:,} sampled tokens, V = {report['vocabulary']:,}"
+    canvas.suptitle(f"A language model of {report['parameters'] / 1e6:.0f} M parameters: {rows}", fontsize=11)
+    canvas.savefig(path, dpi=130)
+    plt.close(canvas)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="JSON of python -m benchmarks.compare")
+    parser.add_argument("results", type=Path, help="JSON of benchmarks.compare, or of benchmarks.language_model")
     parser.add_argument("--output", type=Path, required=True, help="folder of the PNGs")
     args = parser.parse_args(argv)
     report = json.loads(args.results.read_text(encoding="utf-8"))
     args.output.mkdir(parents=True, exist_ok=True)
+    if "sparsity" in report:
+        draw_sparsity(report, args.output / "sparsity.png")
+        return
     for figure in ("frozen", "trained"):
         for quantity in QUANTITIES:
             for against in AXES:

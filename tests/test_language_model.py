@@ -8,8 +8,9 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
 
-from benchmarks import language_model
+from benchmarks import language_model, plots
 
 TINY = ["--seconds=1", "--megabytes=0.1", "--vocabulary=400", "--width=64", "--layers=1", "--context=32", "--batch=4"]
 
@@ -55,8 +56,11 @@ def test_from_sources_to_report(tmp_path, capsys):
     assert all(found["rows"] > 32 for found in report["sparsity"].values())
     for figures in report["gradients"].values():
         assert all(len(figures[name]["times"]) == 2 for name in ("frozen", "trained"))
+        assert all(figures[name]["share_made_exactly"] == 1 for name in ("frozen", "trained"))
     # PyTorch's gradients are exact in every mode.
     exact, again, sparse = (report["curves"][mode] for mode in language_model.MODES)
     assert len(exact) == 2 and exact == again == sparse
     assert "--vocabulary 400" in report["command"] and report["device"] == "CPU"
+    plots.main([str(path), "--output", str(tmp_path / "pictures")])
+    assert (tmp_path / "pictures" / "sparsity.png").read_bytes().startswith(b"\x89PNG")
     assert "held-out loss" in capsys.readouterr().out
