@@ -65,7 +65,7 @@ SMALL = tl.constexpr(2.0**-100)
 TILE_SHARE, ROW_SHARE, ENTRY_SHARE = 0.125, 0.5, 0.375
 ROW_BLOCK = 16  # rows of a program that goes through all tiles of its rows, TILE_BLOCK at a time
 TILE_BLOCK = 64
-AT_ONCE = 1024  # entries of a row that a program looks at together
+AT_ONCE = {"SIZE": 2048, "num_warps": 8}  # entries of a row that a program looks at together
 SLOTS = 1024  # rows at a time of a program that goes through all rows
 OCCUPANCY = 8  # small programs on a multiprocessor at a time
 
@@ -686,7 +686,7 @@ class SparseGradients:
         chunk, tiles, cols = self.chunk, self.vocab.col_tiles, self.vocab.config.cols
         count_entries_kernel[(chunk.rows,)](
             *self._kept_tiles, chunk.live, self.budget, self.row_counts, self.row_cut, self.excess, self.counts[1],
-            tiles, COLS=cols, SIZE=AT_ONCE, CAPACITY=self.plan.entries, BINS=BINS,
+            tiles, COLS=cols, CAPACITY=self.plan.entries, BINS=BINS, **AT_ONCE,
         )  # fmt: skip
         self._cut(self.counts[1], ROW_SHARE, self.row_limit)
         select_rows_kernel[self._row_blocks](
@@ -699,7 +699,7 @@ class SparseGradients:
         entries_kernel[(chunk.rows,)](
             *self._kept_tiles, self.target_value, chunk.live, self.entry_cut, self.row_cut, self.entry_of,
             self.value_of, self.n_entries, self.keeps, self.dropped, self.dense, chunk.rows, tiles, self.unseen,
-            COLS=cols, SIZE=AT_ONCE, CAPACITY=self.plan.entries, HEAD=self.trained,
+            COLS=cols, CAPACITY=self.plan.entries, HEAD=self.trained, **AT_ONCE,
         )  # fmt: skip
 
     def _certify(self, order, gradient) -> None:
