@@ -63,7 +63,7 @@ def model():
     return tiny
 
 
-def loss_on_full_logits(*tensors, backend, chunk_bytes, **options):
+def loss_on_full_logits(*tensors, backend, chunk_bytes, grad_mode, sparse_tol, **options):
     """The trainer's call of fused_egrsd_loss, without what only the kernels have."""
     return reference.egrsd_loss(*tensors, **options)
 
