@@ -36,6 +36,7 @@ import torch
 pytest.importorskip("trl", reason="TRL is not installed")
 
 import reference
+from egrsd_kernels import TokenStats
 from egrsd_kernels.statistics import TokenStatistics
 from egrsd_kernels.trl import trainer
 from tests.trl_tiny import make, tiny_model, weights
@@ -65,7 +66,8 @@ def model():
 
 def loss_on_full_logits(*tensors, backend, chunk_bytes, grad_mode, sparse_tol, **options):
     """The trainer's call of fused_egrsd_loss, without what only the kernels have."""
-    return reference.egrsd_loss(*tensors, **options)
+    loss, stats = reference.egrsd_loss(*tensors, **options)
+    return loss, TokenStats(*stats, torch.zeros_like(stats[0]))
 
 
 def statistics_on_full_logits(hidden, weight, target_ids, *, bias, mask, temperature, softcap, backend, chunk_bytes):
