@@ -123,9 +123,9 @@ def test_the_fused_loss_trains_like_the_reference(tmp_path, name):
     path = norm(plain.end[key] - value for key, value in plain.start.items())
     assert norm(fused.end[key] - value for key, value in plain.end.items()) <= 1e-4 * path
 
-    # The two could also agree on doing nothing: this run learns (how much hangs on the random numbers, which are others
-    # on a GPU), and its gates and magnitudes vary.
-    reward = column(plain, "reward")
-    assert sum(reward[-20:]) > sum(reward[:20]) + 20 * 0.05
+    # The two could also agree on doing nothing: this run learns, and its gates and magnitudes vary. How much it learns
+    # hangs on the random numbers, which are others on a GPU.
+    reward, least = column(plain, "reward"), 0.05 if "GPU" in name else 0.1
+    assert sum(reward[-20:]) > sum(reward[:20]) + 20 * least
     assert min(column(plain, "magnitude/clipped")) < 0.7
     assert max(column(plain, "gate/mean")) - min(column(plain, "gate/mean")) > 0.01
