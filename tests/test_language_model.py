@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib")
 
 from benchmarks import language_model, plots
 
-TINY = ["--seconds=1", "--megabytes=0.1", "--vocabulary=400", "--width=64", "--layers=1", "--context=32", "--batch=4"]
+TINY = ["--seconds=4", "--megabytes=0.1", "--vocabulary=400", "--width=64", "--layers=1", "--context=32", "--batch=4"]
 
 
 def test_what_is_kept_is_within_the_tolerance_and_no_more_than_needed():
@@ -51,7 +51,7 @@ def test_from_sources_to_report(tmp_path, capsys):
     path = tmp_path / "report.json"
     language_model.main([*TINY, "--rows=64", "--curves=2", "--device=cpu", "--output", str(path)])
     report = json.loads(path.read_text())
-    assert report["steps"] >= 1 and report["losses"][-1] <= report["losses"][0] * 1.1
+    assert report["steps"] > 1 and report["losses"][-1] < report["losses"][0] * 1.1
     assert report["sparsity"].keys() == {"held-out text", "own samples"}
     assert all(found["rows"] > 32 for found in report["sparsity"].values())
     for figures in report["gradients"].values():

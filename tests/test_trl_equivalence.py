@@ -22,7 +22,8 @@ runs differ by float32 rounding alone, and the question is how that grows over 1
   apart exponentially from about step 20, and a token is sampled otherwise at step 65: nothing to compare from there.
 
 The tolerances, 2e-5 on loss and metrics and 1e-4 on the path, leave a factor of 14 to 100 for other processors and
-versions. With a loss (or a γ) wrong by 1 % the first step's loss is off by 3e-3 (9e-3), 150 times the tolerance.
+versions; on an H100 the Triton kernels keep within them. With a loss (or a γ) wrong by 1 % the first step's loss is off
+by 3e-3 (9e-3), 150 times the tolerance.
 """
 
 from __future__ import annotations
@@ -124,9 +125,9 @@ def test_the_fused_loss_trains_like_the_reference(tmp_path, name):
     path = norm(plain.end[key] - value for key, value in plain.start.items())
     assert norm(fused.end[key] - value for key, value in plain.end.items()) <= 1e-4 * path
 
-    # The two could also agree on doing nothing: this run learns (how much hangs on the random numbers, which are others
-    # on a GPU), and its gates and magnitudes vary.
-    reward = column(plain, "reward")
-    assert sum(reward[-20:]) > sum(reward[:20]) + 20 * 0.05
+    # The two could also agree on doing nothing: this run learns, and its gates and magnitudes vary. How much it learns
+    # hangs on the random numbers, which are others on a GPU.
+    reward, least = column(plain, "reward"), 0.05 if "GPU" in name else 0.1
+    assert sum(reward[-20:]) > sum(reward[:20]) + 20 * least
     assert min(column(plain, "magnitude/clipped")) < 0.7
     assert max(column(plain, "gate/mean")) - min(column(plain, "gate/mean")) > 0.01
