@@ -500,21 +500,18 @@ ENVIRONMENT = ("device", "torch", "triton", "transformers", "peft", "attn_implem
 
 
 def merge(report: dict[str, object], earlier: dict[str, object] | None) -> dict[str, object]:
-    """``report`` with the rows of ``earlier`` that it does not replace: the same model, layers and variant."""
+    """``report`` and the rows of ``earlier`` that it does not replace (same model, layers and variant), in order."""
     if earlier is None:
         return report
     differing = [name for name in ENVIRONMENT if earlier.get(name) != report.get(name)]
     if differing:
         raise ValueError(f"rows measured with another {', '.join(differing)}: give another output file")
 
-    def key(row: dict[str, object]) -> tuple[object, ...]:
-        return row["model"], row["layers"], row["variant"]
-
     def place(row: dict[str, object]) -> tuple[object, ...]:
         return row["model"], row["layers"], list(VARIANTS).index(row["variant"])
 
-    rows = {key(row): row for row in [*earlier["rows"], *report["rows"]]}
-    return {**report, "rows": sorted(rows.values(), key=place)}
+    rows = {place(row): row for row in [*earlier["rows"], *report["rows"]]}
+    return {**report, "rows": [rows[key] for key in sorted(rows)]}
 
 
 def show(row: dict[str, object]) -> str:
