@@ -133,16 +133,19 @@ def train(model: LanguageModel, data: Tensor, seconds: float, batch: int, rate: 
 def sparsity(hidden: Tensor, head: Tensor, targets: Tensor) -> dict:
     """What is kept of the rows (N, D) x (V, D) under each tolerance. targets: (N,)."""
 
+    entropy, others, spread = torch.empty(3, len(hidden), device=hidden.device)
+
     def probabilities() -> Iterator[tuple[slice, Tensor, Tensor]]:
         for start in range(0, len(hidden), ROWS):
             rows = slice(start, start + ROWS)
-            p = (hidden[rows].float() @ head.float().T).softmax(-1)
+            logits = hidden[rows].float() @ head.float().T
+            spread[rows] = logits.std(-1)
+            p = logits.softmax(-1)
             yield rows, p, p.scatter(1, targets[rows, None], 0)  # with the target, and without
 
     # The mass below each threshold, of all rows: from it one threshold for each tolerance.
     edges = torch.exp2(-torch.arange(80, device=hidden.device) / 2)
     below = torch.zeros(len(edges), device=hidden.device, dtype=torch.float64)
-    entropy, others = torch.empty(2, len(hidden), device=hidden.device)
     ranks = [1 << k for k in range((head.shape[0] - 1).bit_length())]
     beyond = torch.empty(len(hidden), len(ranks), device=hidden.device)
     for rows, p, off in probabilities():
@@ -159,6 +162,7 @@ def sparsity(hidden: Tensor, head: Tensor, targets: Tensor) -> dict:
         "entropy_deciles": entropy.quantile(torch.linspace(0.1, 0.9, 9, device=hidden.device)).tolist(),
         "share_entropy_below_0.01": (entropy < 0.01).float().mean().item(),
         "share_entropy_above_0.672": (entropy > 0.672).float().mean().item(),
+        "standard_deviation_of_logits_by_entropy": [spread[part].mean().item() for part in order.tensor_split(10)],
         "ranks": ranks,
         "mass_beyond_rank_by_entropy": [beyond[part].mean(0).tolist() for part in order.tensor_split(10)],
         "tolerances": [],
@@ -243,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--context", type=int, default=1024)
-    parser.add_argument("--batch", type=int, default=48, help="rows of context a step")
+    parser.add_argument("--batch", type=int, default=16, help="rows of context a step")
     parser.add_argument("--rows", type=int, default=16_384, help="softmax rows to look at")
     parser.add_argument("--curves", type=int, default=300, help="steps with exact and with sparse gradients")
     parser.add_argument("--device", default="cuda")
@@ -262,6 +266,7 @@ def main(argv: list[str] | None = None) -> None:
         losses.append(loss)
         if len(losses) % 100 == 1:
             print(f"step {len(losses)}: {loss:.3f} nats a token", flush=True)
+    compiled, model.states = model.states, model._states  # each shape that follows would be compiled anew
     model.eval()
 
     some = held_out[: max(1, args.rows // args.context)]
@@ -286,8 +291,10 @@ def main(argv: list[str] | None = None) -> None:
             report["sparsity"][name] = sparsity(*rows)
             with torch.enable_grad():
                 report["gradients"][name] = gradients(*rows)
+            print(f"{name}: done", flush=True)
+    model.states = compiled
     model.train()
-    report["curves"] = curves(model, data, args.curves, max(1, args.batch // 3), 1e-4)
+    report["curves"] = curves(model, data, args.curves, args.batch, 1e-4)
     write(args.output, report)
     print(f"held-out loss {report['held_out_loss']:.3f}")
     for name, found in report["sparsity"].items():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from .common import ROW_TILE, Config, Machine
 
@@ -46,11 +47,16 @@ class Plan:
 @dataclass(frozen=True)
 class SparsePlan:
     """A chunk with sparse gradients: its ``rows``; the most vocabulary ``entries`` that a row may keep; and room for
-    tiles of dhidden, as in :class:`Plan`."""
+    tiles of dhidden, as in :class:`Plan`. ``found``: how many entries of a row there is room for to choose from."""
 
     rows: int
     entries: int
     partial_tiles: int
+    FOUND: ClassVar[int] = 4
+
+    @property
+    def found(self) -> int:
+        return self.FOUND * self.entries
 
 
 def break_even(trained: bool) -> float:
@@ -181,7 +187,7 @@ def sparse_plan(
     def buffers(tiles: int) -> int:
         """Bytes: exponentials, hidden states and tile sums of the chunk and of the reserve; lists; tiles of dhidden."""
         per_row = 2 * ((col_tiles * cols + hidden_size) * itemsize + 4 * col_tiles)
-        per_row += (9 if trained else 4) * col_tiles + 8 * entries + 256
+        per_row += (9 if trained else 4) * col_tiles + (8 + 4 * SparsePlan.FOUND) * entries + 256
         return tiles * ROW_TILE * per_row + 4 * room(tiles) * configs.hidden.rows * configs.hidden.cols
 
     tiles = max((tiles for tiles in range(1, row_tiles + 1) if buffers(tiles) <= budget), default=1)

@@ -12,11 +12,12 @@ x = e_y - p; with one, the entries of e_y - p are each damped by a factor 1 - ta
 Σ_{v≠y} p_v, damped, whether or not these entries are dropped themselves.
 
 What is small is decided on the weighed size a |x_v|, with a = |g| / max |g| and g = dL/dlogp: what is dropped from a
-row that matters little may be large. The budget is tol Σ a M over the rows of the chunk, and three things share it. A
-tile is dropped whose mass is small. A row is sparse if what it must drop to fit into its list is small; these are as
-many rows as can be. And of their entries those are dropped that are small. Each time "small" is the largest of a series
-of thresholds under which everything that is at most as large stays within its share, by a histogram of these sizes:
-whole numbers, which add up in any order.
+row that matters little may be large. The budget is tol Σ a M over the rows of the chunk. A share of it goes to tiles
+of little mass. By a sample of the others it is estimated what a row has to drop to fit into its list; rows for which
+that is far too much are dense, and the rest of the budget gives thresholds to look for entries with. Only then is every
+entry looked at, once, and it is known what each row drops: the rows that drop least are sparse, as many as the budget
+allows. Each time "least" is the largest of a series of thresholds under which everything that is at most as large
+stays within its share, by a histogram of sizes: whole numbers, which add up in any order.
 
 **The bound.** Let δ_t be what row t drops, Σ |x_v| over the entries dropped (or more, where a tile is dropped as a
 whole: its undamped mass). dL/dlogits of row t is off by g_t x_v at these entries and by nothing elsewhere, that is by
@@ -54,25 +55,29 @@ from .gather import Chunk
 from .gradient import ChunkGradients
 from .plan import Plan, SparsePlan
 
-# Of a histogram of weighed sizes, three for a factor of 2: the first is what is above the budget, the last but one
-# what is below 2^-41 of it, so little that even 2^31 entries fit, and the last what is 0.
+# Bins of a histogram. Of weighed sizes, four for a factor of 2: the first is what is above the budget, the last but one
+# what is below 2^-31 of it, and the last what is 0. Of a row's entries, eight for a factor of 2 above its threshold.
 BINS = tl.constexpr(128)
+SIZE_BITS = tl.constexpr(21)  # of a float32, as a whole number, from one bin to the next
+ENTRY_BITS = tl.constexpr(20)
 SLACK = tl.constexpr(2.0**-7)
 TINY = tl.constexpr(2.0**-126)
 SMALL = tl.constexpr(2.0**-100)
 # Of the budget: for whole tiles, of which more leaves fewer to look into; for what rows drop to fit into their lists,
 # of which more leaves fewer dense rows; and for small entries, of which more leaves shorter lists.
-TILE_SHARE, ROW_SHARE, ENTRY_SHARE = 0.125, 0.5, 0.375
+TILE_SHARE, ROW_SHARE, ENTRY_SHARE = 0.125, 0.625, 0.25
+SAMPLED = 1 << 22  # about so many entries at least are counted for a threshold, and of many one in SAMPLE_MOST
+SAMPLE_MOST = 16
 ROW_BLOCK = 16  # rows of a program that goes through all tiles of its rows, TILE_BLOCK at a time
 TILE_BLOCK = 64
-AT_ONCE = {"SIZE": 2048, "num_warps": 8}  # entries of a row that a program looks at together
+AT_ONCE = {"SIZE": 2048, "num_warps": 4}  # entries of a row that a program looks at together
 SLOTS = 1024  # rows at a time of a program that goes through all rows
 OCCUPANCY = 8  # small programs on a multiprocessor at a time
 
 
 @triton.jit
 def weighed(a, x):
-    """a x, for the sum of what is dropped: not 0 unless x is. The same bits wherever it is computed."""
+    """a x, for the sum of what is dropped: not 0 unless x is."""
     return tl.where(x > 0, tl.maximum(a * x, TINY), 0.0)
 
 
@@ -83,22 +88,16 @@ def gradient_mass(a, mass):
 
 
 @triton.jit
-def kept(a, x, cut):
-    return weighed(a, x) > cut
-
-
-@triton.jit
 def bin_of(w, budget, BINS: tl.constexpr):
-    """The bin of a weighed size: what is in one is at most as large as its edge."""
-    k = 1.0 + 3.0 * (tl.log2(budget) - tl.log2(tl.maximum(w, TINY)))
-    k = tl.minimum(tl.maximum(k, 1.0), BINS - 2).to(tl.int32)
-    return tl.where(w > budget, 0, tl.where(w > 0, k, BINS - 1))
+    """The bin of a weighed size: what is in one is at most as large as its edge. Positive floats order as integers."""
+    k = 1 + ((budget.to(tl.int32, bitcast=True) - w.to(tl.int32, bitcast=True)) >> SIZE_BITS)
+    return tl.where(w > budget, 0, tl.where(w > 0, tl.minimum(k, BINS - 2), BINS - 1))
 
 
 @triton.jit
 def edge_of(k, budget, BINS: tl.constexpr):
     """The largest size in a bin: infinite for the first, 0 for the last."""
-    edge = budget * tl.exp2((k - 1).to(tl.float32) * (-1.0 / 3.0))
+    edge = tl.maximum(budget.to(tl.int32, bitcast=True) - ((k - 1) << SIZE_BITS), 0).to(tl.float32, bitcast=True)
     return tl.where(k == 0, float("inf"), tl.where(k == BINS - 1, 0.0, edge))
 
 
@@ -117,7 +116,8 @@ def weigh_kernel(
     counts, cursors: become zeros.
     """
     n = tl.load(live + 1)
-    tl.store(counts + tl.arange(0, 4 * BINS), tl.zeros([4 * BINS], tl.int64))
+    for which in tl.static_range(4):
+        tl.store(counts + which * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int64))
     tl.store(cursors + tl.arange(0, 2), tl.zeros([2], tl.int32))
     largest = tl.zeros([ROWS], tl.float32)
     for start in range(0, n, ROWS):
@@ -240,7 +240,7 @@ def select_tiles_kernel(
             j = start + tl.arange(0, TILES)
             inside = (j < col_tiles)[:, None] & (ours & (a > 0))[None, :]
             q = tl.load(tile_mass + j[:, None] * chunk + r[None, :], mask=inside, other=0.0)
-            keep = inside & (kept(a[None, :], q, limit) | (j[:, None] == own[None, :]))
+            keep = inside & ((weighed(a[None, :], q) > limit) | (j[:, None] == own[None, :]))
             one = keep.to(tl.int32)
             k = count[None, :] + tl.cumsum(one, 0) - one
             tl.store(tile_of + r[None, :] * col_tiles + k, j[:, None] + tl.zeros_like(k), mask=keep)
@@ -252,27 +252,30 @@ def select_tiles_kernel(
 
 @triton.jit
 def load_entries(
-    exponentials, stride_e, tile_of, r, start, n, y, inv, col_tiles, COLS: tl.constexpr, SIZE: tl.constexpr
-):
-    """(v, |x|, inside) of SIZE entries of row r, from its kept tile ``start`` of ``n`` on; the target's is 0."""
-    i = tl.arange(0, SIZE)
-    inside = start + i // COLS < n
-    j = tl.load(tile_of + r * col_tiles + start + i // COLS, mask=inside, other=0)
-    v = j * COLS + i % COLS
-    e = tl.load(exponentials + r.to(tl.int64) * stride_e + v, mask=inside, other=0.0)
-    return v, tl.where(v == y, 0.0, e.to(tl.float32) * inv), inside
+    exponentials, stride_e, tile_of, r, start, n, y, col_tiles, COLS: tl.constexpr, SIZE: tl.constexpr,
+    PART: tl.constexpr,
+):  # fmt: skip
+    """E (SIZE,) of row r in its ``n`` kept tiles from ``start`` on: of each, COLS // PART entries that take turns.
+
+    It is 0 for the target and at the end.
+    """
+    k = start + tl.arange(0, SIZE * PART // COLS)
+    first = tl.load(tile_of + r * col_tiles + k, mask=k < n, other=0) * COLS + (k + r) % PART * (COLS // PART)
+    v = first[:, None] + tl.arange(0, COLS // PART)[None, :]
+    e = tl.load(exponentials + r.to(tl.int64) * stride_e + v, mask=(k < n)[:, None], other=0.0)
+    return tl.reshape(tl.where(v == y, 0.0, e.to(tl.float32)), [SIZE])
 
 
 @triton.jit
-def count_entries_kernel(
+def sample_kernel(
     exponentials, stride_e, tile_of, n_tiles, weight, inverse, target, live, budget,
     row_counts, row_cut, excess, counts, col_tiles,
-    COLS: tl.constexpr, SIZE: tl.constexpr, CAPACITY: tl.constexpr, BINS: tl.constexpr,
+    COLS: tl.constexpr, SIZE: tl.constexpr, PART: tl.constexpr, MOST: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
-    """row_counts (chunk, BINS): the histogram of a row's weighed entries off target, in the tiles that it keeps.
+    """row_counts (chunk, BINS): the histogram of a row's weighed entries off target, of one in PART in its kept tiles.
 
-    row_cut: under which it has to drop them to fit into its list. excess: at most how much that is; counts (BINS,) +=
-    its histogram.
+    By this sample, row_cut is what about MOST entries are above; excess, what the others come to; and counts (BINS,) +=
+    the histogram of that.
     """
     r = tl.program_id(0)
     n = tl.load(n_tiles + r, mask=r < tl.load(live + 1), other=0)
@@ -282,17 +285,15 @@ def count_entries_kernel(
         a = tl.load(weight + r)
         limit = tl.load(budget)
         total = tl.zeros([BINS], tl.int32)
-        for start in range(0, n, SIZE // COLS):
-            _, x, _ = load_entries(exponentials, stride_e, tile_of, r, start, n, y, inv, col_tiles, COLS, SIZE)
-            total += tl.histogram(bin_of(weighed(a, x), limit, BINS), BINS)
+        for start in range(0, n, SIZE * PART // COLS):
+            e = load_entries(exponentials, stride_e, tile_of, r, start, n, y, col_tiles, COLS, SIZE, PART)
+            total += tl.histogram(bin_of(weighed(a, e * inv), limit, BINS), BINS)
         k = tl.arange(0, BINS)
-        # The list's last place is the target's. From the last bin whose larger ones fit on, they are dropped.
-        first = tl.max(tl.where(tl.cumsum(total, 0) - total < CAPACITY, k, 0), 0)
-        cut = edge_of(first, limit, BINS)
-        lost = tl.sum(tl.where(k >= first, mass_of(total, k, limit, BINS), 0.0), 0)
+        first = tl.max(tl.where((tl.cumsum(total, 0) - total) * PART < MOST, k, 0), 0)
+        lost = tl.sum(tl.where(k >= first, mass_of(total, k, limit, BINS), 0.0), 0) * PART
         lost = tl.where(first == 0, 2.0 * limit, lost)
         tl.store(row_counts + r * BINS + k, total)
-        tl.store(row_cut + r, cut)
+        tl.store(row_cut + r, edge_of(first, limit, BINS))
         tl.store(excess + r, lost)
         tl.atomic_add(counts + bin_of(lost, limit, BINS), 1, sem="relaxed")
 
@@ -301,84 +302,139 @@ def count_entries_kernel(
 def select_rows_kernel(
     row_counts, row_cut, excess, n_tiles, live, budget, limit, dense, counts, ROWS: tl.constexpr, BINS: tl.constexpr
 ):
-    """Rows whose excess is above the limit become dense. counts (BINS,) += what the others could still drop."""
+    """Rows far above the limit become dense, without tiles. counts (BINS,) += what those below could still drop."""
     n = tl.load(live + 1)
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     if tl.program_id(0) * ROWS < n:
         ours = tl.load(n_tiles + r, mask=r < n, other=0) > 0
-        sparse = tl.load(excess + r, mask=ours, other=0.0) <= tl.load(limit)
-        tl.store(dense + r, 1 - sparse.to(tl.int32), mask=ours)
+        most = tl.load(limit)
+        lost = tl.load(excess + r, mask=ours, other=0.0)
+        hopeless = ours & (lost > 2.0 * most)
+        tl.store(dense + r, 1, mask=hopeless)
+        tl.store(n_tiles + r, 0, mask=hopeless)
         k = tl.arange(0, BINS)[None, :]
         left = edge_of(k, tl.load(budget), BINS) > tl.load(row_cut + r, mask=ours, other=0.0)[:, None]
-        mask = left & (sparse & ours)[:, None]
+        mask = left & (ours & (lost <= most))[:, None]
         total = tl.sum(tl.load(row_counts + r[:, None] * BINS + k, mask=mask, other=0), 0)
         tl.atomic_add(counts + tl.arange(0, BINS), total.to(tl.int64), sem="relaxed")
 
 
 @triton.jit
-def entries_kernel(
-    exponentials, stride_e, tile_of, n_tiles, weight, inverse, target, target_value, live, cut,
-    row_cut, entry_of, value_of, n_entries, keeps, dropped, dense, chunk, col_tiles, unseen,
-    COLS: tl.constexpr, SIZE: tl.constexpr, CAPACITY: tl.constexpr, HEAD: tl.constexpr,
+def collect_kernel(
+    exponentials, stride_e, tile_of, n_tiles, weight, inverse, target, total, live, cut,
+    row_cut, found_at, n_found, dropped, col_tiles, unseen,
+    COLS: tl.constexpr, SIZE: tl.constexpr, FOUND: tl.constexpr,
 ):  # fmt: skip
-    """A sparse row's entries above the cut and its own, and their x, the target's last. Its own becomes the larger one.
+    """found_at (chunk, FOUND): where in its kept tiles a row has entries off target above the cut and its own cut, in
+    order. It ends early if there are more.
 
-    keeps (tiles, chunk), zeros: becomes 1 for the tiles in which the row has entries. unseen: what an entry may be off
-    by because the dtype underflows, in units of E.
+    row_cut: becomes the larger cut, in units of the row's E. dropped: what the other entries come to is added. unseen:
+    what an entry may be off by because the dtype underflows, in units of E.
     """
     r = tl.program_id(0)
     if r < tl.load(live + 1):
-        n = tl.where(tl.load(dense + r) > 0, 0, tl.load(n_tiles + r))
+        n = tl.load(n_tiles + r)
         y = tl.load(target + r)
-        a = tl.load(weight + r)
-        inv = tl.load(inverse + r)
         limit = tl.maximum(tl.load(cut), tl.load(row_cut + r, mask=n > 0, other=0.0))
-        lost = tl.load(dropped + r) + n * (COLS * unseen) * inv
+        limit *= tl.load(total + r, mask=n > 0, other=1.0) / tl.load(weight + r, mask=n > 0, other=1.0)
+        small = tl.zeros([SIZE], tl.float32)
         count = 0
-        for start in range(0, n, SIZE // COLS):
-            v, x, inside = load_entries(exponentials, stride_e, tile_of, r, start, n, y, inv, col_tiles, COLS, SIZE)
-            keep = kept(a, x, limit) & inside
+        start = 0
+        while (start < n) & (count <= FOUND):
+            e = load_entries(exponentials, stride_e, tile_of, r, start, n, y, col_tiles, COLS, SIZE, 1)
+            keep = e > limit
+            small += tl.where(keep, 0.0, e)
             one = keep.to(tl.int32)
-            at = count + tl.cumsum(one, 0) - one
-            fits = keep & (at < CAPACITY - 1)
-            tl.store(entry_of + r * CAPACITY + at, v, mask=fits)
-            tl.store(value_of + r * CAPACITY + at, -x, mask=fits)
-            if HEAD:
-                tl.store(keeps + (v // COLS) * chunk + r, 1, mask=(keep | (v == y)) & inside)
-            count += tl.sum(one, 0)
-            lost += tl.sum(tl.where(keep, 0.0, x), 0)
-        # More than were counted, by rounding at the edge of a bin: the row is dense after all.
-        full = count >= CAPACITY
-        last = tl.minimum(count, CAPACITY - 1)
-        if n > 0:
-            tl.store(entry_of + r * CAPACITY + last, y)
-            tl.store(value_of + r * CAPACITY + last, tl.load(target_value + r))
-            tl.store(row_cut + r, limit)
-            tl.store(dense + r, full.to(tl.int32))
-        tl.store(n_entries + r, tl.where(full | (n == 0), 0, last + 1))
-        tl.store(dropped + r, tl.where(full | (n == 0), 0.0, lost))
+            more = tl.sum(one, 0)
+            if more > 0:
+                k = count + tl.cumsum(one, 0) - one
+                at = start * COLS + tl.arange(0, SIZE)
+                tl.store(found_at + r * FOUND + k, at, mask=keep & (k < FOUND))
+            count += more
+            start += SIZE // COLS
+        tl.store(row_cut + r, limit)
+        tl.store(n_found + r, count)
+        lost = (tl.sum(small, 0) + n * (COLS * unseen)) * tl.load(inverse + r)
+        tl.store(dropped + r, tl.load(dropped + r) + lost)
+
+
+@triton.jit
+def fit_kernel(
+    exponentials, stride_e, tile_of, n_tiles, weight, inverse, target, target_value, live, budget,
+    found_at, n_found, row_cut, entry_of, value_of, n_entries, keeps, dropped, dense, counts, chunk, col_tiles,
+    COLS: tl.constexpr, FOUND: tl.constexpr, SIZE: tl.constexpr, CAPACITY: tl.constexpr, BINS: tl.constexpr,
+    HEAD: tl.constexpr,
+):  # fmt: skip
+    """A row's list: entries and their x, the target's last; the smallest found are dropped if there are too many.
+
+    Dense is a row of which more than FOUND were found, or that too many large entries are left of. keeps (tiles,
+    chunk), zeros: becomes 1 for the tiles of the entries. counts (BINS,) += the histogram of what other rows drop.
+    """
+    r = tl.program_id(0)
+    n = tl.load(n_tiles + r, mask=r < tl.load(live + 1), other=0)
+    if n > 0:
+        found = tl.load(n_found + r)
+        i = tl.arange(0, SIZE)
+        ours = i < tl.minimum(found, FOUND)
+        at = tl.load(found_at + r * FOUND + i, mask=ours, other=0)
+        v = tl.load(tile_of + r * col_tiles + at // COLS, mask=ours, other=0) * COLS + at % COLS
+        e = tl.load(exponentials + r.to(tl.int64) * stride_e + v, mask=ours, other=0.0).to(tl.float32)
+        limit = tl.load(row_cut + r)
+        # The list's last place is the target's. From the lowest bin on from which all fit, they stay.
+        bottom = limit.to(tl.int32, bitcast=True)
+        k = tl.minimum((e.to(tl.int32, bitcast=True) - bottom) >> ENTRY_BITS, BINS - 1)
+        bins = tl.arange(0, BINS)
+        in_bin = tl.histogram(tl.where(ours, k, 0), BINS) - tl.where(bins == 0, SIZE - tl.sum(ours.to(tl.int32), 0), 0)
+        above = tl.sum(in_bin, 0) - tl.cumsum(in_bin, 0) + in_bin
+        first = tl.min(tl.where(above < CAPACITY, bins, BINS), 0)
+        limit = tl.where(first > 0, (bottom + (first << ENTRY_BITS) - 1).to(tl.float32, bitcast=True), limit)
+        too_many = (found > FOUND) | (first == BINS)
+        inv = tl.load(inverse + r)
+        keep = ours & (k >= first)
+        lost = tl.load(dropped + r) + tl.sum(tl.where(keep, 0.0, e), 0) * inv
+        one = keep.to(tl.int32)
+        place = r * CAPACITY + tl.cumsum(one, 0) - one
+        last = tl.sum(one, 0)
+        tl.store(entry_of + place, v, mask=keep)
+        tl.store(value_of + place, -e * inv, mask=keep)
+        y = tl.load(target + r)
+        tl.store(entry_of + r * CAPACITY + last, y)
+        tl.store(value_of + r * CAPACITY + last, tl.load(target_value + r))
+        tl.store(n_entries + r, last + 1)
+        if HEAD:
+            tl.store(keeps + (v // COLS) * chunk + r, tl.full([SIZE], 1, tl.int8), mask=keep)
+            tl.store(keeps + (y // COLS) * chunk + r, 1)
+        tl.store(row_cut + r, limit)
+        tl.store(dropped + r, lost)
+        tl.store(dense + r, too_many.to(tl.int32))
+        if not too_many:
+            tl.atomic_add(counts + bin_of(weighed(tl.load(weight + r), lost), tl.load(budget), BINS), 1, sem="relaxed")
 
 
 @triton.jit
 def certify_kernel(
-    gradient, order, live, weight, mass, dropped, dense, signed,
+    gradient, order, live, weight, mass, dropped, limit, dense, signed,
     token_dropped, token_mass, token_dense, token_gradient, slot_of, stored, flush, room, tolerance,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Check the chunk's bound, and make all its rows dense if it does not hold; then say what each row drops, and where
-    the dense ones go.
+    """Make rows dense that would drop more than the limit, and all unless the chunk's bound then holds. Say what each
+    row drops, and where the dense ones go.
 
     signed: g of the rows that are not dense, 0 for the others. slot_of: a dense row's place in the reserve, else -1.
     stored (2,): how many it holds, twice. flush: how many to make exactly first, twice; 0 where there is room for all.
     """
     n = tl.load(live + 1)
+    most = tl.load(limit)
     allowed = tl.zeros([ROWS], tl.float32)
     spent = tl.zeros([ROWS], tl.float32)
     for start in range(0, n, ROWS):
         r = start + tl.arange(0, ROWS)
         a = tl.load(weight + r, mask=r < n, other=0.0)
         allowed += gradient_mass(a, tl.load(mass + r, mask=r < n, other=0.0))
-        spent += weighed(a, tl.load(dropped + r, mask=r < n, other=0.0))
+        lost = weighed(a, tl.load(dropped + r, mask=r < n, other=0.0))
+        exact = (tl.load(dense + r, mask=r < n, other=0) > 0) | (lost > most)
+        spent += tl.where(exact, 0.0, lost)
+        tl.store(dense + r, exact.to(tl.int32), mask=r < n)
     failed = 1 - (tl.sum(spent, 0) * (1.0 + 2.0 * SLACK) <= tolerance * tl.sum(allowed, 0)).to(tl.int32)
     left = 0
     for start in range(0, n, ROWS):
@@ -419,7 +475,7 @@ def gather_hidden_kernel(
     if r < tl.load(live + 1):
         n = tl.load(n_entries + r)
         g = tl.load(signed + r)
-        if (n > 0) & (g != 0):
+        if g != 0:
             t = tl.load(order + r)
             d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
             total = tl.zeros([BLOCK], tl.float32)
@@ -454,26 +510,25 @@ def tile_rows_kernel(keeps, signed, live, row_of, n_rows, chunk, ROWS: tl.conste
 
 @triton.jit
 def load_gradient(
-    exponentials, stride_e, row_of, signed, weight, inverse, target, target_value, row_cut, j, i, n, chunk,
+    exponentials, stride_e, row_of, signed, inverse, target, target_value, row_cut, j, i, n, chunk,
     COLS: tl.constexpr,
 ):  # fmt: skip
     """(r, g x) of the rows i of those that keep entries in tile j: (rows,) and (rows, COLS), 0 where dropped."""
     ours = i < n
     v = j * COLS + tl.arange(0, COLS)[None, :]
     r = tl.load(row_of + j * chunk + i, mask=ours, other=0)
-    e = tl.load(exponentials + r.to(tl.int64)[:, None] * stride_e + v, mask=ours[:, None], other=0.0)
-    x = e.to(tl.float32) * tl.load(inverse + r, mask=ours, other=0.0)[:, None]
-    a = tl.load(weight + r, mask=ours, other=0.0)[:, None]
+    e = tl.load(exponentials + r.to(tl.int64)[:, None] * stride_e + v, mask=ours[:, None], other=0.0).to(tl.float32)
+    x = e * tl.load(inverse + r, mask=ours, other=0.0)[:, None]
     y = tl.load(target + r, mask=ours, other=-1)[:, None]
     own = tl.load(target_value + r, mask=ours, other=0.0)[:, None]
     cut = tl.load(row_cut + r, mask=ours, other=0.0)[:, None]
-    x = tl.where(v == y, own, tl.where(kept(a, x, cut), -x, 0.0))
+    x = tl.where(v == y, own, tl.where(e > cut, -x, 0.0))
     return r, x * tl.load(signed + r, mask=ours, other=0.0)[:, None]
 
 
 @triton.jit
 def sort_entries_kernel(
-    exponentials, stride_e, row_of, n_rows, signed, weight, inverse, target, target_value, row_cut, cursors,
+    exponentials, stride_e, row_of, n_rows, signed, inverse, target, target_value, row_cut, cursors,
     occurring, first_of, count_of, sorted_row, sorted_value, chunk, COLS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The kept entries by vocabulary entry, and for each in the order of their rows.
@@ -488,7 +543,7 @@ def sort_entries_kernel(
         count = tl.zeros([COLS], tl.int32)
         for start in range(0, n, ROWS):
             _, x = load_gradient(
-                exponentials, stride_e, row_of, signed, weight, inverse, target, target_value, row_cut,
+                exponentials, stride_e, row_of, signed, inverse, target, target_value, row_cut,
                 j, start + tl.arange(0, ROWS), n, chunk, COLS,
             )  # fmt: skip
             count += tl.sum((x != 0).to(tl.int32), 0)
@@ -500,7 +555,7 @@ def sort_entries_kernel(
         tl.store(count_of + k, count, mask=occurs > 0)
         for start in range(0, n, ROWS):
             r, x = load_gradient(
-                exponentials, stride_e, row_of, signed, weight, inverse, target, target_value, row_cut,
+                exponentials, stride_e, row_of, signed, inverse, target, target_value, row_cut,
                 j, start + tl.arange(0, ROWS), n, chunk, COLS,
             )  # fmt: skip
             one = (x != 0).to(tl.int32)
@@ -593,6 +648,9 @@ class SparseGradients:
         self.dense, self.n_tiles, self.n_entries, self.slot_of = self._ints(4, chunk.rows)
         self.tile_of = self._ints(chunk.rows, tiles)
         self.entry_of, self.value_of = self._ints(chunk.rows, plan.entries), chunk.floats(chunk.rows, plan.entries)
+        self.found_at, self.n_found = self._ints(chunk.rows, plan.found), self._ints(chunk.rows)
+        self.row_cut, self.excess = chunk.floats(2, chunk.rows)
+        self.row_counts = self._ints(chunk.rows, BINS.value)
         self.keeps = None
         if self.trained:
             self.keeps = torch.empty(tiles, chunk.rows, dtype=torch.int8, device=self.dense.device)
@@ -601,11 +659,9 @@ class SparseGradients:
             self.sorted_row, self.sorted_value = self._ints(entries), chunk.floats(entries)
             self.occurring, self.first_of, self.count_of = self._ints(3, min(entries, chunk.V))
         self.cursors = self._ints(2)
-        self.row_counts = self._ints(chunk.rows, BINS.value)
-        self.row_cut, self.excess = chunk.floats(2, chunk.rows)
         self.counts = torch.empty(4, BINS.value, dtype=torch.int64, device=self.dense.device)
         # 16 bytes apart: Triton compiles a kernel again for a pointer that is less aligned.
-        self.top, self.budget, self.tile_cut, self.row_limit, self.entry_cut = chunk.floats(20).split(4)
+        self.top, self.budget, self.tile_cut, self.row_guess, self.entry_cut, self.row_limit = chunk.floats(24).split(4)
         # Dense rows, until the exact kernels take them.
         self.reserve = Chunk(chunk.head, chunk.rows, (chunk.programs, chunk.tma, chunk.configs))
         self.exact = ChunkGradients(self.reserve, whole, self.out_hidden, head=self.trained)
@@ -675,39 +731,44 @@ class SparseGradients:
             *known, self.tile_cut, self.tile_of, self.n_tiles, self.dropped, chunk.rows, tiles, **self._by_rows
         )
 
-    @property
-    def _kept_tiles(self) -> tuple:
-        """What kernels go through the kept tiles of a row by."""
-        e = self.vocab.exponentials
-        return e, e.stride(0), self.tile_of, self.n_tiles, self.weight, self.inverse, self.chunk.target
-
     def _select_entries(self) -> None:
-        """Tell sparse rows from dense ones; drop entries of the kept tiles, and list the others."""
-        chunk, tiles, cols = self.chunk, self.vocab.col_tiles, self.vocab.config.cols
-        count_entries_kernel[(chunk.rows,)](
-            *self._kept_tiles, chunk.live, self.budget, self.row_counts, self.row_cut, self.excess, self.counts[1],
-            tiles, COLS=cols, CAPACITY=self.plan.entries, BINS=BINS, **AT_ONCE,
+        """Drop entries of the kept tiles, list the others, and find out what rows may drop to be sparse."""
+        chunk, tiles, cols, plan = self.chunk, self.vocab.col_tiles, self.vocab.config.cols, self.plan
+        e = self.vocab.exponentials
+        kept_tiles = e, e.stride(0), self.tile_of, self.n_tiles, self.weight, self.inverse, chunk.target
+        # Down to single entries of a tile: enough of them for a threshold, and no more than that.
+        part = min(SAMPLE_MOST, 1 << max(0, (chunk.rows * chunk.V // SAMPLED).bit_length() - 1))
+        sample_kernel[(chunk.rows,)](
+            *kept_tiles, chunk.live, self.budget, self.row_counts, self.row_cut, self.excess, self.counts[1], tiles,
+            COLS=cols, PART=part, MOST=plan.found // 2, BINS=BINS, **AT_ONCE,
         )  # fmt: skip
-        self._cut(self.counts[1], ROW_SHARE, self.row_limit)
+        self._cut(self.counts[1], ROW_SHARE, self.row_guess)
         select_rows_kernel[self._row_blocks](
-            self.row_counts, self.row_cut, self.excess, self.n_tiles, chunk.live, self.budget, self.row_limit,
+            self.row_counts, self.row_cut, self.excess, self.n_tiles, chunk.live, self.budget, self.row_guess,
             self.dense, self.counts[2], ROWS=ROW_BLOCK, BINS=BINS,
         )  # fmt: skip
-        self._cut(self.counts[2], ENTRY_SHARE, self.entry_cut)
+        self._cut(self.counts[2], ENTRY_SHARE / part, self.entry_cut)
+        found = self.found_at, self.n_found
+        collect_kernel[(chunk.rows,)](
+            *kept_tiles, self.stored_pass.total, chunk.live, self.entry_cut, self.row_cut, *found, self.dropped,
+            tiles, self.unseen, COLS=cols, FOUND=plan.found, **AT_ONCE,
+        )  # fmt: skip
         if self.trained:
             self.keeps.zero_()
-        entries_kernel[(chunk.rows,)](
-            *self._kept_tiles, self.target_value, chunk.live, self.entry_cut, self.row_cut, self.entry_of,
-            self.value_of, self.n_entries, self.keeps, self.dropped, self.dense, chunk.rows, tiles, self.unseen,
-            COLS=cols, CAPACITY=self.plan.entries, HEAD=self.trained, **AT_ONCE,
+        fit_kernel[(chunk.rows,)](
+            *kept_tiles, self.target_value, chunk.live, self.budget, *found, self.row_cut, self.entry_of,
+            self.value_of, self.n_entries, self.keeps, self.dropped, self.dense, self.counts[3], chunk.rows, tiles,
+            COLS=cols, FOUND=plan.found, SIZE=triton.next_power_of_2(plan.found), CAPACITY=plan.entries, BINS=BINS,
+            HEAD=self.trained, num_warps=8,
         )  # fmt: skip
+        self._cut(self.counts[3], 1.0, self.row_limit)
 
     def _certify(self, order, gradient) -> None:
         chunk, sparse = self.chunk, self.sparse
         certify_kernel[(1,)](
-            gradient, order, chunk.live, self.weight, self.mass, self.dropped, self.dense, self.signed,
-            sparse.dropped, sparse.mass, sparse.dense, self.gradient, self.slot_of, self.stored, self.reserve.live,
-            self.reserve.rows, sparse.tolerance, ROWS=SLOTS,
+            gradient, order, chunk.live, self.weight, self.mass, self.dropped, self.row_limit, self.dense,
+            self.signed, sparse.dropped, sparse.mass, sparse.dense, self.gradient, self.slot_of, self.stored,
+            self.reserve.live, self.reserve.rows, sparse.tolerance, ROWS=SLOTS,
         )  # fmt: skip
 
     def _hidden(self, order) -> None:
@@ -726,7 +787,7 @@ class SparseGradients:
         )
         lists = self.occurring, self.first_of, self.count_of, self.sorted_row, self.sorted_value
         sort_entries_kernel[(tiles,)](
-            e, e.stride(0), self.row_of, self.n_rows, self.signed, self.weight, self.inverse, chunk.target,
+            e, e.stride(0), self.row_of, self.n_rows, self.signed, self.inverse, chunk.target,
             self.target_value, self.row_cut, self.cursors, *lists, chunk.rows, COLS=self.vocab.config.cols,
             ROWS=16, num_warps=8,
         )  # fmt: skip
