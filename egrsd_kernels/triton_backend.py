@@ -87,7 +87,7 @@ def student_pass(
                 d_bias = torch.zeros(head.bias.shape, dtype=torch.float32, device=device)
             plan = sparse_plan(*shape, how, chunk_bytes, whole)
             chunk = Chunk(head, plan.rows, how)
-            gradients = SparseGradients(chunk, plan, n, (d_hidden, d_weight, d_bias), sparse)
+            gradients = SparseGradients(chunk, plan, hidden, (d_hidden, d_weight, d_bias), sparse)
         else:
             plan = chunk_plan(*shape, how, chunk_bytes, needs)
             chunk = Chunk(head, plan.rows, how)

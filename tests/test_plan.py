@@ -7,7 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from egrsd_kernels.kernels.common import ROW_TILE, Configs, Machine
-from egrsd_kernels.kernels.plan import FROZEN_BYTES, SPARSE_COST, break_even, ceil_div, chunk_plan, sparse_plan
+from egrsd_kernels.kernels.plan import (
+    FROZEN_BYTES,
+    LISTED_ENTRIES,
+    SPARSE_COST,
+    break_even,
+    ceil_div,
+    chunk_plan,
+    sparse_plan,
+)
 from egrsd_kernels.kernels.tuning import FLOAT32, HALF, configs
 
 H100 = Machine(132, True, configs(torch.bfloat16, torch.device("cpu"), True, 232_448))
@@ -76,7 +84,11 @@ def test_sparse_plans_are_within_their_memory():
             for config, itemsize in ((HALF[0], 2), (FLOAT32, 4)):
                 col_tiles, row_tiles = ceil_div(V, config.cols), ceil_div(tokens, ROW_TILE)
                 how = Machine(132, True, Configs(config, config, config))
+                trained = sparse_plan(row_tiles, V, size, itemsize, how, budget, True)
+                assert trained.listed % trained.rows == 0 and trained.rows <= trained.listed
+                assert trained.listed * trained.entries <= max(LISTED_ENTRIES, trained.rows * trained.entries)
                 plan = sparse_plan(row_tiles, V, size, itemsize, how, budget, False)
+                assert plan.listed == plan.rows
                 assert plan.rows % ROW_TILE == 0 and ROW_TILE <= plan.rows <= row_tiles * ROW_TILE
                 per_row = 2 * (V + size) * itemsize + 12 * col_tiles + 8 * plan.entries
                 used = plan.rows * per_row + 4 * plan.partial_tiles * config.rows * config.cols

@@ -42,8 +42,10 @@ def dtype(request):
 
 
 def plan_of(monkeypatch, **changes) -> None:
-    """Every sparse pass with chunks of one row tile and these limits."""
-    plan = SparsePlan(**{"rows": 128, "entries": 512, "partial_tiles": 2 * device_limits(DEVICE)[0]} | changes)
+    """Every sparse pass with chunks of one row tile, entries that are sorted every two chunks, and these limits."""
+    plan = SparsePlan(
+        **{"rows": 128, "entries": 512, "listed": 256, "partial_tiles": 2 * device_limits(DEVICE)[0]} | changes
+    )
     monkeypatch.setattr(triton_backend, "sparse_plan", lambda *_: plan)
 
 

@@ -27,9 +27,13 @@ LAUNCHES = {"chunk": 12, "slice": 6}
 # With these limits on the memory of a chunk, more buys no speed where the head is frozen.
 MOST_ROWS = 4352
 FROZEN_BYTES = 350 << 20
-# Sparse gradients: the most entries that a row may keep. A gathered row of the head costs what some 500 columns of a
-# product do; the head's gradient also works on whole tiles for each of them.
+# Sparse gradients: the most entries that a row may keep. To gather so many rows of the head takes almost as long as the
+# row's product; with a trained head, each is sorted, too, and gathers a hidden state.
 MOST_ENTRIES = {False: 512, True: 256}
+# Entries that wait to be sorted and added to the head's gradient, which takes as long as reading and writing all of it;
+# and the bytes that one takes then.
+LISTED_ENTRIES = 1 << 22
+SORT_BYTES = 40
 # What they cost besides, in bare products.
 SPARSE_COST = 0.15
 
@@ -46,11 +50,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class SparsePlan:
-    """A chunk with sparse gradients: its ``rows``; the most vocabulary ``entries`` that a row may keep; and room for
-    tiles of dhidden, as in :class:`Plan`. ``found``: how many entries of a row there is room for to choose from."""
+    """A chunk with sparse gradients: its ``rows``; the most vocabulary ``entries`` that a row may keep; ``listed``, the
+    rows that they are listed of at a time; and room for tiles of dhidden, as in :class:`Plan`. ``found``: how many
+    entries of a row there is room for to choose from."""
 
     rows: int
     entries: int
+    listed: int
     partial_tiles: int
     FOUND: ClassVar[int] = 4
 
@@ -184,11 +190,19 @@ def sparse_plan(
     def room(tiles: int) -> int:
         return least_partial_tiles(configs.hidden, tiles * ROW_TILE, hidden_size, programs)
 
+    def listed(tiles: int) -> int:
+        """Rows of whole chunks."""
+        rows = tiles * ROW_TILE
+        return rows * max(1, LISTED_ENTRIES // (rows * entries)) if trained else rows
+
     def buffers(tiles: int) -> int:
         """Bytes: exponentials, hidden states and tile sums of the chunk and of the reserve; lists; tiles of dhidden."""
+        rows = tiles * ROW_TILE
         per_row = 2 * ((col_tiles * cols + hidden_size) * itemsize + 4 * col_tiles)
-        per_row += (9 if trained else 4) * col_tiles + (8 + 4 * SparsePlan.FOUND) * entries + 256
-        return tiles * ROW_TILE * per_row + 4 * room(tiles) * configs.hidden.rows * configs.hidden.cols
+        per_row += 4 * col_tiles + 4 * SparsePlan.FOUND * entries + 4 * 128 + 256
+        kept = min(listed(tiles), ceil_div(row_tiles, tiles) * rows) * entries
+        partial = room(tiles) * configs.hidden.rows * configs.hidden.cols
+        return rows * per_row + (SORT_BYTES if trained else 8) * kept + 4 * partial
 
     tiles = max((tiles for tiles in range(1, row_tiles + 1) if buffers(tiles) <= budget), default=1)
-    return SparsePlan(tiles * ROW_TILE, entries, room(tiles))
+    return SparsePlan(tiles * ROW_TILE, entries, listed(tiles), room(tiles))

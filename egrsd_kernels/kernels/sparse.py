@@ -109,16 +109,15 @@ def mass_of(counts, k, budget, BINS: tl.constexpr):
 
 @triton.jit
 def weigh_kernel(
-    gradient, order, live, total, logit, weight, dense, top, counts, cursors, ROWS: tl.constexpr, BINS: tl.constexpr
+    gradient, order, live, total, logit, weight, dense, top, counts, ROWS: tl.constexpr, BINS: tl.constexpr
 ):
     """weight = |g|, 0 for what is not finite, which is for the exact kernels: dense. top: the largest of them.
 
-    counts, cursors: become zeros.
+    counts: becomes zeros.
     """
     n = tl.load(live + 1)
     for which in tl.static_range(4):
         tl.store(counts + which * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int64))
-    tl.store(cursors + tl.arange(0, 2), tl.zeros([2], tl.int32))
     largest = tl.zeros([ROWS], tl.float32)
     for start in range(0, n, ROWS):
         r = start + tl.arange(0, ROWS)
@@ -340,8 +339,12 @@ def collect_kernel(
         small = tl.zeros([SIZE], tl.float32)
         count = 0
         start = 0
+        e = load_entries(exponentials, stride_e, tile_of, r, 0, n, y, col_tiles, COLS, SIZE, 1)
         while (start < n) & (count <= FOUND):
-            e = load_entries(exponentials, stride_e, tile_of, r, start, n, y, col_tiles, COLS, SIZE, 1)
+            # Memory is slow: ask for what comes next before this is looked at.
+            ahead = load_entries(
+                exponentials, stride_e, tile_of, r, start + SIZE // COLS, n, y, col_tiles, COLS, SIZE, 1
+            )
             keep = e > limit
             small += tl.where(keep, 0.0, e)
             one = keep.to(tl.int32)
@@ -352,6 +355,7 @@ def collect_kernel(
                 tl.store(found_at + r * FOUND + k, at, mask=keep & (k < FOUND))
             count += more
             start += SIZE // COLS
+            e = ahead
         tl.store(row_cut + r, limit)
         tl.store(n_found + r, count)
         lost = (tl.sum(small, 0) + n * (COLS * unseen)) * tl.load(inverse + r)
@@ -361,14 +365,13 @@ def collect_kernel(
 @triton.jit
 def fit_kernel(
     exponentials, stride_e, tile_of, n_tiles, weight, inverse, target, target_value, live, budget,
-    found_at, n_found, row_cut, entry_of, value_of, n_entries, keeps, dropped, dense, counts, chunk, col_tiles,
+    found_at, n_found, row_cut, entry_of, value_of, n_entries, dropped, dense, counts, col_tiles,
     COLS: tl.constexpr, FOUND: tl.constexpr, SIZE: tl.constexpr, CAPACITY: tl.constexpr, BINS: tl.constexpr,
-    HEAD: tl.constexpr,
 ):  # fmt: skip
     """A row's list: entries and their x, the target's last; the smallest found are dropped if there are too many.
 
-    Dense is a row of which more than FOUND were found, or that too many large entries are left of. keeps (tiles,
-    chunk), zeros: becomes 1 for the tiles of the entries. counts (BINS,) += the histogram of what other rows drop.
+    Dense is a row of which more than FOUND were found, or that too many large entries are left of. counts (BINS,) +=
+    the histogram of what other rows drop.
     """
     r = tl.program_id(0)
     n = tl.load(n_tiles + r, mask=r < tl.load(live + 1), other=0)
@@ -379,15 +382,13 @@ def fit_kernel(
         at = tl.load(found_at + r * FOUND + i, mask=ours, other=0)
         v = tl.load(tile_of + r * col_tiles + at // COLS, mask=ours, other=0) * COLS + at % COLS
         e = tl.load(exponentials + r.to(tl.int64) * stride_e + v, mask=ours, other=0.0).to(tl.float32)
-        limit = tl.load(row_cut + r)
         # The list's last place is the target's. From the lowest bin on from which all fit, they stay.
-        bottom = limit.to(tl.int32, bitcast=True)
+        bottom = tl.load(row_cut + r).to(tl.int32, bitcast=True)
         k = tl.minimum((e.to(tl.int32, bitcast=True) - bottom) >> ENTRY_BITS, BINS - 1)
         bins = tl.arange(0, BINS)
         in_bin = tl.histogram(tl.where(ours, k, 0), BINS) - tl.where(bins == 0, SIZE - tl.sum(ours.to(tl.int32), 0), 0)
         above = tl.sum(in_bin, 0) - tl.cumsum(in_bin, 0) + in_bin
         first = tl.min(tl.where(above < CAPACITY, bins, BINS), 0)
-        limit = tl.where(first > 0, (bottom + (first << ENTRY_BITS) - 1).to(tl.float32, bitcast=True), limit)
         too_many = (found > FOUND) | (first == BINS)
         inv = tl.load(inverse + r)
         keep = ours & (k >= first)
@@ -401,10 +402,6 @@ def fit_kernel(
         tl.store(entry_of + r * CAPACITY + last, y)
         tl.store(value_of + r * CAPACITY + last, tl.load(target_value + r))
         tl.store(n_entries + r, last + 1)
-        if HEAD:
-            tl.store(keeps + (v // COLS) * chunk + r, tl.full([SIZE], 1, tl.int8), mask=keep)
-            tl.store(keeps + (y // COLS) * chunk + r, 1)
-        tl.store(row_cut + r, limit)
         tl.store(dropped + r, lost)
         tl.store(dense + r, too_many.to(tl.int32))
         if not too_many:
@@ -414,14 +411,15 @@ def fit_kernel(
 @triton.jit
 def certify_kernel(
     gradient, order, live, weight, mass, dropped, limit, dense, signed,
-    token_dropped, token_mass, token_dense, token_gradient, slot_of, stored, flush, room, tolerance,
+    token_of, token_dropped, token_mass, token_dense, token_gradient, slot_of, stored, flush, room, tolerance,
     ROWS: tl.constexpr,
 ):  # fmt: skip
     """Make rows dense that would drop more than the limit, and all unless the chunk's bound then holds. Say what each
     row drops, and where the dense ones go.
 
-    signed: g of the rows that are not dense, 0 for the others. slot_of: a dense row's place in the reserve, else -1.
-    stored (2,): how many it holds, twice. flush: how many to make exactly first, twice; 0 where there is room for all.
+    signed: g of the rows that are not dense, 0 for the others. token_of: which tokens the rows are. slot_of: a dense
+    row's place in the reserve, else -1. stored (2,): how many it holds, twice. flush: how many to make exactly first,
+    twice; 0 where there is room for all.
     """
     n = tl.load(live + 1)
     most = tl.load(limit)
@@ -454,6 +452,7 @@ def certify_kernel(
         g = tl.load(gradient + t, mask=ours, other=0.0)
         tl.store(token_gradient + t, g, mask=ours)
         tl.store(signed + r, tl.where(sparse, g, 0.0), mask=ours)
+        tl.store(token_of + r, t, mask=ours)
         tl.store(slot_of + r, tl.where(exact > 0, base + tl.cumsum(exact, 0) - exact, -1), mask=ours)
         base += tl.sum(exact, 0)
         lost = tl.load(dropped + r, mask=ours, other=0.0) * (1.0 + SLACK)
@@ -493,106 +492,36 @@ def gather_hidden_kernel(
 
 
 @triton.jit
-def tile_rows_kernel(keeps, signed, live, row_of, n_rows, chunk, ROWS: tl.constexpr):
-    """row_of (tiles, chunk): the sparse rows that keep entries in a tile, in order."""
-    j = tl.program_id(0)
-    n = tl.load(live + 1)
-    count = 0
-    for start in range(0, n, ROWS):
-        r = start + tl.arange(0, ROWS)
-        flag = tl.load(keeps + j * chunk + r, mask=r < n, other=0)
-        keep = (flag > 0) & (tl.load(signed + r, mask=r < n, other=0.0) != 0)
-        one = keep.to(tl.int32)
-        tl.store(row_of + j * chunk + count + tl.cumsum(one, 0) - one, r, mask=keep)
-        count += tl.sum(one, 0)
-    tl.store(n_rows + j, count)
-
-
-@triton.jit
-def load_gradient(
-    exponentials, stride_e, row_of, signed, inverse, target, target_value, row_cut, j, i, n, chunk,
-    COLS: tl.constexpr,
-):  # fmt: skip
-    """(r, g x) of the rows i of those that keep entries in tile j: (rows,) and (rows, COLS), 0 where dropped."""
-    ours = i < n
-    v = j * COLS + tl.arange(0, COLS)[None, :]
-    r = tl.load(row_of + j * chunk + i, mask=ours, other=0)
-    e = tl.load(exponentials + r.to(tl.int64)[:, None] * stride_e + v, mask=ours[:, None], other=0.0).to(tl.float32)
-    x = e * tl.load(inverse + r, mask=ours, other=0.0)[:, None]
-    y = tl.load(target + r, mask=ours, other=-1)[:, None]
-    own = tl.load(target_value + r, mask=ours, other=0.0)[:, None]
-    cut = tl.load(row_cut + r, mask=ours, other=0.0)[:, None]
-    x = tl.where(v == y, own, tl.where(e > cut, -x, 0.0))
-    return r, x * tl.load(signed + r, mask=ours, other=0.0)[:, None]
-
-
-@triton.jit
-def sort_entries_kernel(
-    exponentials, stride_e, row_of, n_rows, signed, inverse, target, target_value, row_cut, cursors,
-    occurring, first_of, count_of, sorted_row, sorted_value, chunk, COLS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """The kept entries by vocabulary entry, and for each in the order of their rows.
-
-    occurring, first_of, count_of: the vocabulary entries that occur, and where their entries are among sorted_row and
-    sorted_value. Where a tile's share of these lists begins depends on when its program comes; nothing else does.
-    cursors (2,), zeros: how long the lists are, of entries and of vocabulary entries.
-    """
-    j = tl.program_id(0)
-    n = tl.load(n_rows + j)
-    if n > 0:
-        count = tl.zeros([COLS], tl.int32)
-        for start in range(0, n, ROWS):
-            _, x = load_gradient(
-                exponentials, stride_e, row_of, signed, inverse, target, target_value, row_cut,
-                j, start + tl.arange(0, ROWS), n, chunk, COLS,
-            )  # fmt: skip
-            count += tl.sum((x != 0).to(tl.int32), 0)
-        occurs = (count > 0).to(tl.int32)
-        at = tl.atomic_add(cursors, tl.sum(count, 0), sem="relaxed") + tl.cumsum(count, 0) - count
-        k = tl.atomic_add(cursors + 1, tl.sum(occurs, 0), sem="relaxed") + tl.cumsum(occurs, 0) - occurs
-        tl.store(occurring + k, j * COLS + tl.arange(0, COLS), mask=occurs > 0)
-        tl.store(first_of + k, at, mask=occurs > 0)
-        tl.store(count_of + k, count, mask=occurs > 0)
-        for start in range(0, n, ROWS):
-            r, x = load_gradient(
-                exponentials, stride_e, row_of, signed, inverse, target, target_value, row_cut,
-                j, start + tl.arange(0, ROWS), n, chunk, COLS,
-            )  # fmt: skip
-            one = (x != 0).to(tl.int32)
-            place = at[None, :] + tl.cumsum(one, 0) - one
-            tl.store(sorted_row + place, r[:, None] + tl.zeros_like(place), mask=one > 0)
-            tl.store(sorted_value + place, x, mask=one > 0)
-            at += tl.sum(one, 0)
-
-
-@triton.jit
 def add_head_kernel(
-    occurring, first_of, count_of, sorted_row, sorted_value, cursors, hidden, out, out_bias, temperature, D,
+    first_of, sorted_token, sorted_value, hidden, stride_hb, stride_ht, stride_hd, length, out, out_bias,
+    temperature, V, D,
     BLOCK: tl.constexpr, AT_ONCE: tl.constexpr, PROGRAMS: tl.constexpr, HEAD: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """out (V, D) += Σ g x h and out_bias (V,) += Σ g x, over the entries of each vocabulary entry that occurs."""
+    """out (V, D) += Σ g x h and out_bias (V,) += Σ g x, over the entries from first_of[v] to first_of[v + 1]."""
     blocks = tl.cdiv(D, BLOCK) if HEAD else 1
-    for unit in range(tl.program_id(0), tl.load(cursors + 1) * blocks, PROGRAMS):
-        k = unit // blocks
-        v = tl.load(occurring + k).to(tl.int64)
-        first = tl.load(first_of + k)
-        n = tl.load(count_of + k)
-        d = (unit % blocks) * BLOCK + tl.arange(0, BLOCK)
-        total = tl.zeros([BLOCK], tl.float32)
-        bias = 0.0
-        for start in range(0, n, AT_ONCE):
-            i = start + tl.arange(0, AT_ONCE)
-            x = tl.load(sorted_value + first + i, mask=i < n, other=0.0) / temperature
-            bias += tl.sum(x, 0)
+    for unit in range(tl.program_id(0), V * blocks, PROGRAMS):
+        v = unit // blocks
+        start = tl.load(first_of + v)
+        end = tl.load(first_of + v + 1)
+        if start < end:
+            d = (unit % blocks) * BLOCK + tl.arange(0, BLOCK)
+            total = tl.zeros([BLOCK], tl.float32)
+            bias = 0.0
+            for k in range(start, end, AT_ONCE):
+                i = k + tl.arange(0, AT_ONCE)
+                x = tl.load(sorted_value + i, mask=i < end, other=0.0) / temperature
+                bias += tl.sum(x, 0)
+                if HEAD:
+                    t = tl.load(sorted_token + i, mask=i < end, other=0).to(tl.int64)
+                    row = hidden + (t // length) * stride_hb + (t % length) * stride_ht
+                    at = row[:, None] + d.to(tl.int64)[None, :] * stride_hd
+                    h = tl.load(at, mask=(i < end)[:, None] & (d < D)[None, :], other=0.0)
+                    total += tl.sum(h.to(tl.float32) * x[:, None], 0)
             if HEAD:
-                r = tl.load(sorted_row + first + i, mask=i < n, other=0).to(tl.int64)
-                at = hidden + r[:, None] * D + d[None, :]
-                h = tl.load(at, mask=(i < n)[:, None] & (d < D)[None, :], other=0.0)
-                total += tl.sum(h.to(tl.float32) * x[:, None], 0)
-        if HEAD:
-            tl.store(out + v * D + d, tl.load(out + v * D + d, mask=d < D, other=0.0) + total, mask=d < D)
-        if BIAS:
-            tl.store(out_bias + v, tl.load(out_bias + v) + bias, mask=unit % blocks == 0)
+                at = out + v.to(tl.int64) * D + d
+                tl.store(at, tl.load(at, mask=d < D, other=0.0) + total, mask=d < D)
+            if BIAS:
+                tl.store(out_bias + v, tl.load(out_bias + v) + bias, mask=unit % blocks == 0)
 
 
 @triton.jit
@@ -627,16 +556,16 @@ def set_aside_kernel(
 class SparseGradients:
     """Log p and gradients of one chunk after another, in order; the last rows with :meth:`finish`.
 
-    plan: how many entries a row may keep, and the room for parts of dhidden.
-    tokens: how many there are, N.
+    plan: how many entries a row may keep, and the room for them and for parts of dhidden.
+    hidden: all hidden states, (B, T, D), N = B T.
     outputs: the gradients of hidden, (N, D) zeros in its dtype, filled at the rows with a gradient; of the head, (V, D)
         float32 zeros, and of its bias, (V,) float32 zeros, which are added to. None where not needed.
     sparse: has ``tolerance``; and, (N,) each, ``dropped`` and ``mass`` float32, ``dense`` int32, which take what each
         token drops, its ||p - e_y||_1, and whether its gradient is left to the exact kernels.
     """
 
-    def __init__(self, chunk: Chunk, plan: SparsePlan, tokens: int, outputs, sparse):
-        self.chunk, self.plan, self.sparse = chunk, plan, sparse
+    def __init__(self, chunk: Chunk, plan: SparsePlan, hidden: torch.Tensor, outputs, sparse):
+        self.chunk, self.plan, self.hidden, self.sparse = chunk, plan, hidden, sparse
         self.out_hidden, self.out_head, self.out_bias = outputs
         tiles = triton.cdiv(chunk.V, chunk.configs.vocab.cols)
         whole = Plan(chunk.rows, tiles, plan.partial_tiles)
@@ -644,21 +573,18 @@ class SparseGradients:
         self.stored_pass = ChunkGradients(chunk, whole, None, head=False)
         self.vocab = self.stored_pass.vocab
         self.unseen = 2.0**-25 if chunk.hidden.dtype == torch.float16 else 0.0
-        self.weight, self.inverse, self.target_value, self.mass, self.dropped, self.signed = chunk.floats(6, chunk.rows)
-        self.dense, self.n_tiles, self.n_entries, self.slot_of = self._ints(4, chunk.rows)
-        self.tile_of = self._ints(chunk.rows, tiles)
-        self.entry_of, self.value_of = self._ints(chunk.rows, plan.entries), chunk.floats(chunk.rows, plan.entries)
-        self.found_at, self.n_found = self._ints(chunk.rows, plan.found), self._ints(chunk.rows)
-        self.row_cut, self.excess = chunk.floats(2, chunk.rows)
+        self.weight, self.inverse, self.target_value, self.mass, self.dropped = chunk.floats(5, chunk.rows)
+        self.dense, self.n_tiles, self.n_found, self.slot_of = self._ints(4, chunk.rows)
+        self.tile_of, self.found_at = self._ints(chunk.rows, tiles), self._ints(chunk.rows, plan.found)
         self.row_counts = self._ints(chunk.rows, BINS.value)
-        self.keeps = None
-        if self.trained:
-            self.keeps = torch.empty(tiles, chunk.rows, dtype=torch.int8, device=self.dense.device)
-            self.row_of, self.n_rows = self._ints(tiles, chunk.rows), self._ints(tiles)
-            entries = chunk.rows * plan.entries
-            self.sorted_row, self.sorted_value = self._ints(entries), chunk.floats(entries)
-            self.occurring, self.first_of, self.count_of = self._ints(3, min(entries, chunk.V))
-        self.cursors = self._ints(2)
+        self.row_cut, self.excess = chunk.floats(2, chunk.rows)
+        # Of the rows of several chunks, for the gradient of the head: what they keep, and dL/dlogp of the sparse ones.
+        tokens = hidden.shape[0] * hidden.shape[1]
+        listed = min(plan.listed, triton.cdiv(tokens, chunk.rows) * chunk.rows)
+        self.entries, self.values = self._ints(listed, plan.entries), chunk.floats(listed, plan.entries)
+        self.n_entries, self.token_of = self._ints(2, listed)
+        self.signed = torch.zeros(listed, dtype=torch.float32, device=hidden.device)
+        self.listed = 0
         self.counts = torch.empty(4, BINS.value, dtype=torch.int64, device=self.dense.device)
         # 16 bytes apart: Triton compiles a kernel again for a pointer that is less aligned.
         self.top, self.budget, self.tile_cut, self.row_guess, self.entry_cut, self.row_limit = chunk.floats(24).split(4)
@@ -677,19 +603,24 @@ class SparseGradients:
 
     def backward(self, order: torch.Tensor, gradient: torch.Tensor) -> None:
         """Turn dL/dlogp, ``gradient`` (N,) float32, into the gradients of the chunk's sparse rows; keep the others."""
+        if self.listed + self.chunk.rows > len(self.signed):
+            self._add_head()
+        rows = slice(self.listed, self.listed + self.chunk.rows)
+        lists = self.entries[rows], self.values[rows], self.n_entries[rows]
+        signed = self.signed[rows]
         self._weigh(order, gradient)
         self._select_tiles()
-        self._select_entries()
-        self._certify(order, gradient)
+        self._select_entries(lists)
+        self._certify(order, gradient, signed, self.token_of[rows])
         if self.out_hidden is not None:
-            self._hidden(order)
-        if self.trained:
-            self._head()
+            self._gather_hidden(order, lists, signed)
+        self.listed += self.chunk.rows
         self._make_reserve()
         self._set_aside(order)
 
     def finish(self) -> None:
-        """Make the gradients of the rows that are still kept."""
+        """Make the gradients of the rows that still wait."""
+        self._add_head()
         self.reserve.live.copy_(self.stored)
         self._make_reserve()
 
@@ -699,7 +630,7 @@ class SparseGradients:
         total = self.stored_pass.total
         weigh_kernel[(1,)](
             gradient, order, chunk.live, total, chunk.logit, self.weight, self.dense, self.top, self.counts,
-            self.cursors, ROWS=SLOTS, BINS=BINS,
+            ROWS=SLOTS, BINS=BINS,
         )  # fmt: skip
         tile_mass_kernel[self._row_blocks](
             self.vocab.sums, e, e.stride(0), total, chunk.target, chunk.logit, chunk.offset, chunk.live, self.top,
@@ -731,7 +662,7 @@ class SparseGradients:
             *known, self.tile_cut, self.tile_of, self.n_tiles, self.dropped, chunk.rows, tiles, **self._by_rows
         )
 
-    def _select_entries(self) -> None:
+    def _select_entries(self, lists) -> None:
         """Drop entries of the kept tiles, list the others, and find out what rows may drop to be sparse."""
         chunk, tiles, cols, plan = self.chunk, self.vocab.col_tiles, self.vocab.config.cols, self.plan
         e = self.vocab.exponentials
@@ -753,50 +684,51 @@ class SparseGradients:
             *kept_tiles, self.stored_pass.total, chunk.live, self.entry_cut, self.row_cut, *found, self.dropped,
             tiles, self.unseen, COLS=cols, FOUND=plan.found, **AT_ONCE,
         )  # fmt: skip
-        if self.trained:
-            self.keeps.zero_()
         fit_kernel[(chunk.rows,)](
-            *kept_tiles, self.target_value, chunk.live, self.budget, *found, self.row_cut, self.entry_of,
-            self.value_of, self.n_entries, self.keeps, self.dropped, self.dense, self.counts[3], chunk.rows, tiles,
+            *kept_tiles, self.target_value, chunk.live, self.budget, *found, self.row_cut, *lists, self.dropped,
+            self.dense, self.counts[3], tiles,
             COLS=cols, FOUND=plan.found, SIZE=triton.next_power_of_2(plan.found), CAPACITY=plan.entries, BINS=BINS,
-            HEAD=self.trained, num_warps=8,
+            num_warps=8,
         )  # fmt: skip
         self._cut(self.counts[3], 1.0, self.row_limit)
 
-    def _certify(self, order, gradient) -> None:
+    def _certify(self, order, gradient, signed, token_of) -> None:
         chunk, sparse = self.chunk, self.sparse
         certify_kernel[(1,)](
             gradient, order, chunk.live, self.weight, self.mass, self.dropped, self.row_limit, self.dense,
-            self.signed, sparse.dropped, sparse.mass, sparse.dense, self.gradient, self.slot_of, self.stored,
+            signed, token_of, sparse.dropped, sparse.mass, sparse.dense, self.gradient, self.slot_of, self.stored,
             self.reserve.live, self.reserve.rows, sparse.tolerance, ROWS=SLOTS,
         )  # fmt: skip
 
-    def _hidden(self, order) -> None:
+    def _gather_hidden(self, order, lists, signed) -> None:
         chunk, weight = self.chunk, self.chunk.head.weight
         block = min(1024, triton.next_power_of_2(chunk.D))
         gather_hidden_kernel[(chunk.rows, triton.cdiv(chunk.D, block))](
-            self.entry_of, self.value_of, self.n_entries, self.signed, weight, *weight.stride(), order, chunk.live,
+            *lists, signed, weight, *weight.stride(), order, chunk.live,
             self.out_hidden, chunk.head.temperature, chunk.D, CAPACITY=self.plan.entries, BLOCK=block, AT_ONCE=4,
         )  # fmt: skip
 
-    def _head(self) -> None:
-        """Add the sparse rows to the gradients of the head and its bias."""
-        chunk, tiles, e = self.chunk, self.vocab.col_tiles, self.vocab.exponentials
-        tile_rows_kernel[(tiles,)](
-            self.keeps, self.signed, chunk.live, self.row_of, self.n_rows, chunk.rows, ROWS=SLOTS
-        )
-        lists = self.occurring, self.first_of, self.count_of, self.sorted_row, self.sorted_value
-        sort_entries_kernel[(tiles,)](
-            e, e.stride(0), self.row_of, self.n_rows, self.signed, self.inverse, chunk.target,
-            self.target_value, self.row_cut, self.cursors, *lists, chunk.rows, COLS=self.vocab.config.cols,
-            ROWS=16, num_warps=8,
-        )  # fmt: skip
+    def _add_head(self) -> None:
+        """Add the entries that are listed to the gradients of the head and its bias, sorted by vocabulary entry."""
+        rows, chunk, hidden = slice(self.listed), self.chunk, self.hidden
+        self.listed = 0
+        if not self.trained:
+            return
+        device, most = hidden.device, self.plan.entries
+        used = torch.arange(most, device=device) < torch.where(self.signed[rows] != 0, self.n_entries[rows], 0)[:, None]
+        # What is not used goes to the end. Stable: of a vocabulary entry, rows come in order.
+        keys, place = torch.where(used, self.entries[rows], chunk.V).view(-1).sort(stable=True)
+        every = torch.arange(chunk.V + 1, dtype=torch.int32, device=device)
+        first_of = torch.searchsorted(keys, every, out_int32=True)
+        values = (self.values[rows] * self.signed[rows, None]).view(-1)[place]
         programs = OCCUPANCY * chunk.programs
         add_head_kernel[(programs,)](
-            *lists, self.cursors, chunk.hidden, self.out_head, self.out_bias, chunk.head.temperature, chunk.D,
-            BLOCK=min(512, triton.next_power_of_2(chunk.D)), AT_ONCE=8, PROGRAMS=programs,
+            first_of, self.token_of[place // most], values, hidden, *hidden.stride(), hidden.shape[1],
+            self.out_head, self.out_bias, chunk.head.temperature, chunk.V, chunk.D,
+            BLOCK=min(1024, triton.next_power_of_2(chunk.D)), AT_ONCE=4, PROGRAMS=programs,
             HEAD=self.out_head is not None, BIAS=self.out_bias is not None,
         )  # fmt: skip
+        self.signed.zero_()
 
     def _make_reserve(self) -> None:
         """The exact gradients of as many rows of the reserve as its ``live`` says."""
