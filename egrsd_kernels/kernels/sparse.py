@@ -251,17 +251,21 @@ def select_tiles_kernel(
 
 @triton.jit
 def load_entries(
-    exponentials, stride_e, tile_of, r, start, n, y, col_tiles, COLS: tl.constexpr, SIZE: tl.constexpr,
-    PART: tl.constexpr,
-):  # fmt: skip
-    """E (SIZE,) of row r in its ``n`` kept tiles from ``start`` on: of each, COLS // PART entries that take turns.
+    exponentials, stride_e, tile_of, r, start, n, col_tiles, COLS: tl.constexpr, SIZE: tl.constexpr, PART: tl.constexpr
+):
+    """(v, E), both (SIZE * PART // COLS, COLS // PART), of row r in its ``n`` kept tiles from ``start`` on.
 
-    It is 0 for the target and at the end.
+    Of each tile these are COLS // PART entries, which take turns. At the end E is 0.
     """
     k = start + tl.arange(0, SIZE * PART // COLS)
     first = tl.load(tile_of + r * col_tiles + k, mask=k < n, other=0) * COLS + (k + r) % PART * (COLS // PART)
     v = first[:, None] + tl.arange(0, COLS // PART)[None, :]
-    e = tl.load(exponentials + r.to(tl.int64) * stride_e + v, mask=(k < n)[:, None], other=0.0)
+    return v, tl.load(exponentials + r.to(tl.int64) * stride_e + v, mask=(k < n)[:, None], other=0.0)
+
+
+@triton.jit
+def off_target(v, e, y, SIZE: tl.constexpr):
+    """E (SIZE,) float32, 0 for the target."""
     return tl.reshape(tl.where(v == y, 0.0, e.to(tl.float32)), [SIZE])
 
 
@@ -285,8 +289,9 @@ def sample_kernel(
         limit = tl.load(budget)
         total = tl.zeros([BINS], tl.int32)
         for start in range(0, n, SIZE * PART // COLS):
-            e = load_entries(exponentials, stride_e, tile_of, r, start, n, y, col_tiles, COLS, SIZE, PART)
-            total += tl.histogram(bin_of(weighed(a, e * inv), limit, BINS), BINS)
+            v, e = load_entries(exponentials, stride_e, tile_of, r, start, n, col_tiles, COLS, SIZE, PART)
+            w = weighed(a, off_target(v, e, y, SIZE) * inv)
+            total += tl.histogram(bin_of(w, limit, BINS), BINS)
         k = tl.arange(0, BINS)
         first = tl.max(tl.where((tl.cumsum(total, 0) - total) * PART < MOST, k, 0), 0)
         lost = tl.sum(tl.where(k >= first, mass_of(total, k, limit, BINS), 0.0), 0) * PART
@@ -339,12 +344,12 @@ def collect_kernel(
         small = tl.zeros([SIZE], tl.float32)
         count = 0
         start = 0
-        e = load_entries(exponentials, stride_e, tile_of, r, 0, n, y, col_tiles, COLS, SIZE, 1)
+        v, raw = load_entries(exponentials, stride_e, tile_of, r, 0, n, col_tiles, COLS, SIZE, 1)
         while (start < n) & (count <= FOUND):
             # Memory is slow: ask for what comes next before this is looked at.
-            ahead = load_entries(
-                exponentials, stride_e, tile_of, r, start + SIZE // COLS, n, y, col_tiles, COLS, SIZE, 1
-            )
+            ahead = start + SIZE // COLS
+            next_v, next_raw = load_entries(exponentials, stride_e, tile_of, r, ahead, n, col_tiles, COLS, SIZE, 1)
+            e = off_target(v, raw, y, SIZE)
             keep = e > limit
             small += tl.where(keep, 0.0, e)
             one = keep.to(tl.int32)
@@ -354,8 +359,9 @@ def collect_kernel(
                 at = start * COLS + tl.arange(0, SIZE)
                 tl.store(found_at + r * FOUND + k, at, mask=keep & (k < FOUND))
             count += more
-            start += SIZE // COLS
-            e = ahead
+            start = ahead
+            v = next_v
+            raw = next_raw
         tl.store(row_cut + r, limit)
         tl.store(n_found + r, count)
         lost = (tl.sum(small, 0) + n * (COLS * unseen)) * tl.load(inverse + r)
