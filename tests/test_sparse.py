@@ -381,10 +381,11 @@ def test_auto_mode(monkeypatch):
         case["advantages"] = case["advantages"].sign()
     bounds = []
     for case in (peaked, flat, peaked):
-        bounds.append(package_result(case, COMBO, grad_mode="auto", sparse_tol=0.03).stats.gradient_error_bound.any())
+        bounds.append(package_result(case, COMBO, grad_mode="auto", sparse_tol=0.03).stats.gradient_error_bound)
         if CUDA:
             torch.cuda.synchronize()
-    assert bounds == [True, False, False]
+    first, tried, last = ((bound > 0).float().mean() for bound in bounds)
+    assert first > 0.5 and tried < 0.5 and last == 0
 
 
 @pytest.mark.parametrize(

@@ -67,10 +67,10 @@ SMALL = tl.constexpr(2.0**-100)
 # of which more leaves fewer dense rows; and for small entries, of which more leaves shorter lists.
 TILE_SHARE, ROW_SHARE, ENTRY_SHARE = 0.125, 0.625, 0.25
 SAMPLED = 1 << 22  # about so many entries at least are counted for a threshold, and of many one in SAMPLE_MOST
-SAMPLE_MOST = 16
+SAMPLE_MOST = 32
 ROW_BLOCK = 16  # rows of a program that goes through all tiles of its rows, TILE_BLOCK at a time
 TILE_BLOCK = 64
-AT_ONCE = {"SIZE": 2048, "num_warps": 4}  # entries of a row that a program looks at together
+AT_ONCE = {"SIZE": 1024, "num_warps": 4}  # entries of a row that a program looks at together
 SLOTS = 1024  # rows at a time of a program that goes through all rows
 OCCUPANCY = 8  # small programs on a multiprocessor at a time
 
@@ -253,29 +253,24 @@ def select_tiles_kernel(
 def load_entries(
     exponentials, stride_e, tile_of, r, start, n, col_tiles, COLS: tl.constexpr, SIZE: tl.constexpr, PART: tl.constexpr
 ):
-    """(v, E), both (SIZE * PART // COLS, COLS // PART), of row r in its ``n`` kept tiles from ``start`` on.
+    """E (SIZE,) float32 of row r in its ``n`` kept tiles from ``start`` on, 0 at the end.
 
-    Of each tile these are COLS // PART entries, which take turns. At the end E is 0.
+    Of each tile these are COLS // PART entries, which take turns.
     """
     k = start + tl.arange(0, SIZE * PART // COLS)
     first = tl.load(tile_of + r * col_tiles + k, mask=k < n, other=0) * COLS + (k + r) % PART * (COLS // PART)
-    v = first[:, None] + tl.arange(0, COLS // PART)[None, :]
-    return v, tl.load(exponentials + r.to(tl.int64) * stride_e + v, mask=(k < n)[:, None], other=0.0)
-
-
-@triton.jit
-def off_target(v, e, y, SIZE: tl.constexpr):
-    """E (SIZE,) float32, 0 for the target."""
-    return tl.reshape(tl.where(v == y, 0.0, e.to(tl.float32)), [SIZE])
+    at = r.to(tl.int64) * stride_e + first[:, None] + tl.arange(0, COLS // PART)[None, :]
+    return tl.reshape(tl.load(exponentials + at, mask=(k < n)[:, None], other=0.0), [SIZE]).to(tl.float32)
 
 
 @triton.jit
 def sample_kernel(
-    exponentials, stride_e, tile_of, n_tiles, weight, inverse, target, live, budget,
+    exponentials, stride_e, tile_of, n_tiles, weight, inverse, live, budget,
     row_counts, row_cut, excess, counts, col_tiles,
     COLS: tl.constexpr, SIZE: tl.constexpr, PART: tl.constexpr, MOST: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
-    """row_counts (chunk, BINS): the histogram of a row's weighed entries off target, of one in PART in its kept tiles.
+    """row_counts (chunk, BINS): the histogram of one in PART of a row's weighed entries in its kept tiles. The target's
+    own is among them; it hardly counts.
 
     By this sample, row_cut is what about MOST entries are above; excess, what the others come to; and counts (BINS,) +=
     the histogram of that.
@@ -283,15 +278,13 @@ def sample_kernel(
     r = tl.program_id(0)
     n = tl.load(n_tiles + r, mask=r < tl.load(live + 1), other=0)
     if n > 0:
-        y = tl.load(target + r)
         inv = tl.load(inverse + r)
         a = tl.load(weight + r)
         limit = tl.load(budget)
         total = tl.zeros([BINS], tl.int32)
         for start in range(0, n, SIZE * PART // COLS):
-            v, e = load_entries(exponentials, stride_e, tile_of, r, start, n, col_tiles, COLS, SIZE, PART)
-            w = weighed(a, off_target(v, e, y, SIZE) * inv)
-            total += tl.histogram(bin_of(w, limit, BINS), BINS)
+            e = load_entries(exponentials, stride_e, tile_of, r, start, n, col_tiles, COLS, SIZE, PART)
+            total += tl.histogram(bin_of(weighed(a, e * inv), limit, BINS), BINS)
         k = tl.arange(0, BINS)
         first = tl.max(tl.where((tl.cumsum(total, 0) - total) * PART < MOST, k, 0), 0)
         lost = tl.sum(tl.where(k >= first, mass_of(total, k, limit, BINS), 0.0), 0) * PART
@@ -325,12 +318,12 @@ def select_rows_kernel(
 
 @triton.jit
 def collect_kernel(
-    exponentials, stride_e, tile_of, n_tiles, weight, inverse, target, total, live, cut,
+    exponentials, stride_e, tile_of, n_tiles, weight, inverse, total, live, cut,
     row_cut, found_at, n_found, dropped, col_tiles, unseen,
     COLS: tl.constexpr, SIZE: tl.constexpr, FOUND: tl.constexpr,
 ):  # fmt: skip
-    """found_at (chunk, FOUND): where in its kept tiles a row has entries off target above the cut and its own cut, in
-    order. It ends early if there are more.
+    """found_at (chunk, FOUND): where in its kept tiles a row has entries above the cut and its own cut, in order. With
+    more than there is room for, it ends early.
 
     row_cut: becomes the larger cut, in units of the row's E. dropped: what the other entries come to is added. unseen:
     what an entry may be off by because the dtype underflows, in units of E.
@@ -338,18 +331,13 @@ def collect_kernel(
     r = tl.program_id(0)
     if r < tl.load(live + 1):
         n = tl.load(n_tiles + r)
-        y = tl.load(target + r)
         limit = tl.maximum(tl.load(cut), tl.load(row_cut + r, mask=n > 0, other=0.0))
         limit *= tl.load(total + r, mask=n > 0, other=1.0) / tl.load(weight + r, mask=n > 0, other=1.0)
         small = tl.zeros([SIZE], tl.float32)
         count = 0
         start = 0
-        v, raw = load_entries(exponentials, stride_e, tile_of, r, 0, n, col_tiles, COLS, SIZE, 1)
         while (start < n) & (count <= FOUND):
-            # Memory is slow: ask for what comes next before this is looked at.
-            ahead = start + SIZE // COLS
-            next_v, next_raw = load_entries(exponentials, stride_e, tile_of, r, ahead, n, col_tiles, COLS, SIZE, 1)
-            e = off_target(v, raw, y, SIZE)
+            e = load_entries(exponentials, stride_e, tile_of, r, start, n, col_tiles, COLS, SIZE, 1)
             keep = e > limit
             small += tl.where(keep, 0.0, e)
             one = keep.to(tl.int32)
@@ -359,9 +347,7 @@ def collect_kernel(
                 at = start * COLS + tl.arange(0, SIZE)
                 tl.store(found_at + r * FOUND + k, at, mask=keep & (k < FOUND))
             count += more
-            start = ahead
-            v = next_v
-            raw = next_raw
+            start += SIZE // COLS
         tl.store(row_cut + r, limit)
         tl.store(n_found + r, count)
         lost = (tl.sum(small, 0) + n * (COLS * unseen)) * tl.load(inverse + r)
@@ -383,10 +369,12 @@ def fit_kernel(
     n = tl.load(n_tiles + r, mask=r < tl.load(live + 1), other=0)
     if n > 0:
         found = tl.load(n_found + r)
+        y = tl.load(target + r)
         i = tl.arange(0, SIZE)
         ours = i < tl.minimum(found, FOUND)
         at = tl.load(found_at + r * FOUND + i, mask=ours, other=0)
         v = tl.load(tile_of + r * col_tiles + at // COLS, mask=ours, other=0) * COLS + at % COLS
+        ours &= v != y
         e = tl.load(exponentials + r.to(tl.int64) * stride_e + v, mask=ours, other=0.0).to(tl.float32)
         # The list's last place is the target's. From the lowest bin on from which all fit, they stay.
         bottom = tl.load(row_cut + r).to(tl.int32, bitcast=True)
@@ -404,7 +392,6 @@ def fit_kernel(
         last = tl.sum(one, 0)
         tl.store(entry_of + place, v, mask=keep)
         tl.store(value_of + place, -e * inv, mask=keep)
-        y = tl.load(target + r)
         tl.store(entry_of + r * CAPACITY + last, y)
         tl.store(value_of + r * CAPACITY + last, tl.load(target_value + r))
         tl.store(n_entries + r, last + 1)
@@ -672,7 +659,7 @@ class SparseGradients:
         """Drop entries of the kept tiles, list the others, and find out what rows may drop to be sparse."""
         chunk, tiles, cols, plan = self.chunk, self.vocab.col_tiles, self.vocab.config.cols, self.plan
         e = self.vocab.exponentials
-        kept_tiles = e, e.stride(0), self.tile_of, self.n_tiles, self.weight, self.inverse, chunk.target
+        kept_tiles = e, e.stride(0), self.tile_of, self.n_tiles, self.weight, self.inverse
         # Down to single entries of a tile: enough of them for a threshold, and no more than that.
         part = min(SAMPLE_MOST, 1 << max(0, (chunk.rows * chunk.V // SAMPLED).bit_length() - 1))
         sample_kernel[(chunk.rows,)](
@@ -691,8 +678,8 @@ class SparseGradients:
             tiles, self.unseen, COLS=cols, FOUND=plan.found, **AT_ONCE,
         )  # fmt: skip
         fit_kernel[(chunk.rows,)](
-            *kept_tiles, self.target_value, chunk.live, self.budget, *found, self.row_cut, *lists, self.dropped,
-            self.dense, self.counts[3], tiles,
+            *kept_tiles, chunk.target, self.target_value, chunk.live, self.budget, *found, self.row_cut, *lists,
+            self.dropped, self.dense, self.counts[3], tiles,
             COLS=cols, FOUND=plan.found, SIZE=triton.next_power_of_2(plan.found), CAPACITY=plan.entries, BINS=BINS,
             num_warps=8,
         )  # fmt: skip
