@@ -23,6 +23,7 @@ p before it is scaled. Where every token has p_y near 1, the difference 1 - p_y 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from dataclasses import dataclass, field
@@ -37,6 +38,13 @@ import pytest
 
 from egrsd_kernels import TokenStats, fused_egrsd_loss
 from reference import egrsd_loss
+
+with contextlib.suppress(ImportError):  # the tests that need it say so
+    import hypothesis
+
+    # How long an example takes says more about the machine than about the code.
+    hypothesis.settings.register_profile("patient", deadline=None)
+    hypothesis.settings.load_profile("patient")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))

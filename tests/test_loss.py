@@ -604,7 +604,6 @@ def check_credit_properties(combo: Combo, examples: int) -> None:
 
     @hypothesis.settings(
         max_examples=examples,
-        deadline=None,
         database=None,
         derandomize=True,
         suppress_health_check=list(hypothesis.HealthCheck),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from egrsd_kernels.kernels.common import ROW_TILE, Configs, Machine
@@ -30,7 +30,6 @@ def held(plan, size: int, how: Machine, needs, itemsize: int = 2) -> int:
     return plan.rows * per_row + needs[0] * 4 * plan.partial_tiles * h.rows * h.cols
 
 
-@settings(deadline=None)
 @given(
     tokens=st.integers(1, 70_000),
     size=st.integers(2, 700).map(lambda x: 8 * x),

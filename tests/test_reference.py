@@ -286,7 +286,7 @@ def test_gradient_of_one_token_by_hand():
 # ------------------------------------------------------------------------------------- against the oracle
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(
     seed=st.integers(0, 2**31),
     layout=st.sampled_from(["padded", "packed", "one sequence"]),
