@@ -88,6 +88,15 @@ def test_without_a_magnitude_there_is_no_histogram_of_it():
     assert not {"magnitude/clipped", "magnitude/bin_0"} & got.keys()
 
 
+def test_sparse_gradients_show_what_they_leave_out():
+    stats = statistics()
+    assert not [name for name in metrics(stats) if name.startswith("gradient/")]
+    stats["gradient_error_bound"] = torch.arange(40) % 4 * 1e-5
+    got = metrics(stats, sparse_calls=3)
+    assert got["gradient/error_bound"] == pytest.approx(10 * 6e-5 / 3)
+    assert got["gradient/exact"] == 0.25
+
+
 def test_few_tokens_and_none():
     few = {name: value[:3] for name, value in statistics().items()}
     assert "abs_log_ratio/entropy_decile_2" in metrics(few)

@@ -66,6 +66,8 @@ def test_every_option_trains(tmp_path, name):
     assert logs.steps[0].keys() >= ALWAYS | WITH_TOKENS
     if name == "reinforce":
         assert all(row["gate/mean"] == row["magnitude/mean"] == 1 for row in logs.steps)
+    measured = [row["gradient/error_bound"] for row in logs.steps if "gradient/error_bound" in row]
+    assert len(measured) == (2 if name == "sparse" else 0) and all(bound <= 0.01 for bound in measured)
     if name == "eval":
         evaluated = [row for row in logs.rows if "eval_reward" in row]
         assert len(evaluated) == 2

@@ -22,6 +22,7 @@ def token_metrics(
     log_vocab: float,
     tau_low: float,
     tau_high: float,
+    sparse_calls: int = 0,
 ) -> dict[str, float]:
     """Metrics of the tokens of one optimizer step, as plain numbers by the names under which they are logged.
 
@@ -32,7 +33,9 @@ def token_metrics(
     - abs_log_ratio/mean and abs_log_ratio/entropy_decile_0 … 9: |δ| in nats, over all tokens and over each tenth of
       them in the order of their entropy;
     - regime/lock, fork, pivot, mid: shares; restored/lock …: what the lookahead gives back there on average, the gate
-      less the gate that H itself would get (no entry where a regime has no token).
+      less the gate that H itself would get (no entry where a regime has no token);
+    - gradient/error_bound and gradient/exact, of sparse gradients: the certified relative error of a call of the loss,
+      and the share of tokens whose gradient was made exactly, those without one among them.
 
     Args:
         stats: the fields of :class:`egrsd_kernels.TokenStats`, each (N,), of valid tokens only.
@@ -40,6 +43,7 @@ def token_metrics(
         scale: what entropies were divided by in the gate, nats.
         log_vocab: log V, what the regimes compare entropies with, nats.
         tau_low, tau_high: the regimes' thresholds.
+        sparse_calls: how many calls of the loss with sparse gradients the tokens are of.
 
     Returns:
         The metrics; empty without a token.
@@ -62,6 +66,10 @@ def token_metrics(
         metrics |= _histogram("magnitude", (magnitude - 1 + clip_eps) / (2 * clip_eps))
         # The bounds as float32 rounds them.
         metrics["magnitude/clipped"] = ((magnitude - 1).abs() >= clip_eps * (1 - 1e-6)).float().mean()
+    if sparse_calls:
+        bound = stats["gradient_error_bound"]
+        metrics["gradient/error_bound"] = bound.sum() / sparse_calls
+        metrics["gradient/exact"] = (bound == 0).float().mean()
     for index, part in enumerate(distance[entropy.argsort()].tensor_split(BINS)):
         if part.numel():
             metrics[f"abs_log_ratio/entropy_decile_{index}"] = part.mean()

@@ -335,6 +335,7 @@ class EGRSDTrainer(GRPOTrainer):
 
     def _log_step(self, scale: float) -> None:
         """Metrics of one optimizer step, exact over its micro-batches and processes, into TRL's own averages."""
+        calls = len(self._step_stats) * self.accelerator.num_processes
         local = torch.cat(self._step_stats, dim=1).T.contiguous()
         self._step_stats.clear()
         # Processes hold different numbers of tokens; padding is told from tokens by an infinite entropy.
@@ -350,6 +351,7 @@ class EGRSDTrainer(GRPOTrainer):
             log_vocab=math.log(self._vocab_size),
             tau_low=self.args.tau_low,
             tau_high=self.args.tau_high,
+            sparse_calls=0 if self.args.grad_mode == "exact" else calls,
         )
         now = time.perf_counter()
         memory = torch.tensor([peak_memory_gib(self.accelerator.device)], device=self.accelerator.device)
