@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ pytest.importorskip("trl", reason="TRL is not installed")
 
 import datasets
 import huggingface_hub
+import torch
 import trl.rewards
 import yaml
 from safetensors.torch import load_file
@@ -23,6 +25,7 @@ from egrsd_kernels.commands.train import find_config, read_config
 from egrsd_kernels.trl import PRESETS
 from egrsd_kernels.trl.run import load_reward, load_splits, make_trainer
 from egrsd_kernels.trl.settings import parse_settings
+from tests.fsdp_on_cpu import SHARDED
 from tests.trl_tiny import OPTIONS, dataset, row, tiny_model, tokenizer
 
 REWARDS = '''
@@ -82,29 +85,51 @@ def history(run: Path) -> list[dict]:
 # --------------------------------------------------------------------------------------------------------------- runs
 
 
-def test_trains_on_two_processes(config, home, tmp_path):
-    """Started as ``accelerate launch`` starts it on two GPUs."""
+def on_two_processes(home: Path, module: str, config: str, *options: str) -> str:
+    """What ``module`` prints, started as ``accelerate launch`` starts it on two GPUs."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     path = os.pathsep.join(filter(None, [str(Path(cli.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
     finished = subprocess.run(
-        [*launch, "-m", "egrsd_kernels", "train", config(save_strategy="steps", save_steps=1)],
+        [*launch, "-m", module, "train", config, *options],
         capture_output=True,
         text=True,
         cwd=home,
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
     )
     assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def test_trains_on_two_processes(config, home, tmp_path):
+    """And the same under FSDP2, which shards every parameter; also from a checkpoint on."""
+    saved = {"save_strategy": "steps", "save_steps": 1}
     run = tmp_path / "run"
-    assert finished.stdout.count(f"{run}: the model after step 2\n") == 1
+    said = on_two_processes(home, "egrsd_kernels", config(**saved))
+    assert said.count(f"{run}: the model after step 2\n") == 1
     assert (run / "adapter_model.safetensors").is_file() and (run / "tokenizer.json").is_file()
     assert {path.name for path in (run / "checkpoint-2").glob("egrsd_state_*")} == {
         "egrsd_state_0.pt",
         "egrsd_state_1.pt",
     }
     assert [row["gamma"] for row in history(run)] == [0.8, 0.8]
+
+    sharded = tmp_path / "sharded"
+    layers = {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"]}
+    fsdp = saved | {"fsdp": "full_shard auto_wrap", "fsdp_config": layers, "output_dir": str(sharded)}
+    for options in ([], [f"--resume_from_checkpoint={sharded / 'checkpoint-1'}"]):
+        said = on_two_processes(home, "tests.fsdp_on_cpu", config(**fsdp), *options)
+        counts = re.findall(f"{SHARDED} (\\d+) of (\\d+)", said)
+        assert len(counts) == 2 and all(some == every != "0" for some, every in counts)
+        for mine, other in zip(history(sharded), history(run), strict=True):
+            for key in ("loss", "grad_norm", "reward", "gate/mean", "completions/mean_length"):
+                assert mine[key] == pytest.approx(other[key], rel=1e-5), key
+        whole, same = (load_file(path / "adapter_model.safetensors") for path in (sharded, run))
+        assert whole.keys() == same.keys()
+        for name, tensor in whole.items():
+            assert torch.allclose(tensor, same[name], rtol=1e-4, atol=1e-5), name
 
 
 def test_command_line_overrides_the_file(config, tmp_path, capsys):

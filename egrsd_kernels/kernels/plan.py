@@ -32,7 +32,7 @@ FROZEN_BYTES = 350 << 20
 MOST_ENTRIES = {False: 512, True: 256}
 # Entries that wait to be sorted and added to the head's gradient, which takes as long as reading and writing all of it;
 # and the bytes that one takes then.
-LISTED_ENTRIES = 1 << 22
+LISTED_ENTRIES = 9 << 19
 SORT_BYTES = 40
 # What they cost besides, in bare products.
 SPARSE_COST = 0.15
@@ -188,7 +188,9 @@ def sparse_plan(
     col_tiles = ceil_div(vocabulary, cols)
 
     def room(tiles: int) -> int:
-        return least_partial_tiles(configs.hidden, tiles * ROW_TILE, hidden_size, programs)
+        """However full the reserve is when its rows are made, their sums may be cut in three to fill the device."""
+        outputs = ceil_div(tiles * ROW_TILE, configs.hidden.rows) * ceil_div(hidden_size, configs.hidden.cols)
+        return max(2 * programs, 3 * outputs)
 
     def listed(tiles: int) -> int:
         """Rows of whole chunks."""
