@@ -1,5 +1,6 @@
 """``egrsd`` with FSDP2 on CPUs, which PyTorch can do and Accelerate does not ask it to: python -m tests.fsdp_on_cpu."""
 
+import os
 import sys
 
 import accelerate.state
@@ -30,4 +31,6 @@ def and_count(self, *args, train=EGRSDTrainer.train, **options):
 if __name__ == "__main__":
     STATE.__init__ = with_plugin
     EGRSDTrainer.train = and_count
-    sys.exit(cli.main())
+    code = cli.main()
+    sys.stdout.flush()
+    os._exit(code)  # caches of DTensor hold the mesh, and gloo's threads with it, which may abort the interpreter's end
