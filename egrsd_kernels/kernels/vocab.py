@@ -82,8 +82,7 @@ def vocab_kernel(
 @triton.jit
 def combine_statistics_kernel(
     partial, logit, order, live, offset, logp, entropy, logsumexp, chunk, col_tiles, shift,
-    OFFSET: tl.constexpr, LOGP: tl.constexpr, ENTROPY: tl.constexpr,
-    ROW_BLOCK: tl.constexpr, TILE_BLOCK: tl.constexpr,
+    OFFSET: tl.constexpr, ROW_BLOCK: tl.constexpr, TILE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     n_rows = tl.load(live)
     r = tl.program_id(0) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
@@ -111,14 +110,13 @@ def combine_statistics_kernel(
         log_s = tl.log2(s)
         if OFFSET:
             tl.store(offset + r, top + log_s - shift, mask=ours)
-        if LOGP:
+        else:
             row = tl.load(order + r, mask=ours, other=0)
             z = tl.load(logit + r, mask=ours, other=0.0)
             z = tl.where(z == NEG, float("-inf"), z)
             tl.store(logp + row, (z - top - log_s) * LN2, mask=ours)
-            if ENTROPY:
-                tl.store(entropy + row, (log_s - u / s) * LN2, mask=ours)
-                tl.store(logsumexp + row, (top + log_s) * LN2, mask=ours)
+            tl.store(entropy + row, (log_s - u / s) * LN2, mask=ours)
+            tl.store(logsumexp + row, (top + log_s) * LN2, mask=ours)
 
 
 @triton.jit
@@ -184,8 +182,7 @@ class VocabPass:
         self._launch(live, 0, self.col_tiles, store=False)
         combine_statistics_kernel[(triton.cdiv(self.chunk.rows, ROW_BLOCK),)](
             self.partial, self.chunk.logit, order, live, offset, *out, self.chunk.rows, self.col_tiles, shift,
-            OFFSET=offset is not None, LOGP=out[0] is not None, ENTROPY=out[1] is not None,
-            ROW_BLOCK=ROW_BLOCK, TILE_BLOCK=TILE_BLOCK,
+            OFFSET=offset is not None, ROW_BLOCK=ROW_BLOCK, TILE_BLOCK=TILE_BLOCK,
         )  # fmt: skip
 
     def statistics(self, order, logp, entropy, logsumexp) -> None:
@@ -195,13 +192,6 @@ class VocabPass:
     def exact_offset(self, live, shift: float) -> None:
         """Make the chunk's offset logsumexp - shift, in units of ln 2."""
         self._statistics(live, offset=self.chunk.offset, shift=shift)
-
-    def normalise(self, order, logp) -> None:
-        """Make the chunk's offset logsumexp, in units of ln 2, and write log p (nats) of row i at order[i] of ``logp``.
-
-        ``partial`` keeps each tile's maximum and sums.
-        """
-        self._statistics(self.chunk.live, order=order, offset=self.chunk.offset, out=(logp, None, None))
 
     def slices(self) -> range:
         """The first tile of each slice of the vocabulary."""
