@@ -34,12 +34,13 @@ class Automatic:
     _seen: dict[Hashable, _History] = field(default_factory=dict)
 
     def sparse(self, key: Hashable, most_dense: float) -> bool:
-        """Whether to make this call's gradients sparse: as long as no more than ``most_dense`` of the rows are dense,
-        and on a probe now and then, since the model moves on."""
+        """Whether to make this call's gradients sparse: as long as less than ``most_dense`` of the rows are dense,
+        and on a probe now and then, since the model moves on. Never where that is 0."""
         history = self._seen.setdefault(key, _History())
         history.read()
         history.calls += 1
-        return history.share is None or history.share <= most_dense or history.calls % PROBE_EVERY == 0
+        worth_a_try = history.share is None or history.calls % PROBE_EVERY == 0
+        return most_dense > 0 and (worth_a_try or history.share < most_dense)
 
     def observe(self, key: Hashable, counts: torch.Tensor) -> None:
         """counts (2,): how many rows were dense, and of how many. Not taken while a copy is on its way."""

@@ -48,7 +48,11 @@ def statistics(head: Head, hidden, target_ids, rows: Rows, chunk_bytes: int):
 def sparse_tolerance(grad_mode: str, sparse_tol: float, head: Head, needs: tuple[bool, bool, bool]) -> float | None:
     """The tolerance of the gradients that ``grad_mode`` asks for ("exact", "sparse" or "auto"); None for exact ones."""
     if grad_mode == "auto":
-        grad_mode = "sparse" if AUTOMATIC.sparse(_kind(head), break_even(needs[1] or needs[2])) else "exact"
+        grad_mode = (
+            "sparse"
+            if AUTOMATIC.sparse(_kind(head), break_even(head.weight.shape[1], needs[1] or needs[2]))
+            else "exact"
+        )
     return sparse_tol if grad_mode == "sparse" else None
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from egrsd_kernels.kernels.common import ROW_TILE, Configs, Machine
 from egrsd_kernels.kernels.plan import (
+    DENSE_COST,
     FROZEN_BYTES,
     LISTED_ENTRIES,
     SPARSE_COST,
@@ -97,7 +98,10 @@ def test_sparse_plans_are_within_their_memory():
 
 
 def test_break_even():
-    """A dense row costs what it costs anyway, and the attempt."""
-    for trained, products in ((False, 1), (True, 2)):
-        share = break_even(trained)
-        assert abs(SPARSE_COST + share * products - products) < 1e-12
+    """There a dense row costs what all rows would, less the attempt; narrow hidden states are not worth one."""
+    for size in (1024, 4096):
+        for trained, products in ((False, 1), (True, 2)):
+            share = break_even(size, trained)
+            assert 0 < share < 1
+            assert abs(SPARSE_COST / size + share * DENSE_COST * products - products) < 1e-12
+    assert break_even(512, False) == 0 < break_even(512, True)
