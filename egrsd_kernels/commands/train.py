@@ -1,7 +1,7 @@
 """``egrsd train``: a training run from a YAML file."""
 
 import argparse
-import gc
+import time
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,9 @@ def run(args: argparse.Namespace) -> None:
         raise CommandError(str(error)) from error
     if trainer.is_world_process_zero():
         print(f"{training.output_dir}: the model after step {trainer.state.global_step}")
-    # The process group's threads end with what holds it. At the interpreter's end they would now and then abort it.
-    del trainer
-    gc.collect()
+    if trainer.accelerator.num_processes > 1:
+        # gloo's threads need the interpreter to drop the last collective's tensors; at its end they would abort it.
+        time.sleep(1)
 
 
 def find_config(name: str) -> Path:
