@@ -78,9 +78,14 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def output_tiles(config: Config, rows: int, hidden_size: int) -> int:
+    """Tiles of dhidden for so many rows."""
+    return ceil_div(rows, config.rows) * ceil_div(hidden_size, config.cols)
+
+
 def least_partial_tiles(config: Config, rows: int, hidden_size: int, programs: int) -> int:
     """Room for the tiles of dhidden, or for parts of their sums where they are too few to fill the device."""
-    tiles = ceil_div(rows, config.rows) * ceil_div(hidden_size, config.cols)
+    tiles = output_tiles(config, rows, hidden_size)
     return tiles if tiles >= programs else 2 * programs
 
 
@@ -122,7 +127,7 @@ def chunk_plan(
         total = LAUNCHES["chunk"] * LAUNCH_STEPS
         depth = ceil_div(hidden_size, c.depth) + STORE_STEPS
         h = configs.hidden
-        outputs = ceil_div(tiles * ROW_TILE, h.rows) * ceil_div(hidden_size, h.cols)
+        outputs = output_tiles(h, tiles * ROW_TILE, hidden_size)
         full, rest = divmod(col_tiles, width)
         for count, cols in ((full, width), (1, rest)):
             if cols and count:
@@ -191,8 +196,7 @@ def sparse_plan(
 
     def room(tiles: int) -> int:
         """However full the reserve is when its rows are made, their sums may be cut in three to fill the device."""
-        outputs = ceil_div(tiles * ROW_TILE, configs.hidden.rows) * ceil_div(hidden_size, configs.hidden.cols)
-        return max(2 * programs, 3 * outputs)
+        return max(2 * programs, 3 * output_tiles(configs.hidden, tiles * ROW_TILE, hidden_size))
 
     def listed(tiles: int) -> int:
         """Rows of whole chunks."""
