@@ -2,10 +2,10 @@
 
     python -m benchmarks.language_model --output benchmarks/results/language_model-h100.json
 
-A small Qwen3 model learns the Python sources that this machine has (those of the standard library and of installed
-packages), with a byte-level BPE vocabulary of its own. Its rows are then looked at where a step of reinforcement
-learning meets them: on the model's own samples at temperature 1, and on held-out text. A row's gradient is p - e_y.
-Entries off the target are dropped from the smallest on, by one threshold for all rows, as long as
+A small Qwen3 model learns the sources that this machine has (Python and C++ headers, of the standard library and of
+installed packages), with a byte-level BPE vocabulary of its own. Its rows are then looked at where a step of
+reinforcement learning meets them: on the model's own samples at temperature 1, and on held-out text. A row's gradient
+is p - e_y. Entries off the target are dropped from the smallest on, by one threshold for all rows, as long as
 
     sum of the dropped p  <=  tolerance * sum of ||p - e_y||_1
 
@@ -38,12 +38,14 @@ TOLERANCES = (2.0**-10, 2.0**-8, 2.0**-6)
 MANY = (64, 256, 1024, 4096)  # rows that keep more entries are counted
 MODES = ("exact", "exact 2", "exact 3", "sparse")  # the exact runs differ by the order of atomic sums alone
 ROWS = 1024  # of logits at a time
+KINDS = (".py", ".pyi", ".h", ".hpp", ".cuh")  # of source files
 
 
 def sources(megabytes: float) -> list[str]:
-    """Python files of this installation in random order, about so much text."""
-    folders = (Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib"))
-    files = sorted({file for folder in folders for file in folder.rglob("*.py") if file.stat().st_size > 500})
+    """Source files of this installation in random order, about so much text."""
+    folders = [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib")]
+    found = {file for folder in folders for kind in KINDS for file in folder.rglob(f"*{kind}")}
+    files = sorted(file for file in found if file.stat().st_size > 500)
     random.Random(0).shuffle(files)
     texts, size = [], 0
     for file in files:
@@ -61,10 +63,11 @@ def tokens(texts: list[str], vocabulary: int, context: int) -> tuple[Tensor, Ten
     """(training rows, held-out rows), (R, context) each; files follow one another, with an end token between them."""
     tokenizer = ByteLevelBPETokenizer()
     end = "<end>"
-    some = texts[: max(1, len(texts) // 3)]
+    some = texts[: max(1, len(texts) // 4)]
     tokenizer.train_from_iterator(some, vocab_size=vocabulary, special_tokens=[end], show_progress=False)
-    ids = [token for found in tokenizer.encode_batch(texts) for token in (*found.ids, tokenizer.token_to_id(end))]
-    rows = torch.tensor(ids[: len(ids) // context * context]).view(-1, context)
+    last = tokenizer.token_to_id(end)
+    ids = torch.cat([torch.tensor([*found.ids, last]) for found in tokenizer.encode_batch(texts)])
+    rows = ids[: len(ids) // context * context].view(-1, context)
     held_out = max(4, len(rows) // 50)
     return rows[:-held_out], rows[-held_out:]
 
@@ -270,7 +273,7 @@ def main(argv: list[str] | None = None) -> None:
     compiled, model.states = model.states, model._states  # each shape that follows would be compiled anew
     model.eval()
 
-    some = held_out[: max(1, args.rows // args.context)]
+    some = held_out[torch.linspace(0, len(held_out) - 1, max(1, args.rows // args.context), device=device).long()]
     half = args.context // 2
     prompts = data[torch.randperm(len(data), device=device)[: max(1, args.rows // half)], :half]
     with torch.no_grad():
