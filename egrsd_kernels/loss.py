@@ -231,7 +231,8 @@ def fused_egrsd_loss(
             speed; for sparse ones it takes all, half of it for tokens that wait to be made exactly. With a trained
             head, chunks add up in a float32 gradient of the head, 4·V·D bytes more. Where all tokens fit into one chunk
             there is none; that chunk may take what this spares beside a 16-bit head, 2·V·D bytes, and is held until
-            the backward pass. Sparse gradients of a trained head always add up in float32.
+            the backward pass. Sparse gradients of a trained head always add up in float32; beside a 16-bit head they
+            take the 2·V·D bytes that its gradient is given at the end.
 
     Returns:
         The loss, 0-d float32 (float64 for float64 input), differentiable in student_hidden, student_weight and

@@ -89,7 +89,7 @@ def student_pass(
                 d_weight = torch.zeros(head.weight.shape, dtype=torch.float32, device=device)
             if needs[2]:
                 d_bias = torch.zeros(head.bias.shape, dtype=torch.float32, device=device)
-            plan = sparse_plan(*shape, how, chunk_bytes, whole)
+            plan = sparse_plan(*shape, how, chunk_bytes, needs)
             chunk = Chunk(head, plan.rows, how)
             gradients = SparseGradients(chunk, plan, hidden, (d_hidden, d_weight, d_bias), sparse)
         else:

@@ -79,22 +79,34 @@ def test_rounds_of_the_grid_are_full():
 
 
 def test_sparse_plans_are_within_their_memory():
-    for size, budget in ((1024, 1 << 30), (2560, 1 << 30), (5120, 300 << 20)):
+    for size, budget in ((1024, 1 << 30), (2560, 1 << 30), (5120, 400 << 20)):
         for tokens in (1, 1000, 5000, 1 << 20):
             for config, itemsize in ((HALF[0], 2), (FLOAT32, 4)):
                 col_tiles, row_tiles = ceil_div(V, config.cols), ceil_div(tokens, ROW_TILE)
                 how = Machine(132, True, Configs(config, config, config))
-                trained = sparse_plan(row_tiles, V, size, itemsize, how, budget, True)
-                assert trained.listed % trained.rows == 0 and trained.rows <= trained.listed
-                assert trained.listed * trained.entries <= max(LISTED_ENTRIES, trained.rows * trained.entries)
-                plan = sparse_plan(row_tiles, V, size, itemsize, how, budget, False)
-                assert plan.listed == plan.rows
-                assert plan.rows % ROW_TILE == 0 and ROW_TILE <= plan.rows <= row_tiles * ROW_TILE
-                per_row = 2 * (V + size) * itemsize + 12 * col_tiles + 8 * plan.entries
-                used = plan.rows * per_row + 4 * plan.partial_tiles * config.rows * config.cols
-                assert used <= budget
-                if tokens > plan.rows:  # one tile of rows more would not fit
-                    assert used + 2 * ROW_TILE * per_row > budget
+
+                def used(plan, needs, size=size, itemsize=itemsize, config=config, col_tiles=col_tiles):
+                    per_row = (V + size) * itemsize + 4 * col_tiles
+                    entry = 40 if needs[1] else 8
+                    found = plan.rows * 4 * (plan.SPLITS * plan.found + col_tiles)
+                    partial = 4 * plan.partial_tiles * config.rows * config.cols
+                    return (plan.rows + plan.reserve) * per_row + found + entry * plan.listed * plan.entries + partial
+
+                for needs in (FROZEN, TRAINED):
+                    plan = sparse_plan(row_tiles, V, size, itemsize, how, budget, needs)
+                    # The gradient of a 16-bit head is not there yet.
+                    allowed = budget + (2 * V * size if needs[1] and itemsize == 2 else 0)
+                    assert used(plan, needs) <= allowed
+                    assert plan.rows % ROW_TILE == 0 and ROW_TILE <= plan.rows <= row_tiles * ROW_TILE
+                    assert plan.rows <= plan.reserve <= 2 * plan.rows
+                    assert plan.listed % plan.rows == 0 and plan.rows <= plan.listed
+                    if needs[1]:
+                        assert plan.listed * plan.entries <= max(LISTED_ENTRIES, plan.rows * plan.entries)
+                    else:
+                        assert plan.listed == plan.reserve == plan.rows
+                    if tokens > plan.rows:  # two tiles of rows more would not fit
+                        share = 3 if needs[1] else 2
+                        assert used(plan, needs) + 2 * share * ROW_TILE * V * itemsize > 0.95 * allowed
 
 
 def test_break_even():

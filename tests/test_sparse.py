@@ -43,9 +43,8 @@ def dtype(request):
 
 def plan_of(monkeypatch, **changes) -> None:
     """Every sparse pass with chunks of one row tile, entries that are sorted every two chunks, and these limits."""
-    plan = SparsePlan(
-        **{"rows": 128, "entries": 512, "listed": 256, "partial_tiles": 2 * device_limits(DEVICE)[0]} | changes
-    )
+    room = {"listed": 256, "reserve": 128, "partial_tiles": 2 * device_limits(DEVICE)[0]}
+    plan = SparsePlan(**{"rows": 128, "entries": 512} | room | changes)
     monkeypatch.setattr(triton_backend, "sparse_plan", lambda *_: plan)
 
 
@@ -290,10 +289,11 @@ def test_against_exact_gradients(transform, family, dtype, monkeypatch):
         assert all(a is b is None or torch.equal(a, b) for a, b in zip(others, got, strict=True))
 
 
+@pytest.mark.parametrize("reserve", [128, 256])
 @pytest.mark.parametrize("dense", ["none", "some", "all"])
-def test_dense_rows_of_several_chunks_gather_in_the_reserve(dense, monkeypatch):
+def test_dense_rows_of_several_chunks_gather_in_the_reserve(dense, reserve, monkeypatch):
     """They are made when there is no more room for a chunk's, and after the last chunk."""
-    plan_of(monkeypatch, entries=16)
+    plan_of(monkeypatch, entries=16, reserve=reserve)
     head, hidden, targets, g, rows, _ = random_problem(torch.float32, 500, 16, 200, transform={})
     g.sign_()
     scale = {"none": 40.0, "some": 0.1, "all": 0.01}[dense]

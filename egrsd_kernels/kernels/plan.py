@@ -29,7 +29,7 @@ MOST_ROWS = 4352
 FROZEN_BYTES = 350 << 20
 # Sparse gradients: the most entries that a row may keep. To gather so many rows of the head takes almost as long as the
 # row's product; with a trained head, each is sorted, too, and gathers a hidden state.
-MOST_ENTRIES = {False: 512, True: 256}
+MOST_ENTRIES = {False: 256, True: 128}
 # Entries that wait to be sorted and added to the head's gradient, which takes as long as reading and writing all of it;
 # and the bytes that one takes then.
 LISTED_ENTRIES = 9 << 19
@@ -53,18 +53,19 @@ class Plan:
 @dataclass(frozen=True)
 class SparsePlan:
     """A chunk with sparse gradients: its ``rows``; the most vocabulary ``entries`` that a row may keep; ``listed``, the
-    rows that they are listed of at a time; and room for tiles of dhidden, as in :class:`Plan`. ``found``: how many
-    entries of a row there is room for to choose from."""
+    rows that they are listed of at a time; room for ``reserve`` dense rows that wait, and for tiles of dhidden, as in
+    :class:`Plan`. ``found``: how many entries there is room for to choose from in each of a row's SPLITS."""
 
     rows: int
     entries: int
     listed: int
+    reserve: int
     partial_tiles: int
-    FOUND: ClassVar[int] = 4
+    SPLITS: ClassVar[int] = 4
 
     @property
     def found(self) -> int:
-        return self.FOUND * self.entries
+        return 1 << (self.entries - 1).bit_length()
 
 
 def break_even(hidden_size: int, trained: bool) -> float:
@@ -183,34 +184,40 @@ def chunk_plan(
     return Plan(tiles * ROW_TILE, width, room)
 
 
+@functools.lru_cache(maxsize=1024)
 def sparse_plan(
-    row_tiles: int, vocabulary: int, hidden_size: int, itemsize: int, machine: Machine, budget: int, trained: bool
-) -> SparsePlan:
-    """The largest chunks within ``budget`` bytes (or the smallest), with a reserve of as many rows beside them.
+    row_tiles: int, vocabulary: int, hidden_size: int, itemsize: int, machine: Machine, budget: int,
+    needs: tuple[bool, bool, bool],
+) -> SparsePlan:  # fmt: skip
+    """The largest chunks within ``budget`` bytes (or the smallest), and the reserve that goes with them.
 
-    The gradient of a head in float32, which chunks add up in, is beside that budget. trained: whether the head is.
+    The gradient of a head in float32, which chunks add up in, is beside that budget; and what it will take in a 16-bit
+    dtype, once they are done, is theirs until then. needs: gradients of (hidden, weight, bias).
     """
     programs, _, configs = machine
+    trained = needs[1] or needs[2]
     entries, cols = MOST_ENTRIES[trained], configs.vocab.cols
     col_tiles = ceil_div(vocabulary, cols)
+    if needs[1] and itemsize < 4:
+        budget += vocabulary * hidden_size * itemsize
 
-    def room(tiles: int) -> int:
-        """However full the reserve is when its rows are made, their sums may be cut in three to fill the device."""
-        return max(2 * programs, 3 * output_tiles(configs.hidden, tiles * ROW_TILE, hidden_size))
-
-    def listed(tiles: int) -> int:
-        """Rows of whole chunks."""
+    def plan(tiles: int) -> SparsePlan:
         rows = tiles * ROW_TILE
-        return rows * max(1, LISTED_ENTRIES // (rows * entries)) if trained else rows
+        # Whenever the reserve is made exactly, all of the head's gradient is read and written: the less often the
+        # better. However full it is then, the sums of dhidden may be cut in two to fill the device.
+        reserve = min(2 * tiles, row_tiles) * ROW_TILE if trained else rows
+        most_listed = min(LISTED_ENTRIES, budget // (4 * SORT_BYTES))
+        listed = rows * max(1, most_listed // (rows * entries)) if trained else rows
+        room = max(2 * programs, 2 * output_tiles(configs.hidden, reserve, hidden_size))
+        return SparsePlan(rows, entries, min(listed, ceil_div(row_tiles, tiles) * rows), reserve, room)
 
-    def buffers(tiles: int) -> int:
+    def buffers(plan: SparsePlan) -> int:
         """Bytes: exponentials, hidden states and tile sums of the chunk and of the reserve; lists; tiles of dhidden."""
-        rows = tiles * ROW_TILE
-        per_row = 2 * ((col_tiles * cols + hidden_size) * itemsize + 4 * col_tiles)
-        per_row += 4 * col_tiles + 4 * SparsePlan.FOUND * entries + 4 * 128 + 256
-        kept = min(listed(tiles), ceil_div(row_tiles, tiles) * rows) * entries
-        partial = room(tiles) * configs.hidden.rows * configs.hidden.cols
-        return rows * per_row + (SORT_BYTES if trained else 8) * kept + 4 * partial
+        stored = (col_tiles * cols + hidden_size) * itemsize + 4 * col_tiles
+        found = 4 * col_tiles + 4 * SparsePlan.SPLITS * (plan.found + 2) + 4 * 128 + 256
+        kept = (SORT_BYTES if trained else 8) * plan.listed * entries
+        partial = 4 * plan.partial_tiles * configs.hidden.rows * configs.hidden.cols
+        return (plan.rows + plan.reserve) * stored + plan.rows * found + kept + partial
 
-    tiles = max((tiles for tiles in range(1, row_tiles + 1) if buffers(tiles) <= budget), default=1)
-    return SparsePlan(tiles * ROW_TILE, entries, listed(tiles), room(tiles))
+    most = min(row_tiles, budget // (2 * ROW_TILE * vocabulary * itemsize))
+    return next((found for found in map(plan, range(most, 1, -1)) if buffers(found) <= budget), plan(1))

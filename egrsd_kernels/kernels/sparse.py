@@ -251,16 +251,21 @@ def select_tiles_kernel(
 
 @triton.jit
 def load_entries(
-    exponentials, stride_e, tile_of, r, start, n, col_tiles, COLS: tl.constexpr, SIZE: tl.constexpr, PART: tl.constexpr
+    exponentials, stride_e, tile_of, r, k, n, col_tiles, COLS: tl.constexpr, SIZE: tl.constexpr, PART: tl.constexpr
 ):
-    """E (SIZE,) float32 of row r in its ``n`` kept tiles from ``start`` on, 0 at the end.
+    """E (SIZE,) float32 of row r in the ``k``-th of its ``n`` kept tiles, 0 where there are not so many.
 
     Of each tile these are COLS // PART entries, which take turns.
     """
-    k = start + tl.arange(0, SIZE * PART // COLS)
     first = tl.load(tile_of + r * col_tiles + k, mask=k < n, other=0) * COLS + (k + r) % PART * (COLS // PART)
     at = r.to(tl.int64) * stride_e + first[:, None] + tl.arange(0, COLS // PART)[None, :]
     return tl.reshape(tl.load(exponentials + at, mask=(k < n)[:, None], other=0.0), [SIZE]).to(tl.float32)
+
+
+@triton.jit
+def entry_limit(cut, row_cut, total, weight):
+    """The larger of the cuts for all rows and for this one, in units of the row's E."""
+    return tl.maximum(cut, row_cut) * (total / weight)
 
 
 @triton.jit
@@ -283,7 +288,8 @@ def sample_kernel(
         limit = tl.load(budget)
         total = tl.zeros([BINS], tl.int32)
         for start in range(0, n, SIZE * PART // COLS):
-            e = load_entries(exponentials, stride_e, tile_of, r, start, n, col_tiles, COLS, SIZE, PART)
+            tiles = start + tl.arange(0, SIZE * PART // COLS)
+            e = load_entries(exponentials, stride_e, tile_of, r, tiles, n, col_tiles, COLS, SIZE, PART)
             total += tl.histogram(bin_of(weighed(a, e * inv), limit, BINS), BINS)
         k = tl.arange(0, BINS)
         first = tl.max(tl.where((tl.cumsum(total, 0) - total) * PART < MOST, k, 0), 0)
@@ -318,75 +324,84 @@ def select_rows_kernel(
 
 @triton.jit
 def collect_kernel(
-    exponentials, stride_e, tile_of, n_tiles, weight, inverse, total, live, cut,
-    row_cut, found_at, n_found, dropped, col_tiles, unseen,
-    COLS: tl.constexpr, SIZE: tl.constexpr, FOUND: tl.constexpr,
+    exponentials, stride_e, tile_of, n_tiles, weight, inverse, total, live, cut, row_cut, found_at, n_found, lost,
+    col_tiles, unseen,
+    COLS: tl.constexpr, SIZE: tl.constexpr, FOUND: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """found_at (chunk, FOUND): where in its kept tiles a row has entries above the cut and its own cut, in order. With
-    more than there is room for, it ends early.
+    """found_at (chunk, SPLITS, FOUND): where in its kept tiles a row has entries above the cuts, in order.
 
-    row_cut: becomes the larger cut, in units of the row's E. dropped: what the other entries come to is added. unseen:
-    what an entry may be off by because the dtype underflows, in units of E.
+    The tiles are dealt to SPLITS programs. One that finds more than there is room for ends early.
+    n_found (chunk, SPLITS): how many. lost (chunk, SPLITS): what the other entries come to. unseen: what an entry may
+    be off by because the dtype underflows, in units of E.
     """
-    r = tl.program_id(0)
+    r = tl.program_id(0) // SPLITS
+    split = tl.program_id(0) % SPLITS
     if r < tl.load(live + 1):
         n = tl.load(n_tiles + r)
-        limit = tl.maximum(tl.load(cut), tl.load(row_cut + r, mask=n > 0, other=0.0))
-        limit *= tl.load(total + r, mask=n > 0, other=1.0) / tl.load(weight + r, mask=n > 0, other=1.0)
+        some = n > 0
+        limit = entry_limit(
+            tl.load(cut), tl.load(row_cut + r, mask=some, other=0.0),
+            tl.load(total + r, mask=some, other=1.0), tl.load(weight + r, mask=some, other=1.0),
+        )  # fmt: skip
         small = tl.zeros([SIZE], tl.float32)
         count = 0
-        start = 0
+        tiles = split + SPLITS * tl.arange(0, SIZE // COLS)
+        start = split
+        ahead = load_entries(exponentials, stride_e, tile_of, r, tiles, n, col_tiles, COLS, SIZE, 1)
         while (start < n) & (count <= FOUND):
-            e = load_entries(exponentials, stride_e, tile_of, r, start, n, col_tiles, COLS, SIZE, 1)
+            e = ahead
+            at = tl.reshape(tiles[:, None] * COLS + tl.arange(0, COLS)[None, :], [SIZE])
+            tiles += SPLITS * (SIZE // COLS)
+            ahead = load_entries(exponentials, stride_e, tile_of, r, tiles, n, col_tiles, COLS, SIZE, 1)
             keep = e > limit
             small += tl.where(keep, 0.0, e)
             one = keep.to(tl.int32)
             more = tl.sum(one, 0)
             if more > 0:
                 k = count + tl.cumsum(one, 0) - one
-                at = start * COLS + tl.arange(0, SIZE)
-                tl.store(found_at + r * FOUND + k, at, mask=keep & (k < FOUND))
+                tl.store(found_at + tl.program_id(0) * FOUND + k, at, mask=keep & (k < FOUND))
             count += more
-            start += SIZE // COLS
-        tl.store(row_cut + r, limit)
-        tl.store(n_found + r, count)
-        lost = (tl.sum(small, 0) + n * (COLS * unseen)) * tl.load(inverse + r)
-        tl.store(dropped + r, tl.load(dropped + r) + lost)
+            start += SPLITS * (SIZE // COLS)
+        tl.store(n_found + tl.program_id(0), count)
+        looked_at = tl.cdiv(tl.maximum(n - split, 0), SPLITS) * COLS
+        tl.store(lost + tl.program_id(0), (tl.sum(small, 0) + looked_at * unseen) * tl.load(inverse + r))
 
 
 @triton.jit
 def fit_kernel(
-    exponentials, stride_e, tile_of, n_tiles, weight, inverse, target, target_value, live, budget,
-    found_at, n_found, row_cut, entry_of, value_of, n_entries, dropped, dense, counts, col_tiles,
-    COLS: tl.constexpr, FOUND: tl.constexpr, SIZE: tl.constexpr, CAPACITY: tl.constexpr, BINS: tl.constexpr,
+    exponentials, stride_e, tile_of, n_tiles, weight, inverse, total, live, cut, row_cut, found_at, n_found, lost,
+    col_tiles, target, target_value, budget, entry_of, value_of, n_entries, dropped, dense, counts,
+    COLS: tl.constexpr, FOUND: tl.constexpr, SPLITS: tl.constexpr, CAPACITY: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     """A row's list: entries and their x, the target's last; the smallest found are dropped if there are too many.
 
-    Dense is a row of which more than FOUND were found, or that too many large entries are left of. counts (BINS,) +=
-    the histogram of what other rows drop.
+    Dense is a row of which a program found more than FOUND, or that too many large entries are left of. counts (BINS,)
+    += the histogram of what other rows drop.
     """
     r = tl.program_id(0)
     n = tl.load(n_tiles + r, mask=r < tl.load(live + 1), other=0)
     if n > 0:
-        found = tl.load(n_found + r)
         y = tl.load(target + r)
+        a = tl.load(weight + r)
+        SIZE: tl.constexpr = SPLITS * FOUND
         i = tl.arange(0, SIZE)
-        ours = i < tl.minimum(found, FOUND)
-        at = tl.load(found_at + r * FOUND + i, mask=ours, other=0)
+        ours = i % FOUND < tl.load(n_found + r * SPLITS + i // FOUND)
+        at = tl.load(found_at + r * SIZE + i, mask=ours, other=0)
         v = tl.load(tile_of + r * col_tiles + at // COLS, mask=ours, other=0) * COLS + at % COLS
         ours &= v != y
         e = tl.load(exponentials + r.to(tl.int64) * stride_e + v, mask=ours, other=0.0).to(tl.float32)
         # The list's last place is the target's. From the lowest bin on from which all fit, they stay.
-        bottom = tl.load(row_cut + r).to(tl.int32, bitcast=True)
+        bottom = entry_limit(tl.load(cut), tl.load(row_cut + r), tl.load(total + r), a).to(tl.int32, bitcast=True)
         k = tl.minimum((e.to(tl.int32, bitcast=True) - bottom) >> ENTRY_BITS, BINS - 1)
         bins = tl.arange(0, BINS)
         in_bin = tl.histogram(tl.where(ours, k, 0), BINS) - tl.where(bins == 0, SIZE - tl.sum(ours.to(tl.int32), 0), 0)
         above = tl.sum(in_bin, 0) - tl.cumsum(in_bin, 0) + in_bin
         first = tl.min(tl.where(above < CAPACITY, bins, BINS), 0)
-        too_many = (found > FOUND) | (first == BINS)
+        splits = r * SPLITS + tl.arange(0, SPLITS)
+        too_many = (tl.max(tl.load(n_found + splits), 0) > FOUND) | (first == BINS)
         inv = tl.load(inverse + r)
         keep = ours & (k >= first)
-        lost = tl.load(dropped + r) + tl.sum(tl.where(keep, 0.0, e), 0) * inv
+        all_lost = tl.load(dropped + r) + tl.sum(tl.load(lost + splits), 0) + tl.sum(tl.where(keep, 0.0, e), 0) * inv
         one = keep.to(tl.int32)
         place = r * CAPACITY + tl.cumsum(one, 0) - one
         last = tl.sum(one, 0)
@@ -395,10 +410,10 @@ def fit_kernel(
         tl.store(entry_of + r * CAPACITY + last, y)
         tl.store(value_of + r * CAPACITY + last, tl.load(target_value + r))
         tl.store(n_entries + r, last + 1)
-        tl.store(dropped + r, lost)
+        tl.store(dropped + r, all_lost)
         tl.store(dense + r, too_many.to(tl.int32))
         if not too_many:
-            tl.atomic_add(counts + bin_of(weighed(tl.load(weight + r), lost), tl.load(budget), BINS), 1, sem="relaxed")
+            tl.atomic_add(counts + bin_of(weighed(a, all_lost), tl.load(budget), BINS), 1, sem="relaxed")
 
 
 @triton.jit
@@ -561,30 +576,30 @@ class SparseGradients:
         self.chunk, self.plan, self.hidden, self.sparse = chunk, plan, hidden, sparse
         self.out_hidden, self.out_head, self.out_bias = outputs
         tiles = triton.cdiv(chunk.V, chunk.configs.vocab.cols)
-        whole = Plan(chunk.rows, tiles, plan.partial_tiles)
         self.trained = self.out_head is not None or self.out_bias is not None
-        self.stored_pass = ChunkGradients(chunk, whole, None, head=False)
+        self.stored_pass = ChunkGradients(chunk, Plan(chunk.rows, tiles, 0), None, head=False)
         self.vocab = self.stored_pass.vocab
         self.unseen = 2.0**-25 if chunk.hidden.dtype == torch.float16 else 0.0
         self.weight, self.inverse, self.target_value, self.mass, self.dropped = chunk.floats(5, chunk.rows)
-        self.dense, self.n_tiles, self.n_found, self.slot_of = self._ints(4, chunk.rows)
-        self.tile_of, self.found_at = self._ints(chunk.rows, tiles), self._ints(chunk.rows, plan.found)
+        self.dense, self.n_tiles, self.slot_of = self._ints(3, chunk.rows)
+        self.tile_of, self.found_at = self._ints(chunk.rows, tiles), self._ints(chunk.rows, plan.SPLITS, plan.found)
+        self.n_found, self.lost = self._ints(chunk.rows, plan.SPLITS), chunk.floats(chunk.rows, plan.SPLITS)
         self.row_counts = self._ints(chunk.rows, BINS.value)
         self.row_cut, self.excess = chunk.floats(2, chunk.rows)
         # Of the rows of several chunks, for the gradient of the head: what they keep, and dL/dlogp of the sparse ones.
         tokens = hidden.shape[0] * hidden.shape[1]
-        listed = min(plan.listed, triton.cdiv(tokens, chunk.rows) * chunk.rows)
-        self.entries, self.values = self._ints(listed, plan.entries), chunk.floats(listed, plan.entries)
-        self.n_entries, self.token_of = self._ints(2, listed)
-        self.signed = torch.zeros(listed, dtype=torch.float32, device=hidden.device)
+        self.entries, self.values = self._ints(plan.listed, plan.entries), chunk.floats(plan.listed, plan.entries)
+        self.n_entries, self.token_of = self._ints(2, plan.listed)
+        self.signed = torch.zeros(plan.listed, dtype=torch.float32, device=hidden.device)
         self.listed = 0
         self.counts = torch.empty(4, BINS.value, dtype=torch.int64, device=self.dense.device)
         # 16 bytes apart: Triton compiles a kernel again for a pointer that is less aligned.
         self.top, self.budget, self.tile_cut, self.row_guess, self.entry_cut, self.row_limit = chunk.floats(24).split(4)
         # Dense rows, until the exact kernels take them.
-        self.reserve = Chunk(chunk.head, chunk.rows, (chunk.programs, chunk.tma, chunk.configs))
+        self.reserve = Chunk(chunk.head, plan.reserve, (chunk.programs, chunk.tma, chunk.configs))
+        whole = Plan(plan.reserve, tiles, plan.partial_tiles)
         self.exact = ChunkGradients(self.reserve, whole, self.out_hidden, head=self.trained)
-        self.reserve_order, self.stored = self._ints(chunk.rows), torch.zeros_like(self.reserve.live)
+        self.reserve_order, self.stored = self._ints(plan.reserve), torch.zeros_like(self.reserve.live)
         self.gradient = chunk.floats(tokens)
 
     def _ints(self, *shape: int) -> torch.Tensor:
@@ -664,7 +679,7 @@ class SparseGradients:
         part = min(SAMPLE_MOST, 1 << max(0, (chunk.rows * chunk.V // SAMPLED).bit_length() - 1))
         sample_kernel[(chunk.rows,)](
             *kept_tiles, chunk.live, self.budget, self.row_counts, self.row_cut, self.excess, self.counts[1], tiles,
-            COLS=cols, PART=part, MOST=plan.found // 2, BINS=BINS, **AT_ONCE,
+            COLS=cols, PART=part, MOST=plan.SPLITS * plan.found // 2, BINS=BINS, **AT_ONCE,
         )  # fmt: skip
         self._cut(self.counts[1], ROW_SHARE, self.row_guess)
         select_rows_kernel[self._row_blocks](
@@ -672,16 +687,15 @@ class SparseGradients:
             self.dense, self.counts[2], ROWS=ROW_BLOCK, BINS=BINS,
         )  # fmt: skip
         self._cut(self.counts[2], ENTRY_SHARE / part, self.entry_cut)
-        found = self.found_at, self.n_found
-        collect_kernel[(chunk.rows,)](
-            *kept_tiles, self.stored_pass.total, chunk.live, self.entry_cut, self.row_cut, *found, self.dropped,
-            tiles, self.unseen, COLS=cols, FOUND=plan.found, **AT_ONCE,
+        found = (
+            *kept_tiles, self.stored_pass.total, chunk.live, self.entry_cut, self.row_cut,
+            self.found_at, self.n_found, self.lost, tiles,
         )  # fmt: skip
+        room = {"COLS": cols, "FOUND": plan.found, "SPLITS": plan.SPLITS}
+        collect_kernel[(chunk.rows * plan.SPLITS,)](*found, self.unseen, **room, **AT_ONCE)
         fit_kernel[(chunk.rows,)](
-            *kept_tiles, chunk.target, self.target_value, chunk.live, self.budget, *found, self.row_cut, *lists,
-            self.dropped, self.dense, self.counts[3], tiles,
-            COLS=cols, FOUND=plan.found, SIZE=triton.next_power_of_2(plan.found), CAPACITY=plan.entries, BINS=BINS,
-            num_warps=8,
+            *found, chunk.target, self.target_value, self.budget, *lists, self.dropped, self.dense, self.counts[3],
+            CAPACITY=plan.entries, BINS=BINS, num_warps=8, **room,
         )  # fmt: skip
         self._cut(self.counts[3], 1.0, self.row_limit)
 
