@@ -1,7 +1,8 @@
-"""Pictures of a result file: time and memory of a step against the number of tokens and against the hidden size; or how
-sparse a language model's softmax rows are, and how it trains with sparse gradients.
+"""Pictures of a result file: time and memory of a step against the number of tokens and against the hidden size; what
+sparse gradients cost at each tolerance; or how sparse a language model's softmax rows are, and how it trains with them.
 
     python -m benchmarks.plots benchmarks/results/compare-h100.json --output benchmarks/results
+    python -m benchmarks.plots benchmarks/results/sparse-h100.json --output benchmarks/results
     python -m benchmarks.plots benchmarks/results/language_model-h100.json --output benchmarks/results
 
 Time is per token, in µs, so that peers can be told apart over three decades of batch sizes. Scales are logarithmic.
@@ -150,6 +151,38 @@ def draw(report: dict, figure: str, quantity: str, against: str, path: Path) -> 
     plt.close(canvas)
 
 
+def draw_sparse(report: dict, path: Path) -> None:
+    """Sparse steps beside exact ones, and the tokens made exactly all the same, over the tolerance."""
+    shapes = [entry for entry in report["shapes"] if entry["data"] == "peaked"]
+    canvas, (steps, tokens) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    colours = dict(zip(("frozen", "trained"), ("#0072B2", "#D55E00"), strict=True))
+    for entry, marker in zip(shapes, MARKERS, strict=False):
+        for head, colour in colours.items():
+            rows = [row for row in entry["rows"] if row["head"] == head and "ratio" in row["time"]]
+            found = [row for row in rows if row["mode"] != "exact"]
+            at, label = [row["tolerance"] for row in found], f"{model(entry['hidden_size'])}, {head} head"
+            line = {"color": colour, "marker": marker, "markersize": 5}
+            steps.plot(at, [row["time"]["ratio"] for row in found], label=label, **line)
+            for row in rows:
+                if row["mode"] == "exact":
+                    steps.axhline(row["time"]["ratio"], color=colour, linestyle="--", linewidth=0.8)
+            tokens.plot(at, [100 * row["dense_share"] for row in found], label=label, **line)
+    steps.set(ylim=(0.5, None), title="Time of a step, over the bare matrix products of an exact one")
+    steps.text(0.02, 0.97, "dashed: exact gradients", transform=steps.transAxes, fontsize=8, va="top")
+    tokens.set(ylim=(0, None), title="Tokens that were made exactly, %")
+    for axes in (steps, tokens):
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("sparse_tol: dL/dlogits may be off by, of its L1 norm", fontsize=9)
+        axes.title.set_fontsize(10)
+        axes.grid(alpha=0.3, linewidth=0.6)
+    steps.legend(fontsize=8, frameon=False)
+    first = shapes[0]
+    about = f"N = {first['tokens']:,}, V = {first['vocabulary']:,}, {first['dtype']}, {report['device']}"
+    canvas.suptitle(f"Sparse gradients, {about}", fontsize=11)
+    canvas.savefig(path, dpi=130)
+    plt.close(canvas)
+
+
 def draw_sparsity(report: dict, path: Path) -> None:
     """What lies beyond the most probable entries, what is kept, and training with exact and with sparse gradients."""
     found = report["sparsity"]["own samples"]
@@ -183,14 +216,15 @@ def draw_sparsity(report: dict, path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="JSON of benchmarks.compare, or of benchmarks.language_model")
+    parser.add_argument("results", type=Path, help="JSON of benchmarks.compare, .sparse or .language_model")
     parser.add_argument("--output", type=Path, required=True, help="folder of the PNGs")
     args = parser.parse_args(argv)
     report = json.loads(args.results.read_text(encoding="utf-8"))
     args.output.mkdir(parents=True, exist_ok=True)
     if "sparsity" in report:
-        draw_sparsity(report, args.output / "sparsity.png")
-        return
+        return draw_sparsity(report, args.output / "sparsity.png")
+    if "runs" not in report:
+        return draw_sparse(report, args.output / "sparse.png")
     for figure in ("frozen", "trained"):
         for quantity in QUANTITIES:
             for against in AXES:

@@ -128,11 +128,11 @@ class Exact:
             "logp_max_nat": [_largest(got[self.rows], want) for got, want in logp if got is not None],
             "entropy_max_nat": [] if step.entropy is None else [_largest(step.entropy[self.rows], self.entropy)],
             "dhidden_relative": [
-                _relative(step.d_hidden[self.rows], step.credit[self.rows].double()[:, None] * self.d_logp)
+                relative(step.d_hidden[self.rows], step.credit[self.rows].double()[:, None] * self.d_logp)
             ],
         }
         if step.d_weight is not None:
-            found["dweight_relative"] = [_relative(step.d_weight[self.entries], self._d_weight(step.credit))]
+            found["dweight_relative"] = [relative(step.d_weight[self.entries], self._d_weight(step.credit))]
         return {name: max(values) for name, values in found.items() if values}
 
 
@@ -146,5 +146,5 @@ def _largest(got: torch.Tensor, want: torch.Tensor) -> float:
     return (got.double() - want).abs().max().item()
 
 
-def _relative(got: torch.Tensor, want: torch.Tensor) -> float:
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
     return ((got.double() - want).norm() / want.norm()).item()

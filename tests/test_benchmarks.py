@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks import compare, measure, plots, table
+from benchmarks import compare, measure, plots, sparse, table
 from benchmarks.data import GENERATORS, head_weight, summary, teacher_hidden
 from benchmarks.peers import PEERS, Calls, Peer, without_parents
 from benchmarks.problem import Exact, Problem, Step, wrong
@@ -386,3 +386,29 @@ def test_plots(tmp_path, results):
     written = {path.name: path.read_bytes() for path in (tmp_path / "pictures").iterdir()}
     assert written.keys() == names
     assert all(content.startswith(b"\x89PNG") and len(content) > 10_000 for content in written.values())
+
+
+def test_sparse_beside_exact(tmp_path, capsys):
+    """On the CPU every gradient is exact: all tokens are, nothing is left out, and nothing is off."""
+    path = tmp_path / "sparse.json"
+    options = ["--shapes=64:100,96:100", "--vocabulary=300", "--device=cpu", "--rounds=3", "--tolerances", "-10", "-6"]
+    sparse.main([*options, "--output", str(path)])
+    report = json.loads(path.read_text())
+    shapes = {(entry["hidden_size"], entry["data"]): entry for entry in report["shapes"]}
+    assert shapes.keys() == {(size, data) for size in (64, 96) for data in GENERATORS}
+    for (_, data), entry in shapes.items():
+        modes = ["exact", "2^-10", "2^-6"] if data == "peaked" else ["exact", "2^-10"]
+        assert [(row["mode"], row["head"]) for row in entry["rows"]] == [(m, h) for m in modes for h in sparse.FIGURES]
+        for row in entry["rows"]:
+            floor = sum(
+                count * product["ms"]
+                for count, product in zip(compare.FLOORS[row["head"]], entry["products"].values(), strict=True)
+            )
+            assert row["time"]["ratio"] == pytest.approx(row["time"]["ms"] / floor)
+            if row["mode"] != "exact":
+                assert row["dense_share"] == 1 and row["bound"] == 0 and not any(row["error"])
+                assert len(row["error"]) == (2 if row["head"] == "trained" else 1)
+                assert row["tolerance"] == 2.0 ** int(row["mode"].removeprefix("2^"))
+    assert "--tolerances -10 -6" in report["command"] and "2^-6" in capsys.readouterr().out
+    plots.main([str(path), "--output", str(tmp_path / "pictures")])
+    assert (tmp_path / "pictures" / "sparse.png").read_bytes().startswith(b"\x89PNG")

@@ -70,7 +70,7 @@ SAMPLED = 1 << 22  # about so many entries at least are counted for a threshold,
 SAMPLE_MOST = 32
 ROW_BLOCK = 16  # rows of a program that goes through all tiles of its rows, TILE_BLOCK at a time
 TILE_BLOCK = 64
-AT_ONCE = {"SIZE": 1024, "num_warps": 4}  # entries of a row that a program looks at together
+AT_ONCE = {"SIZE": 512, "num_warps": 4}  # entries of a row that a program looks at together
 SLOTS = 1024  # rows at a time of a program that goes through all rows
 OCCUPANCY = 8  # small programs on a multiprocessor at a time
 
