@@ -27,8 +27,8 @@ LAUNCHES = {"chunk": 12, "slice": 6}
 # With these limits on the memory of a chunk, more buys no speed where the head is frozen.
 MOST_ROWS = 4352
 FROZEN_BYTES = 350 << 20
-# Sparse gradients: the most entries that a row may keep. To gather so many rows of the head takes almost as long as the
-# row's product; with a trained head, each is sorted, too, and gathers a hidden state.
+# Sparse gradients: the most entries that a row may keep. Twice as many rows of the head to gather take almost as long
+# as the row's product, and lists take memory from chunks; with a trained head, each entry is sorted, too.
 MOST_ENTRIES = {False: 256, True: 128}
 # Entries that wait to be sorted and added to the head's gradient, which takes as long as reading and writing all of it;
 # and the bytes that one takes then.
