@@ -5,17 +5,15 @@
 A step is the whole method (teacher, student, gate, gradients), as in ``benchmarks.compare``, on the same data, beside
 the bare matrix products of the same rounds. ``dense_share``: of the tokens, those that were made exactly. ``bound``:
 what is certified of dL/dlogits. ``error``: how far the gradients are from exact ones, relative in the Frobenius norm.
-``collection``: the device time of the student's forward pass and of finding the entries to keep, over the bare
-product's: that of all kernels of a step with a frozen head, less those that make gradients of what was found, and less
-the teacher's pass.
+``collection``: the student's forward pass and the choice of entries and dense tokens, without any gradient, over the
+bare product. ``kernels_ms``: the device time of each kernel in one step with a frozen head, profiled on a GPU that has
+just been idle. The last two are for GPUs alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import statistics
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -26,12 +24,10 @@ from benchmarks.compare import FLOORS, SHAPE, SUSTAINED, parse_shapes
 from benchmarks.data import GENERATORS, VOCABULARY
 from benchmarks.measure import command, environment, interleaved, timer_of, write
 from benchmarks.problem import Problem, relative
-from egrsd_kernels import TokenStats, fused_egrsd_loss, token_statistics
+from egrsd_kernels import TokenStats, fused_egrsd_loss, triton_backend
+from egrsd_kernels.problem import DEFAULT_CHUNK_BYTES, Head, Rows, Sparse
 
 FIGURES = {"frozen": False, "trained": True}
-# Kernels that make gradients of what was found; the others of a sparse step are passes over the vocabulary, or look.
-GRADIENTS = ("hidden_kernel", "finish_hidden_kernel", "gather_hidden_kernel", "drop_target_kernel", "set_aside_kernel")
-GRADIENTS += ("factor_kernel", "multiply_kernel")
 
 
 def step(p: Problem, trained: bool, **options) -> tuple[list[torch.Tensor], TokenStats]:
@@ -44,29 +40,21 @@ def step(p: Problem, trained: bool, **options) -> tuple[list[torch.Tensor], Toke
     return [leaf.grad for leaf in leaves if leaf.requires_grad], stats
 
 
-def device_ms(run: Callable[[], object]) -> dict[str, float]:
-    """The device time of each kernel of a run."""
+def collect(p: Problem, tolerance: float) -> None:
+    """The student's pass as far as it goes without gradients, each token's dL/dlogp its credit."""
+    rows = Rows.build(torch.ones_like(p.targets, dtype=torch.bool), p.credit != 0)
+    logp, none = torch.zeros_like(p.advantages), (False, False, False)
+    triton_backend.student_pass(
+        Head(p.weight, None, None, 1.0), p.hidden[None], p.targets, rows, logp, lambda *_: p.credit, none,
+        DEFAULT_CHUNK_BYTES, Sparse.of(tolerance, p.targets),
+    )  # fmt: skip
+
+
+def kernels_ms(p: Problem, tolerance: float) -> dict[str, float]:
     with profile(activities=[ProfilerActivity.CUDA]) as found:
-        run()
+        step(p, False, grad_mode="sparse", sparse_tol=tolerance)
         torch.cuda.synchronize()
     return {event.key: event.self_device_time_total / 1e3 for event in found.key_averages()}
-
-
-def collection(p: Problem, tolerance: float, rounds: int = 5) -> dict:
-    """The forward pass with collection over the bare product, and each kernel's time in a step; medians."""
-    subjects = {
-        "product": partial(p.forward_product, p.hidden),
-        "teacher": partial(token_statistics, p.teacher_hidden, p.weight, p.targets),
-        "step": partial(step, p, False, grad_mode="sparse", sparse_tol=tolerance),
-    }
-    samples = [{name: device_ms(run) for name, run in subjects.items()} for _ in range(rounds)]
-    ratios = []
-    for sample in samples:
-        forward = sum(ms for name, ms in sample["step"].items() if name not in GRADIENTS)
-        ratios.append((forward - sum(sample["teacher"].values())) / sum(sample["product"].values()))
-    names = sorted(samples[0]["step"])
-    kernels = {name: statistics.median(sample["step"].get(name, 0.0) for sample in samples) for name in names}
-    return {"ratio": statistics.median(ratios), "ratios": ratios, "kernels_ms": kernels}
 
 
 def measure(p: Problem, tolerances: list[float], device: torch.device, sustained: bool, **effort) -> dict:
@@ -77,6 +65,8 @@ def measure(p: Problem, tolerances: list[float], device: torch.device, sustained
     for mode, options in modes.items():
         for figure, trained in FIGURES.items():
             subjects[mode, figure] = partial(step, p, trained, **options)
+        if options and device.type == "cuda":
+            subjects[mode, "collection"] = partial(collect, p, options["sparse_tol"])
     want = {figure: subjects["exact", figure]()[0] for figure in FIGURES}
     for mode, options in modes.items():
         for figure in FIGURES:
@@ -99,7 +89,13 @@ def measure(p: Problem, tolerances: list[float], device: torch.device, sustained
             time |= {"floor_ms": floor, "ratio": time["ms"] / floor}
             time |= {"over_exact": time["ms"] / times["exact", row["head"]].get("ms", math.nan)}
         row["time"] = time
-    return {"products": products, "rows": rows}
+    found = {mode: times[mode, "collection"] for mode in modes if (mode, "collection") in times}
+    for time in found.values():
+        if "ms" in time:
+            time["ratio"] = time["ms"] / products["forward"]["ms"]
+    profiled = modes.items() if device.type == "cuda" else ()
+    kernels = {mode: kernels_ms(p, options["sparse_tol"]) for mode, options in profiled if options}
+    return {"products": products, "rows": rows, "collection": found, "kernels_ms": kernels}
 
 
 def describe(entry: dict) -> str:
@@ -114,8 +110,9 @@ def describe(entry: dict) -> str:
             errors = ", ".join(f"{error:.1e}" for error in row["error"])
             cells.append(f"dense {row['dense_share']:.1%}, bound {row['bound']:.1e}, error {errors}")
         lines.append("  ".join([*cells, time.get("note", "")]).rstrip())
-    for tolerance, found in entry["collection"].items():
-        lines.append(f"  forward and collection at {tolerance}: {found['ratio']:.3f} x the bare product")
+    for mode, time in entry["collection"].items():
+        ratio = f"{time['ratio']:.3f} x the bare product" if "ms" in time else time["note"]
+        lines.append(f"  {mode}, forward pass and collection: {ratio}")
     return "\n".join(lines)
 
 
@@ -143,8 +140,6 @@ def main(argv: list[str] | None = None) -> None:
             chosen = tolerances if data == "peaked" else tolerances[:1]
             sustained = size * n * args.vocabulary >= SUSTAINED
             found = measure(p, chosen, device, sustained, rounds=args.rounds, budget=args.budget)
-            at = {f"2^{math.log2(tolerance):g}": tolerance for tolerance in chosen} if device.type == "cuda" else {}
-            found["collection"] = {name: collection(p, tolerance) for name, tolerance in at.items()}
             shape = (size, n, args.vocabulary, str(p.weight.dtype).removeprefix("torch."), data)
             report["shapes"].append(dict(zip(SHAPE, shape, strict=True)) | found)
             del p
