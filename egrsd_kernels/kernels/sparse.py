@@ -30,18 +30,20 @@ two sums as computed, it makes every row of the chunk dense, whose δ is 0. So n
 found; it remains that the sums as computed are good for the sums. All their terms are nonnegative. One is rounded to
 the operands' dtype, by a factor within 1 ± 2^-9 (bfloat16; float16 and float32 are finer), and by m float32 roundings
 on its way into the sum, a factor within 1 ± m 2^-24 / (1 - m 2^-24). A tile's sum takes at most COLS additions, a row's
-one for each tile, and the chunk's one for each row: m < 2^14 with room to spare. Together that is within
-1 ± (2^-9 + 2^-9.9) for either sum, and their quotient below 1 + SLACK. M leaves terms out, never adds any: under a
-softcap it is a lower bound. Underflow is taken the safe way: a weighed mass that is not 0 counts as at least the
-smallest normal number in D, and one below 2^-100 as 0 in M; what float16 cannot hold, at most 2^-25 an entry in units
-of its E, counts as dropped. Chunks each keep to their own budget, so the sums over all of them do. ∎
+one for each tile, and the chunk's one for every SLOTS rows and SLOTS more: m < 2^14 with room to spare. Together that
+is within 1 ± (2^-9 + 2^-9.9) for either sum, and their quotient below 1 + SLACK. M leaves terms out, never adds any:
+under a softcap it is a lower bound. Underflow is taken the safe way: a weighed mass that is not 0 counts as at least
+the smallest normal number in D, and one below 2^-100 as 0 in M; what float16 cannot hold, at most 2^-25 an entry in
+units of its E, counts as dropped. Chunks each keep to their own budget, so the sums over all of them do. ∎
 
 Each row's δ is given out times 1 + SLACK, so that it stands for the exact one over the exact M_t in any sum that is
 made of it later; the other SLACK keeps such a sum within the tolerance, however it is rounded.
 
 The probabilities are those that the kernels compute, from float32 logits. As in the exact kernels a p is off by the
 relative error 2 Δz where logits are off by Δz, and below 2^-126 it is 0. A mass is a sum of them, and not a difference
-such as 1 - p_y, whose error would not shrink with it; the target's entry is that difference where p_y < 1/2.
+such as 1 - p_y, whose error would not shrink with it; the target's entry is that difference where p_y < 1/2, and under
+a softcap always: there it is off by about Δz, as in the exact kernels, which δ does not count. Nor does it count what
+float16 loses of the target's own tile on its way into the target's entry and into M: at most COLS 2^-25 in units of E.
 """
 
 from __future__ import annotations
