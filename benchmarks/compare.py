@@ -38,6 +38,34 @@ def parse_shapes(text: str) -> list[tuple[int, int]]:
     return [(HIDDEN_SIZES.get(size) or int(size), int(n)) for size, n in pairs]
 
 
+def run_options(parser: argparse.ArgumentParser, budget: float) -> None:
+    """How long to measure and on what, and what is recorded of it."""
+    parser.add_argument("--rounds", type=int, default=15, help="at most, for each subject")
+    parser.add_argument("--budget", type=float, default=budget, help="seconds for each subject, three rounds at least")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
+    parser.add_argument("--commit", default=None, help="recorded in the result; default: git's HEAD")
+
+
+def shape_of(p: Problem, data: str) -> dict:
+    vocabulary, size = p.weight.shape
+    values = (size, len(p.hidden), vocabulary, str(p.weight.dtype).removeprefix("torch."), data)
+    return dict(zip(SHAPE, values, strict=True))
+
+
+def is_long(p: Problem) -> bool:
+    """Whether a step brings a GPU to its power limit."""
+    return p.weight.numel() * len(p.hidden) >= SUSTAINED
+
+
+def over_floor(time: dict, products: dict[str, dict], counts: tuple[int, ...]) -> dict:
+    """A time with its floor, so many of each of the bare products, and its ratio to that; a note stays as it is."""
+    if "ms" not in time:
+        return time
+    floor = sum(count * product["ms"] for count, product in zip(counts, products.values(), strict=True))
+    return time | {"floor_ms": floor, "ratio": time["ms"] / floor}
+
+
 def check(peer: Peer, problem: Problem, exact: Exact, timer: Timer) -> tuple[dict, dict]:
     """A peer's row without times, and the subjects to time for it by figure."""
     row = {"peer": peer.key, "name": peer.name, "version": version(peer.package) if peer.package else torch.__version__}
@@ -79,19 +107,15 @@ def measure(
         row, figures = check(peer, problem, exact, timer)
         rows.append(row)
         subjects |= {(peer.key, figure): run for figure, run in figures.items()}
-    times = interleaved(subjects, timer, sustained=size * n * vocabulary >= SUSTAINED, **effort)
+    times = interleaved(subjects, timer, sustained=is_long(problem), **effort)
     timer.free()  # a device that has died raises here, before its rows replace others
     products = {name: time for (key, name), time in times.items() if key == "gemm"}
     for row in rows:
         for figure, counts in FLOORS.items():
             if time := times.get((row["peer"], figure)):
-                if "ms" in time:
-                    floor = sum(count * product["ms"] for count, product in zip(counts, products.values(), strict=True))
-                    time |= {"floor_ms": floor, "ratio": time["ms"] / floor}
-                row[figure] = time
-    shape = (size, n, vocabulary, str(problem.weight.dtype).removeprefix("torch."), data)
+                row[figure] = over_floor(time, products, counts)
     return {
-        **dict(zip(SHAPE, shape, strict=True)),
+        **shape_of(problem, data),
         "distribution": exact.distribution,
         "products": products,
         "rows": rows,
@@ -150,11 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--shapes", default=everything, help="size:tokens,... with a model's size or D")
     parser.add_argument("--only", default=",".join(PEERS), help=f"comma-separated, of {', '.join(PEERS)}")
     parser.add_argument("--data", choices=GENERATORS, default="peaked")
-    parser.add_argument("--rounds", type=int, default=15, help="at most, for each subject")
-    parser.add_argument("--budget", type=float, default=1.0, help="seconds for each subject, three rounds at least")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
-    parser.add_argument("--commit", default=None, help="recorded in the result; default: git's HEAD")
+    run_options(parser, budget=1.0)
     args = parser.parse_args(argv)
     unknown = set(args.only.split(",")) - PEERS.keys()
     if unknown:

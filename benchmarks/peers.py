@@ -23,7 +23,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.problem import Problem, Step
-from egrsd_kernels import fused_egrsd_loss, linear_logp, token_statistics
+from egrsd_kernels import TokenStats, fused_egrsd_loss, linear_logp, token_statistics
 
 CHUNK = 1024  # rows, for those who leave chunking to the caller
 
@@ -117,18 +117,24 @@ def without_parents(name: str) -> ModuleType:
 # ------------------------------------------------------------------------------------------------ ours
 
 
+def egrsd_step(p: Problem, trained: bool, **options) -> tuple[torch.Tensor, torch.Tensor | None, TokenStats]:
+    """The whole method: gradients of hidden states and of a trained head, and the statistics."""
+    hidden, weight = p.leaves(trained)
+    loss, stats = fused_egrsd_loss(
+        hidden, weight, p.teacher_hidden, p.targets, p.advantages, lookahead=3, return_stats=True, **options
+    )
+    loss.backward()
+    return hidden.grad, weight.grad, stats
+
+
 def _ours(p: Problem, **options) -> Calls:
     def statistics() -> Statistics:
         return token_statistics(p.teacher_hidden, p.weight, p.targets, **options)[:2]
 
     def step(trained: bool) -> Step:
-        hidden, weight = p.leaves(trained)
-        loss, stats = fused_egrsd_loss(
-            hidden, weight, p.teacher_hidden, p.targets, p.advantages, lookahead=3, return_stats=True, **options
-        )
-        loss.backward()
+        d_hidden, d_weight, stats = egrsd_step(p, trained, **options)
         credit = -stats.token_advantage / len(p.targets)
-        return Step(stats.teacher_logp, stats.teacher_entropy, stats.student_logp, credit, hidden.grad, weight.grad)
+        return Step(stats.teacher_logp, stats.teacher_entropy, stats.student_logp, credit, d_hidden, d_weight)
 
     return Calls(statistics, step)
 

@@ -20,24 +20,15 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.compare import FLOORS, SHAPE, SUSTAINED, parse_shapes
-from benchmarks.data import GENERATORS, VOCABULARY
+from benchmarks.compare import FLOORS, is_long, over_floor, parse_shapes, run_options, shape_of
+from benchmarks.data import GENERATORS
 from benchmarks.measure import command, environment, interleaved, timer_of, write
+from benchmarks.peers import egrsd_step
 from benchmarks.problem import Problem, relative
-from egrsd_kernels import TokenStats, fused_egrsd_loss, triton_backend
+from egrsd_kernels import triton_backend
 from egrsd_kernels.problem import DEFAULT_CHUNK_BYTES, Head, Rows, Sparse
 
 FIGURES = {"frozen": False, "trained": True}
-
-
-def step(p: Problem, trained: bool, **options) -> tuple[list[torch.Tensor], TokenStats]:
-    """The gradients that are asked for, and the statistics."""
-    leaves = p.leaves(trained)
-    loss, stats = fused_egrsd_loss(
-        *leaves, p.teacher_hidden, p.targets, p.advantages, lookahead=3, return_stats=True, **options
-    )
-    loss.backward()
-    return [leaf.grad for leaf in leaves if leaf.requires_grad], stats
 
 
 def collect(p: Problem, tolerance: float) -> None:
@@ -52,47 +43,46 @@ def collect(p: Problem, tolerance: float) -> None:
 
 def kernels_ms(p: Problem, tolerance: float) -> dict[str, float]:
     with profile(activities=[ProfilerActivity.CUDA]) as found:
-        step(p, False, grad_mode="sparse", sparse_tol=tolerance)
+        egrsd_step(p, False, grad_mode="sparse", sparse_tol=tolerance)
         torch.cuda.synchronize()
     return {event.key: event.self_device_time_total / 1e3 for event in found.key_averages()}
 
 
-def measure(p: Problem, tolerances: list[float], device: torch.device, sustained: bool, **effort) -> dict:
+def measure(p: Problem, tolerances: list[float], device: torch.device, **effort) -> dict:
     modes = {"exact": {}}
     modes |= {f"2^{math.log2(at):g}": {"grad_mode": "sparse", "sparse_tol": at} for at in tolerances}
     subjects = {("product", name): run for name, run in p.products().items()}
     rows = []
     for mode, options in modes.items():
         for figure, trained in FIGURES.items():
-            subjects[mode, figure] = partial(step, p, trained, **options)
+            subjects[mode, figure] = partial(egrsd_step, p, trained, **options)
         if options and device.type == "cuda":
             subjects[mode, "collection"] = partial(collect, p, options["sparse_tol"])
-    want = {figure: subjects["exact", figure]()[0] for figure in FIGURES}
+    want = {figure: subjects["exact", figure]()[:2] for figure in FIGURES}
     for mode, options in modes.items():
         for figure in FIGURES:
-            got, stats = subjects[mode, figure]()
+            *got, stats = subjects[mode, figure]()
             row = {"mode": mode, "head": figure}
             if options:
                 row |= {"tolerance": options["sparse_tol"]}
                 row |= {"dense_share": (stats.gradient_error_bound == 0).double().mean().item()}
                 row |= {"bound": stats.gradient_error_bound.double().sum().item()}
-                row |= {"error": [relative(a, b) for a, b in zip(got, want[figure], strict=True)]}
+                pairs = zip(got, want[figure], strict=True)
+                row |= {"error": [relative(a, b) for a, b in pairs if a is not None]}
             rows.append(row)
     del want, got
-    times = interleaved(subjects, timer_of(device), sustained=sustained, **effort)
+    times = interleaved(subjects, timer_of(device), sustained=is_long(p), **effort)
     products = {name: time for (key, name), time in times.items() if key == "product"}
     for row in rows:
-        time = times[row["mode"], row["head"]]
+        time = over_floor(times[row["mode"], row["head"]], products, FLOORS[row["head"]])
         if "ms" in time:
-            counts = FLOORS[row["head"]]
-            floor = sum(count * product["ms"] for count, product in zip(counts, products.values(), strict=True))
-            time |= {"floor_ms": floor, "ratio": time["ms"] / floor}
-            time |= {"over_exact": time["ms"] / times["exact", row["head"]].get("ms", math.nan)}
+            time["over_exact"] = time["ms"] / times["exact", row["head"]].get("ms", math.nan)
         row["time"] = time
-    found = {mode: times[mode, "collection"] for mode in modes if (mode, "collection") in times}
-    for time in found.values():
-        if "ms" in time:
-            time["ratio"] = time["ms"] / products["forward"]["ms"]
+    found = {
+        mode: over_floor(time, products, FLOORS["statistics"])
+        for (mode, figure), time in times.items()
+        if figure == "collection"
+    }
     profiled = modes.items() if device.type == "cuda" else ()
     kernels = {mode: kernels_ms(p, options["sparse_tol"]) for mode, options in profiled if options}
     return {"products": products, "rows": rows, "collection": found, "kernels_ms": kernels}
@@ -122,11 +112,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--shapes", default="8b:16384,4b:16384", help="size:tokens,... with a model's size or D")
     parser.add_argument("--data", default=",".join(GENERATORS))
     parser.add_argument("--tolerances", type=int, nargs="+", default=[-10, -8, -6], help="as powers of 2")
-    parser.add_argument("--rounds", type=int, default=15, help="at most, for each subject")
-    parser.add_argument("--budget", type=float, default=0.5, help="seconds for each subject, three rounds at least")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
-    parser.add_argument("--commit", default=None, help="recorded in the result; default: git's HEAD")
+    run_options(parser, budget=0.5)
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -138,10 +124,8 @@ def main(argv: list[str] | None = None) -> None:
             p = Problem.draw(size, n, args.vocabulary, data, device)
             # On flat rows nothing is sparse at any tolerance that one would choose.
             chosen = tolerances if data == "peaked" else tolerances[:1]
-            sustained = size * n * args.vocabulary >= SUSTAINED
-            found = measure(p, chosen, device, sustained, rounds=args.rounds, budget=args.budget)
-            shape = (size, n, args.vocabulary, str(p.weight.dtype).removeprefix("torch."), data)
-            report["shapes"].append(dict(zip(SHAPE, shape, strict=True)) | found)
+            found = measure(p, chosen, device, rounds=args.rounds, budget=args.budget)
+            report["shapes"].append(shape_of(p, data) | found)
             del p
             write(args.output, report)
             print(describe(report["shapes"][-1]), flush=True)

@@ -125,6 +125,7 @@ CUDA_COMBOS = [
 ]
 all_combos = pytest.mark.parametrize("combo", CPU_COMBOS + CUDA_COMBOS)
 cuda_combos = pytest.mark.parametrize("combo", CUDA_COMBOS)
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 # One dtype a backend, for what does not depend on the dtype.
 few_combos = pytest.mark.parametrize("combo", [CPU_COMBOS[1], CPU_COMBOS[3], CUDA_COMBOS[0], CUDA_COMBOS[3]])
 

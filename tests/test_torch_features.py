@@ -24,6 +24,7 @@ from tests.conftest import (
     make_case,
     package_result,
     reference_result,
+    two_gpus,
 )
 
 
@@ -531,7 +532,7 @@ def test_memory(backend, frozen_head):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@two_gpus
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_the_second_gpu(backend):
     combo = Combo(backend, "cuda:1", torch.bfloat16)

@@ -25,6 +25,7 @@ from egrsd_kernels.commands.train import find_config, read_config
 from egrsd_kernels.trl import PRESETS
 from egrsd_kernels.trl.run import load_reward, load_splits, make_trainer
 from egrsd_kernels.trl.settings import parse_settings
+from tests.conftest import two_gpus
 from tests.fsdp_on_cpu import SHARDED
 from tests.trl_tiny import OPTIONS, dataset, row, tiny_model, tokenizer
 
@@ -38,9 +39,6 @@ def of_one(prompt, completions):
 
 not_a_function = 1
 '''
-
-
-TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +104,7 @@ def on_two_processes(home: Path, module: str, config: str, *options: str) -> str
     return finished.stdout
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, TWO_GPUS])])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, two_gpus])])
 def test_trains_on_two_processes(config, home, tmp_path, device):
     """And the same under FSDP2, which shards every parameter; also from a checkpoint on."""
     saved = {"save_strategy": "steps", "save_steps": 1, "use_cpu": device == "cpu"}
