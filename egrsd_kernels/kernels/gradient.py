@@ -1,11 +1,11 @@
 """Gradients from stored exponentials.
 
-A row's softmax gradient is dlogp_y/dz = 1_y - e/S with e = e^(z - offset) and S = sum e. With the target's entry kept
-apart, and its difference e_y - S taken in float32, where the cancellation at p_y near 1 is harmless, the rest is matrix
-products over the stored matrix E. With factor = -(dL/dlogp) / (S temperature):
+A row's softmax gradient is dlogp_y/dz = 1_y - e/S with e = e^(z - offset) and S = sum e. The stored matrix E has a 0
+for the target, whose entry is kept apart: it is R/S, with R the sum of the others, and not 1 - e_y/S, which would lose
+p_y near 1 to cancellation. The rest is matrix products. With factor = -(dL/dlogp) / (S temperature):
 
-    dhidden = factor * (E W + (e_y - S) W_y)         where E has a 0 for the target
-    dW = E^T (factor * hidden)    dbias = E^T factor     where E has e_y - S for the target
+    dhidden = factor * (E W - R W_y)
+    dW = E^T (factor * hidden)    dbias = E^T factor     where E has -R for the target
 
 dhidden needs factor, hence S, only at the end, so a slice of the vocabulary is stored, multiplied and forgotten: its
 memory does not grow with the vocabulary. dW needs factor before the product, so all of a chunk's E has to be there.
@@ -24,15 +24,6 @@ from .vocab import VocabPass
 
 REDUCE_ROWS = 8
 SLOTS = 128
-
-
-@triton.jit(do_not_specialize=["first_col", "width"])
-def drop_target_kernel(exponentials, stride_e, target, live, first_col, width, BLOCK: tl.constexpr):
-    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    ours = slot < tl.load(live + 1)
-    column = tl.load(target + slot, mask=ours, other=-1) - first_col
-    at = exponentials + slot.to(tl.int64) * stride_e + column
-    tl.store(at, tl.zeros([BLOCK], exponentials.dtype.element_ty), mask=ours & (column >= 0) & (column < width))
 
 
 @triton.jit
@@ -84,17 +75,16 @@ def hidden_kernel(
 
 @triton.jit
 def factor_kernel(
-    exponentials, stride_e, logit, offset, total, target, gradient, order, live, factor, entry, head_factor,
-    chunk, softcap, scale, temperature, unit, SOFTCAP: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr,
+    exponentials, stride_e, logit, others, total, target, gradient, order, live, factor, entry, head_factor, chunk,
+    softcap, scale, temperature, unit, SOFTCAP: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ours = slot < tl.load(live + 1)
     t = tl.load(order + slot, mask=ours, other=0)
     s = tl.load(total + slot, mask=ours, other=1.0)
-    z = tl.load(logit + slot, mask=ours, other=0.0)
-    e = tl.exp2(z - tl.load(offset + slot, mask=ours, other=0.0)) - s
+    e = -tl.load(others + slot, mask=ours, other=0.0)
     if SOFTCAP:
-        capped = z / (softcap * scale)
+        capped = tl.load(logit + slot, mask=ours, other=0.0) / (softcap * scale)
         e *= 1.0 - capped * capped
     f = tl.where(ours, -tl.load(gradient + t, mask=ours, other=0.0) / (s * temperature), 0.0)
     inside = slot < chunk
@@ -280,7 +270,7 @@ class ChunkGradients:
         self.unit = 2.0**-self.shift
         self.vocab = VocabPass(chunk, plan.slice_tiles)
         e = self.exponentials = self.vocab.exponentials
-        self.total, self.factor, self.entry, self.head_factor = chunk.floats(4, chunk.rows)
+        self.others, self.total, self.factor, self.entry, self.head_factor = chunk.floats(5, chunk.rows)
         if out_hidden is not None:
             c = self.configs.hidden
             self.limit = plan.partial_tiles
@@ -309,14 +299,11 @@ class ChunkGradients:
             self.vocab.store(live, first_tile)
             if self.out_hidden is not None:
                 self.hidden_product(live, first_tile * self.configs.vocab.cols)
-        self.vocab.combine_sums(live, order, self.total, logp, retry)
+        self.vocab.combine_sums(live, order, self.others, self.total, logp, retry)
 
     def hidden_product(self, live, first_col: int) -> None:
         """partial += E W for the stored slice of the vocabulary, without the targets' entries."""
         chunk, e, weight = self.chunk, self.exponentials, self.chunk.head.weight
-        drop_target_kernel[(triton.cdiv(chunk.rows, SLOTS),)](
-            e, e.stride(0), chunk.target, live, first_col, e.shape[1], BLOCK=SLOTS
-        )
         c = self.configs.hidden
         hidden_kernel[(chunk.programs,)](
             self.hidden_operands[0], e.stride(0), self.hidden_operands[1], *weight.stride(), self.partial, live,
@@ -329,7 +316,7 @@ class ChunkGradients:
         """Turn dL/dlogp, ``gradient`` (N,) float32, into the chunk's hidden gradients, and E into the head's."""
         chunk, e, weight = self.chunk, self.exponentials, self.chunk.head.weight
         factor_kernel[(triton.cdiv(chunk.rows, SLOTS),)](
-            e, e.stride(0), chunk.logit, chunk.offset, self.total, chunk.target, gradient, order, chunk.live,
+            e, e.stride(0), chunk.logit, self.others, self.total, chunk.target, gradient, order, chunk.live,
             self.factor, self.entry, self.head_factor, chunk.rows, chunk.head.softcap or 0.0, chunk.logit_scale,
             chunk.head.temperature, self.unit, SOFTCAP=chunk.head.softcap is not None,
             HEAD=self.head_product is not None, BLOCK=SLOTS,

@@ -33,7 +33,7 @@ MOST_ENTRIES = {False: 256, True: 128}
 # Entries that wait to be sorted and added to the head's gradient, which takes as long as reading and writing all of it;
 # and the bytes that one takes then.
 LISTED_ENTRIES = 9 << 19
-SORT_BYTES = 40
+SORT_BYTES = 48
 # What looking for them costs, in columns of hidden states in a bare product, and making a dense row exactly beside the
 # same in a bare product (measured on an H100 at D = 2560 and 4096).
 SPARSE_COST = 800

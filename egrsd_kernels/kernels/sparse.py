@@ -31,19 +31,17 @@ found; it remains that the sums as computed are good for the sums. All their ter
 the operands' dtype, by a factor within 1 ± 2^-9 (bfloat16; float16 and float32 are finer), and by m float32 roundings
 on its way into the sum, a factor within 1 ± m 2^-24 / (1 - m 2^-24). A tile's sum takes at most COLS additions, a row's
 one for each tile, and the chunk's one for every SLOTS rows and SLOTS more: m < 2^14 with room to spare. Together that
-is within 1 ± (2^-9 + 2^-9.9) for either sum, and their quotient below 1 + SLACK. M leaves terms out, never adds any:
-under a softcap it is a lower bound. Underflow is taken the safe way: a weighed mass that is not 0 counts as at least
-the smallest normal number in D, and one below 2^-100 as 0 in M; what float16 cannot hold, at most 2^-25 an entry in
-units of its E, counts as dropped. Chunks each keep to their own budget, so the sums over all of them do. ∎
+is within 1 ± (2^-9 + 2^-9.9) for either sum, and their quotient below 1 + SLACK. Underflow is taken the safe way: a
+weighed mass that is not 0 counts as at least the smallest normal number in D, and one below 2^-100 as 0 in M; what
+float16 cannot hold, at most 2^-25 an entry in units of its E, counts as dropped. Chunks each keep to their own budget,
+so the sums over all of them do. ∎
 
 Each row's δ is given out times 1 + SLACK, so that it stands for the exact one over the exact M_t in any sum that is
 made of it later; the other SLACK keeps such a sum within the tolerance, however it is rounded.
 
 The probabilities are those that the kernels compute, from float32 logits. As in the exact kernels a p is off by the
-relative error 2 Δz where logits are off by Δz, and below 2^-126 it is 0. A mass is a sum of them, and not a difference
-such as 1 - p_y, whose error would not shrink with it; the target's entry is that difference where p_y < 1/2, and under
-a softcap always: there it is off by about Δz, as in the exact kernels, which δ does not count. Nor does it count what
-float16 loses of the target's own tile on its way into the target's entry and into M: at most COLS 2^-25 in units of E.
+relative error 2 Δz where logits are off by Δz, and below 2^-126 it is 0. A mass is a sum of them, never a difference
+such as 1 - p_y, whose error would not shrink with it.
 """
 
 from __future__ import annotations
@@ -135,9 +133,8 @@ def weigh_kernel(
 
 @triton.jit
 def tile_mass_kernel(
-    sums, exponentials, stride_e, total, target, logit, offset, live, top, weight, inverse, target_value, mass,
-    chunk, col_tiles, softcap, scale,
-    COLS: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, SOFTCAP: tl.constexpr,
+    sums, total, logit, live, top, weight, inverse, target_value, mass, chunk, col_tiles, softcap, scale,
+    ROWS: tl.constexpr, TILES: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """The probability mass of each tile in place of its sum; of each row a, 1/S, the target's x, and ||p - e_y||_1."""
     n = tl.load(live + 1)
@@ -147,8 +144,6 @@ def tile_mass_kernel(
         a = tl.load(weight + r, mask=ours, other=0.0)
         a = tl.where(a > 0, tl.maximum(a / tl.load(top), TINY), 0.0)
         inv = tl.where(a > 0, 1.0 / tl.load(total + r, mask=ours, other=1.0), 0.0)
-        y = tl.load(target + r, mask=ours, other=0)
-        own = y // COLS
         others = tl.zeros([ROWS], tl.float32)
         for start in range(0, col_tiles, TILES):
             j = start + tl.arange(0, TILES)
@@ -157,24 +152,15 @@ def tile_mass_kernel(
             # Chosen, not multiplied: without a weight a sum may be infinite, or NaN.
             q = tl.where((a > 0)[None, :], tl.load(at, mask=inside, other=0.0), 0.0) * inv[None, :]
             tl.store(at, q, mask=inside)
-            others += tl.sum(tl.where(j[:, None] == own[None, :], 0.0, q), 0)
-        v = own[:, None] * COLS + tl.arange(0, COLS)[None, :]
-        sound = (a > 0)[:, None]
-        e = tl.load(exponentials + r.to(tl.int64)[:, None] * stride_e + v, mask=sound, other=0.0).to(tl.float32)
-        others += tl.sum(tl.where(v == y[:, None], 0.0, e * inv[:, None]), 1)
-        z = tl.load(logit + r, mask=ours, other=0.0)
-        likely = tl.exp2(z - tl.load(offset + r, mask=ours, other=0.0)) * inv
-        own_value = tl.where(likely < 0.5, 1.0 - likely, others)
-        size = others + others
-        if SOFTCAP:  # the stored entries of the target's tile are damped: too small for p
-            capped = z / (softcap * scale)
-            damping = 1.0 - capped * capped
-            own_value = damping * tl.maximum(1.0 - likely, others)
-            size = damping * others
+            others += tl.sum(q, 0)
+        own_value = others
+        if SOFTCAP:
+            capped = tl.load(logit + r, mask=ours, other=0.0) / (softcap * scale)
+            own_value *= 1.0 - capped * capped
         tl.store(weight + r, a, mask=ours)
         tl.store(inverse + r, inv, mask=ours)
         tl.store(target_value + r, tl.where(a > 0, own_value, 0.0), mask=ours)
-        tl.store(mass + r, tl.where(a > 0, size, 0.0), mask=ours)
+        tl.store(mass + r, others + others, mask=ours)
 
 
 @triton.jit
@@ -276,8 +262,7 @@ def sample_kernel(
     row_counts, row_cut, excess, counts, col_tiles,
     COLS: tl.constexpr, SIZE: tl.constexpr, PART: tl.constexpr, MOST: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
-    """row_counts (chunk, BINS): the histogram of one in PART of a row's weighed entries in its kept tiles. The target's
-    own is among them; it hardly counts.
+    """row_counts (chunk, BINS): the histogram of one in PART of a row's weighed entries in its kept tiles.
 
     By this sample, row_cut is what about MOST entries are above; excess, what the others come to; and counts (BINS,) +=
     the histogram of that.
@@ -296,7 +281,7 @@ def sample_kernel(
         k = tl.arange(0, BINS)
         first = tl.max(tl.where((tl.cumsum(total, 0) - total) * PART < MOST, k, 0), 0)
         lost = tl.sum(tl.where(k >= first, mass_of(total, k, limit, BINS), 0.0), 0) * PART
-        lost = tl.where(first == 0, 2.0 * limit, lost)
+        lost = tl.where(first == 0, float("inf"), lost)
         tl.store(row_counts + r * BINS + k, total)
         tl.store(row_cut + r, edge_of(first, limit, BINS))
         tl.store(excess + r, lost)
@@ -390,7 +375,6 @@ def fit_kernel(
         ours = i % FOUND < tl.load(n_found + r * SPLITS + i // FOUND)
         at = tl.load(found_at + r * SIZE + i, mask=ours, other=0)
         v = tl.load(tile_of + r * col_tiles + at // COLS, mask=ours, other=0) * COLS + at % COLS
-        ours &= v != y
         e = tl.load(exponentials + r.to(tl.int64) * stride_e + v, mask=ours, other=0.0).to(tl.float32)
         # The list's last place is the target's. From the lowest bin on from which all fit, they stay.
         bottom = entry_limit(tl.load(cut), tl.load(row_cut + r), tl.load(total + r), a).to(tl.int32, bitcast=True)
@@ -536,8 +520,8 @@ def add_head_kernel(
 
 @triton.jit
 def set_aside_kernel(
-    exponentials, stride_e, hidden, target, logit, offset, total, order, slot_of, live, stored,
-    to_exponentials, to_stride_e, to_hidden, to_target, to_logit, to_offset, to_total, to_order, width, D,
+    exponentials, stride_e, hidden, target, logit, others, total, order, slot_of, live, stored,
+    to_exponentials, to_stride_e, to_hidden, to_target, to_logit, to_others, to_total, to_order, width, D,
     ROW_TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The dense rows of the chunk go to the reserve; zeros after its last row, to the end of a tile of rows."""
@@ -558,7 +542,7 @@ def set_aside_kernel(
             if block == 0:
                 tl.store(to_target + slot, tl.load(target + r))
                 tl.store(to_logit + slot, tl.load(logit + r))
-                tl.store(to_offset + slot, tl.load(offset + r))
+                tl.store(to_others + slot, tl.load(others + r))
                 tl.store(to_total + slot, tl.load(total + r))
                 tl.store(to_order + slot, tl.load(order + r))
 
@@ -636,16 +620,16 @@ class SparseGradients:
 
     def _weigh(self, order, gradient) -> None:
         """Weights, tile masses and the budget."""
-        chunk, e = self.chunk, self.vocab.exponentials
-        total = self.stored_pass.total
+        chunk, total = self.chunk, self.stored_pass.total
         weigh_kernel[(1,)](
             gradient, order, chunk.live, total, chunk.logit, self.weight, self.dense, self.top, self.counts,
             ROWS=SLOTS, BINS=BINS,
         )  # fmt: skip
         tile_mass_kernel[self._row_blocks](
-            self.vocab.sums, e, e.stride(0), total, chunk.target, chunk.logit, chunk.offset, chunk.live, self.top,
+            self.vocab.sums, total, chunk.logit, chunk.live, self.top,
             self.weight, self.inverse, self.target_value, self.mass, chunk.rows, self.vocab.col_tiles,
-            chunk.head.softcap or 0.0, chunk.logit_scale, SOFTCAP=chunk.head.softcap is not None, **self._by_rows,
+            chunk.head.softcap or 0.0, chunk.logit_scale, ROWS=ROW_BLOCK, TILES=TILE_BLOCK,
+            SOFTCAP=chunk.head.softcap is not None,
         )  # fmt: skip
         budget_kernel[(1,)](self.weight, self.mass, chunk.live, self.budget, self.sparse.tolerance, ROWS=SLOTS)
 
@@ -751,11 +735,11 @@ class SparseGradients:
             exact.bias(self.out_bias, accumulate=True)
 
     def _set_aside(self, order) -> None:
-        chunk, reserve = self.chunk, self.reserve
-        e, to = self.vocab.exponentials, self.exact.exponentials
+        chunk, reserve, seen, exact = self.chunk, self.reserve, self.stored_pass, self.exact
+        e, to = seen.exponentials, exact.exponentials
         block = min(8192, triton.next_power_of_2(e.shape[1]))
         set_aside_kernel[(chunk.rows, triton.cdiv(max(e.shape[1], chunk.D), block))](
-            e, e.stride(0), chunk.hidden, chunk.target, chunk.logit, chunk.offset, self.stored_pass.total, order,
+            e, e.stride(0), chunk.hidden, chunk.target, chunk.logit, seen.others, seen.total, order,
             self.slot_of, chunk.live, self.stored, to, to.stride(0), reserve.hidden, reserve.target, reserve.logit,
-            reserve.offset, self.exact.total, self.reserve_order, e.shape[1], chunk.D, ROW_TILE=ROW_TILE, BLOCK=block,
+            exact.others, exact.total, self.reserve_order, e.shape[1], chunk.D, ROW_TILE=ROW_TILE, BLOCK=block,
         )  # fmt: skip

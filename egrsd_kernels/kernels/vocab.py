@@ -3,6 +3,7 @@
 Two uses of one kernel. ``statistics``: each (row, vocabulary tile) leaves its maximum m, S = sum e^(z-m) and
 U = sum e^(z-m) (z-m); combined over the tiles they give logsumexp and entropy. ``exponentials``: the tile e^(z-offset)
 is stored in the operands' dtype, and its float32 row sum kept, so that the gradient is a plain matrix product later.
+There the target is left out, a 0 in the tile: the sum is then what 1 - p_y is made of, without a difference.
 All logits here are in units of ln 2, because exp2 and log2 are what the hardware has.
 """
 
@@ -25,7 +26,7 @@ TILE_BLOCK = 32
 
 @triton.jit(do_not_specialize=["first_tile", "n_tiles"])
 def vocab_kernel(
-    hidden, weight, stride_wv, stride_wd, bias, exponentials, stride_e, offset, partial, live,
+    hidden, weight, stride_wv, stride_wd, bias, exponentials, stride_e, offset, target, partial, live,
     first_tile, n_tiles, chunk, V, softcap, scale,
     D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr, TMA: tl.constexpr, STORE: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -60,6 +61,7 @@ def vocab_kernel(
         at = partial + col_tile * chunk + r
         if STORE:
             e = tl.exp2(z - tl.load(offset + r)[:, None])
+            e = tl.where(v[None, :] == tl.load(target + r)[:, None], 0.0, e)
             tl.store(at, tl.sum(e, 1))
             # Rows without gradient become zeros: the products that sum over rows then need no mask.
             e = tl.where((r < n_active)[:, None], e * damping, 0.0)
@@ -121,7 +123,7 @@ def combine_statistics_kernel(
 
 @triton.jit
 def combine_sums_kernel(
-    partial, logit, offset, order, live, retry, total, logp, chunk, col_tiles,
+    partial, logit, offset, order, live, retry, others, total, logp, chunk, col_tiles,
     RETRY: tl.constexpr, ROW_BLOCK: tl.constexpr, TILE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     n_rows = tl.load(live)
@@ -133,10 +135,13 @@ def combine_sums_kernel(
             tile = start + tl.arange(0, TILE_BLOCK)
             inside = (tile < col_tiles)[:, None] & ours[None, :]
             s += tl.sum(tl.load(partial + tile[:, None] * chunk + r[None, :], mask=inside, other=0.0), 0)
+        tl.store(others + r, s, mask=ours)
         z = tl.load(logit + r, mask=ours, other=0.0)
-        row = tl.load(order + r, mask=ours, other=0)
+        relative = z - tl.load(offset + r, mask=ours, other=0.0)
+        s += tl.exp2(relative)
         tl.store(total + r, s, mask=ours)
-        value = (z - tl.load(offset + r, mask=ours, other=0.0) - tl.log2(s)) * LN2
+        row = tl.load(order + r, mask=ours, other=0)
+        value = (relative - tl.log2(s)) * LN2
         tl.store(logp + row, tl.where(z == NEG, float("-inf"), value), mask=ours)
         if RETRY:  # a NaN target logit is a target outside the vocabulary: no offset would help
             unsuited = tl.max((ours & (z == z) & ~(s < SUM_LIMIT)).to(tl.int32), 0)
@@ -172,8 +177,8 @@ class VocabPass:
         vocab_kernel[(chunk.programs,)](
             *self.operands, *head.weight.stride(), head.bias,
             self.stored if store else None, self.exponentials.stride(0) if store else 0,
-            chunk.offset if store else None, self.sums if store else self.partial, live, first_tile, n_tiles,
-            chunk.rows, chunk.V, head.softcap or 0.0, chunk.logit_scale,
+            *((chunk.offset, chunk.target, self.sums) if store else (None, None, self.partial)), live,
+            first_tile, n_tiles, chunk.rows, chunk.V, head.softcap or 0.0, chunk.logit_scale,
             D=chunk.D, GROUP=GROUP, PROGRAMS=chunk.programs, TMA=chunk.tma, STORE=store, BIAS=head.bias is not None,
             SOFTCAP=head.softcap is not None, PRECISION=PRECISION, **self.config.tile, **self.config.launch,
         )  # fmt: skip
@@ -198,16 +203,17 @@ class VocabPass:
         return range(0, self.col_tiles, self.slice_tiles)
 
     def store(self, live, first_tile: int) -> None:
-        """Store e^(z - offset) of the slice from ``first_tile`` on, and keep its row sums."""
+        """Store e^(z - offset) of the slice from ``first_tile`` on, 0 for the targets, and keep its row sums."""
         self._launch(live, first_tile, min(self.slice_tiles, self.col_tiles - first_tile), store=True)
 
-    def combine_sums(self, live, order, total, logp, retry=None) -> None:
-        """After the last slice: total (rows,) = Σ e^(z - offset), and log p (nats) of row i at order[i] of ``logp``.
+    def combine_sums(self, live, order, others, total, logp, retry=None) -> None:
+        """After the last slice: total (rows,) = Σ e^(z - offset), others (rows,) the same without the target, and log p
+        (nats) of row i at order[i] of ``logp``.
 
         A row whose total reaches 2^100 sets ``retry``, where that is given.
         """
         chunk = self.chunk
         combine_sums_kernel[(triton.cdiv(chunk.rows, ROW_BLOCK),)](
-            self.sums, chunk.logit, chunk.offset, order, live, retry, total, logp, chunk.rows, self.col_tiles,
+            self.sums, chunk.logit, chunk.offset, order, live, retry, others, total, logp, chunk.rows, self.col_tiles,
             RETRY=retry is not None, ROW_BLOCK=ROW_BLOCK, TILE_BLOCK=TILE_BLOCK,
         )  # fmt: skip
