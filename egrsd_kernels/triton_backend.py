@@ -48,11 +48,8 @@ def statistics(head: Head, hidden, target_ids, rows: Rows, chunk_bytes: int):
 def sparse_tolerance(grad_mode: str, sparse_tol: float, head: Head, needs: tuple[bool, bool, bool]) -> float | None:
     """The tolerance of the gradients that ``grad_mode`` asks for ("exact", "sparse" or "auto"); None for exact ones."""
     if grad_mode == "auto":
-        grad_mode = (
-            "sparse"
-            if AUTOMATIC.sparse(_kind(head), break_even(head.weight.shape[1], needs[1] or needs[2]))
-            else "exact"
-        )
+        most_dense = break_even(head.weight.shape[1], needs[1] or needs[2])
+        grad_mode = "sparse" if AUTOMATIC.sparse(_kind(head), most_dense) else "exact"
     return sparse_tol if grad_mode == "sparse" else None
 
 
