@@ -88,7 +88,7 @@ def test_sparse_plans_are_within_their_memory():
                 def used(plan, needs, size=size, itemsize=itemsize, config=config, col_tiles=col_tiles):
                     per_row = (V + size) * itemsize + 4 * col_tiles
                     entry = 48 if needs[1] else 8
-                    found = plan.rows * 4 * (plan.SPLITS * plan.found + col_tiles)
+                    found = plan.rows * (4 * plan.found + 4 * col_tiles + V // 8)
                     partial = 4 * plan.partial_tiles * config.rows * config.cols
                     return (plan.rows + plan.reserve) * per_row + found + entry * plan.listed * plan.entries + partial
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 from .common import ROW_TILE, Config, Machine
 
@@ -54,18 +53,17 @@ class Plan:
 class SparsePlan:
     """A chunk with sparse gradients: its ``rows``; the most vocabulary ``entries`` that a row may keep; ``listed``, the
     rows that they are listed of at a time; room for ``reserve`` dense rows that wait, and for tiles of dhidden, as in
-    :class:`Plan`. ``found``: how many entries there is room for to choose from in each of a row's SPLITS."""
+    :class:`Plan`. ``found``: how many entries there is room for to choose a row's from."""
 
     rows: int
     entries: int
     listed: int
     reserve: int
     partial_tiles: int
-    SPLITS: ClassVar[int] = 4
 
     @property
     def found(self) -> int:
-        return 1 << (self.entries - 1).bit_length()
+        return 4 << (self.entries - 1).bit_length()
 
 
 def break_even(hidden_size: int, trained: bool) -> float:
@@ -214,7 +212,7 @@ def sparse_plan(
     def buffers(plan: SparsePlan) -> int:
         """Bytes: exponentials, hidden states and tile sums of the chunk and of the reserve; lists; tiles of dhidden."""
         stored = (col_tiles * cols + hidden_size) * itemsize + 4 * col_tiles
-        found = 4 * col_tiles + 4 * SparsePlan.SPLITS * (plan.found + 2) + 4 * 128 + 256
+        found = 4 * col_tiles + col_tiles * cols // 8 + 4 * plan.found + 4 * 128 + 256
         kept = (SORT_BYTES if trained else 8) * plan.listed * entries
         partial = 4 * plan.partial_tiles * configs.hidden.rows * configs.hidden.cols
         return (plan.rows + plan.reserve) * stored + plan.rows * found + kept + partial

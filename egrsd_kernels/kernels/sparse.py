@@ -68,9 +68,13 @@ SMALL = tl.constexpr(2.0**-100)
 TILE_SHARE, ROW_SHARE, ENTRY_SHARE = 0.125, 0.625, 0.25
 SAMPLED = 1 << 22  # about so many entries at least are counted for a threshold, and of many one in SAMPLE_MOST
 SAMPLE_MOST = 32
-ROW_BLOCK = 16  # rows of a program that goes through all tiles of its rows, TILE_BLOCK at a time
-TILE_BLOCK = 64
-AT_ONCE = {"SIZE": 512, "num_warps": 4}  # entries of a row that a program looks at together
+ROW_BLOCK = 8  # rows of a program that goes through all tiles of its rows, TILE_BLOCK at a time
+TILE_BLOCK = 128
+# Entries of a row that a program looks at together: in a sample of them, and in all, which are dealt to some programs.
+SAMPLE_AT_ONCE = {"SIZE": 512, "num_warps": 4}
+MARK_AT_ONCE = {"SIZE": 1024, "num_warps": 4}
+MARK_SPLITS = 4
+LIST_WORDS = 1024  # of 32 marks each, at a time
 SLOTS = 1024  # rows at a time of a program that goes through all rows
 OCCUPANCY = 8  # small programs on a multiprocessor at a time
 
@@ -203,8 +207,7 @@ def cut_kernel(counts, budget, share, out, BINS: tl.constexpr):
     """The largest edge of a bin under which all that is at most as large is within a share of the budget; 0 if none."""
     k = tl.arange(0, BINS)
     most = mass_of(tl.load(counts + k), k, tl.load(budget), BINS)
-    below = tl.sum(tl.where(k[None, :] >= k[:, None], most[None, :], 0.0), 1)
-    fits = (below <= share * tl.load(budget)) & (k > 0)
+    fits = (tl.cumsum(most, 0, reverse=True) <= share * tl.load(budget)) & (k > 0)
     tl.store(out, tl.max(tl.where(fits, edge_of(k, tl.load(budget), BINS), 0.0), 0))
 
 
@@ -310,84 +313,106 @@ def select_rows_kernel(
 
 
 @triton.jit
-def collect_kernel(
-    exponentials, stride_e, tile_of, n_tiles, weight, inverse, total, live, cut, row_cut, found_at, n_found, lost,
-    col_tiles, unseen,
-    COLS: tl.constexpr, SIZE: tl.constexpr, FOUND: tl.constexpr, SPLITS: tl.constexpr,
+def mark_kernel(
+    exponentials, stride_e, tile_of, n_tiles, weight, inverse, total, live, cut, row_cut, marks, lost,
+    stride_m, col_tiles, unseen, COLS: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """found_at (chunk, SPLITS, FOUND): where in its kept tiles a row has entries above the cuts, in order.
+    """marks: of each entry in a row's kept tiles, in order, a bit: whether it is above the cuts.
 
-    The tiles are dealt to SPLITS programs. One that finds more than there is room for ends early.
-    n_found (chunk, SPLITS): how many. lost (chunk, SPLITS): what the other entries come to. unseen: what an entry may
-    be off by because the dtype underflows, in units of E.
+    lost (chunk, SPLITS): what the other entries of the tiles that are dealt to a program come to. unseen: what an entry
+    may be off by because the dtype underflows, in units of E.
     """
     r = tl.program_id(0) // SPLITS
     split = tl.program_id(0) % SPLITS
-    if r < tl.load(live + 1):
-        n = tl.load(n_tiles + r)
-        some = n > 0
-        limit = entry_limit(
-            tl.load(cut), tl.load(row_cut + r, mask=some, other=0.0),
-            tl.load(total + r, mask=some, other=1.0), tl.load(weight + r, mask=some, other=1.0),
-        )  # fmt: skip
+    n = tl.load(n_tiles + r, mask=r < tl.load(live + 1), other=0)
+    if n > 0:
+        limit = entry_limit(tl.load(cut), tl.load(row_cut + r), tl.load(total + r), tl.load(weight + r))
         small = tl.zeros([SIZE], tl.float32)
-        count = 0
-        tiles = split + SPLITS * tl.arange(0, SIZE // COLS)
-        start = split
-        ahead = load_entries(exponentials, stride_e, tile_of, r, tiles, n, col_tiles, COLS, SIZE, 1)
-        while (start < n) & (count <= FOUND):
-            e = ahead
-            at = tl.reshape(tiles[:, None] * COLS + tl.arange(0, COLS)[None, :], [SIZE])
-            tiles += SPLITS * (SIZE // COLS)
-            ahead = load_entries(exponentials, stride_e, tile_of, r, tiles, n, col_tiles, COLS, SIZE, 1)
+        looked_at = 0
+        AT_ONCE: tl.constexpr = SIZE // COLS
+        for start in range(split * AT_ONCE, n, SPLITS * AT_ONCE):
+            tiles = start + tl.arange(0, AT_ONCE)
+            e = load_entries(exponentials, stride_e, tile_of, r, tiles, n, col_tiles, COLS, SIZE, 1)
             keep = e > limit
             small += tl.where(keep, 0.0, e)
-            one = keep.to(tl.int32)
-            more = tl.sum(one, 0)
-            if more > 0:
-                k = count + tl.cumsum(one, 0) - one
-                tl.store(found_at + tl.program_id(0) * FOUND + k, at, mask=keep & (k < FOUND))
-            count += more
-            start += SPLITS * (SIZE // COLS)
-        tl.store(n_found + tl.program_id(0), count)
-        looked_at = tl.cdiv(tl.maximum(n - split, 0), SPLITS) * COLS
+            looked_at += tl.minimum(n - start, AT_ONCE) * COLS
+            bits = tl.reshape(keep.to(tl.int32), [SIZE // 8, 8]) << tl.arange(0, 8)[None, :]
+            at = start * (COLS // 8) + tl.arange(0, SIZE // 8)
+            tl.store(marks + r.to(tl.int64) * stride_m + at, tl.sum(bits, 1).to(tl.uint8), mask=at < n * (COLS // 8))
         tl.store(lost + tl.program_id(0), (tl.sum(small, 0) + looked_at * unseen) * tl.load(inverse + r))
 
 
 @triton.jit
+def count_bits(word):
+    """How many bits of a uint32 are 1."""
+    word -= (word >> 1) & 0x55555555
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    word += word >> 8
+    return ((word + (word >> 16)) & 0x3F).to(tl.int32)
+
+
+@triton.jit
+def list_kernel(
+    marks, tile_of, n_tiles, live, found, n_found, stride_m, col_tiles,
+    COLS: tl.constexpr, FOUND: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """found (chunk, FOUND): the marked entries of a row, in order. n_found: how many, also if there is no room for all.
+
+    marks: here in words of 32 bits.
+    """
+    r = tl.program_id(0)
+    n = tl.load(n_tiles + r, mask=r < tl.load(live + 1), other=0) * (COLS // 32)
+    if n > 0:
+        count = 0
+        for start in range(0, n, WORDS):
+            i = start + tl.arange(0, WORDS)
+            word = tl.load(marks + r.to(tl.int64) * stride_m + i, mask=i < n, other=0).to(tl.uint32, bitcast=True)
+            bits = count_bits(word)
+            k = count + tl.cumsum(bits, 0) - bits
+            count += tl.sum(bits, 0)
+            tile = tl.load(tile_of + r * col_tiles + i // (COLS // 32), mask=bits > 0, other=0)
+            first = tile * COLS + i % (COLS // 32) * 32
+            for _ in range(0, tl.max(bits, 0)):  # from each word its lowest bit
+                place = count_bits((word - 1) & ~word)
+                tl.store(found + r * FOUND + k, first + place, mask=(word != 0) & (k < FOUND))
+                k += 1
+                word &= word - 1
+        tl.store(n_found + r, count)
+
+
+@triton.jit
 def fit_kernel(
-    exponentials, stride_e, tile_of, n_tiles, weight, inverse, total, live, cut, row_cut, found_at, n_found, lost,
-    col_tiles, target, target_value, budget, entry_of, value_of, n_entries, dropped, dense, counts,
-    COLS: tl.constexpr, FOUND: tl.constexpr, SPLITS: tl.constexpr, CAPACITY: tl.constexpr, BINS: tl.constexpr,
+    exponentials, stride_e, n_tiles, weight, inverse, total, live, cut, row_cut, found, n_found, lost,
+    target, target_value, budget, entry_of, value_of, n_entries, dropped, dense, counts,
+    FOUND: tl.constexpr, SPLITS: tl.constexpr, CAPACITY: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     """A row's list: entries and their x, the target's last; the smallest found are dropped if there are too many.
 
-    Dense is a row of which a program found more than FOUND, or that too many large entries are left of. counts (BINS,)
-    += the histogram of what other rows drop.
+    Dense is a row of which more than FOUND are marked, or that too many large entries are left of. counts (BINS,) +=
+    the histogram of what other rows drop.
     """
     r = tl.program_id(0)
-    n = tl.load(n_tiles + r, mask=r < tl.load(live + 1), other=0)
-    if n > 0:
+    if tl.load(n_tiles + r, mask=r < tl.load(live + 1), other=0) > 0:
         y = tl.load(target + r)
         a = tl.load(weight + r)
-        SIZE: tl.constexpr = SPLITS * FOUND
-        i = tl.arange(0, SIZE)
-        ours = i % FOUND < tl.load(n_found + r * SPLITS + i // FOUND)
-        at = tl.load(found_at + r * SIZE + i, mask=ours, other=0)
-        v = tl.load(tile_of + r * col_tiles + at // COLS, mask=ours, other=0) * COLS + at % COLS
+        i = tl.arange(0, FOUND)
+        n = tl.load(n_found + r)
+        ours = i < n
+        v = tl.load(found + r * FOUND + i, mask=ours, other=0)
         e = tl.load(exponentials + r.to(tl.int64) * stride_e + v, mask=ours, other=0.0).to(tl.float32)
         # The list's last place is the target's. From the lowest bin on from which all fit, they stay.
         bottom = entry_limit(tl.load(cut), tl.load(row_cut + r), tl.load(total + r), a).to(tl.int32, bitcast=True)
         k = tl.minimum((e.to(tl.int32, bitcast=True) - bottom) >> ENTRY_BITS, BINS - 1)
         bins = tl.arange(0, BINS)
-        in_bin = tl.histogram(tl.where(ours, k, 0), BINS) - tl.where(bins == 0, SIZE - tl.sum(ours.to(tl.int32), 0), 0)
+        in_bin = tl.histogram(tl.where(ours, k, 0), BINS) - tl.where(bins == 0, tl.maximum(FOUND - n, 0), 0)
         above = tl.sum(in_bin, 0) - tl.cumsum(in_bin, 0) + in_bin
         first = tl.min(tl.where(above < CAPACITY, bins, BINS), 0)
-        splits = r * SPLITS + tl.arange(0, SPLITS)
-        too_many = (tl.max(tl.load(n_found + splits), 0) > FOUND) | (first == BINS)
+        too_many = (n > FOUND) | (first == BINS)
         inv = tl.load(inverse + r)
         keep = ours & (k >= first)
-        all_lost = tl.load(dropped + r) + tl.sum(tl.load(lost + splits), 0) + tl.sum(tl.where(keep, 0.0, e), 0) * inv
+        others_lost = tl.sum(tl.load(lost + r * SPLITS + tl.arange(0, SPLITS)), 0)
+        all_lost = tl.load(dropped + r) + others_lost + tl.sum(tl.where(keep, 0.0, e), 0) * inv
         one = keep.to(tl.int32)
         place = r * CAPACITY + tl.cumsum(one, 0) - one
         last = tl.sum(one, 0)
@@ -568,8 +593,9 @@ class SparseGradients:
         self.unseen = 2.0**-25 if chunk.hidden.dtype == torch.float16 else 0.0
         self.weight, self.inverse, self.target_value, self.mass, self.dropped = chunk.floats(5, chunk.rows)
         self.dense, self.n_tiles, self.slot_of = self._ints(3, chunk.rows)
-        self.tile_of, self.found_at = self._ints(chunk.rows, tiles), self._ints(chunk.rows, plan.SPLITS, plan.found)
-        self.n_found, self.lost = self._ints(chunk.rows, plan.SPLITS), chunk.floats(chunk.rows, plan.SPLITS)
+        self.tile_of, self.found = self._ints(chunk.rows, tiles), self._ints(chunk.rows, plan.found)
+        self.n_found, self.lost = self._ints(chunk.rows), chunk.floats(chunk.rows, MARK_SPLITS)
+        self.marks = self._ints(chunk.rows, tiles * chunk.configs.vocab.cols // 32)
         self.row_counts = self._ints(chunk.rows, BINS.value)
         self.row_cut, self.excess = chunk.floats(2, chunk.rows)
         # Of the rows of several chunks, for the gradient of the head: what they keep, and dL/dlogp of the sparse ones.
@@ -642,7 +668,7 @@ class SparseGradients:
         return {"COLS": self.vocab.config.cols, "ROWS": ROW_BLOCK, "TILES": TILE_BLOCK}
 
     def _cut(self, counts: torch.Tensor, share: float, out: torch.Tensor) -> None:
-        cut_kernel[(1,)](counts, self.budget, share, out, BINS=BINS)
+        cut_kernel[(1,)](counts, self.budget, share, out, BINS=BINS, num_warps=1)
 
     def _select_tiles(self) -> None:
         """Drop tiles, within their share of the budget."""
@@ -660,12 +686,13 @@ class SparseGradients:
         """Drop entries of the kept tiles, list the others, and find out what rows may drop to be sparse."""
         chunk, tiles, cols, plan = self.chunk, self.vocab.col_tiles, self.vocab.config.cols, self.plan
         e = self.vocab.exponentials
-        kept_tiles = e, e.stride(0), self.tile_of, self.n_tiles, self.weight, self.inverse
+        kept_tiles = e, e.stride(0), self.tile_of, self.n_tiles
         # Down to single entries of a tile: enough of them for a threshold, and no more than that.
         part = min(SAMPLE_MOST, 1 << max(0, (chunk.rows * chunk.V // SAMPLED).bit_length() - 1))
         sample_kernel[(chunk.rows,)](
-            *kept_tiles, chunk.live, self.budget, self.row_counts, self.row_cut, self.excess, self.counts[1], tiles,
-            COLS=cols, PART=part, MOST=plan.SPLITS * plan.found // 2, BINS=BINS, **AT_ONCE,
+            *kept_tiles, self.weight, self.inverse, chunk.live, self.budget,
+            self.row_counts, self.row_cut, self.excess, self.counts[1], tiles,
+            COLS=cols, PART=part, MOST=plan.found // 2, BINS=BINS, **SAMPLE_AT_ONCE,
         )  # fmt: skip
         self._cut(self.counts[1], ROW_SHARE, self.row_guess)
         select_rows_kernel[self._row_blocks](
@@ -673,15 +700,19 @@ class SparseGradients:
             self.dense, self.counts[2], ROWS=ROW_BLOCK, BINS=BINS,
         )  # fmt: skip
         self._cut(self.counts[2], ENTRY_SHARE / part, self.entry_cut)
-        found = (
-            *kept_tiles, self.stored_pass.total, chunk.live, self.entry_cut, self.row_cut,
-            self.found_at, self.n_found, self.lost, tiles,
+        known = self.weight, self.inverse, self.stored_pass.total, chunk.live, self.entry_cut, self.row_cut
+        mark_kernel[(chunk.rows * MARK_SPLITS,)](
+            *kept_tiles, *known, self.marks.view(torch.uint8), self.lost, 4 * self.marks.stride(0), tiles, self.unseen,
+            COLS=cols, SPLITS=MARK_SPLITS, **MARK_AT_ONCE,
         )  # fmt: skip
-        room = {"COLS": cols, "FOUND": plan.found, "SPLITS": plan.SPLITS}
-        collect_kernel[(chunk.rows * plan.SPLITS,)](*found, self.unseen, **room, **AT_ONCE)
+        list_kernel[(chunk.rows,)](
+            self.marks, self.tile_of, self.n_tiles, chunk.live, self.found, self.n_found, self.marks.stride(0), tiles,
+            COLS=cols, FOUND=plan.found, WORDS=LIST_WORDS,
+        )  # fmt: skip
         fit_kernel[(chunk.rows,)](
-            *found, chunk.target, self.target_value, self.budget, *lists, self.dropped, self.dense, self.counts[3],
-            CAPACITY=plan.entries, BINS=BINS, num_warps=8, **room,
+            e, e.stride(0), self.n_tiles, *known, self.found, self.n_found, self.lost, chunk.target, self.target_value,
+            self.budget, *lists, self.dropped, self.dense, self.counts[3],
+            FOUND=plan.found, SPLITS=MARK_SPLITS, CAPACITY=plan.entries, BINS=BINS, num_warps=8,
         )  # fmt: skip
         self._cut(self.counts[3], 1.0, self.row_limit)
 

@@ -20,8 +20,8 @@ from .gather import Chunk
 GROUP = 16
 # Above this sum of exponentials the products with the head could leave float32; the row's offset is then unsuited.
 SUM_LIMIT = tl.constexpr(2.0**100)
-ROW_BLOCK = 32
-TILE_BLOCK = 32
+ROW_BLOCK = 8
+TILE_BLOCK = 128
 
 
 @triton.jit(do_not_specialize=["first_tile", "n_tiles"])
