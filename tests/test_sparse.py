@@ -15,6 +15,7 @@ from egrsd_kernels import fused_egrsd_loss, linear_logp, triton_backend
 from egrsd_kernels.automatic import PROBE_EVERY, Automatic
 from egrsd_kernels.kernels.common import device_limits
 from egrsd_kernels.kernels.plan import SparsePlan
+from egrsd_kernels.kernels.sparse import list_kernel, mark_kernel
 from egrsd_kernels.problem import Head, Rows, Sparse
 from tests.conftest import Combo, Draw, draw_head, draw_hidden, draw_targets, make_case, package_result
 
@@ -209,6 +210,44 @@ def test_what_float16_cannot_hold(tolerance, second, others, monkeypatch):
     off = (result.dz - result.want).abs().sum()
     allowed = tolerance * result.weight * result.true_mass
     assert off <= 1.01 * allowed + UNIT[torch.float16] * (result.weight * result.true_mass)
+
+
+@pytest.mark.parametrize("room", [64, 1024])
+def test_entries_are_marked_and_listed_in_order(room, dtype):
+    """Those above a row's limit in its kept tiles, or as many as there is room for; in a row without tiles none."""
+    n, cols, tiles, splits, unseen = 6, 64, 75, 4, 2.0**-25
+    draw = Draw(5)
+    kept = (draw.uniform(n, tiles) < torch.tensor([1, 0.9, 0.5, 0.1, 0.04, 0])[:, None]).to(DEVICE)
+    n_tiles, tile_of = kept.sum(1).int(), torch.full((n, tiles), 1 << 30, dtype=torch.int32, device=DEVICE)
+    for r in range(n):
+        tile_of[r, : n_tiles[r]] = kept[r].nonzero()[:, 0]
+    e, row_cut, cut = draw.normal(n, tiles * cols).exp(), torch.full((n,), 0.05), torch.tensor([0.01])
+    total, weight, inverse = draw.normal(3, n).exp()
+    row_cut[0], total[0], weight[0] = 2.0**-6, 1.0, 1.0
+    e[0, ::3] = 2.0**-6  # at the limit: not above
+    e = e.to(DEVICE, dtype)
+    row_cut, cut, total, weight, inverse = (x.to(DEVICE) for x in (row_cut, cut, total, weight, inverse))
+    marks, found, n_found, live = (
+        torch.full((n, size), -1, dtype=torch.int32, device=DEVICE) for size in (tiles * cols // 32, room, 1, 2)
+    )
+    lost = torch.full((n, splits), math.nan, device=DEVICE)
+    live.fill_(n)
+    mark_kernel[(n * splits,)](
+        e, e.stride(0), tile_of, n_tiles, weight, inverse, total, live, cut, row_cut, marks.view(torch.uint8), lost,
+        4 * marks.stride(0), tiles, unseen, COLS=cols, SIZE=1024, SPLITS=splits,
+    )  # fmt: skip
+    list_kernel[(n,)](
+        marks, tile_of, n_tiles, live, found, n_found, marks.stride(0), tiles, COLS=cols, FOUND=room, WORDS=128
+    )
+    inside = kept.repeat_interleave(cols, 1)
+    above = inside & (e.float() > (torch.maximum(cut, row_cut) * (total / weight))[:, None])
+    for r in n_tiles.nonzero()[:, 0].tolist():
+        want = above[r].nonzero()[:, 0]
+        assert n_found[r] == len(want) and torch.equal(found[r, : len(want)].long(), want[:room])
+        small = torch.where(inside[r] & ~above[r], e[r].double(), 0).sum() + unseen * inside[r].sum()
+        assert lost[r].double().sum().item() == pytest.approx((small * inverse[r]).item(), rel=1e-5)
+    assert (found[-1] == -1).all() and n_found[-1] == -1
+    assert above[0].sum() > 1024 and 0 < n_tiles[4] < 8 and n_tiles[5] == 0, "the case shows nothing"
 
 
 @pytest.mark.parametrize("over", [False, True])
