@@ -65,6 +65,8 @@ def scalar(name: str, value: object, like: torch.Tensor, dtype: torch.dtype) -> 
     expect(value.ndim == 0, name, value, "a number or a 0-d tensor")
     if values_checked(value):
         expect(bool(value > 0), name, value.item(), "a positive number")
+    if value.device.type == "cpu":  # a copy would wait for the device
+        return torch.full((), value.item(), dtype=dtype, device=like.device)
     return value.detach().to(device=like.device, dtype=dtype)
 
 

@@ -45,8 +45,13 @@ class _LinearLogp(torch.autograd.Function):
 
         def student_pass(hidden, weight, bias, target_ids, needed, sparse=None):
             problem = Head(weight, bias, softcap, temperature), hidden, target_ids, Rows.build(needed, needed)
-            logp = torch.zeros_like(d_logp)
-            return backend.student_pass(*problem, logp, lambda *_: d_logp, needs, chunk_bytes, sparse)(None)
+            logp, gradient, power = torch.zeros_like(d_logp), d_logp, None
+            if hidden.dtype == torch.float16 and d_logp.numel():
+                # The head's product has dL/dlogp times hidden as an operand: a loss scale would leave float16's range.
+                largest = d_logp.abs().nan_to_num(0, 0, 0).amax()
+                power = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
+                gradient = d_logp / power
+            return backend.student_pass(*problem, logp, lambda *_: gradient, needs, chunk_bytes, sparse)(power)
 
         if needs == (True, False, False):
             direction, *again = ctx.saved_tensors

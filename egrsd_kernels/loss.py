@@ -220,13 +220,15 @@ def fused_egrsd_loss(
         data_group: the torch.distributed group over which the minibatch is spread; the batch maximum is the group's.
         backend: "triton", "torch" (plain PyTorch), or "auto": Triton on a GPU where it runs, else PyTorch.
         grad_mode: "exact"; "sparse", which leaves out vocabulary entries that carry little of the gradient: what that
-            changes in dL/dlogits is certified to be at most sparse_tol of its L1 norm, on any input, and tokens whose
+            changes in dL/d(h Wᵀ) is certified to be at most sparse_tol of its L1 norm, on any input, and tokens whose
             gradient is not sparse are made exactly; or "auto", sparse as long as earlier calls found it to pay. The
             PyTorch backend's gradients are always exact.
         sparse_tol: that tolerance, Σ_t |c_t| dropped_t <= sparse_tol · Σ_t |c_t| ‖p_t - e_y‖₁ with c_t = dL/dlog p_t
-            and dropped_t the probability mass left out; a token's share of it is TokenStats.gradient_error_bound.
+            and dropped_t the probability mass left out (both times tanh's derivative, under a softcap); a token's share
+            of it is TokenStats.gradient_error_bound.
         return_stats: also return the per-token :class:`TokenStats`.
-        chunk_bytes: the most working memory held at a time: exponentials of a chunk of tokens and what goes with them.
+        chunk_bytes: the most working memory of the student's pass: exponentials of a chunk of tokens and what goes with
+            them. (The smallest chunk takes some 35 MiB; the teacher's pass takes 60 MiB at D = 4096 and V = 152k.)
             With a frozen head the Triton backend holds at most 350 MiB for exact gradients, since more would buy no
             speed; for sparse ones it takes all, half of it for tokens that wait to be made exactly. With a trained
             head, chunks add up in a float32 gradient of the head, 4·V·D bytes more. Where all tokens fit into one chunk
@@ -246,6 +248,9 @@ def fused_egrsd_loss(
     inputs.hidden_states("student_hidden", student_hidden)
     if teacher_hidden is not None:
         inputs.hidden_states("teacher_hidden", teacher_hidden)
+    if data_group is not None:
+        is_group = torch.distributed.is_available() and isinstance(data_group, torch.distributed.ProcessGroup)
+        expect(is_group, "data_group", data_group, "a torch.distributed.ProcessGroup or None", TypeError)
     student_hidden, student_weight = inputs.autocast(student_hidden, student_weight)
     student = inputs.head(
         "student_", "student_hidden", student_hidden, student_weight, student_bias, softcap, temperature
@@ -278,7 +283,7 @@ def fused_egrsd_loss(
                 teacher, inputs.batched(teacher_hidden), target_ids_flat, rows, chunk_bytes
             )
         logp_t, entropy = logp_t.to(dtype), entropy.to(dtype)
-        end_of_sequence = (boundaries[1:] - 1)[sequence].to(torch.int32)
+        end_of_sequence = (boundaries[1:] - 1)[sequence].clamp(max=n - 1).to(torch.int32)
         lookahead_entropy = ops.lookahead_entropy(entropy, valid, end_of_sequence, lookahead)
         scale = _entropy_scale(options, entropy, lookahead_entropy, data_group)
         tokens = rows.counts[0].to(dtype)

@@ -64,7 +64,8 @@ class TokenStats(NamedTuple):
     """Per-token figures of one call, detached, shaped like ``target_ids``, 0 where masked; entropies in nats.
 
     float32 (float64 for float64 inputs). gradient_error_bound: of sparse gradients, a token's share |c_t| dropped_t /
-    Σ_s |c_s| ‖p_s − e_s‖₁ of the relative error: the sum is at most ``sparse_tol``. 0 where the gradient is exact.
+    Σ_s |c_s| ‖p_s − e_s‖₁ of the relative error (see sparse_tol): the sum is at most ``sparse_tol``. 0 where the
+    gradient is exact.
     """
 
     student_logp: torch.Tensor
@@ -85,8 +86,8 @@ class Sparse:
     """
 
     tolerance: float
-    dropped: torch.Tensor  # float32: the probability mass left out, or a little more; 0 where the gradient is exact
-    mass: torch.Tensor  # float32: ‖p − e_y‖₁; less, down to 0, where the gradient is exact
+    dropped: torch.Tensor  # float32: the gradient's mass left out, or a little more; 0 where the gradient is exact
+    mass: torch.Tensor  # float32: that gradient's, ‖p − e_y‖₁; less, down to 0, under a softcap or where it is exact
     dense: torch.Tensor  # int32: 1 where the gradient was looked at and found too dense to leave anything out
 
     @classmethod

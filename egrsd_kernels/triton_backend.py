@@ -49,13 +49,13 @@ def sparse_tolerance(grad_mode: str, sparse_tol: float, head: Head, needs: tuple
     """The tolerance of the gradients that ``grad_mode`` asks for ("exact", "sparse" or "auto"); None for exact ones."""
     if grad_mode == "auto":
         most_dense = break_even(head.weight.shape[1], needs[1] or needs[2])
-        grad_mode = "sparse" if AUTOMATIC.sparse(_kind(head), most_dense) else "exact"
+        grad_mode = "sparse" if AUTOMATIC.sparse(_kind(head, needs), most_dense) else "exact"
     return sparse_tol if grad_mode == "sparse" else None
 
 
-def _kind(head: Head) -> tuple:
-    """What the density of gradients is remembered by."""
-    return head.weight.device, head.weight.dtype, *head.weight.shape
+def _kind(head: Head, needs: tuple[bool, bool, bool]) -> tuple:
+    """What the density of gradients is remembered by: with a trained head rows may keep fewer entries."""
+    return head.weight.device, head.weight.dtype, *head.weight.shape, needs[1] or needs[2]
 
 
 def student_pass(
@@ -108,7 +108,7 @@ def student_pass(
                 gradients.bias(d_bias, accumulate=first_row > 0)
         if sparse is not None:
             gradients.finish()
-            AUTOMATIC.observe(_kind(head), torch.stack([sparse.dense.sum(), rows.counts[1]]))
+            AUTOMATIC.observe(_kind(head, needs), torch.stack([sparse.dense.sum(), rows.counts[1]]))
         elif needs[1] and d_weight is None:
             # All rows in one chunk: its product is the whole gradient, so it waits for the factor and is rounded to the
             # head's dtype on its way out. That spares a float32 gradient, more memory than the chunk that waits.

@@ -12,7 +12,8 @@ import torch
 
 from egrsd_kernels import fused_egrsd_loss, linear_logp, token_statistics
 
-SHAPES = [(1, 1), (3, 130), (131, 515), (300, 1003)]  # tokens, vocabulary: one, few, and just past whole tiles
+# Tokens, vocabulary: one, few, just past whole tiles, and a chunk that is full beside an odd number of tiles.
+SHAPES = [(1, 1), (3, 130), (131, 515), (300, 1003), (128, 190)]
 SIZES = [72, 17]  # hidden size: rows that TMA can read, and rows that it cannot
 
 
@@ -22,10 +23,11 @@ def run(n: int, vocabulary: int, size: int, dtype: torch.dtype) -> None:
 
     hidden, weight, bias = normal(n, size), normal(vocabulary, size), normal(vocabulary)
     target_ids = torch.randint(0, vocabulary, (n,), device="cuda")
-    target_ids[::7] = -100
-    target_ids[1::50] = vocabulary + 5  # must not be read
     advantages = torch.randn(n, device="cuda")
-    advantages[::3] = 0
+    if n % 128:
+        target_ids[::7] = -100
+        target_ids[1::50] = vocabulary + 5  # must not be read
+        advantages[::3] = 0
     ends = torch.tensor([0, n // 2, n], device="cuda")
     for transform in ({}, {"student_bias": bias, "softcap": 5.0, "temperature": 0.8}):
         for chunk_bytes in (1, 1 << 30):

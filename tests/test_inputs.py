@@ -269,6 +269,7 @@ SCALARS = {
         (torch.tensor(0), ValueError),
         (torch.tensor(NAN), ValueError),
     ],
+    "data_group": [("world", TypeError), (0, TypeError)],
     "chunk_bytes": [(0, ValueError), (-5, ValueError), (2.0**20, TypeError), (True, TypeError), (None, TypeError)],
     "backend": [("cuda", ValueError), (None, ValueError), (1, ValueError), ("Triton", ValueError)],
 }

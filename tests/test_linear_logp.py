@@ -127,6 +127,39 @@ def test_sparse_parity(combo, shape, size, options):
 
 
 @all_combos
+def test_a_saturated_target_leaves_the_others_accurate(combo):
+    """Under a softcap the target's own entry may be too small for its dtype, and the others' are not."""
+    weight = torch.eye(61, device=combo.device, dtype=combo.dtype)
+    hidden = (12 + 8 * Draw(3).uniform(9, 61)).to(combo.device, combo.dtype)
+    hidden[:, 7] = torch.linspace(90, 270, 9)
+    operands = {"hidden": hidden, "weight": weight, "bias": torch.zeros_like(weight[0])}
+    targets = torch.full((9,), 7, device=combo.device)
+    for row in range(9):
+        incoming = torch.zeros(9, device=combo.device, dtype=combo.compute_dtype)
+        incoming[row] = 30000.0
+        _, got = package_logp(combo, operands, targets, incoming, softcap=30.0)
+        _, want = reference_logp(operands, targets, incoming, softcap=30.0)
+        others = torch.arange(61) != 7
+        # A probability is as good as its logit.
+        tolerance = gradient_tolerance(combo, 1) + 2 * float(logit_error(combo, **operands, softcap=30.0).max())
+        assert want["bias"][others].abs().min() > 1e-4, "the case shows nothing"
+        assert_gradient("bias", got["bias"][others], want["bias"][others], tolerance)
+
+
+@all_combos
+def test_a_loss_scale_beside_an_outlier(combo):
+    """dL/dlogp times hidden is beyond what float16 holds, as under a gradient scaler; the gradients are not."""
+    operands, *_ = make_operands(combo, 40, width=24)
+    operands["hidden"] *= 8
+    operands["hidden"][:, 5], operands["weight"][:, 5] = 1500.0, 0.0
+    targets = (operands["hidden"].double() @ operands["weight"].double().T).argmax(1)
+    incoming = torch.full((40,), 60.0, device=combo.device, dtype=combo.compute_dtype)
+    _, expected = reference_logp(operands, targets, incoming)
+    assert all(0 < x.abs().max() < 65504 for x in expected.values()), "the case shows nothing"
+    check(combo, operands, targets, incoming)
+
+
+@all_combos
 @pytest.mark.parametrize("options", [{}, {"softcap": 30.0}, {"temperature": 0.5}], ids=str)
 def test_extreme_logits(combo, options):
     operands, targets, incoming = make_operands(combo, 3, 5, kind="extreme", bias=True)

@@ -13,10 +13,12 @@ from tests.conftest import (
     LEARNED,
     SPARSE,
     Combo,
+    Draw,
     all_combos,
     assert_gradient,
     check_parity,
     cuda_combos,
+    draw_head,
     few_combos,
     gradient_tolerance,
     loss_scale,
@@ -60,6 +62,7 @@ CASES = {
     "flat": {"kind": "flat", "bias": False, "lookahead": 3},
     "temperature": {"temperature": 0.6, "bias": True},
     "softcap": {"softcap": 6.0, "bias": True},
+    "softcap 1e5": {"softcap": 1e5, "bias": True},
     "softcap, temperature": {"softcap": 4.0, "temperature": 1.7, "bias": True, "vocabulary": 257},
     # teachers
     "own head": {"teacher": "own head", "lookahead": 3},
@@ -95,6 +98,21 @@ EXTREME = {
     "extreme, softcap": {"kind": "extreme", "softcap": 30.0},
     "extreme, own head": {"kind": "extreme", "teacher": "own head", "mask": "holes", "temperature": 0.5},
 }
+
+
+@all_combos
+def test_a_student_that_is_its_own_teacher(combo):
+    """Both log p make the same errors in the logits: what is left of their difference are roundings of log p itself."""
+    draw = Draw(11)
+    weight = draw_head(draw, 300, 24).to(combo.device, combo.dtype)
+    hidden = (40 * draw.normal(256, 24)).to(combo.device, combo.dtype)
+    targets = (hidden.double() @ weight.double().T).topk(2).indices[torch.arange(256), torch.arange(256) % 2]
+    advantages = torch.ones(1, device=combo.device)
+    hidden.requires_grad_()
+    _, s = fused_egrsd_loss(hidden, weight, hidden, targets, advantages, backend=combo.backend, return_stats=True)
+    u = 2.0**-53 if combo.compute_dtype == torch.float64 else 2.0**-24
+    assert (s.teacher_logp <= 0).all() and (s.student_logp <= 0).all()
+    assert ((s.teacher_logp - s.student_logp).abs() <= 32 * u * (1 + s.student_logp.abs())).all()
 
 
 @all_combos

@@ -12,7 +12,7 @@ from .common import LOG2E, NEG, Machine, TensorDescriptor, chunk_rows, logits_of
 @triton.jit
 def gather_kernel(
     hidden, stride_hb, stride_ht, stride_hd, length, weight, stride_wv, stride_wd, bias, target_ids, order, counts,
-    out_hidden, out_logit, out_offset, out_target, live, first_row, chunk, D, V, softcap, scale,
+    out_hidden, out_logit, out_damping, out_offset, out_target, live, first_row, chunk, D, V, softcap, scale,
     BIAS: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     slot = tl.program_id(0)
@@ -38,10 +38,11 @@ def gather_kernel(
         product = tl.sum(total, 0)
         if BIAS:
             product += tl.load(bias + tl.where(inside, target, 0)).to(tl.float32)
-        z, _ = logits_of(product, softcap, scale, SOFTCAP)
+        z, damping = logits_of(product, softcap, scale, SOFTCAP)
         z = tl.where(z == float("-inf"), NEG, z)
         z = tl.where(inside, z, float("nan"))
         tl.store(out_logit + slot, z)
+        tl.store(out_damping + slot, damping)
         tl.store(out_offset + slot, z)
         tl.store(out_target + slot, tl.where(inside, target, -1).to(tl.int32))
 
@@ -53,7 +54,8 @@ class Chunk:
 
     Attributes:
         hidden: (rows, D). logit: (rows,) float32, of the target, in units of ln 2; NaN for a target outside the
-            vocabulary, whose ``target`` (rows,) int32 is -1.
+            vocabulary, whose ``target`` (rows,) int32 is -1. damping: (rows,) float32, what its softcap leaves of its
+            gradient.
         offset: (rows,) float32, what exponentials are relative to: the target's logit, or what replaces it.
         live: how many leading rows are valid, and how many of those have a gradient, int32 on the device.
         retry: the same two numbers for a second attempt: 0 until the first one sets them.
@@ -67,7 +69,7 @@ class Chunk:
         self.V, self.D = head.weight.shape
         device = head.weight.device
         self.hidden = torch.empty(rows, self.D, dtype=head.weight.dtype, device=device)
-        self.logit, self.offset = self.floats(2, rows)
+        self.logit, self.damping, self.offset = self.floats(3, rows)
         self.target = torch.empty(rows, dtype=torch.int32, device=device)
         # 16 bytes apart: Triton compiles a kernel again for a pointer that is less aligned.
         self.live, self.retry = torch.empty(8, dtype=torch.int32, device=device).split(4)
@@ -94,8 +96,8 @@ class Chunk:
         gather_kernel[(self.rows,)](
             hidden, *hidden.stride(), hidden.shape[1], head.weight, head.weight.stride(0), head.weight.stride(1),
             head.bias, target_ids, rows.order, rows.counts,
-            self.hidden, self.logit, self.offset, self.target, self.live, first_row, self.rows, self.D, self.V,
-            head.softcap or 0.0, self.logit_scale,
+            self.hidden, self.logit, self.damping, self.offset, self.target, self.live, first_row, self.rows,
+            self.D, self.V, head.softcap or 0.0, self.logit_scale,
             BIAS=head.bias is not None, SOFTCAP=head.softcap is not None,
             BLOCK=min(1024, triton.next_power_of_2(self.D)), num_warps=4,
         )  # fmt: skip

@@ -7,6 +7,8 @@ p_y near 1 to cancellation. The rest is matrix products. With factor = -(dL/dlog
     dhidden = factor * (E W - R W_y)
     dW = E^T (factor * hidden)    dbias = E^T factor     where E has -R for the target
 
+Under a softcap each entry of E, and R here, is damped by dz/d(product) / scale <= 1.
+
 dhidden needs factor, hence S, only at the end, so a slice of the vocabulary is stored, multiplied and forgotten: its
 memory does not grow with the vocabulary. dW needs factor before the product, so all of a chunk's E has to be there.
 """
@@ -67,7 +69,12 @@ def hidden_kernel(
             e = load_tile(exponentials, row, v, chunk, V, stride_e, 1, ROWS, DEPTH, TMA, True, True)
             w = load_tile(weight, first_col + v, col, V, D, stride_wv, stride_wd, DEPTH, COLS, TMA, EVEN, False)
             product = tl.dot(e, w, product, input_precision=PRECISION)
-        at = partial + unit * (ROWS * COLS) + tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
+        at = (
+            partial
+            + unit * tl.full([], ROWS * COLS, tl.int64)
+            + tl.arange(0, ROWS)[:, None] * COLS
+            + tl.arange(0, COLS)[None, :]
+        )
         if ACCUMULATE:
             product += tl.load(at)
         tl.store(at, product)
@@ -75,17 +82,14 @@ def hidden_kernel(
 
 @triton.jit
 def factor_kernel(
-    exponentials, stride_e, logit, others, total, target, gradient, order, live, factor, entry, head_factor, chunk,
-    softcap, scale, temperature, unit, SOFTCAP: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr,
+    exponentials, stride_e, damping, others, total, target, gradient, order, live, factor, entry, head_factor, chunk,
+    temperature, unit, HEAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ours = slot < tl.load(live + 1)
     t = tl.load(order + slot, mask=ours, other=0)
     s = tl.load(total + slot, mask=ours, other=1.0)
-    e = -tl.load(others + slot, mask=ours, other=0.0)
-    if SOFTCAP:
-        capped = tl.load(logit + slot, mask=ours, other=0.0) / (softcap * scale)
-        e *= 1.0 - capped * capped
+    e = -tl.load(others + slot, mask=ours, other=0.0) * tl.load(damping + slot, mask=ours, other=0.0)
     f = tl.where(ours, -tl.load(gradient + t, mask=ours, other=0.0) / (s * temperature), 0.0)
     inside = slot < chunk
     tl.store(factor + slot, f, mask=inside)
@@ -94,9 +98,10 @@ def factor_kernel(
         y = tl.load(target + slot, mask=ours, other=-1)
         rounded = e.to(exponentials.dtype.element_ty)
         tl.store(exponentials + slot.to(tl.int64) * stride_e + y, rounded, mask=ours & (y >= 0))
-        # The target's entry is the row's largest. A factor that undoes its rounding leaves the others no worse than
-        # theirs.
-        undo = tl.where(rounded == 0, 1.0, e / rounded.to(tl.float32))
+        # The target's entry is the row's largest, unless a softcap damps it. A factor that undoes its rounding leaves
+        # the others no worse than theirs, which holds for normal numbers.
+        least: tl.constexpr = 2.0**-14 if exponentials.dtype.element_ty == tl.float16 else 2.0**-126
+        undo = tl.where(tl.abs(rounded.to(tl.float32)) < least, 1.0, e / rounded.to(tl.float32))
         tl.store(head_factor + slot, f * undo / unit, mask=inside)
 
 
@@ -117,7 +122,7 @@ def finish_hidden_kernel(
         inner = (slot % ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
         product = tl.zeros([BLOCK, COLS], tl.float32)
         for split in range(0, splits):
-            product += tl.load(partial + (split * tiles + tile) * (ROWS * COLS) + inner)
+            product += tl.load(partial + (split * tiles + tile) * tl.full([], ROWS * COLS, tl.int64) + inner)
         ours = slot < n
         y = tl.load(target + slot, mask=ours, other=-1).to(tl.int64)
         inside = ours[:, None] & (col < D)[None, :]
@@ -157,28 +162,29 @@ def put_tile(out, row, col, tile, ADD: tl.constexpr, REDUCE: tl.constexpr):
 
 @triton.jit
 def head_kernel(
-    exponentials, stride_e, hidden, out, factor, live, chunk, D, V, unit,
+    exponentials, stride_e, hidden, out, factor, live, chunk, width, D, V, unit,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
-    TMA: tl.constexpr, SCALED: tl.constexpr, ACCUMULATE: tl.constexpr, REDUCE: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, EVEN: tl.constexpr, SCALED: tl.constexpr, ACCUMULATE: tl.constexpr, REDUCE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     n = tl.load(live + 1)
     if SCALED:
         unit *= tl.load(factor)
     row_tiles = tl.cdiv(V, ROWS)
     col_tiles = tl.cdiv(D, COLS)
-    width = GROUP * col_tiles
+    group_tiles = GROUP * col_tiles
     tiles = row_tiles * col_tiles
     if ACCUMULATE:  # a chunk without rows has nothing to add
         tiles = tl.where(n > 0, tiles, 0)
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=TMA):
-        group = tile // width
+        group = tile // group_tiles
         group_rows = tl.minimum(row_tiles - group * GROUP, GROUP)
-        row = (group * GROUP + (tile % width) % group_rows) * ROWS
-        col = ((tile % width) // group_rows) * COLS
+        row = (group * GROUP + (tile % group_tiles) % group_rows) * ROWS
+        col = ((tile % group_tiles) // group_rows) * COLS
         product = tl.zeros([ROWS, COLS], tl.float32)
         # The chunk is whole tiles of rows; past the n that count, those of ``exponentials`` and ``hidden`` are zero.
         for r in range(0, n, DEPTH):
-            e = load_tile(exponentials, r, row, chunk, V, stride_e, 1, DEPTH, ROWS, TMA, True, True)
+            e = load_tile(exponentials, r, row, chunk, width, stride_e, 1, DEPTH, ROWS, TMA, True, EVEN)
             h = load_tile(hidden, r, col, chunk, D, D, 1, DEPTH, COLS, TMA, True, False)
             product = tl.dot(e.T, h, product, input_precision=PRECISION)
         product *= unit
@@ -244,12 +250,12 @@ class HeadProduct:
 
     def __call__(self, out: torch.Tensor, accumulate: bool = False, factor: torch.Tensor | None = None) -> None:
         """out (V, D) = the product times ``factor`` (0-d float32, or 1), in its dtype; or add to float32."""
-        chunk, c = self.chunk, self.config
+        chunk, c, e = self.chunk, self.config, self.exponentials
         head_kernel[(chunk.programs,)](
-            self.operands[0], self.exponentials.stride(0), self.operands[1], chunk.tiled(out, c.rows, c.cols // 2),
-            factor, chunk.live, chunk.rows, chunk.D, chunk.V, self.unit, GROUP=8, PROGRAMS=chunk.programs,
-            TMA=chunk.tma, SCALED=factor is not None, ACCUMULATE=accumulate, REDUCE=not interpreted(head_kernel),
-            PRECISION=PRECISION, **c.tile, **c.launch,
+            self.operands[0], e.stride(0), self.operands[1], chunk.tiled(out, c.rows, c.cols // 2), factor, chunk.live,
+            chunk.rows, e.shape[1], chunk.D, chunk.V, self.unit, GROUP=8, PROGRAMS=chunk.programs, TMA=chunk.tma,
+            EVEN=e.shape[1] % c.rows == 0, SCALED=factor is not None, ACCUMULATE=accumulate,
+            REDUCE=not interpreted(head_kernel), PRECISION=PRECISION, **c.tile, **c.launch,
         )  # fmt: skip
 
 
@@ -316,9 +322,8 @@ class ChunkGradients:
         """Turn dL/dlogp, ``gradient`` (N,) float32, into the chunk's hidden gradients, and E into the head's."""
         chunk, e, weight = self.chunk, self.exponentials, self.chunk.head.weight
         factor_kernel[(triton.cdiv(chunk.rows, SLOTS),)](
-            e, e.stride(0), chunk.logit, self.others, self.total, chunk.target, gradient, order, chunk.live,
-            self.factor, self.entry, self.head_factor, chunk.rows, chunk.head.softcap or 0.0, chunk.logit_scale,
-            chunk.head.temperature, self.unit, SOFTCAP=chunk.head.softcap is not None,
+            e, e.stride(0), chunk.damping, self.others, self.total, chunk.target, gradient, order, chunk.live,
+            self.factor, self.entry, self.head_factor, chunk.rows, chunk.head.temperature, self.unit,
             HEAD=self.head_product is not None, BLOCK=SLOTS,
         )  # fmt: skip
         if self.out_hidden is not None:

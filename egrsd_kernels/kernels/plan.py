@@ -154,7 +154,10 @@ def chunk_plan(
     def widths(tiles: int, room: int, budget: int) -> set[int]:
         """Slice widths worth a look: equal slices, and ones that end with a full round of the vocabulary pass."""
         tile_bytes = tiles * ROW_TILE * c.cols * itemsize
-        most = min(col_tiles, (budget - buffers(tiles, room)) // tile_bytes)
+        left = budget - buffers(tiles, room)
+        if left < 12 * col_tiles * tiles * ROW_TILE:  # maxima and sums of tiles, which share the exponentials' memory
+            return set()
+        most = min(col_tiles, left // tile_bytes)
         if whole:
             return {col_tiles} if most == col_tiles else set()
         if most < 1:

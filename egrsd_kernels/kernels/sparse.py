@@ -9,7 +9,8 @@ are set aside until there are enough such rows for the exact kernels.
 
 Below, x = T dlogp/d(product) is a row's gradient, for product = h W^T + b and the temperature T. Without a softcap
 x = e_y - p; with one, the entries of e_y - p are each damped by a factor 1 - tanh^2 <= 1. The target's entry is
-Σ_{v≠y} p_v, damped, whether or not these entries are dropped themselves.
+Σ_{v≠y} p_v, damped, whether or not these entries are dropped themselves. M is ||x||_1 without a softcap, twice that
+sum; with one it is |x_y|, which is less.
 
 What is small is decided on the weighed size a |x_v|, with a = |g| / max |g| and g = dL/dlogp: what is dropped from a
 row that matters little may be large. The budget is tol Σ a M over the rows of the chunk. A share of it goes to tiles
@@ -20,10 +21,10 @@ allows. Each time "least" is the largest of a series of thresholds under which e
 stays within its share, by a histogram of sizes: whole numbers, which add up in any order.
 
 **The bound.** Let δ_t be what row t drops, Σ |x_v| over the entries dropped (or more, where a tile is dropped as a
-whole: its undamped mass). dL/dlogits of row t is off by g_t x_v at these entries and by nothing elsewhere, that is by
-|g_t| δ_t in L1. (dhidden is off by at most |g_t| δ_t max_v ||W_v|| / T.) With M_t = ||p_t - e_y||_1:
+whole: its undamped mass). T dL/d(product) of row t is off by g_t x_v at these entries and by nothing elsewhere, that
+is by |g_t| δ_t in L1. (dhidden is off by at most |g_t| δ_t max_v ||W_v|| / T.)
 
-    Σ_t |g_t| δ_t <= tol Σ_t |g_t| M_t        on any input
+    Σ_t |g_t| δ_t <= tol Σ_t |g_t| M_t <= tol Σ_t |g_t| ||x_t||_1        on any input
 
 *Proof.* ``certify_kernel`` adds up both sides over the rows of the chunk, and unless D (1 + 2 SLACK) <= tol M for the
 two sums as computed, it makes every row of the chunk dense, whose δ is 0. So nothing hangs on how the thresholds were
@@ -137,10 +138,10 @@ def weigh_kernel(
 
 @triton.jit
 def tile_mass_kernel(
-    sums, total, logit, live, top, weight, inverse, target_value, mass, chunk, col_tiles, softcap, scale,
+    sums, total, damping, live, top, weight, inverse, target_value, mass, chunk, col_tiles,
     ROWS: tl.constexpr, TILES: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """The probability mass of each tile in place of its sum; of each row a, 1/S, the target's x, and ||p - e_y||_1."""
+    """The probability mass of each tile in place of its sum; of each row a, 1/S, the target's x, and M <= ||x||_1."""
     n = tl.load(live + 1)
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     ours = r < n
@@ -157,14 +158,12 @@ def tile_mass_kernel(
             q = tl.where((a > 0)[None, :], tl.load(at, mask=inside, other=0.0), 0.0) * inv[None, :]
             tl.store(at, q, mask=inside)
             others += tl.sum(q, 0)
-        own_value = others
-        if SOFTCAP:
-            capped = tl.load(logit + r, mask=ours, other=0.0) / (softcap * scale)
-            own_value *= 1.0 - capped * capped
+        own_value = others * tl.load(damping + r, mask=ours, other=0.0)
         tl.store(weight + r, a, mask=ours)
         tl.store(inverse + r, inv, mask=ours)
         tl.store(target_value + r, tl.where(a > 0, own_value, 0.0), mask=ours)
-        tl.store(mass + r, others + others, mask=ours)
+        # Under a softcap the others are damped, too, and the target's entry alone is what is known to be there.
+        tl.store(mass + r, own_value if SOFTCAP else others + others, mask=ours)
 
 
 @triton.jit
@@ -545,8 +544,8 @@ def add_head_kernel(
 
 @triton.jit
 def set_aside_kernel(
-    exponentials, stride_e, hidden, target, logit, others, total, order, slot_of, live, stored,
-    to_exponentials, to_stride_e, to_hidden, to_target, to_logit, to_others, to_total, to_order, width, D,
+    exponentials, stride_e, hidden, target, damping, others, total, order, slot_of, live, stored,
+    to_exponentials, to_stride_e, to_hidden, to_target, to_damping, to_others, to_total, to_order, width, D,
     ROW_TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The dense rows of the chunk go to the reserve; zeros after its last row, to the end of a tile of rows."""
@@ -566,7 +565,7 @@ def set_aside_kernel(
             tl.store(to_hidden + slot * D + column, h, mask=column < D)
             if block == 0:
                 tl.store(to_target + slot, tl.load(target + r))
-                tl.store(to_logit + slot, tl.load(logit + r))
+                tl.store(to_damping + slot, tl.load(damping + r))
                 tl.store(to_others + slot, tl.load(others + r))
                 tl.store(to_total + slot, tl.load(total + r))
                 tl.store(to_order + slot, tl.load(order + r))
@@ -652,9 +651,8 @@ class SparseGradients:
             ROWS=SLOTS, BINS=BINS,
         )  # fmt: skip
         tile_mass_kernel[self._row_blocks](
-            self.vocab.sums, total, chunk.logit, chunk.live, self.top,
-            self.weight, self.inverse, self.target_value, self.mass, chunk.rows, self.vocab.col_tiles,
-            chunk.head.softcap or 0.0, chunk.logit_scale, ROWS=ROW_BLOCK, TILES=TILE_BLOCK,
+            self.vocab.sums, total, chunk.damping, chunk.live, self.top, self.weight, self.inverse, self.target_value,
+            self.mass, chunk.rows, self.vocab.col_tiles, ROWS=ROW_BLOCK, TILES=TILE_BLOCK,
             SOFTCAP=chunk.head.softcap is not None,
         )  # fmt: skip
         budget_kernel[(1,)](self.weight, self.mass, chunk.live, self.budget, self.sparse.tolerance, ROWS=SLOTS)
@@ -770,7 +768,7 @@ class SparseGradients:
         e, to = seen.exponentials, exact.exponentials
         block = min(8192, triton.next_power_of_2(e.shape[1]))
         set_aside_kernel[(chunk.rows, triton.cdiv(max(e.shape[1], chunk.D), block))](
-            e, e.stride(0), chunk.hidden, chunk.target, chunk.logit, seen.others, seen.total, order,
-            self.slot_of, chunk.live, self.stored, to, to.stride(0), reserve.hidden, reserve.target, reserve.logit,
+            e, e.stride(0), chunk.hidden, chunk.target, chunk.damping, seen.others, seen.total, order,
+            self.slot_of, chunk.live, self.stored, to, to.stride(0), reserve.hidden, reserve.target, reserve.damping,
             exact.others, exact.total, self.reserve_order, e.shape[1], chunk.D, ROW_TILE=ROW_TILE, BLOCK=block,
         )  # fmt: skip

@@ -3,7 +3,9 @@
 Two uses of one kernel. ``statistics``: each (row, vocabulary tile) leaves its maximum m, S = sum e^(z-m) and
 U = sum e^(z-m) (z-m); combined over the tiles they give logsumexp and entropy. ``exponentials``: the tile e^(z-offset)
 is stored in the operands' dtype, and its float32 row sum kept, so that the gradient is a plain matrix product later.
-There the target is left out, a 0 in the tile: the sum is then what 1 - p_y is made of, without a difference.
+Both leave the target out, whose logit the gather has made: a sum is then what 1 - p_y is made of, without a difference,
+and log p compares the target with the others by the same two numbers in both, so that teacher and student of the same
+weights agree to the last bits.
 All logits here are in units of ln 2, because exp2 and log2 are what the hardware has.
 """
 
@@ -57,11 +59,11 @@ def vocab_kernel(
         z, damping = logits_of(product, softcap, scale, SOFTCAP)
         if BIAS:  # -inf is a legitimate bias; as NEG it keeps 0 * -inf out of the sums
             z = tl.where(z == float("-inf"), NEG, z)
-        z = tl.where((v < V)[None, :], z, NEG)
+        own = v[None, :] == tl.load(target + r)[:, None]
+        z = tl.where((v < V)[None, :] & ~own, z, NEG)
         at = partial + col_tile * chunk + r
         if STORE:
-            e = tl.exp2(z - tl.load(offset + r)[:, None])
-            e = tl.where(v[None, :] == tl.load(target + r)[:, None], 0.0, e)
+            e = tl.where(own, 0.0, tl.exp2(z - tl.load(offset + r)[:, None]))
             tl.store(at, tl.sum(e, 1))
             # Rows without gradient become zeros: the products that sum over rows then need no mask.
             e = tl.where((r < n_active)[:, None], e * damping, 0.0)
@@ -109,12 +111,18 @@ def combine_statistics_kernel(
             u = tl.exp2(old) * (u + old * s) + tl.sum(factor * (tile_u + drop * tile_s), 0)
             s = tl.exp2(old) * s + tl.sum(factor * tile_s, 0)
             top = peak
+        z = tl.load(logit + r, mask=ours, other=0.0)
+        own = tl.where(z == z, z, 2 * NEG)  # a NaN is a target outside the vocabulary
+        peak = tl.maximum(top, own)
+        old, drop = top - peak, own - peak
+        u = tl.exp2(old) * (u + old * s) + tl.exp2(drop) * drop
+        s = tl.exp2(old) * s + tl.exp2(drop)
+        top = peak
         log_s = tl.log2(s)
         if OFFSET:
             tl.store(offset + r, top + log_s - shift, mask=ours)
         else:
             row = tl.load(order + r, mask=ours, other=0)
-            z = tl.load(logit + r, mask=ours, other=0.0)
             z = tl.where(z == NEG, float("-inf"), z)
             tl.store(logp + row, (z - top - log_s) * LN2, mask=ours)
             tl.store(entropy + row, (log_s - u / s) * LN2, mask=ours)
@@ -177,7 +185,7 @@ class VocabPass:
         vocab_kernel[(chunk.programs,)](
             *self.operands, *head.weight.stride(), head.bias,
             self.stored if store else None, self.exponentials.stride(0) if store else 0,
-            *((chunk.offset, chunk.target, self.sums) if store else (None, None, self.partial)), live,
+            chunk.offset if store else None, chunk.target, self.sums if store else self.partial, live,
             first_tile, n_tiles, chunk.rows, chunk.V, head.softcap or 0.0, chunk.logit_scale,
             D=chunk.D, GROUP=GROUP, PROGRAMS=chunk.programs, TMA=chunk.tma, STORE=store, BIAS=head.bias is not None,
             SOFTCAP=head.softcap is not None, PRECISION=PRECISION, **self.config.tile, **self.config.launch,

@@ -74,7 +74,8 @@ class EGRSDConfig(GRPOConfig):
         default=10, metadata={"help": "Generations with the fixed baseline 0.5 before the running statistics."}
     )
     length_beta: float = field(
-        default=0.5, metadata={"help": "β_L: the largest bonus for a short response with a positive reward."}
+        default=0.5,
+        metadata={"help": "β_L: the largest bonus for a short response, where the sum of its rewards is positive."},
     )
     solution_column: str = field(default="solution", metadata={"help": "Dataset column of the reference solution."})
     teacher: str = field(
@@ -106,7 +107,22 @@ class EGRSDConfig(GRPOConfig):
     )
 
     def __post_init__(self):
+        for name, low in {
+            "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
+            "num_generations": 1, "num_iterations": 1, "max_completion_length": 1,
+        }.items():  # fmt: skip
+            if getattr(self, name) is not None:  # before TRL divides by them
+                integer(name, getattr(self, name), low=low)
+        for name, bounds in {
+            "learning_rate": {}, "temperature": {"strict": True}, "min_p": {"high": 1},
+            "top_p": {"high": 1, "strict": True},
+        }.items():  # fmt: skip
+            if getattr(self, name) is not None:
+                setattr(self, name, number(name, getattr(self, name), low=0, **bounds))
         super().__post_init__()
+        for name, ours in {"max_new_tokens": "max_completion_length", "temperature": "temperature"}.items():
+            absent = name not in (self.generation_kwargs or {})
+            expect(absent, "generation_kwargs", self.generation_kwargs, f"no {name}: set {ours}, which the loss reads")
         for name, allowed in CHOICES.items():
             expect(getattr(self, name) in allowed, name, getattr(self, name), "one of " + ", ".join(allowed))
         for name, bounds in {
@@ -134,7 +150,7 @@ class EGRSDConfig(GRPOConfig):
         for name in NOT_OURS:
             if name in defaults:  # older versions of TRL lack some
                 value, default = getattr(self, name), defaults[name]
-                expect(value in (default, None), name, value, f"{default!r}, as EGRSD's loss has no such term")
+                expect(value == default, name, value, f"{default!r}, as EGRSD's loss has no such term")
         if self.advantage == "welford":
             for name in GROUP_ONLY:
                 value, default = getattr(self, name), defaults[name]

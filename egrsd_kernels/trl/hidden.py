@@ -1,6 +1,6 @@
 """Hidden states instead of logits: reading a causal language model just below its LM head."""
 
-import functools
+import inspect
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# Settings by which some architectures scale their logits after the head.
+# Settings by which some architectures change their logits after the head: softcaps, which the loss knows, and scales.
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 LOGIT_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
 
@@ -20,7 +21,9 @@ def check_head(model: nn.Module) -> float | None:
     for name in LOGIT_SCALES:
         if getattr(config, name, None) not in (None, 1, 1.0):
             raise ValueError(f"model: {config.model_type} scales its logits ({name}), which is not supported")
-    return getattr(config, "final_logit_softcapping", None)
+    if getattr(config, "unpadded_vocab_size", None) not in (None, head.out_features):
+        raise ValueError(f"model: {config.model_type} cuts its logits (unpadded_vocab_size), which is not supported")
+    return next((cap for name in SOFTCAPS if (cap := getattr(config, name, None)) is not None), None)
 
 
 def hand_out_hidden_states(model: nn.Module) -> None:
@@ -32,7 +35,6 @@ def hand_out_hidden_states(model: nn.Module) -> None:
     """
     original = model.forward
 
-    @functools.wraps(type(model).forward)  # generate() validates its arguments against this signature
     def forward(self, *args, read_hidden: Callable[[Tensor, Tensor, Tensor | None], Any] | None = None, **kwargs):
         if read_hidden is None:
             return original(*args, **kwargs)
@@ -41,6 +43,9 @@ def hand_out_hidden_states(model: nn.Module) -> None:
         with _gathered(head.weight, head.bias) as (weight, bias):
             return read_hidden(hidden, weight, bias)
 
+    # generate() validates its arguments against the signature. Not functools.wraps: Accelerate unwraps what has a
+    # __wrapped__, and would take this off with its own wrappers.
+    forward.__signature__ = inspect.signature(type(model).forward)
     model.forward = types.MethodType(forward, model)
 
 
@@ -50,7 +55,7 @@ def _gathered(weight: Tensor, bias: Tensor | None) -> Iterator[tuple[Tensor, Ten
     if hasattr(weight, "full_tensor"):
         yield weight.full_tensor(), None if bias is None else bias.full_tensor()
     elif hasattr(weight, "ds_status"):
-        from trl.trainer.utils import maybe_gather_lm_head_ctx  # TRL 1.15 and later
+        from trl.trainer.utils import maybe_gather_lm_head_ctx  # TRL 1.10 and later
 
         with maybe_gather_lm_head_ctx(weight, bias):
             yield weight, bias

@@ -1,5 +1,6 @@
 """What a practitioner watches: entropies, gates, magnitudes, regimes, and what they cost."""
 
+import math
 import resource
 import sys
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from torch import Tensor
 from egrsd_kernels.regimes import Regime, regime_shares, token_regimes
 
 BINS = 10
+LEAST_ENTROPY = 0.01  # nats
 
 
 def token_metrics(
@@ -27,8 +29,9 @@ def token_metrics(
     """Metrics of the tokens of one optimizer step, as plain numbers by the names under which they are logged.
 
     - teacher_entropy/mean, lookahead_entropy/mean (nats), gate/mean, magnitude/mean;
-    - teacher_entropy/bin_0 … bin_9: the share of tokens in each tenth of [0, log V]; likewise gate of [0, 1] and
-      magnitude of [1 − ε, 1 + ε] (none where ε = 0);
+    - teacher_entropy/bin_0: the share of tokens below 0.01 nat; bin_1 … bin_9: in nine steps by the same factor from
+      there to log V; gate/bin_0 … bin_9: in each tenth of [0, 1]; likewise magnitude of [1 − ε, 1 + ε] (none where
+      ε = 0);
     - magnitude/clipped: the share at either bound;
     - abs_log_ratio/mean and abs_log_ratio/entropy_decile_0 … 9: |δ| in nats, over all tokens and over each tenth of
       them in the order of their entropy;
@@ -60,7 +63,9 @@ def token_metrics(
         "magnitude/mean": magnitude.mean(),
         "abs_log_ratio/mean": distance.mean(),
     }
-    metrics |= _histogram("teacher_entropy", entropy / log_vocab)
+    # Half of a trained model's tokens are below 0.01 nat: equal steps would put nearly all into the first.
+    steps = (entropy / LEAST_ENTROPY).log() * ((BINS - 1) / math.log(log_vocab / LEAST_ENTROPY))
+    metrics |= _histogram("teacher_entropy", torch.where(steps > 0, 1 + steps, 0) / BINS)
     metrics |= _histogram("gate", gate)
     if clip_eps:
         metrics |= _histogram("magnitude", (magnitude - 1 + clip_eps) / (2 * clip_eps))
@@ -93,6 +98,6 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def _histogram(name: str, values: Tensor) -> dict[str, Tensor]:
-    """Shares of ``values`` in the tenths of [0, 1]."""
+    """Shares of ``values`` in the tenths of [0, 1]; what is outside counts to the nearest."""
     counts = torch.histc(values.float().clamp(0, 1), BINS, 0, 1) / values.numel()
     return {f"{name}/bin_{index}": share for index, share in enumerate(counts)}

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import inspect
+import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -14,9 +15,9 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 from transformers import AutoConfig, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
+from egrsd_kernels.inputs import integer
 from egrsd_kernels.teacher import TWO_TURN, Message
 
 from .config import EGRSDConfig
@@ -35,6 +36,11 @@ def make_trainer(arguments: RunArguments, config: EGRSDConfig, model: ModelConfi
     Raises:
         ValueError, OSError, ImportError: in a message that names the key, column or package.
     """
+    try:
+        os.makedirs(config.output_dir, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output_dir: {error}") from error
+    integer("lora_r", model.lora_r, low=1)
     rewards = [load_reward(name) for name in arguments.reward_funcs]
     _check_reporters(config.report_to)
     template = _template(arguments.teacher_template)
@@ -62,24 +68,35 @@ def make_trainer(arguments: RunArguments, config: EGRSDConfig, model: ModelConfi
     if quantization is not None:
         options["quantization_config"] = quantization
     set_seed(config.seed)  # for the adapters' initial weights, which earlier versions of TRL draw unseeded
-    config.model_init_kwargs = {**options, **(config.model_init_kwargs or {})}
-    return EGRSDTrainer(
-        model.model_name_or_path,
-        rewards,
-        config,
-        train_dataset=train,
-        eval_dataset=evaluation,
-        peft_config=get_peft_config(model),
-        teacher_template=template,
-    )
+    own = config.model_init_kwargs
+    config.model_init_kwargs = {**options, **(own or {})}
+    try:
+        return EGRSDTrainer(
+            model.model_name_or_path,
+            rewards,
+            config,
+            train,
+            evaluation,
+            peft_config=get_peft_config(model),
+            teacher_template=template,
+        )
+    except TypeError as error:
+        if own:  # they go to the model's constructor as they are
+            raise ValueError(f"model_init_kwargs: {error}") from error
+        raise
 
 
 def last_checkpoint(output_dir: str) -> str:
-    """The latest checkpoint in a run's folder, or a ValueError where there is none."""
-    checkpoint = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
-    if checkpoint is None:
+    """The latest whole checkpoint in a run's folder, or a ValueError where there is none."""
+    numbered = {}
+    for state in Path(output_dir).glob("checkpoint-*/trainer_state.json"):  # what Trainer writes last
+        try:
+            numbered[json.loads(state.read_text(encoding="utf-8"))["global_step"]] = str(state.parent)
+        except (OSError, ValueError, KeyError):
+            continue  # killed while it was being written
+    if not numbered:
         raise ValueError(f"resume: no checkpoint in {output_dir}")
-    return checkpoint
+    return numbered[max(numbered)]
 
 
 def train(trainer: EGRSDTrainer, checkpoint: str | None = None) -> None:

@@ -21,9 +21,17 @@ def privileged_conversation(
     example: Mapping[str, Any], solution_column: str, template: Sequence[Message]
 ) -> list[dict[str, str]]:
     """The teacher's conversation for one row of the dataset, or a ValueError that names the column at fault."""
+    for column in ("prompt", solution_column):
+        if column not in example:
+            raise ValueError(f"{column}: missing in a row of the dataset")
     prompt, solution = example["prompt"], example[solution_column]
     if isinstance(prompt, str) or not prompt:
         raise ValueError(f"prompt: expected a conversation, a list of messages, got {prompt!r}")
+    for message in prompt:
+        if not (isinstance(message, Mapping) and isinstance(message.get("role"), str)) or (
+            message.get("content") is None and not message.get("tool_calls")
+        ):
+            raise ValueError(f"prompt: expected messages with role and content, got {message!r}")
     if not isinstance(solution, str) or not solution.strip():
         raise ValueError(f"{solution_column}: expected the text of a reference solution, got {solution!r}")
     return teacher_messages(prompt, solution, template)
@@ -121,8 +129,10 @@ class EarlierWeights:
             raise CheckpointError("model: not the one that this run began with, so the frozen teacher would differ")
 
     def _digest(self) -> str:
-        sums = [weight.sum(dtype=torch.float64).item() for weight in self.kept]
-        return hashlib.sha256(torch.tensor(sums, dtype=torch.float64).numpy().tobytes()).hexdigest()
+        # Sums of the bits as whole numbers: the same in any order, so on any number of threads and on any device.
+        bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+        sums = [weight.view(bits[weight.dtype.itemsize]).sum(dtype=torch.int64) for weight in self.kept]
+        return hashlib.sha256(torch.stack(sums).cpu().numpy().tobytes()).hexdigest()
 
 
 class MoveTeacher(TrainerCallback):

@@ -8,6 +8,7 @@ methods, each the narrowest that does the job:
     _generate_and_score_completions   Welford advantages; one teacher pass over the fresh rollouts
     _prepare_inputs                   the loss's normaliser and entropy scale, over an optimizer step and all processes
     _compute_loss                     fused_egrsd_loss inside the model's own forward; metrics; export of rollouts
+    log                               tokens per second begin anew
     _save_rng_state, _load_rng_state  everything else that a bit-exact resume needs
     _get_train_sampler                the same order of prompts after a resume
 
@@ -19,7 +20,7 @@ rollouts cost one teacher pass.
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,7 +55,7 @@ class EGRSDTrainer(GRPOTrainer):
     example ``{"enable_thinking": False}``).
 
     Args:
-        model, reward_funcs, args, and further keywords: as GRPOTrainer's; args is an :class:`EGRSDConfig`.
+        model, reward_funcs, args, datasets, and further keywords: as GRPOTrainer's; args is an :class:`EGRSDConfig`.
         teacher_template: messages that follow the prompt in the teacher's conversation, ``{solution}`` where the
             solution goes. For anything else override :meth:`teacher_prompt`.
 
@@ -74,6 +75,8 @@ class EGRSDTrainer(GRPOTrainer):
         model: Any,
         reward_funcs: Any = None,
         args: EGRSDConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
         *,
         teacher_template: Sequence[Message] = TWO_TURN,
         **kwargs: Any,
@@ -83,13 +86,22 @@ class EGRSDTrainer(GRPOTrainer):
             raise TypeError(f"args: expected an EGRSDConfig, got {type(args).__name__}")
         if not reward_funcs:
             raise ValueError("reward_funcs: expected at least one reward function")
-        for name in ("tools", "environment_factory"):
+        for name in ("tools", "environment_factory", "rollout_func"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name}: not supported, the teacher would not see what it adds to the prompt")
-        datasets = {name: kwargs.get(name) for name in ("train_dataset", "eval_dataset")}
+        datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         for name, dataset in datasets.items():
             check_columns(name, dataset, args.solution_column)
-        super().__init__(model, reward_funcs, args, **kwargs)
+        if isinstance(train_dataset, Sized):  # else TRL would train nothing, and say nothing
+            prompts = args.generation_batch_size // args.num_generations
+            if len(train_dataset) < prompts:
+                raise ValueError(
+                    f"train_dataset: expected at least {prompts} rows, the prompts of one generation "
+                    f"(generation_batch_size / num_generations), got {len(train_dataset)}"
+                )
+        super().__init__(model, reward_funcs, args, **datasets, **kwargs)
+        if self.processing_class.chat_template is None:
+            raise ValueError("processing_class: expected a tokenizer with a chat template, which this model's has not")
         if getattr(self, "_is_vlm", False):
             raise ValueError("model: vision-language models are not supported")
         if getattr(self, "aux_loss_enabled", False):
@@ -109,7 +121,7 @@ class EGRSDTrainer(GRPOTrainer):
         self.welford = WelfordAdvantage(args.welford_warmup_steps)
         self._step_stats: list[Tensor] = []  # (fields of TokenStats, valid tokens) of the optimizer step so far
         self._step_rollouts: list[Rollout] = []
-        self._step_start: float | None = None
+        self._pace: dict[str, list] = {}  # by mode: tokens since the last log, and when their first step began
 
     @property
     def gamma(self) -> float:
@@ -129,15 +141,17 @@ class EGRSDTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # of all processes
+        weights = self.reward_weights.to(rewards.device)
         if self.args.length_beta:
             lengths = torch.tensor([len(ids) for ids in completion_ids_list], device=rewards.device)
             lengths = self.accelerator.gather(lengths)
             bonus = length_shaped_reward(
                 torch.ones_like(lengths), lengths, self.max_completion_length, self.args.length_beta
             )
-            rewards = torch.where(rewards > 0, rewards * bonus[:, None], rewards)
+            earned = (rewards * weights).nansum(dim=1) > 0
+            rewards = torch.where(earned[:, None], rewards * bonus[:, None], rewards)
         # A rollout that no reward function could judge earns 0.
-        self._rewards = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+        self._rewards = (rewards * weights).nansum(dim=1)
         self._responses = completion_ids_list
         return rewards
 
@@ -244,8 +258,7 @@ class EGRSDTrainer(GRPOTrainer):
     # ---------------------------------------------------------------------------------------------------------- loss
 
     def _prepare_inputs(self, generation_batch):
-        if self._step_start is None:
-            self._step_start = time.perf_counter()
+        self._pace.setdefault(self._mode, [0, time.perf_counter()])
         buffered = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         if self._mode == "eval":
@@ -353,16 +366,21 @@ class EGRSDTrainer(GRPOTrainer):
             tau_high=self.args.tau_high,
             sparse_calls=0 if self.args.grad_mode == "exact" else calls,
         )
-        now = time.perf_counter()
         memory = torch.tensor([peak_memory_gib(self.accelerator.device)], device=self.accelerator.device)
         metrics |= {
             "gamma": self.gamma,
-            "tokens_per_second": len(stats.gate) / (now - self._step_start),  # generation and all else included
             "peak_memory_gib": self.accelerator.gather(memory).max().item(),
         }
-        self._step_start = now
         for name, value in metrics.items():
             self._metrics[self._mode][name].append(value)
+        # TRL logs a mean over steps, of which only some generate: hence one value, of all tokens and all the time.
+        pace = self._pace[self._mode]
+        pace[0] += len(stats.gate)
+        self._metrics[self._mode]["tokens_per_second"] = [pace[0] / (time.perf_counter() - pace[1])]
+
+    def log(self, *args, **kwargs):
+        super().log(*args, **kwargs)
+        self._pace.pop(self._mode, None)
 
     def _write_rollouts(self, step: int) -> None:
         rollouts = gather_object(self._step_rollouts)
