@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from egrsd_kernels import cli
 from egrsd_kernels.commands.train import find_config, read_config
 from egrsd_kernels.trl import PRESETS
-from egrsd_kernels.trl.run import load_reward, load_splits, make_trainer
+from egrsd_kernels.trl.run import last_checkpoint, load_reward, load_splits, make_trainer
 from egrsd_kernels.trl.settings import parse_settings
 from tests.conftest import two_gpus
 from tests.fsdp_on_cpu import SHARDED
@@ -175,6 +175,15 @@ def test_resume_goes_on_where_the_checkpoint_is(config, tmp_path, capsys):
     files = [load_file(run / "adapter_model.safetensors") for run in (straight, resumed)]
     assert all(value.equal(files[1][key]) for key, value in files[0].items())
 
+    # A checkpoint that a kill cut short is passed over.
+    for cut in ("{", None):
+        state = resumed / "checkpoint-2" / "trainer_state.json"
+        state.unlink() if cut is None else state.write_text(cut)
+        assert last_checkpoint(str(resumed)) == str(resumed / "checkpoint-1")
+    assert cli.main(["train", path, "--resume", "--output_dir", str(resumed)]) == 0
+    again = load_file(resumed / "adapter_model.safetensors")
+    assert all(value.equal(again[key]) for key, value in files[0].items())
+
     capsys.readouterr()
     assert cli.main(["train", "--resume", path, "--output_dir", str(resumed), "--teacher=frozen", "--max_steps=3"]) == 2
     says = "egrsd: error: teacher: the checkpoint was written with another kind of teacher"
@@ -291,6 +300,11 @@ def fails(arguments: list[str], capsys) -> str:
         ({"solution_column": "proof"}, "train_dataset: expected a column 'proof', got prompt, solution, answer"),
         ({"dataset_name": "no answers"}, "reward_funcs: rewards.py:odd: no column 'answer'; it can have prompts, "),
         ({"dataset_name": "texts"}, "train_dataset, row 0: prompt: expected a conversation"),
+        ({"dataset_name": "few"}, "train_dataset: expected at least 4 rows"),
+        ({"lora_r": 0}, "lora_r: expected at least 1, got 0"),
+        ({"output_dir": "/proc/nope"}, "output_dir: "),
+        ({"model_init_kwargs": {"a": 1}}, "model_init_kwargs: "),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps: expected at least 1, got 0"),
         ({"reward_funcs": []}, "reward_funcs: missing"),
         ({"reward_funcs": ["absent.py:f"]}, "reward_funcs: absent.py:f: FileNotFoundError"),
         ({"reward_funcs": ["broken.py:f"]}, "reward_funcs: broken.py:f: ModuleNotFoundError: No module named 'nothing"),
@@ -315,7 +329,8 @@ def test_a_bad_key_is_named_in_one_line(config, home, capsys, changes, says):
     if not (home / "texts").exists():
         (home / "no json.jsonl").write_text("{nothing")
         dataset().remove_columns("answer").save_to_disk(str(home / "no answers"))
-        datasets.Dataset.from_list([row(1, 2) | {"prompt": "1+2?"}]).save_to_disk(str(home / "texts"))
+        datasets.Dataset.from_list([row(1, 2) | {"prompt": "1+2?"}] * 4).save_to_disk(str(home / "texts"))
+        dataset(3).save_to_disk(str(home / "few"))
     assert fails([config(**changes)], capsys).startswith(says)
 
 

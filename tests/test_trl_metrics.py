@@ -70,7 +70,11 @@ def test_every_metric_by_hand():
         assert got[f"regime/{name}"] == mean(row["regime"] == name for row in rows)
         assert got[f"restored/{name}"] == mean(row["restored"] for row in rows if row["regime"] == name)
     assert got["restored/pivot"] > 0.1
-    for name, low, high in (("teacher_entropy", 0, LOG_VOCAB), ("gate", 0, 1), ("magnitude", 0.8, 1.2)):
+    for index in range(10):  # nine steps by the same factor from 0.01 nat to log V, and what is below
+        low, high = (0.01 * (LOG_VOCAB / 0.01) ** (step / 9) for step in (index - 1, index))
+        inside = ((low if index else -1) < row["teacher_entropy"] <= (high if index < 9 else math.inf) for row in rows)
+        assert got[f"teacher_entropy/bin_{index}"] == pytest.approx(sum(inside) / 40, abs=1e-6)
+    for name, low, high in (("gate", 0, 1), ("magnitude", 0.8, 1.2)):
         shares = [got[f"{name}/bin_{i}"] for i in range(10)]
         assert sum(shares) == pytest.approx(1)
         middle = sum(shares[:5])

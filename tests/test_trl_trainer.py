@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
+import types
 
 import pytest
 import torch
@@ -16,8 +19,22 @@ from trl import GRPOConfig, GRPOTrainer
 
 from egrsd_kernels.advantages import WelfordAdvantage
 from egrsd_kernels.report import write_token_report
+from egrsd_kernels.trl import EGRSDConfig, EGRSDTrainer
 from reference.egrsd import egrsd_loss
-from tests.trl_tiny import LORA, SPECIAL, Dataset, correct, dataset, exported, make, row, tiny_model, tokenizer, weights
+from tests.trl_tiny import (
+    LORA,
+    OPTIONS,
+    SPECIAL,
+    Dataset,
+    correct,
+    dataset,
+    exported,
+    make,
+    row,
+    tiny_model,
+    tokenizer,
+    weights,
+)
 
 SETTINGS = {
     "lora": {},
@@ -293,6 +310,33 @@ def test_the_teacher_reads_its_weights_and_gives_the_students_back(tmp_path):
     assert run.model.training
 
 
+def test_a_frozen_teacher_is_recognised_whatever_the_order_of_sums(tmp_path):
+    """A float sum depends on the number of threads, and on the device."""
+    run, _ = make(tmp_path, peft=False)
+    digest = run.teacher.state_dict()["digest"]
+    weight = run.teacher.kept[0]
+    run.teacher.kept[0] = weight.flip(0)  # the same numbers in another order
+    assert run.teacher.state_dict()["digest"] == digest
+    run.teacher.kept[0] = weight.clone()
+    run.teacher.kept[0].view(torch.int32)[0, 0] ^= 1
+    assert run.teacher.state_dict()["digest"] != digest
+
+
+def test_unwrapping_leaves_the_model_readable(tmp_path):
+    """Accelerate takes off its wrapper of the forward in mixed precision, and nothing else."""
+    run, _ = make(tmp_path, peft=False, bf16=True, max_steps=1, eval_dataset=dataset(4), per_device_eval_batch_size=4)
+    run.train()
+    run.accelerator.unwrap_model(run.model_wrapped, keep_fp32_wrapper=False)
+    assert math.isfinite(run.evaluate()["eval_loss"])
+
+
+def test_the_datasets_may_be_positional(tmp_path):
+    """As GRPOTrainer's: what a script passes keeps its place."""
+    args = EGRSDConfig(str(tmp_path), **OPTIONS)
+    run = EGRSDTrainer(tiny_model(), correct, args, dataset(), dataset(4), processing_class=tokenizer())
+    assert len(run.train_dataset) == 12 and len(run.eval_dataset) == 4
+
+
 def test_the_teachers_context(tmp_path):
     run, _ = make(tmp_path, chat_template_kwargs={"enable_thinking": False})
     asked, tokenize = [], run._tokenize_prompts
@@ -362,6 +406,36 @@ def test_advantages_are_whitened_by_the_generations_before(tmp_path):
     assert run.welford.state_dict() == pytest.approx(welford.state_dict(), rel=1e-5)
 
 
+def test_the_bonus_is_for_a_positive_sum_of_rewards(tmp_path):
+    """A penalty of a constant size punishes short answers no more than long ones."""
+
+    def penalty(completions, **_):
+        return [1.0] * len(completions)
+
+    run, _ = make(tmp_path, reward_funcs=[correct, penalty], reward_weights=[1.0, -0.5], rollout_steps=1, max_steps=2)
+    run.train()
+    rollouts = exported(tmp_path)
+    assert len({len(r.tokens) for r in rollouts}) > 1
+    for r in rollouts:
+        right = r.reward > 0
+        expected = 0.5 * (1 + 0.5 * (1 - len(r.tokens) / 12)) if right else -0.5
+        assert r.reward == pytest.approx(expected, rel=1e-5)
+    assert {r.reward > 0 for r in rollouts} == {True, False}
+
+
+def test_tokens_per_second_count_every_step_between_two_logs(tmp_path):
+    """TRL averages what steps log; a generation that serves several of them is in the time of one."""
+    options = {"num_iterations": 2, "steps_per_generation": 4, "logging_steps": 4, "max_steps": 4}
+    run, logs = make(tmp_path, rollout_steps=1, **options)
+    reads = itertools.count(1)
+    clock = types.SimpleNamespace(perf_counter=lambda: run.state.global_step + 1e-4 * next(reads))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("egrsd_kernels.trl.trainer.time", clock)
+        run.train()
+    tokens = sum(len(r.tokens) for r in exported(tmp_path))
+    assert logs.steps[0]["tokens_per_second"] == pytest.approx(tokens / 3, rel=0.01)  # the last step is the third's end
+
+
 def test_a_masked_rollout_is_exported_without_tokens(tmp_path):
     run, _ = make(tmp_path, rollout_steps=1, max_steps=1, mask_truncated_completions=True)
     run.train()
@@ -384,7 +458,7 @@ def test_a_step_without_any_token_does_nothing_and_says_so(tmp_path):
 
 
 def bad_row(**change) -> Dataset:
-    return Dataset.from_list([row(1, 2), row(3, 4) | change])
+    return Dataset.from_list([row(1, 2), row(3, 4) | change, *dataset(2)])
 
 
 @pytest.mark.parametrize(
@@ -397,13 +471,24 @@ def bad_row(**change) -> Dataset:
         ({"train_dataset": bad_row(solution=None)}, "train_dataset, row 1: solution: expected the text of a reference"),
         ({"train_dataset": bad_row(prompt=[])}, "train_dataset, row 1: prompt: expected a conversation"),
         (
-            {"train_dataset": Dataset.from_list([row(1, 2) | {"prompt": "1+2?"}])},
+            {"train_dataset": Dataset.from_list([row(1, 2) | {"prompt": "1+2?"}] * 4)},
             "train_dataset, row 0: prompt: expected a conversation, a list of messages, got '1+2?'",
         ),
+        (
+            {"train_dataset": bad_row(prompt=[{"role": "user", "content": None}])},
+            "train_dataset, row 1: prompt: expected messages with role and content, got {",
+        ),
+        (
+            {"train_dataset": Dataset.from_list([row(1, 2) | {"prompt": ["1+2?"]}] * 4)},
+            "train_dataset, row 0: prompt: expected messages with role and content, got '1+2?'",
+        ),
+        ({"train_dataset": dataset(3)}, "train_dataset: expected at least 4 rows, the prompts of one generation"),
+        ({"train_dataset": dataset(4).select([])}, "train_dataset: expected at least 4 rows, the prompts of one"),
         ({"teacher_template": [{"role": "user", "content": "?"}]}, "train_dataset, row 0: template: expected"),
         ({"teacher": "adapters_off", "peft": False}, "teacher: 'adapters_off' expects a model with PEFT adapters"),
         ({"reward_funcs": None}, "reward_funcs: expected at least one"),
         ({"tools": [correct]}, "tools: not supported"),
+        ({"rollout_func": correct}, "rollout_func: not supported"),
         ({"config": GRPOConfig}, "args: expected an EGRSDConfig, got GRPOConfig"),
     ],
 )
@@ -414,15 +499,35 @@ def test_a_bad_argument_is_named_in_one_line(tmp_path, options, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_tokenizer_without_chat_template_is_refused(tmp_path):
+    plain = copy.copy(tokenizer())
+    plain.chat_template = None
+    args = EGRSDConfig(str(tmp_path), **OPTIONS)
+    with pytest.raises(ValueError, match=r"^processing_class: expected a tokenizer with a chat template"):
+        EGRSDTrainer(tiny_model(), correct, args, dataset(), processing_class=plain)
+
+
 def test_a_model_with_other_logits_is_refused(tmp_path):
     model = tiny_model()
     model.config.logits_scaling = 8.0
     with pytest.raises(ValueError, match=r"^model: qwen3 scales its logits \(logits_scaling\)"):
         make(tmp_path, model=model)
     model = tiny_model()
+    model.config.unpadded_vocab_size = 70
+    with pytest.raises(ValueError, match=r"^model: qwen3 cuts its logits \(unpadded_vocab_size\)"):
+        make(tmp_path, model=model)
+    model = tiny_model()
     model.lm_head = torch.nn.Sequential(model.lm_head)
     with pytest.raises(ValueError, match=r"^model: expected a plain nn.Linear as LM head, got Sequential"):
         make(tmp_path, model=model)
+
+
+@pytest.mark.parametrize("name", ["final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"])
+def test_softcaps_by_any_name(tmp_path, name):
+    model = tiny_model()
+    setattr(model.config, name, 30.0)
+    run, _ = make(tmp_path, model=model)
+    assert run._softcap == 30.0
 
 
 def test_teachers_that_would_not_work_are_refused():
