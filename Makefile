@@ -1,5 +1,6 @@
 # make demo       train a small model with EGRSD here, on a GPU when there is one
 # make test       the tests that need no GPU (CUDA tests too, where there is one)
+# make test-oldest  the trainer's tests with the oldest TRL and what it works with
 # make test-cuda  the CUDA parity tests, with the Python and torch that the machine already has
 # make memcheck   the kernels at odd shapes under compute-sanitizer, every allocation its own
 # make bench      every peer beside the bare matrix products, with the Python and torch that a GPU machine has
@@ -12,7 +13,10 @@ CUDA_PYTHON ?= python3
 WORKERS ?= 2
 CUDA_WORKERS ?= 4
 
-.PHONY: demo test test-cuda memcheck bench table lint
+# The lower ends of what setup.py and TRL 1.0 ask for.
+OLDEST = trl==1.0.0 transformers==4.56.2 accelerate==1.4.0 peft==0.17.1 datasets==4.7.0
+
+.PHONY: demo test test-oldest test-cuda memcheck bench table lint
 .DEFAULT_GOAL := test
 
 $(VENV)/ready: setup.py Makefile
@@ -33,6 +37,16 @@ lint: $(VENV)/ready
 test: lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS)
 
+$(VENV)-oldest/ready: setup.py Makefile
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet "$(TORCH)"
+	$(VENV)-oldest/bin/python -m pip install --quiet --editable ".[test]" $(OLDEST)
+	touch $@
+
+test-oldest: $(VENV)-oldest/ready
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n $(WORKERS) -k "not two_processes" tests/test_train.py \
+		tests/test_trl_config.py tests/test_trl_metrics.py tests/test_trl_resume.py tests/test_trl_trainer.py
+
 # The second run forces the pointer kernels, which older GPUs take.
 test-cuda:
 	$(CUDA_PYTHON) -m pytest -m cuda -p no:cacheprovider -n $(CUDA_WORKERS)
@@ -40,7 +54,9 @@ test-cuda:
 		--ignore tests/test_kernels.py
 
 memcheck:
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(CUDA_PYTHON) -m tests.memcheck
+	for family in tma pointer; do for dtype in bfloat16 float16 float32; do echo $$family $$dtype; done; done | \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 xargs -P 6 -L 1 \
+		compute-sanitizer --tool memcheck --error-exitcode 1 $(CUDA_PYTHON) -m tests.memcheck
 
 bench:
 	$(CUDA_PYTHON) -m benchmarks.compare --output benchmarks/results/compare.json

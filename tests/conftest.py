@@ -78,6 +78,13 @@ def _memory_given_back():
         torch.cuda.empty_cache()
 
 
+@pytest.fixture(autouse=True)
+def _no_precision_left_behind():
+    """Older versions of transformers leave a run's mixed precision to the next one of the process."""
+    yield
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+
+
 # ------------------------------------------------------------------------------------------------ where tests run
 
 

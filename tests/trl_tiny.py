@@ -50,6 +50,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
         additional_special_tokens=SPECIAL[2:],
         chat_template=CHAT,
         padding_side="left",
+        model_input_names=[
+            "input_ids",
+            "attention_mask",
+        ],  # as Qwen's: older versions of transformers would add a third
     )
 
 
