@@ -1,6 +1,7 @@
 # make demo       train a small model with EGRSD here, on a GPU when there is one
 # make test       the tests that need no GPU (CUDA tests too, where there is one)
 # make test-oldest  the trainer's tests with the oldest TRL and what it works with
+# make test-deepspeed  the trainer under DeepSpeed, which is installed for that
 # make test-cuda  the CUDA parity tests, with the Python and torch that the machine already has
 # make memcheck   the kernels at odd shapes under compute-sanitizer, every allocation its own
 # make bench      every peer beside the bare matrix products, with the Python and torch that a GPU machine has
@@ -16,7 +17,7 @@ CUDA_WORKERS ?= 4
 # The lower ends of what setup.py and TRL 1.0 ask for.
 OLDEST = trl==1.0.0 transformers==4.56.2 accelerate==1.4.0 peft==0.17.1 datasets==4.7.0
 
-.PHONY: demo test test-oldest test-cuda memcheck bench table lint
+.PHONY: demo test test-oldest test-deepspeed test-cuda memcheck bench table lint
 .DEFAULT_GOAL := test
 
 $(VENV)/ready: setup.py Makefile
@@ -46,6 +47,10 @@ $(VENV)-oldest/ready: setup.py Makefile
 test-oldest: $(VENV)-oldest/ready
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n $(WORKERS) -k "not two_processes" tests/test_train.py \
 		tests/test_trl_config.py tests/test_trl_metrics.py tests/test_trl_resume.py tests/test_trl_trainer.py
+
+test-deepspeed: $(VENV)/ready
+	$(VENV)/bin/python -m pip install --quiet "deepspeed>=0.16"
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/test_train.py -k deepspeed
 
 # The second run forces the pointer kernels, which older GPUs take.
 test-cuda:

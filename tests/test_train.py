@@ -104,6 +104,17 @@ def on_two_processes(home: Path, module: str, config: str, *options: str) -> str
     return finished.stdout
 
 
+def check_the_same(one: Path, other: Path, rounding: float, absolute: float = 0.0) -> None:
+    """Two runs have logged and saved the same, but for rounding, and for ``absolute`` where terms cancel."""
+    for mine, theirs in zip(history(one), history(other), strict=True):
+        for key in ("loss", "grad_norm", "reward", "gate/mean", "completions/mean_length"):
+            assert mine[key] == pytest.approx(theirs[key], rel=rounding, abs=absolute), key
+    adapters, same = (load_file(run / "adapter_model.safetensors") for run in (one, other))
+    assert adapters.keys() == same.keys()
+    for name, tensor in adapters.items():
+        assert torch.allclose(tensor, same[name], rtol=10 * rounding, atol=rounding), name
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, two_gpus])])
 def test_trains_on_two_processes(config, home, tmp_path, device):
     """And the same under FSDP2, which shards every parameter; also from a checkpoint on."""
@@ -126,13 +137,28 @@ def test_trains_on_two_processes(config, home, tmp_path, device):
         said = on_two_processes(home, "tests.fsdp_on_cpu", config(**fsdp), *options)
         counts = re.findall(f"{SHARDED} (\\d+) of (\\d+)", said)
         assert len(counts) == 2 and all(some == every != "0" for some, every in counts)
-        for mine, other in zip(history(sharded), history(run), strict=True):
-            for key in ("loss", "grad_norm", "reward", "gate/mean", "completions/mean_length"):
-                assert mine[key] == pytest.approx(other[key], rel=rounding), key
-        whole, same = (load_file(path / "adapter_model.safetensors") for path in (sharded, run))
-        assert whole.keys() == same.keys()
-        for name, tensor in whole.items():
-            assert torch.allclose(tensor, same[name], rtol=10 * rounding, atol=rounding), name
+        check_the_same(sharded, run, rounding)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+def test_trains_under_deepspeed(config, home, tmp_path, monkeypatch):
+    """On two processes as under DDP: ZeRO-2, and ZeRO-3, which shards every parameter, also from a checkpoint on."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    saved = {"save_strategy": "steps", "save_steps": 1}
+    run, sharded = tmp_path / "run", tmp_path / "sharded"
+    on_two_processes(home, "egrsd_kernels", config(**saved))
+    optimizer = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto", "torch_adam": True}
+    for zero in ({"stage": 2}, {"stage": 3, "stage3_param_persistence_threshold": 0}):
+        settings = dict.fromkeys(
+            ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"
+        )
+        settings |= {"zero_optimization": zero, "optimizer": {"type": "AdamW", "params": optimizer}}
+        deepspeed = saved | {"deepspeed": settings, "output_dir": str(sharded)}
+        said = on_two_processes(home, "egrsd_kernels", config(**deepspeed))
+        assert f"{sharded}: the model after step 2\n" in said
+        check_the_same(sharded, run, 1e-5, 1e-6)
+    on_two_processes(home, "egrsd_kernels", config(**deepspeed), f"--resume_from_checkpoint={sharded / 'checkpoint-1'}")
+    check_the_same(sharded, run, 1e-5, 1e-6)
 
 
 def test_command_line_overrides_the_file(config, tmp_path, capsys):

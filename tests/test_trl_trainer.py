@@ -263,6 +263,39 @@ def test_student_logp_for_vllm_without_logits(tmp_path):
     torch.testing.assert_close(entropy, -(expected.exp() * expected).sum(-1), rtol=1e-4, atol=1e-5)
 
 
+def test_vllms_importance_ratio_multiplies_the_advantages(tmp_path):
+    """vLLM's part is played by transformers, whose log p it reports as half: the ratio is 2 everywhere."""
+
+    def first_loss(path, vllm: bool) -> dict:
+        options = {"vllm_importance_sampling_mode": "token_truncate", "max_steps": 1, "advantage": "group"}
+        run, logs = make(path, **options)
+        if vllm:
+            generate = run._generate_single_turn
+
+            def played(prompt_ids, *rest):
+                run.use_vllm = False
+                responses, _ = generate(prompt_ids, *rest)
+                run.use_vllm = True
+                told = []
+                for prompt, response in zip(prompt_ids, responses, strict=True):
+                    with torch.no_grad():
+                        logits = run.model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
+                    logp = logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
+                    told.append((logp - math.log(2)).tolist())
+                return responses, told
+
+            run.use_vllm, run.vllm_importance_sampling_correction = True, True
+            run._generate_single_turn = played
+        run.train()
+        return logs.steps[0]
+
+    plain, corrected = first_loss(tmp_path / "plain", False), first_loss(tmp_path / "vllm", True)
+    assert plain["completions/mean_length"] == corrected["completions/mean_length"]
+    assert plain["grad_norm"] > 1e-3
+    assert corrected["grad_norm"] == pytest.approx(2 * plain["grad_norm"], rel=1e-4)
+    assert corrected["loss"] == pytest.approx(2 * plain["loss"], abs=2e-4)  # some versions log 4 digits
+
+
 # ---------------------------------------------------------------------------------------------------------- teachers
 
 
