@@ -304,11 +304,12 @@ def test_a_failed_check_makes_the_chunk_exact(monkeypatch):
     assert not result.dropped.any() and torch.equal(result.dense, g != 0)
 
 
-def test_rows_without_a_finite_gradient_are_left_to_the_exact_kernels(monkeypatch):
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_rows_without_a_finite_gradient_are_left_to_the_exact_kernels(softcap, monkeypatch):
     plan_of(monkeypatch)
     z, y, g = logits_of("peaked", SIZE[torch.float32])
     z[1, 5], y[2], g[3], g[4] = math.nan, SIZE[torch.float32] + 7, math.inf, math.nan
-    got, want = (Result(z, y, g, 0.01, exact=exact) for exact in (False, True))
+    got, want = (Result(z, y, g, 0.01, softcap=softcap, exact=exact) for exact in (False, True))
     odd = [1, 2, 3, 4]
     assert got.dense[odd].all() and torch.equal(got.logp.isnan(), want.logp.isnan())
     assert torch.equal(got.dz[odd].nan_to_num(0, 1, -1), want.dz[odd].nan_to_num(0, 1, -1))

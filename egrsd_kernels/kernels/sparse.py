@@ -163,7 +163,7 @@ def tile_mass_kernel(
         tl.store(inverse + r, inv, mask=ours)
         tl.store(target_value + r, tl.where(a > 0, own_value, 0.0), mask=ours)
         # Under a softcap the others are damped, too, and the target's entry alone is what is known to be there.
-        tl.store(mass + r, own_value if SOFTCAP else others + others, mask=ours)
+        tl.store(mass + r, tl.where(a > 0, own_value if SOFTCAP else others + others, 0.0), mask=ours)
 
 
 @triton.jit
