@@ -7,7 +7,16 @@ from typing import Literal
 import torch
 
 from . import inputs
-from .problem import DEFAULT_CHUNK_BYTES, DEFAULT_SPARSE_TOL, Head, Rows, Sparse, compute_dtype, exceeding
+from .problem import (
+    DEFAULT_CHUNK_BYTES,
+    DEFAULT_SPARSE_TOL,
+    Head,
+    Rows,
+    Sparse,
+    compute_dtype,
+    exceeding,
+    power_of_two,
+)
 
 
 class _LinearLogp(torch.autograd.Function):
@@ -48,8 +57,7 @@ class _LinearLogp(torch.autograd.Function):
             logp, gradient, power = torch.zeros_like(d_logp), d_logp, None
             if hidden.dtype == torch.float16 and d_logp.numel():
                 # The head's product has dL/dlogp times hidden as an operand: a loss scale would leave float16's range.
-                largest = d_logp.abs().nan_to_num(0, 0, 0).amax()
-                power = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
+                power = power_of_two(d_logp.abs().nan_to_num(0, 0, 0).amax())
                 gradient = d_logp / power
             return backend.student_pass(*problem, logp, lambda *_: gradient, needs, chunk_bytes, sparse)(power)
 

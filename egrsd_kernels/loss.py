@@ -11,7 +11,17 @@ import torch
 
 from . import inputs
 from .inputs import expect, number
-from .problem import DEFAULT_CHUNK_BYTES, DEFAULT_SPARSE_TOL, Head, Options, Rows, Sparse, TokenStats, compute_dtype
+from .problem import (
+    DEFAULT_CHUNK_BYTES,
+    DEFAULT_SPARSE_TOL,
+    Head,
+    Options,
+    Rows,
+    Sparse,
+    TokenStats,
+    compute_dtype,
+    power_of_two,
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +47,7 @@ class _Credit:
         The forward pass leaves it out of the gradients: a token's hidden gradient is then of the head's own size, which
         float16 can hold, and to divide by it in the backward pass rounds nothing.
         """
-        return self.normalizer / torch.frexp(self.normalizer).mantissa
+        return power_of_two(self.normalizer)
 
     def student(self, head: Head, hidden: torch.Tensor, needs: tuple[bool, bool, bool]):
         """(loss, stats, what finishes the gradients of loss · :attr:`power` for hidden, weight and bias)."""

@@ -105,6 +105,12 @@ class Sparse:
         return torch.where(error > 0, error / (c * self.mass).sum(), 0).float()
 
 
+def power_of_two(x: torch.Tensor) -> torch.Tensor:
+    """2^k for x = m 2^k > 0 with 1/2 <= m < 1, and 2 for 0: to divide by it, and to multiply again, rounds nothing."""
+    x = torch.where(x > 0, x, 1)
+    return x / torch.frexp(x).mantissa
+
+
 def exceeding(dropped: torch.Tensor, mass: torch.Tensor, gradient: torch.Tensor, tolerance: float) -> torch.Tensor:
     """The tokens (N,) to make exactly, mostly none, for Σ |c| dropped <= tolerance Σ |c| mass with c = ``gradient``.
 

@@ -317,7 +317,14 @@ def fails(arguments: list[str], capsys) -> str:
         ({"dataset_name": ...}, "dataset_name: missing"),
         ({"dataset_name": "absent.jsonl"}, "dataset_name: absent.jsonl: no such file"),
         ({"dataset_name": "nobody/nothing"}, "dataset_name: nobody/nothing: "),
-        ({"dataset_name": "no json.jsonl"}, "dataset_name: no json.jsonl: "),
+        (
+            {"dataset_name": "no json.jsonl"},
+            # As this or that version of datasets says it.
+            (
+                "dataset_name: no json.jsonl: JSON parse error",
+                "dataset_name: no json.jsonl: Unexpected character found",
+            ),
+        ),
         ({"dataset_train_split": "tran"}, "dataset_train_split: expected one of train, test, got 'tran'"),
         (
             {"dataset_test_split": "dev", "eval_strategy": "steps", "eval_steps": 1},

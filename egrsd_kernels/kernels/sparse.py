@@ -55,6 +55,7 @@ from .common import ROW_TILE
 from .gather import Chunk
 from .gradient import ChunkGradients
 from .plan import Plan, SparsePlan
+from .vocab import ROW_BLOCK, TILE_BLOCK
 
 # Bins of a histogram. Of weighed sizes, four for a factor of 2: the first is what is above the budget, the last but one
 # what is below 2^-31 of it, and the last what is 0. Of a row's entries, eight for a factor of 2 above its threshold.
@@ -69,8 +70,6 @@ SMALL = tl.constexpr(2.0**-100)
 TILE_SHARE, ROW_SHARE, ENTRY_SHARE = 0.125, 0.625, 0.25
 SAMPLED = 1 << 22  # about so many entries at least are counted for a threshold, and of many one in SAMPLE_MOST
 SAMPLE_MOST = 32
-ROW_BLOCK = 8  # rows of a program that goes through all tiles of its rows, TILE_BLOCK at a time
-TILE_BLOCK = 128
 # Entries of a row that a program looks at together: in a sample of them, and in all, which are dealt to some programs.
 SAMPLE_AT_ONCE = {"SIZE": 512, "num_warps": 4}
 MARK_AT_ONCE = {"SIZE": 1024, "num_warps": 4}

@@ -22,6 +22,7 @@ from .gather import Chunk
 GROUP = 16
 # Above this sum of exponentials the products with the head could leave float32; the row's offset is then unsuited.
 SUM_LIMIT = tl.constexpr(2.0**100)
+# Rows of a program that goes through all tiles of its rows, so many at a time.
 ROW_BLOCK = 8
 TILE_BLOCK = 128
 
