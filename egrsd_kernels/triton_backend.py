@@ -74,7 +74,7 @@ def student_pass(
     """
     n, device, dtype = target_ids.numel(), hidden.device, hidden.dtype
     d_hidden = torch.zeros(hidden.shape, dtype=dtype, device=device) if needs[0] else None
-    d_weight = d_bias = head_product = None
+    d_weight = d_bias = head_gradient = None
     if not n:
         d_weight = torch.zeros_like(head.weight, memory_format=torch.contiguous_format) if needs[1] else None
         d_bias = torch.zeros_like(head.bias) if needs[2] else None
@@ -83,7 +83,7 @@ def student_pass(
         shape, whole = (ceil_div(n, ROW_TILE), *head.weight.shape, dtype.itemsize), needs[1] or needs[2]
         if sparse is not None:
             if needs[1]:
-                d_weight = torch.zeros(head.weight.shape, dtype=torch.float32, device=device)
+                d_weight = torch.empty(head.weight.shape, dtype=torch.float32, device=device)
             if needs[2]:
                 d_bias = torch.zeros(head.bias.shape, dtype=torch.float32, device=device)
             plan = sparse_plan(*shape, how, chunk_bytes, needs)
@@ -107,18 +107,15 @@ def student_pass(
             if sparse is None and d_bias is not None:
                 gradients.bias(d_bias, accumulate=first_row > 0)
         if sparse is not None:
-            gradients.finish()
+            head_gradient = gradients.finish()
             AUTOMATIC.observe(_kind(head, needs), torch.stack([sparse.dense.sum(), rows.counts[1]]))
         elif needs[1] and d_weight is None:
             # All rows in one chunk: its product is the whole gradient, so it waits for the factor and is rounded to the
             # head's dtype on its way out. That spares a float32 gradient, more memory than the chunk that waits.
-            head_product = gradients.head_product
+            head_gradient = gradients.head_product.rounded
 
     def finish(factor: torch.Tensor | None):
-        weight = scaled(d_weight, factor, dtype, multiply)
-        if head_product is not None:
-            weight = torch.empty(head.weight.shape, dtype=dtype, device=device)
-            head_product(weight, factor=factor)
+        weight = scaled(d_weight, factor, dtype, multiply) if head_gradient is None else head_gradient(factor)
         bias = None if d_bias is None else scaled(d_bias, factor, head.bias.dtype, multiply)
         return scaled(d_hidden, factor, dtype, multiply), weight, bias
 

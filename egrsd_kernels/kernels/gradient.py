@@ -45,6 +45,12 @@ def split_count(tiles, steps, limit, PROGRAMS: tl.constexpr, MAX_SPLITS: tl.cons
     return best
 
 
+@triton.jit
+def partial_tile(partial, unit, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Where a unit's tile begins: partial tiles may have more than 2^31 elements."""
+    return partial + unit * tl.full([], ROWS * COLS, tl.int64)
+
+
 @triton.jit(do_not_specialize=["first_col", "width"])
 def hidden_kernel(
     exponentials, stride_e, weight, stride_wv, stride_wd, partial, live, first_col, width, chunk, D, V, limit,
@@ -69,12 +75,8 @@ def hidden_kernel(
             e = load_tile(exponentials, row, v, chunk, V, stride_e, 1, ROWS, DEPTH, TMA, True, True)
             w = load_tile(weight, first_col + v, col, V, D, stride_wv, stride_wd, DEPTH, COLS, TMA, EVEN, False)
             product = tl.dot(e, w, product, input_precision=PRECISION)
-        at = (
-            partial
-            + unit * tl.full([], ROWS * COLS, tl.int64)
-            + tl.arange(0, ROWS)[:, None] * COLS
-            + tl.arange(0, COLS)[None, :]
-        )
+        inner = tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
+        at = partial_tile(partial, unit, ROWS, COLS) + inner
         if ACCUMULATE:
             product += tl.load(at)
         tl.store(at, product)
@@ -122,7 +124,7 @@ def finish_hidden_kernel(
         inner = (slot % ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
         product = tl.zeros([BLOCK, COLS], tl.float32)
         for split in range(0, splits):
-            product += tl.load(partial + (split * tiles + tile) * tl.full([], ROWS * COLS, tl.int64) + inner)
+            product += tl.load(partial_tile(partial, split * tiles + tile, ROWS, COLS) + inner)
         ours = slot < n
         y = tl.load(target + slot, mask=ours, other=-1).to(tl.int64)
         inside = ours[:, None] & (col < D)[None, :]
@@ -174,8 +176,8 @@ def head_kernel(
     col_tiles = tl.cdiv(D, COLS)
     group_tiles = GROUP * col_tiles
     tiles = row_tiles * col_tiles
-    if ACCUMULATE:  # a chunk without rows has nothing to add
-        tiles = tl.where(n > 0, tiles, 0)
+    # Without rows, there is nothing to add; but zeros to store, unless it says -1.
+    tiles = tl.where(n > 0 if ACCUMULATE else n >= 0, tiles, 0)
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=TMA):
         group = tile // group_tiles
         group_rows = tl.minimum(row_tiles - group * GROUP, GROUP)
@@ -248,15 +250,26 @@ class HeadProduct:
         chunk = self.chunk
         scale_rows_kernel[(chunk.rows,)](chunk.hidden, factor, chunk.live, chunk.D, BLOCK=block)
 
-    def __call__(self, out: torch.Tensor, accumulate: bool = False, factor: torch.Tensor | None = None) -> None:
-        """out (V, D) = the product times ``factor`` (0-d float32, or 1), in its dtype; or add to float32."""
+    def __call__(self, out: torch.Tensor, accumulate: bool = False, factor: torch.Tensor | None = None, live=None):
+        """out (V, D) = the product times ``factor`` (0-d float32, or 1), in its dtype; or add to float32.
+
+        live: instead of the chunk's; -1 for nothing to be done, not even zeros to be stored.
+        """
         chunk, c, e = self.chunk, self.config, self.exponentials
+        live = chunk.live if live is None else live
         head_kernel[(chunk.programs,)](
-            self.operands[0], e.stride(0), self.operands[1], chunk.tiled(out, c.rows, c.cols // 2), factor, chunk.live,
+            self.operands[0], e.stride(0), self.operands[1], chunk.tiled(out, c.rows, c.cols // 2), factor, live,
             chunk.rows, e.shape[1], chunk.D, chunk.V, self.unit, GROUP=8, PROGRAMS=chunk.programs, TMA=chunk.tma,
             EVEN=e.shape[1] % c.rows == 0, SCALED=factor is not None, ACCUMULATE=accumulate,
             REDUCE=not interpreted(head_kernel), PRECISION=PRECISION, **c.tile, **c.launch,
         )  # fmt: skip
+
+    def rounded(self, factor: torch.Tensor | None) -> torch.Tensor:
+        """The product times ``factor`` (V, D), in the head's dtype."""
+        weight = self.chunk.head.weight
+        out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+        self(out, factor=factor)
+        return out
 
 
 class ChunkGradients:

@@ -47,6 +47,9 @@ such as 1 - p_y, whose error would not shrink with it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -76,7 +79,6 @@ MARK_AT_ONCE = {"SIZE": 1024, "num_warps": 4}
 MARK_SPLITS = 4
 LIST_WORDS = 1024  # of 32 marks each, at a time
 SLOTS = 1024  # rows at a time of a program that goes through all rows
-OCCUPANCY = 8  # small programs on a multiprocessor at a time
 
 
 @triton.jit
@@ -426,17 +428,39 @@ def fit_kernel(
 
 
 @triton.jit
+def flush_reserve(now, n, begun, flush, first, later):
+    """Whether the exact kernels are to take the ``n`` rows of the reserve. begun: whether they did before.
+
+    flush, first, later (2,): how many rows, twice, like a chunk's ``live``: for the head's product as it stores its
+    gradient, in the first flush, even of no rows, and at other times -1; as it adds to it; and for all other kernels.
+    """
+    for which in range(0, 2):
+        tl.store(flush + which, tl.where(now, n, 0))
+        tl.store(first + which, tl.where(now & (begun == 0), n, -1))
+        tl.store(later + which, tl.where(now & (begun != 0), n, 0))
+
+
+@triton.jit
+def flush_kernel(stored, flush, first, later):
+    n = tl.load(stored)
+    begun = tl.load(stored + 1)
+    flush_reserve(n >= 0, n, begun, flush, first, later)
+    tl.store(stored, 0)
+    tl.store(stored + 1, 1)
+
+
+@triton.jit
 def certify_kernel(
     gradient, order, live, weight, mass, dropped, limit, dense, signed,
-    token_of, token_dropped, token_mass, token_dense, token_gradient, slot_of, stored, flush, room, tolerance,
-    ROWS: tl.constexpr,
+    token_of, token_dropped, token_mass, token_dense, token_gradient, slot_of, stored, flush, first, later, room,
+    tolerance, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Make rows dense that would drop more than the limit, and all unless the chunk's bound then holds. Say what each
     row drops, and where the dense ones go.
 
     signed: g of the rows that are not dense, 0 for the others. token_of: which tokens the rows are. slot_of: a dense
-    row's place in the reserve, else -1. stored (2,): how many it holds, twice. flush: how many to make exactly first,
-    twice; 0 where there is room for all.
+    row's place in the reserve, else -1; it is flushed first where it has no room for all. stored (2,): how many rows it
+    holds, and whether it has been flushed.
     """
     n = tl.load(live + 1)
     most = tl.load(limit)
@@ -457,6 +481,7 @@ def certify_kernel(
         active = (tl.load(weight + r, mask=r < n, other=0.0) > 0).to(tl.int32)
         left += tl.sum(tl.load(dense + r, mask=r < n, other=0) | (failed & active), 0)
     held = tl.load(stored)
+    begun = tl.load(stored + 1)
     full = held + left > room
     base = tl.where(full, 0, held)
     for start in range(0, n, ROWS):
@@ -476,9 +501,9 @@ def certify_kernel(
         tl.store(token_dropped + t, tl.where(sparse, lost, 0.0), mask=ours)
         tl.store(token_mass + t, tl.load(mass + r, mask=ours, other=0.0), mask=ours)
         tl.store(token_dense + t, exact, mask=ours)
-    for which in range(0, 2):
-        tl.store(flush + which, tl.where(full, held, 0))
-        tl.store(stored + which, base)
+    flush_reserve(full, held, begun, flush, first, later)
+    tl.store(stored, base)
+    tl.store(stored + 1, tl.where(full, 1, begun))
 
 
 @triton.jit
@@ -510,35 +535,40 @@ def gather_hidden_kernel(
 
 @triton.jit
 def add_head_kernel(
-    first_of, sorted_token, sorted_value, hidden, stride_hb, stride_ht, stride_hd, length, out, out_bias,
-    temperature, V, D,
-    BLOCK: tl.constexpr, AT_ONCE: tl.constexpr, PROGRAMS: tl.constexpr, HEAD: tl.constexpr, BIAS: tl.constexpr,
+    first_of, sorted_token, sorted_value, hidden, stride_hb, stride_ht, stride_hd, length, head, head_bias, out, factor,
+    temperature, D,
+    BLOCK: tl.constexpr, AT_ONCE: tl.constexpr, HEAD: tl.constexpr, BIAS: tl.constexpr, EVERY: tl.constexpr,
+    SCALED: tl.constexpr,
 ):  # fmt: skip
-    """out (V, D) += Σ g x h and out_bias (V,) += Σ g x, over the entries from first_of[v] to first_of[v + 1]."""
-    blocks = tl.cdiv(D, BLOCK) if HEAD else 1
-    for unit in range(tl.program_id(0), V * blocks, PROGRAMS):
-        v = unit // blocks
-        start = tl.load(first_of + v)
-        end = tl.load(first_of + v + 1)
-        if start < end:
-            d = (unit % blocks) * BLOCK + tl.arange(0, BLOCK)
-            total = tl.zeros([BLOCK], tl.float32)
-            bias = 0.0
-            for k in range(start, end, AT_ONCE):
-                i = k + tl.arange(0, AT_ONCE)
-                x = tl.load(sorted_value + i, mask=i < end, other=0.0) / temperature
-                bias += tl.sum(x, 0)
-                if HEAD:
-                    t = tl.load(sorted_token + i, mask=i < end, other=0).to(tl.int64)
-                    row = hidden + (t // length) * stride_hb + (t % length) * stride_ht
-                    at = row[:, None] + d.to(tl.int64)[None, :] * stride_hd
-                    h = tl.load(at, mask=(i < end)[:, None] & (d < D)[None, :], other=0.0)
-                    total += tl.sum(h.to(tl.float32) * x[:, None], 0)
+    """out (V, D) = factor (head + Σ g x h) and head_bias (V,) += Σ g x, over the entries of v, which are those from
+    first_of[v] to first_of[v + 1]; rows of ``out`` without any only if EVERY.
+    """
+    v = tl.program_id(0)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    start = tl.load(first_of + v)
+    end = tl.load(first_of + v + 1)
+    if (start < end) | EVERY:
+        if HEAD:
+            kept = tl.load(head + v.to(tl.int64) * D + d, mask=d < D, other=0.0)
+        total = tl.zeros([BLOCK], tl.float32)
+        bias = 0.0
+        for k in range(start, end, AT_ONCE):
+            i = k + tl.arange(0, AT_ONCE)
+            x = tl.load(sorted_value + i, mask=i < end, other=0.0) / temperature
+            bias += tl.sum(x, 0)
             if HEAD:
-                at = out + v.to(tl.int64) * D + d
-                tl.store(at, tl.load(at, mask=d < D, other=0.0) + total, mask=d < D)
-            if BIAS:
-                tl.store(out_bias + v, tl.load(out_bias + v) + bias, mask=unit % blocks == 0)
+                t = tl.load(sorted_token + i, mask=i < end, other=0).to(tl.int64)
+                row = hidden + (t // length) * stride_hb + (t % length) * stride_ht
+                at = row[:, None] + d.to(tl.int64)[None, :] * stride_hd
+                h = tl.load(at, mask=(i < end)[:, None] & (d < D)[None, :], other=0.0)
+                total += tl.sum(h.to(tl.float32) * x[:, None], 0)
+        if HEAD:
+            total += kept
+            if SCALED:
+                total *= tl.load(factor)
+            tl.store(out + v.to(tl.int64) * D + d, total.to(out.dtype.element_ty), mask=d < D)
+        if BIAS:
+            tl.store(head_bias + v, tl.load(head_bias + v) + bias, mask=tl.program_id(1) == 0)
 
 
 @triton.jit
@@ -570,13 +600,29 @@ def set_aside_kernel(
                 tl.store(to_order + slot, tl.load(order + r))
 
 
+def add_entries(entries, hidden, head, head_bias, temperature, dtype=torch.float32, factor=None):
+    """head + Σ g x h over sorted entries, times ``factor`` (0-d float32, or 1), in ``dtype``; head_bias += Σ g x.
+
+    head: (V, D) float32, which the result takes the place of where it has that dtype; or None. head_bias: (V,) or None.
+    """
+    out = head if head is None or dtype == torch.float32 else torch.empty_like(head, dtype=dtype)
+    V, D = len(entries[0]) - 1, hidden.shape[2]
+    block = min(1024, triton.next_power_of_2(D))
+    add_head_kernel[(V, 1 if head is None else triton.cdiv(D, block))](
+        *entries, hidden, *hidden.stride(), hidden.shape[1], head, head_bias, out, factor, temperature, D,
+        BLOCK=block, AT_ONCE=4, HEAD=head is not None, BIAS=head_bias is not None,
+        EVERY=out is not head or factor is not None, SCALED=factor is not None,
+    )  # fmt: skip
+    return out
+
+
 class SparseGradients:
     """Log p and gradients of one chunk after another, in order; the last rows with :meth:`finish`.
 
     plan: how many entries a row may keep, and the room for them and for parts of dhidden.
     hidden: all hidden states, (B, T, D), N = B T.
     outputs: the gradients of hidden, (N, D) zeros in its dtype, filled at the rows with a gradient; of the head, (V, D)
-        float32 zeros, and of its bias, (V,) float32 zeros, which are added to. None where not needed.
+        float32 for sums; and of its bias, (V,) float32 zeros, which are added to. None where not needed.
     sparse: has ``tolerance``; and, (N,) each, ``dropped`` and ``mass`` float32, ``dense`` int32, which take what each
         token drops, its ||p - e_y||_1, and whether its gradient is left to the exact kernels.
     """
@@ -586,6 +632,7 @@ class SparseGradients:
         self.out_hidden, self.out_head, self.out_bias = outputs
         tiles = triton.cdiv(chunk.V, chunk.configs.vocab.cols)
         self.trained = self.out_head is not None or self.out_bias is not None
+        self.sums = hidden, self.out_head, self.out_bias, chunk.head.temperature
         self.stored_pass = ChunkGradients(chunk, Plan(chunk.rows, tiles, 0), None, head=False)
         self.vocab = self.stored_pass.vocab
         self.unseen = 2.0**-25 if chunk.hidden.dtype == torch.float16 else 0.0
@@ -610,6 +657,7 @@ class SparseGradients:
         whole = Plan(plan.reserve, tiles, plan.partial_tiles)
         self.exact = ChunkGradients(self.reserve, whole, self.out_hidden, head=self.trained)
         self.reserve_order, self.stored = self._ints(plan.reserve), torch.zeros_like(self.reserve.live)
+        self.first, self.later = self._ints(8).split(4)
         self.gradient = chunk.floats(tokens)
 
     def _ints(self, *shape: int) -> torch.Tensor:
@@ -622,7 +670,10 @@ class SparseGradients:
     def backward(self, order: torch.Tensor, gradient: torch.Tensor) -> None:
         """Turn dL/dlogp, ``gradient`` (N,) float32, into the gradients of the chunk's sparse rows; keep the others."""
         if self.listed + self.chunk.rows > len(self.signed):
-            self._add_head()
+            if self.trained:
+                self._flush()
+                add_entries(self._sorted_entries(), *self.sums)
+            self.listed = 0
         rows = slice(self.listed, self.listed + self.chunk.rows)
         lists = self.entries[rows], self.values[rows], self.n_entries[rows]
         signed = self.signed[rows]
@@ -636,11 +687,17 @@ class SparseGradients:
         self._make_reserve()
         self._set_aside(order)
 
-    def finish(self) -> None:
-        """Make the gradients of the rows that still wait."""
-        self._add_head()
-        self.reserve.live.copy_(self.stored)
-        self._make_reserve()
+    def finish(self) -> Callable[[torch.Tensor | None], torch.Tensor | None]:
+        """Make the gradients of the rows that still wait, all but those of a trained head.
+
+        Returns:
+            What gives the head's gradient in its dtype, times a 0-d float32 tensor or 1, and completes its bias's. It
+            holds no exponentials. It can be called once.
+        """
+        self._flush()
+        if not self.trained:
+            return lambda factor: None
+        return partial(add_entries, self._sorted_entries(), *self.sums, self.chunk.head.weight.dtype)
 
     def _weigh(self, order, gradient) -> None:
         """Weights, tile masses and the budget."""
@@ -718,7 +775,7 @@ class SparseGradients:
         certify_kernel[(1,)](
             gradient, order, chunk.live, self.weight, self.mass, self.dropped, self.row_limit, self.dense,
             signed, token_of, sparse.dropped, sparse.mass, sparse.dense, self.gradient, self.slot_of, self.stored,
-            self.reserve.live, self.reserve.rows, sparse.tolerance, ROWS=SLOTS,
+            self.reserve.live, self.first, self.later, self.reserve.rows, sparse.tolerance, ROWS=SLOTS,
         )  # fmt: skip
 
     def _gather_hidden(self, order, lists, signed) -> None:
@@ -729,27 +786,23 @@ class SparseGradients:
             self.out_hidden, chunk.head.temperature, chunk.D, CAPACITY=self.plan.entries, BLOCK=block, AT_ONCE=4,
         )  # fmt: skip
 
-    def _add_head(self) -> None:
-        """Add the entries that are listed to the gradients of the head and its bias, sorted by vocabulary entry."""
-        rows, chunk, hidden = slice(self.listed), self.chunk, self.hidden
-        self.listed = 0
-        if not self.trained:
-            return
-        device, most = hidden.device, self.plan.entries
+    def _sorted_entries(self) -> tuple[torch.Tensor, ...]:
+        """The listed entries by vocabulary entry: where each one's begin (V + 1,), their tokens, and g x. The lists may
+        then be filled again.
+        """
+        rows, most, device = slice(self.listed), self.plan.entries, self.signed.device
         used = torch.arange(most, device=device) < torch.where(self.signed[rows] != 0, self.n_entries[rows], 0)[:, None]
         # What is not used goes to the end. Stable: of a vocabulary entry, rows come in order.
-        keys, place = torch.where(used, self.entries[rows], chunk.V).view(-1).sort(stable=True)
-        every = torch.arange(chunk.V + 1, dtype=torch.int32, device=device)
-        first_of = torch.searchsorted(keys, every, out_int32=True)
+        keys, place = torch.where(used, self.entries[rows], self.chunk.V).view(-1).sort(stable=True)
+        every = torch.arange(self.chunk.V + 1, dtype=torch.int32, device=device)
         values = (self.values[rows] * self.signed[rows, None]).view(-1)[place]
-        programs = OCCUPANCY * chunk.programs
-        add_head_kernel[(programs,)](
-            first_of, self.token_of[place // most], values, hidden, *hidden.stride(), hidden.shape[1],
-            self.out_head, self.out_bias, chunk.head.temperature, chunk.V, chunk.D,
-            BLOCK=min(1024, triton.next_power_of_2(chunk.D)), AT_ONCE=4, PROGRAMS=programs,
-            HEAD=self.out_head is not None, BIAS=self.out_bias is not None,
-        )  # fmt: skip
         self.signed.zero_()
+        return torch.searchsorted(keys, every, out_int32=True), self.token_of[place // most], values
+
+    def _flush(self) -> None:
+        """Make the rows of the reserve exactly, if any. The head's gradient is there then, to be added to."""
+        flush_kernel[(1,)](self.stored, self.reserve.live, self.first, self.later, num_warps=1)
+        self._make_reserve()
 
     def _make_reserve(self) -> None:
         """The exact gradients of as many rows of the reserve as its ``live`` says."""
@@ -758,7 +811,8 @@ class SparseGradients:
             exact.hidden_product(live, 0)
         exact.backward(self.reserve_order, self.gradient)
         if self.out_head is not None:
-            exact.head_product(self.out_head, accumulate=True)
+            exact.head_product(self.out_head, live=self.first)
+            exact.head_product(self.out_head, live=self.later, accumulate=True)
         if self.out_bias is not None:
             exact.bias(self.out_bias, accumulate=True)
 

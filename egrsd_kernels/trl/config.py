@@ -17,6 +17,27 @@ CHOICES = {
     "loss_type": ("dapo", "dr_grpo"),
     "teacher": ("auto", "adapters_off", "frozen", "ema", "copy"),
 }
+# Whole numbers; and others, which are at least 0.
+AT_LEAST = {
+    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
+    "num_generations": 1, "num_iterations": 1, "max_completion_length": 1, "welford_warmup_steps": 1,
+    "teacher_copy_steps": 1, "chunk_mib": 1, "lookahead": 0, "rollout_steps": 0,
+}  # fmt: skip
+BOUNDS = {
+    "learning_rate": {},
+    "temperature": {"strict": True},
+    "min_p": {"high": 1},
+    "top_p": {"high": 1, "strict": True},
+    "gamma": {},
+    "gate_floor": {"high": 1},
+    "clip_eps": {"high": 1},
+    "min_entropy_scale": {"strict": True},
+    "sparse_tol": {"high": 1, "strict": True},
+    "length_beta": {},
+    "teacher_ema_decay": {"high": 1},
+    "tau_low": {},
+    "tau_high": {"high": 1},
+}
 ENTROPY_SCALES = ("batch_max", "batch_max_lookahead", "log_vocab")
 
 # What TRL's objective has and this loss has not: ignoring such a setting in silence would be worse than an error.
@@ -107,40 +128,20 @@ class EGRSDConfig(GRPOConfig):
     )
 
     def __post_init__(self):
-        for name, low in {
-            "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
-            "num_generations": 1, "num_iterations": 1, "max_completion_length": 1,
-        }.items():  # fmt: skip
-            if getattr(self, name) is not None:  # before TRL divides by them
-                integer(name, getattr(self, name), low=low)
-        for name, bounds in {
-            "learning_rate": {}, "temperature": {"strict": True}, "min_p": {"high": 1},
-            "top_p": {"high": 1, "strict": True},
-        }.items():  # fmt: skip
-            if getattr(self, name) is not None:
-                setattr(self, name, number(name, getattr(self, name), low=0, **bounds))
+        # Before TRL divides by some of them.
+        theirs = {f.name for f in fields(GRPOConfig)}
+        checks = [(integer, name, {"low": low}) for name, low in AT_LEAST.items()]
+        checks += [(number, name, {"low": 0} | bounds) for name, bounds in BOUNDS.items()]
+        for check, name, bounds in checks:
+            value = getattr(self, name)
+            if value is not None or name not in theirs:  # what None means there is for TRL to say
+                setattr(self, name, check(name, value, **bounds))
         super().__post_init__()
         for name, ours in {"max_new_tokens": "max_completion_length", "temperature": "temperature"}.items():
             absent = name not in (self.generation_kwargs or {})
             expect(absent, "generation_kwargs", self.generation_kwargs, f"no {name}: set {ours}, which the loss reads")
         for name, allowed in CHOICES.items():
             expect(getattr(self, name) in allowed, name, getattr(self, name), "one of " + ", ".join(allowed))
-        for name, bounds in {
-            "gamma": {},
-            "gate_floor": {"high": 1},
-            "clip_eps": {"high": 1},
-            "min_entropy_scale": {"strict": True},
-            "sparse_tol": {"high": 1, "strict": True},
-            "length_beta": {},
-            "teacher_ema_decay": {"high": 1},
-            "tau_low": {},
-            "tau_high": {"high": 1},
-        }.items():
-            setattr(self, name, number(name, getattr(self, name), low=0, **bounds))
-        for name, low in {
-            "lookahead": 0, "welford_warmup_steps": 1, "teacher_copy_steps": 1, "chunk_mib": 1, "rollout_steps": 0,
-        }.items():  # fmt: skip
-            integer(name, getattr(self, name), low=low)
         expect(self.tau_low < self.tau_high, "tau_low", self.tau_low, f"less than tau_high = {self.tau_high}")
         self._check_schedule()
         if self.entropy_scale not in ENTROPY_SCALES:
