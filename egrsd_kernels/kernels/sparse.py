@@ -543,8 +543,11 @@ def add_head_kernel(
     """out (V, D) = factor (head + Σ g x h) and head_bias (V,) += Σ g x, over the entries of v, which are those from
     first_of[v] to first_of[v + 1]; rows of ``out`` without any only if EVERY.
     """
-    v = tl.program_id(0)
-    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    # The parts of a row side by side, which memory likes better.
+    blocks = tl.cdiv(D, BLOCK) if HEAD else 1
+    v = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    d = block * BLOCK + tl.arange(0, BLOCK)
     start = tl.load(first_of + v)
     end = tl.load(first_of + v + 1)
     if (start < end) | EVERY:
@@ -568,7 +571,7 @@ def add_head_kernel(
                 total *= tl.load(factor)
             tl.store(out + v.to(tl.int64) * D + d, total.to(out.dtype.element_ty), mask=d < D)
         if BIAS:
-            tl.store(head_bias + v, tl.load(head_bias + v) + bias, mask=tl.program_id(1) == 0)
+            tl.store(head_bias + v, tl.load(head_bias + v) + bias, mask=block == 0)
 
 
 @triton.jit
@@ -608,7 +611,7 @@ def add_entries(entries, hidden, head, head_bias, temperature, dtype=torch.float
     out = head if head is None or dtype == torch.float32 else torch.empty_like(head, dtype=dtype)
     V, D = len(entries[0]) - 1, hidden.shape[2]
     block = min(1024, triton.next_power_of_2(D))
-    add_head_kernel[(V, 1 if head is None else triton.cdiv(D, block))](
+    add_head_kernel[(V * (1 if head is None else triton.cdiv(D, block)),)](
         *entries, hidden, *hidden.stride(), hidden.shape[1], head, head_bias, out, factor, temperature, D,
         BLOCK=block, AT_ONCE=4, HEAD=head is not None, BIAS=head_bias is not None,
         EVERY=out is not head or factor is not None, SCALED=factor is not None,

@@ -60,11 +60,10 @@ def vocab_kernel(
         z, damping = logits_of(product, softcap, scale, SOFTCAP)
         if BIAS:  # -inf is a legitimate bias; as NEG it keeps 0 * -inf out of the sums
             z = tl.where(z == float("-inf"), NEG, z)
-        own = v[None, :] == tl.load(target + r)[:, None]
-        z = tl.where((v < V)[None, :] & ~own, z, NEG)
+        counts = (v < V)[None, :] & (v[None, :] != tl.load(target + r)[:, None])
         at = partial + col_tile * chunk + r
         if STORE:
-            e = tl.where(own, 0.0, tl.exp2(z - tl.load(offset + r)[:, None]))
+            e = tl.where(counts, tl.exp2(z - tl.load(offset + r)[:, None]), 0.0)
             tl.store(at, tl.sum(e, 1))
             # Rows without gradient become zeros: the products that sum over rows then need no mask.
             e = tl.where((r < n_active)[:, None], e * damping, 0.0)
@@ -75,6 +74,7 @@ def vocab_kernel(
                 pointers = exponentials + r.to(tl.int64)[:, None] * stride_e + column[None, :]
                 tl.store(pointers, e.to(exponentials.dtype.element_ty))
         else:
+            z = tl.where(counts, z, NEG)
             m = tl.max(z, 1)
             z -= m[:, None]
             e = tl.exp2(z)
