@@ -6,7 +6,9 @@ out shows. As in test_kernels.py fresh buffers are NaN, so that reading what no 
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -407,6 +409,27 @@ def test_dense_rows_of_several_chunks_gather_in_the_reserve(dense, reserve, monk
         assert (a - b).norm() <= 1.01 * spent * other.norm(dim=1).max() + 1e-5 * b.norm()
     if dense == "all":
         assert not sparse.dropped.any()
+
+
+def test_what_waits_for_the_factor_holds_no_exponentials(monkeypatch):
+    """After the forward pass the head's gradient is a float32 sum and lists of entries that are still to be added."""
+    made = []
+
+    class Watched(triton_backend.SparseGradients):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(weakref.ref(self.stored_pass))
+
+    monkeypatch.setattr(triton_backend, "SparseGradients", Watched)
+    plan_of(monkeypatch, entries=16)
+    head, hidden, targets, g, rows, _ = random_problem(torch.float32, 300, 16, 200, transform={"bias": True})
+    arguments = head, hidden[None], targets, rows, torch.zeros(len(targets), device=DEVICE), lambda *_: g
+    finish = triton_backend.student_pass(*arguments, (True, True, True), 1 << 30, Sparse.of(0.02, targets))
+    gc.collect()
+    assert [watched() for watched in made] == [None]
+    _, want = student_pass(head, hidden, targets, g, rows, Sparse.of(0.02, targets))
+    for a, b in zip(finish(torch.full((), 0.5, device=DEVICE)), want, strict=True):
+        assert torch.equal(a, b / 2)
 
 
 @pytest.mark.parametrize("kind", ["flat", "peaked"])

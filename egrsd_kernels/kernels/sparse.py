@@ -431,8 +431,9 @@ def fit_kernel(
 def flush_reserve(now, n, begun, flush, first, later):
     """Whether the exact kernels are to take the ``n`` rows of the reserve. begun: whether they did before.
 
-    flush, first, later (2,): how many rows, twice, like a chunk's ``live``: for the head's product as it stores its
-    gradient, in the first flush, even of no rows, and at other times -1; as it adds to it; and for all other kernels.
+    These are numbers of rows, twice each, like a chunk's ``live``. flush (2,): for all kernels but the head's product.
+    first (2,): for that, as it stores the head's gradient: in the first flush, even of no rows; otherwise -1. later
+    (2,): for that, as it adds to it.
     """
     for which in range(0, 2):
         tl.store(flush + which, tl.where(now, n, 0))
