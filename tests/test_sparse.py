@@ -422,7 +422,7 @@ def test_what_waits_for_the_factor_holds_no_exponentials(monkeypatch):
 
     monkeypatch.setattr(triton_backend, "SparseGradients", Watched)
     plan_of(monkeypatch, entries=16)
-    head, hidden, targets, g, rows, _ = random_problem(torch.float32, 300, 16, 200, transform={"bias": True})
+    head, hidden, targets, g, rows, _ = random_problem(torch.float32, 60, 16, 200, transform={"bias": True})
     arguments = head, hidden[None], targets, rows, torch.zeros(len(targets), device=DEVICE), lambda *_: g
     finish = triton_backend.student_pass(*arguments, (True, True, True), 1 << 30, Sparse.of(0.02, targets))
     gc.collect()
