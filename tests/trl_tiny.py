@@ -50,10 +50,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
         additional_special_tokens=SPECIAL[2:],
         chat_template=CHAT,
         padding_side="left",
-        model_input_names=[
-            "input_ids",
-            "attention_mask",
-        ],  # as Qwen's: older versions of transformers would add a third
+        # As Qwen's: older versions of transformers would add a third.
+        model_input_names=["input_ids", "attention_mask"],
     )
 
 
