@@ -14,8 +14,8 @@ CUDA_PYTHON ?= python3
 WORKERS ?= 2
 CUDA_WORKERS ?= 4
 
-# The lower ends of what setup.py and TRL 1.0 ask for.
-OLDEST = trl==1.0.0 transformers==4.56.2 accelerate==1.4.0 peft==0.17.1 datasets==4.7.0
+# The lower ends of what setup.py and TRL 1.15 ask for.
+OLDEST = trl==1.15.0 transformers==4.56.2 accelerate==1.4.0 peft==0.17.1 datasets==4.7.0
 
 .PHONY: demo test test-oldest test-deepspeed test-cuda memcheck bench table lint
 .DEFAULT_GOAL := test

@@ -3,8 +3,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 TRAIN = ["transformers>=4.51", "peft>=0.14", "rich>=13", "matplotlib>=3.7"]
-# TRL up to 1.14 imports requests without asking for it.
-TRL = ["trl>=1.0,<2", "datasets>=4.7", "peft>=0.17", "requests>=2", "rich>=13", "matplotlib>=3.7"]
+# TRL asks for Python 3.11; on 3.10 the core works without it.
+TRL = ["trl>=1.15,<2", "datasets>=4.7", "peft>=0.17", "rich>=13", "matplotlib>=3.7"]
 BENCH = ["pytest>=8", "pytest-benchmark>=4", "matplotlib>=3.7", "transformers>=4.51", "peft>=0.14"]
 TEST = ["pytest>=8", "pytest-timeout>=2", "pytest-xdist>=3", "hypothesis>=6", "numpy>=1.26", "ruff>=0.6"]
 

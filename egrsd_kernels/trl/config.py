@@ -149,9 +149,8 @@ class EGRSDConfig(GRPOConfig):
 
         defaults = {f.name: f.default for f in fields(GRPOConfig)}
         for name in NOT_OURS:
-            if name in defaults:  # older versions of TRL lack some
-                value, default = getattr(self, name), defaults[name]
-                expect(value == default, name, value, f"{default!r}, as EGRSD's loss has no such term")
+            value, default = getattr(self, name), defaults[name]
+            expect(value == default, name, value, f"{default!r}, as EGRSD's loss has no such term")
         if self.advantage == "welford":
             for name in GROUP_ONLY:
                 value, default = getattr(self, name), defaults[name]

@@ -55,7 +55,7 @@ def _gathered(weight: Tensor, bias: Tensor | None) -> Iterator[tuple[Tensor, Ten
     if hasattr(weight, "full_tensor"):
         yield weight.full_tensor(), None if bias is None else bias.full_tensor()
     elif hasattr(weight, "ds_status"):
-        from trl.trainer.utils import maybe_gather_lm_head_ctx  # TRL 1.10 and later
+        from trl.trainer.utils import maybe_gather_lm_head_ctx
 
         with maybe_gather_lm_head_ctx(weight, bias):
             yield weight, bias

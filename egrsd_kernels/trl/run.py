@@ -13,7 +13,7 @@ from typing import Any
 import trl.rewards
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
-from transformers import AutoConfig, set_seed
+from transformers import AutoConfig
 from transformers.integrations import get_reporting_integration_callbacks
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
@@ -49,11 +49,10 @@ def make_trainer(arguments: RunArguments, config: EGRSDConfig, model: ModelConfi
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
     }
-    if hasattr(model, "trust_remote_code"):  # later versions of TRL have it in GRPOConfig, and see to it
-        options["trust_remote_code"] = model.trust_remote_code
-    trusted = getattr(model, "trust_remote_code", getattr(config, "trust_remote_code", False))
     try:
-        AutoConfig.from_pretrained(model.model_name_or_path, revision=model.model_revision, trust_remote_code=trusted)
+        AutoConfig.from_pretrained(
+            model.model_name_or_path, revision=model.model_revision, trust_remote_code=config.trust_remote_code
+        )
     except (OSError, ValueError) as error:
         raise ValueError(f"model_name_or_path: {model.model_name_or_path}: {error}") from error
 
@@ -67,8 +66,7 @@ def make_trainer(arguments: RunArguments, config: EGRSDConfig, model: ModelConfi
     quantization = get_quantization_config(model)
     if quantization is not None:
         options["quantization_config"] = quantization
-    set_seed(config.seed)  # for the adapters' initial weights, which earlier versions of TRL draw unseeded
-    own = config.model_init_kwargs
+        own = config.model_init_kwargs
     config.model_init_kwargs = {**options, **(own or {})}
     try:
         return EGRSDTrainer(

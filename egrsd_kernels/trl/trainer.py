@@ -25,9 +25,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import trl
 from accelerate.utils import gather_object, is_peft_model
-from packaging.version import Version
 from torch import Tensor
 from trl import GRPOTrainer
 
@@ -102,9 +100,9 @@ class EGRSDTrainer(GRPOTrainer):
         super().__init__(model, reward_funcs, args, **datasets, **kwargs)
         if self.processing_class.chat_template is None:
             raise ValueError("processing_class: expected a tokenizer with a chat template, which this model's has not")
-        if getattr(self, "_is_vlm", False):
+        if self._is_vlm:
             raise ValueError("model: vision-language models are not supported")
-        if getattr(self, "aux_loss_enabled", False):
+        if self.aux_loss_enabled:
             raise ValueError("router_aux_loss_coef: expected 0, the router's load-balancing loss is not supported")
         self._teacher_template = teacher_template
         for name, dataset in datasets.items():
@@ -231,7 +229,7 @@ class EGRSDTrainer(GRPOTrainer):
             cut = slice(None, -logits_to_keep), slice(-logits_to_keep, None)
             batch = [x[:, part] for part in cut for x in (input_ids, attention_mask)]
             logps, entropies = self._statistics(*batch, batch[3], self._rows_at_a_time())
-        return (logps, entropies, None) if Version(trl.__version__) >= Version("1.7.0") else (logps, entropies)
+        return logps, entropies, None
 
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
@@ -251,7 +249,7 @@ class EGRSDTrainer(GRPOTrainer):
         if self.args.rollout_steps:
             output["reward"] = self._rewards[ours]
             output["reference"] = [example[self.args.solution_column] for example in inputs]
-            ends = {*getattr(self, "eos_token_ids", [self.processing_class.eos_token_id]), self._pad_token_id}
+            ends = {*self.eos_token_ids, self._pad_token_id}
             output["truncated"] = [not ids or ids[-1] not in ends for ids in self._responses]
         return output
 
