@@ -40,8 +40,9 @@ from egrsd_kernels.torch_backend import lookahead_entropy
 from .checkpoint import ResumableSampler, load_state, save_state
 from .config import EGRSDConfig
 from .export import rollout_file, rollouts_of
-from .hidden import check_head, hand_out_hidden_states
+from .hidden import hand_out_hidden_states
 from .metrics import peak_memory_gib, token_metrics
+from .proof import prove_head
 from .teacher import MoveTeacher, check_columns, check_rows, make_teacher, pad_prompts, privileged_conversation
 
 
@@ -103,23 +104,34 @@ class EGRSDTrainer(GRPOTrainer):
         if self._is_vlm:
             raise ValueError("model: vision-language models are not supported")
         if self.aux_loss_enabled:
-            raise ValueError("router_aux_loss_coef: expected 0, the router's load-balancing loss is not supported")
+            raise ValueError(
+                "router_aux_loss_coef: set it to 0 to train this mixture of experts without its router's "
+                f"load-balancing loss (its own coefficient is {self.router_aux_loss_coef}), which is not supported"
+            )
         self._teacher_template = teacher_template
         for name, dataset in datasets.items():
             check_rows(name, dataset, self.teacher_prompt)
 
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        self._softcap = check_head(base)
-        self._vocab_size = base.get_output_embeddings().out_features
         hand_out_hidden_states(base)
         zero_stage = getattr(self.accelerator.state.deepspeed_plugin, "zero_stage", 0)
-        self.teacher = make_teacher(self.model, args.teacher, sharded=self.is_fsdp_enabled or zero_stage == 3)
+        sharded = self.is_fsdp_enabled or zero_stage == 3
+        if not sharded:
+            self._softcap  # noqa: B018
+        self._vocab_size = base.get_output_embeddings().out_features
+        self.teacher = make_teacher(self.model, args.teacher, sharded)
         if self.teacher.moves:
             self.add_callback(MoveTeacher(self.teacher))
         self.welford = WelfordAdvantage(args.welford_warmup_steps)
         self._step_stats: list[Tensor] = []  # (fields of TokenStats, valid tokens) of the optimizer step so far
         self._step_rollouts: list[Rollout] = []
         self._pace: dict[str, list] = {}  # by mode: tokens since the last log, and when their first step began
+
+    @functools.cached_property
+    def _softcap(self) -> float | None:
+        """The model's, proved by running it: at construction, and before the first generation where it is sharded."""
+        with self.accelerator.autocast():
+            return prove_head(self.model)
 
     @property
     def gamma(self) -> float:
@@ -232,6 +244,7 @@ class EGRSDTrainer(GRPOTrainer):
         return logps, entropies, None
 
     def _generate_and_score_completions(self, inputs):
+        self._softcap  # noqa: B018
         output = super()._generate_and_score_completions(inputs)
         start = self.accelerator.process_index * len(inputs)
         ours = slice(start, start + len(inputs))
