@@ -212,7 +212,7 @@ def test_templates_may_trim_and_escape(tmp_path, how):
     ],
 )
 def test_what_a_conversation_of_ones_own_adds_is_what_counts(tmp_path, added, refused):
-    """What it leaves out is its author's choice, and what the template drops of the prompt the student lacks as well."""
+    """What it leaves out is its author's choice. What the template drops of the prompt the student lacks as well."""
 
     class Own(EGRSDTrainer):
         def teacher_prompt(self, example):
