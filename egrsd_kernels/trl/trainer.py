@@ -39,11 +39,12 @@ from egrsd_kernels.torch_backend import lookahead_entropy
 
 from .checkpoint import ResumableSampler, load_state, save_state
 from .config import EGRSDConfig
+from .context import Reader, check_columns, check_rows, context_window, privileged_conversation, row_name
 from .export import rollout_file, rollouts_of
 from .hidden import hand_out_hidden_states
 from .metrics import peak_memory_gib, token_metrics
 from .proof import prove_head
-from .teacher import MoveTeacher, check_columns, check_rows, make_teacher, pad_prompts, privileged_conversation
+from .teacher import MoveTeacher, make_teacher, pad_prompts
 
 
 class EGRSDTrainer(GRPOTrainer):
@@ -110,7 +111,7 @@ class EGRSDTrainer(GRPOTrainer):
             )
         self._teacher_template = teacher_template
         for name, dataset in datasets.items():
-            check_rows(name, dataset, self.teacher_prompt)
+            check_rows(name, dataset, self._reader)
 
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
         hand_out_hidden_states(base)
@@ -184,6 +185,20 @@ class EGRSDTrainer(GRPOTrainer):
         return privileged_conversation(example, self.args.solution_column, self._teacher_template)
 
     @property
+    def _reader(self) -> Reader:
+        overridden = type(self).teacher_prompt is not EGRSDTrainer.teacher_prompt
+        return Reader(
+            self.processing_class,
+            {"chat_template": self.chat_template, **self.chat_template_kwargs},
+            self.teacher_prompt,
+            self.args.solution_column,
+            context_window(self.model.config),
+            self.max_completion_length,
+            "teacher_prompt" if overridden else "teacher_template",
+            self.args.vllm_max_model_length if self.use_vllm and self.vllm_mode == "colocate" else None,
+        )
+
+    @property
     def _pad_token_id(self) -> int:
         return self.processing_class.pad_token_id
 
@@ -244,14 +259,15 @@ class EGRSDTrainer(GRPOTrainer):
         return logps, entropies, None
 
     def _generate_and_score_completions(self, inputs):
-        self._softcap  # noqa: B018
+        # Before generating: rows of a stream are seen here first.
+        conversations = self._reader.read([(row_name(f"{self._mode}_dataset", example), example) for example in inputs])
         output = super()._generate_and_score_completions(inputs)
         start = self.accelerator.process_index * len(inputs)
         ours = slice(start, start + len(inputs))
         if self.args.advantage == "welford":
             output["advantages"] = self._welford_advantages()[ours]
         size = self._rows_at_a_time()
-        prompts = self._tokenize_prompts([self.teacher_prompt(example) for example in inputs])[0]
+        prompts = self._tokenize_prompts(conversations)[0]
         batch = [
             x.to(self.accelerator.device) for x in pad_prompts(prompts, self._pad_token_id, self.pad_to_multiple_of)
         ]
