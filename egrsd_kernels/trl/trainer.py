@@ -42,6 +42,7 @@ from .config import EGRSDConfig
 from .export import rollout_file, rollouts_of
 from .hidden import check_head, hand_out_hidden_states
 from .metrics import peak_memory_gib, token_metrics
+from .roles import check_roles, check_trained, weights_at_hand
 from .teacher import MoveTeacher, check_columns, check_rows, make_teacher, pad_prompts, privileged_conversation
 
 
@@ -104,6 +105,7 @@ class EGRSDTrainer(GRPOTrainer):
             raise ValueError("model: vision-language models are not supported")
         if self.aux_loss_enabled:
             raise ValueError("router_aux_loss_coef: expected 0, the router's load-balancing loss is not supported")
+        check_trained(self.model, self.optimizer)
         self._teacher_template = teacher_template
         for name, dataset in datasets.items():
             check_rows(name, dataset, self.teacher_prompt)
@@ -113,9 +115,13 @@ class EGRSDTrainer(GRPOTrainer):
         self._vocab_size = base.get_output_embeddings().out_features
         hand_out_hidden_states(base)
         zero_stage = getattr(self.accelerator.state.deepspeed_plugin, "zero_stage", 0)
-        self.teacher = make_teacher(self.model, args.teacher, sharded=self.is_fsdp_enabled or zero_stage == 3)
+        self.sharded = self.is_fsdp_enabled or zero_stage == 3
+        self.teacher = make_teacher(self.model, args.teacher, self.sharded)
         if self.teacher.moves:
             self.add_callback(MoveTeacher(self.teacher))
+        self._roles_checked = weights_at_hand(self)
+        if self._roles_checked:
+            check_roles(self)
         self.welford = WelfordAdvantage(args.welford_warmup_steps)
         self._step_stats: list[Tensor] = []  # (fields of TokenStats, valid tokens) of the optimizer step so far
         self._step_rollouts: list[Rollout] = []
@@ -242,6 +248,9 @@ class EGRSDTrainer(GRPOTrainer):
         batch = [
             x.to(self.accelerator.device) for x in pad_prompts(prompts, self._pad_token_id, self.pad_to_multiple_of)
         ]
+        if not self._roles_checked:
+            check_roles(self)
+            self._roles_checked = True
         with self._as_teacher():
             output["teacher_logp"], output["teacher_entropy"] = self._statistics(
                 *batch, output["completion_ids"], output["completion_mask"], output["completion_mask"], size
