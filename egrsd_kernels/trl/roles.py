@@ -38,12 +38,12 @@ def check_trained(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> 
 def weights_at_hand(trainer: "EGRSDTrainer") -> bool:
     """Whether the model can be read before training begins: neither sharded nor still to be moved to its device."""
     kind = trainer.accelerator.device.type
-    return not trainer.sharded and all(weight.device.type == kind for weight in trainer.model.parameters())
+    return not trainer._sharded and all(weight.device.type == kind for weight in trainer.model.parameters())
 
 
 def check_roles(trainer: "EGRSDTrainer") -> None:
     """A ValueError where the student trains nothing, or the teacher depends on what is trained or on padding."""
-    if not trainer.sharded:  # a forward with gradients and no backward would disturb FSDP
+    if not trainer._sharded:  # a forward with gradients and no backward would disturb FSDP
         _check_weights(trainer)
     if _may_pad(trainer):
         _check_padding(trainer)
@@ -110,9 +110,9 @@ def _check_padding(trainer: "EGRSDTrainer") -> None:
     off = distance(padded, alone)
     if not off <= max(NEGLIGIBLE, ROUNDINGS * distance(rounded, alone)):
         raise ValueError(
-            f"model: a padded row is read differently from the same row alone (hidden states off by {off:.1%}); generate for "
-            "one prompt at a time: per_device_train_batch_size * steps_per_generation and per_device_eval_batch_size "
-            "must divide num_generations, without pad_to_multiple_of"
+            f"model: reads a padded row differently from the same row alone (hidden states off by {off:.1%}); generate "
+            "for one prompt at a time: per_device_train_batch_size * steps_per_generation and "
+            "per_device_eval_batch_size must divide num_generations, without pad_to_multiple_of"
         )
 
 

@@ -115,8 +115,8 @@ class EGRSDTrainer(GRPOTrainer):
         self._vocab_size = base.get_output_embeddings().out_features
         hand_out_hidden_states(base)
         zero_stage = getattr(self.accelerator.state.deepspeed_plugin, "zero_stage", 0)
-        self.sharded = self.is_fsdp_enabled or zero_stage == 3
-        self.teacher = make_teacher(self.model, args.teacher, self.sharded)
+        self._sharded = self.is_fsdp_enabled or zero_stage == 3
+        self.teacher = make_teacher(self.model, args.teacher, self._sharded)
         if self.teacher.moves:
             self.add_callback(MoveTeacher(self.teacher))
         self._roles_checked = weights_at_hand(self)
