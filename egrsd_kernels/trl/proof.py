@@ -58,7 +58,7 @@ def prove_head(model: nn.Module) -> float | None:
             "modules_to_save, target_modules and quantisation"
         )
     try:
-        with torch.no_grad(), _evaluating(model), _random_adapters(model):
+        with torch.no_grad(), evaluating(model), _random_adapters(model):
             arguments = _probe(base, head)
             with _ladder_for(head):
                 ladder = model(**arguments).logits
@@ -181,7 +181,7 @@ def _ladder_for(head: nn.Linear) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """No dropout and no gradient checkpointing; afterwards each module is in its own mode again."""
     training = [module for module in model.modules() if module.training]
     model.eval()

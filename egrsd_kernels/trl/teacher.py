@@ -1,8 +1,8 @@
 """Who the teacher is: the model without its adapters, or the trained weights of an earlier moment."""
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,9 +22,19 @@ class AdaptersOff:
     def __init__(self, model: nn.Module):
         self.model = model
 
-    def active(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def active(self) -> Iterator[None]:
         """While this is entered, the model computes as the teacher."""
-        return self.model.disable_adapter()
+        flags = {name: (parameter, parameter.requires_grad) for name, parameter in self.model.named_parameters()}
+        try:
+            with self.model.disable_adapter():
+                yield
+        finally:
+            # On leaving, PEFT turns requires_grad on for whatever is active, frozen or not.
+            for name, parameter in self.model.named_parameters():
+                entered, flag = flags[name]
+                for tensor in (entered, parameter):  # FSDP2 exchanges them in between
+                    tensor.requires_grad_(flag)
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -109,6 +119,10 @@ def make_teacher(model: nn.Module, kind: str, sharded: bool) -> AdaptersOff | Ea
     if kind == "adapters_off":
         if not adapters:
             raise ValueError("teacher: 'adapters_off' expects a model with PEFT adapters")
+        if sharded:  # by name, as PEFT tells what it trains; elsewhere by what a forward uses
+            owned = (getattr(model.base_model, "prefix", "prompt_encoder"), "modules_to_save.", "trainable_tokens_")
+            trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
+            refuse_trained_teacher([name for name in trained if not any(part in name for part in owned)])
         return AdaptersOff(model)
     if sharded:
         # Sharding replaces the parameters after this point. And FSDP2 keeps the root's gathered after a forward
@@ -120,6 +134,16 @@ def make_teacher(model: nn.Module, kind: str, sharded: bool) -> AdaptersOff | Ea
         # Its small moves would round to nothing.
         raise ValueError(f"teacher: 'ema' expects trained weights in float32, got {', '.join(sorted(halves))}")
     return teacher
+
+
+def refuse_trained_teacher(names: Sequence[str]) -> None:
+    """A ValueError where these weights, which are trained, are the teacher's too. names: the model's, of parameters."""
+    if names:
+        raise ValueError(
+            f"teacher: 'adapters_off' expects that without its adapters the model is as it was before training, but "
+            f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''} would be trained and stay; "
+            "use bias=\"none\", freeze it, or take teacher='frozen'"
+        )
 
 
 def pad_prompts(prompts: list[list[int]], pad_token_id: int, multiple: int | None) -> tuple[Tensor, Tensor]:

@@ -44,6 +44,7 @@ from .export import rollout_file, rollouts_of
 from .hidden import hand_out_hidden_states
 from .metrics import peak_memory_gib, token_metrics
 from .proof import prove_head
+from .roles import check_roles, check_trained, weights_at_hand
 from .teacher import MoveTeacher, make_teacher, pad_prompts
 
 
@@ -109,6 +110,7 @@ class EGRSDTrainer(GRPOTrainer):
                 "router_aux_loss_coef: set it to 0 to train this mixture of experts without its router's "
                 f"load-balancing loss (its own coefficient is {self.router_aux_loss_coef}), which is not supported"
             )
+        check_trained(self.model, self.optimizer)
         self._teacher_template = teacher_template
         for name, dataset in datasets.items():
             check_rows(name, dataset, self._reader)
@@ -116,23 +118,25 @@ class EGRSDTrainer(GRPOTrainer):
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
         hand_out_hidden_states(base)
         zero_stage = getattr(self.accelerator.state.deepspeed_plugin, "zero_stage", 0)
-        sharded = self.is_fsdp_enabled or zero_stage == 3
-        if not sharded:
-            self._softcap  # noqa: B018
-        self._vocab_size = base.get_output_embeddings().out_features
-        self.teacher = make_teacher(self.model, args.teacher, sharded)
+        self._sharded = self.is_fsdp_enabled or zero_stage == 3
+        self.teacher = make_teacher(self.model, args.teacher, self._sharded)
         if self.teacher.moves:
             self.add_callback(MoveTeacher(self.teacher))
+        self._proved = False
+        if weights_at_hand(self):
+            self._prove()
         self.welford = WelfordAdvantage(args.welford_warmup_steps)
         self._step_stats: list[Tensor] = []  # (fields of TokenStats, valid tokens) of the optimizer step so far
         self._step_rollouts: list[Rollout] = []
         self._pace: dict[str, list] = {}  # by mode: tokens since the last log, and when their first step began
 
-    @functools.cached_property
-    def _softcap(self) -> float | None:
-        """The model's, proved by running it: at construction, and before the first generation where it is sharded."""
+    def _prove(self) -> None:
+        """Run the model on a few tokens: what we compute is what it computes, and each has its role."""
         with self.accelerator.autocast():
-            return prove_head(self.model)
+            self._softcap = prove_head(self.model)
+        self._vocab_size = self.accelerator.unwrap_model(self.model).get_output_embeddings().out_features
+        check_roles(self)
+        self._proved = True
 
     @property
     def gamma(self) -> float:
@@ -259,6 +263,8 @@ class EGRSDTrainer(GRPOTrainer):
         return logps, entropies, None
 
     def _generate_and_score_completions(self, inputs):
+        if not self._proved:  # weights that were elsewhere at construction
+            self._prove()
         # Before generating: rows of a stream are seen here first.
         conversations = self._reader.read([(row_name(f"{self._mode}_dataset", example), example) for example in inputs])
         output = super()._generate_and_score_completions(inputs)
