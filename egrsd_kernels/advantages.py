@@ -67,7 +67,7 @@ class WelfordAdvantage:
         batch_mean, batch_m2 = values.mean().item(), (values - values.mean()).square().sum().item()
         if not math.isfinite(batch_mean + batch_m2):  # one NaN would poison the statistics for the rest of the run
             raise ValueError(
-                f"rewards: expected finite values of finite variance (see judged for one that is not known), "
+                f"rewards: expected finite values of finite variance (see judged for one not known), "
                 f"got {rewards.tolist()}"
             )
 

@@ -72,7 +72,7 @@ def test_what_is_not_judged_teaches_nothing(tmp_path, advantage, value):
         calls = seen.calls[2 * step - 2 : 2 * step]
         assert {c["normalizer"].item() for c in calls} == {sum(len(r.tokens) for r in now)}
         peak = max(c["teacher_entropy"].max().item() for c in calls)
-        assert {c["entropy_scale"].item() for c in calls} == {pytest.approx(max(peak, 1.0))}
+        assert [c["entropy_scale"].item() for c in calls] == pytest.approx([max(peak, 1.0)] * 2)
     if advantage == "welford":
         welford = WelfordAdvantage(1)
         for step in (1, 2, 3):
@@ -98,9 +98,8 @@ def test_a_generation_in_which_nothing_is_judged(tmp_path, advantage):
     assert all(torch.isfinite(value).all() for value in weights(run).values())
     if advantage == "welford":  # a generation without rewards uses up no step of the warm-up
         assert run.welford.steps == 1 and run.welford.count == 8
-        assert {a.item() for call in seen.calls[4:] for a in call["advantages"]} <= {
-            pytest.approx(r - 0.5) for r in run._rewards.tolist()
-        }
+        got = torch.cat([call["advantages"] for call in seen.calls[4:]])
+        torch.testing.assert_close(got.sort()[0], (run._rewards - 0.5).sort()[0])
 
 
 def test_evaluation_leaves_the_statistics_alone(tmp_path):
