@@ -37,6 +37,9 @@ def odd(completions, answer, **_):
 def of_one(prompt, completions):
     return 0.0
 
+def too_few(completions, **_):
+    return [1.0]
+
 not_a_function = 1
 '''
 
@@ -391,6 +394,12 @@ def test_a_bad_file_is_named_in_one_line(tmp_path, capsys):
         assert fails([str(tmp_path / "c.yaml")], capsys).startswith(f"{tmp_path / 'c.yaml'}: {says}")
     assert fails(["qwen3-4b"], capsys).startswith(
         "qwen3-4b: no such file, nor a preset (qwen3-4b-cl-egrsd, qwen3-4b-eg"
+    )
+
+
+def test_rewards_of_a_wrong_length_end_a_run_in_one_line(config, capsys):
+    assert fails([config(reward_funcs=["rewards.py:too_few"])], capsys) == (
+        "reward_funcs: too_few: expected a list of 8 numbers or None, one for each completion, got 1"
     )
 
 

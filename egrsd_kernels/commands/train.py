@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> None:
     config = read_config(find_config(args.config))
     try:
         from ..trl.checkpoint import CheckpointError
+        from ..trl.rewards import RewardError
         from ..trl.run import last_checkpoint, make_trainer, train
         from ..trl.settings import parse_settings
     except ImportError as error:
@@ -55,7 +56,8 @@ def run(args: argparse.Namespace) -> None:
         raise CommandError(str(error)) from error
     try:
         train(trainer, checkpoint)
-    except (CheckpointError, ImportError) as error:  # TRL's accuracy_reward asks for its packages when it is called
+    # TRL's accuracy_reward asks for its packages when it is called.
+    except (CheckpointError, RewardError, ImportError) as error:
         raise CommandError(str(error)) from error
     if trainer.is_world_process_zero():
         print(f"{training.output_dir}: the model after step {trainer.state.global_step}")

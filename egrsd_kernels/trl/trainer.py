@@ -4,7 +4,7 @@ Generation, reward functions, logging, checkpoints and Accelerate stay GRPOTrain
 methods, each the narrowest that does the job:
 
     __init__                          refuse what the loss cannot honour; let the model hand out hidden states
-    _calculate_rewards                length-shaped reward; remember the rewards of all processes
+    _calculate_rewards                no infinite reward; length-shaped reward; remember those of all processes
     _generate_and_score_completions   Welford advantages; one teacher pass over the fresh rollouts
     _prepare_inputs                   the loss's normaliser and entropy scale, over an optimizer step and all processes
     _compute_loss                     fused_egrsd_loss inside the model's own forward; metrics; export of rollouts
@@ -18,6 +18,7 @@ rollouts cost one teacher pass.
 """
 
 import functools
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence, Sized
@@ -44,8 +45,11 @@ from .export import rollout_file, rollouts_of
 from .hidden import hand_out_hidden_states
 from .metrics import peak_memory_gib, token_metrics
 from .proof import prove_head
+from .rewards import LARGEST, checked, excerpt, without_infinite
 from .roles import check_roles, check_trained, weights_at_hand
 from .teacher import MoveTeacher, make_teacher, pad_prompts
+
+logger = logging.getLogger(__name__)
 
 
 class EGRSDTrainer(GRPOTrainer):
@@ -128,6 +132,9 @@ class EGRSDTrainer(GRPOTrainer):
         self.welford = WelfordAdvantage(args.welford_warmup_steps)
         self._step_stats: list[Tensor] = []  # (fields of TokenStats, valid tokens) of the optimizer step so far
         self._step_rollouts: list[Rollout] = []
+        self._export_failed = False
+        self.reward_funcs = [checked(*pair) for pair in zip(self.reward_funcs, self.reward_func_names, strict=True)]
+        self._named_infinite: set[str] = set()
         self._pace: dict[str, list] = {}  # by mode: tokens since the last log, and when their first step began
 
     def _prove(self) -> None:
@@ -157,6 +164,9 @@ class EGRSDTrainer(GRPOTrainer):
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # of all processes
         weights = self.reward_weights.to(rewards.device)
+        as_returned = rewards
+        rewards, infinite = without_infinite(rewards, weights)
+        self._name_infinite(as_returned, infinite, prompts, completions)
         if self.args.length_beta:
             lengths = torch.tensor([len(ids) for ids in completion_ids_list], device=rewards.device)
             lengths = self.accelerator.gather(lengths)
@@ -165,15 +175,33 @@ class EGRSDTrainer(GRPOTrainer):
             )
             earned = (rewards * weights).nansum(dim=1) > 0
             rewards = torch.where(earned[:, None], rewards * bonus[:, None], rewards)
-        # A rollout that no reward function could judge earns 0.
-        self._rewards = (rewards * weights).nansum(dim=1)
+        unjudged = rewards.isnan().all(dim=1)  # so TRL tells them
+        self._rewards = (rewards * weights).nansum(dim=1).masked_fill(unjudged, math.nan)
         self._responses = completion_ids_list
+        for name, rows in {"unjudged": unjudged, "infinite": infinite.any(dim=1)}.items():
+            self._metrics[self._mode][f"rewards/{name}"].append(rows.float().mean().item())
         return rewards
+
+    def _name_infinite(self, rewards: Tensor, infinite: Tensor, prompts: list, completions: list) -> None:
+        """Warn of the first infinite reward of each function, on the process that has its rollout."""
+        for column, name in enumerate([*self.reward_func_names, "the weighted sum of the rewards"]):
+            rows = infinite[:, column].nonzero().flatten().tolist()
+            if not rows or name in self._named_infinite:
+                continue
+            self._named_infinite.add(name)
+            process, row = divmod(rows[0], len(prompts))
+            if process == self.accelerator.process_index:
+                got = rewards[rows[0], column].item() if column < rewards.shape[1] else "too large"
+                logger.warning(
+                    f"reward_funcs: {name}: expected a finite number, at most {LARGEST:g} in size, got {got} for the "
+                    f"answer {excerpt(completions[row])} to {excerpt(prompts[row])}; such rollouts are left out of the "
+                    f"training and, from now on, only counted, in rewards/infinite"
+                )
 
     def _welford_advantages(self) -> Tensor:
         """Advantages of all processes' rollouts. Evaluation uses the statistics and leaves them alone."""
         state = self.welford.state_dict()
-        advantages = self.welford(self._rewards)
+        advantages = self.welford(self._rewards, judged=~self._rewards.isnan())
         if self._mode == "eval":
             self.welford.load_state_dict(state)
         logged = self._logs["advantages"]  # TRL has put its own there
@@ -417,8 +445,17 @@ class EGRSDTrainer(GRPOTrainer):
 
     def _write_rollouts(self, step: int) -> None:
         rollouts = gather_object(self._step_rollouts)
+        path = rollout_file(self.args.output_dir, step)
         if self.accelerator.is_main_process:
-            write_rollouts(rollout_file(self.args.output_dir, step), rollouts)
+            try:
+                write_rollouts(path, rollouts)
+            except OSError as error:  # a full disk, for example: no reason to lose the run
+                if not self._export_failed:
+                    logger.warning(
+                        f"rollout_steps: {path}: {error.strerror or error}; training goes on without this file, and "
+                        f"without a word on later ones that cannot be written"
+                    )
+                self._export_failed = True
         self._step_rollouts = []
 
     # --------------------------------------------------------------------------------------------------- checkpoints
