@@ -396,4 +396,4 @@ def test_a_bad_file_is_named_in_one_line(tmp_path, capsys):
 
 def test_without_trl_the_message_says_what_to_install(config, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "egrsd_kernels.trl.run", None)
-    assert "pip install 'egrsd-kernels[trl]'" in fails([config()], capsys)
+    assert "pip install '.[trl]' in a checkout" in fails([config()], capsys)
