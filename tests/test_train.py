@@ -405,4 +405,4 @@ def test_rewards_of_a_wrong_length_end_a_run_in_one_line(config, capsys):
 
 def test_without_trl_the_message_says_what_to_install(config, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "egrsd_kernels.trl.run", None)
-    assert "pip install 'egrsd-kernels[trl]'" in fails([config()], capsys)
+    assert "pip install '.[trl]' in a checkout" in fails([config()], capsys)
