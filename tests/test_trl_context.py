@@ -260,8 +260,8 @@ def test_a_template_that_refuses_roles_is_found_at_construction(tmp_path):
     message = refusal(lambda: build(tmp_path, template=STRICT, teacher_template=words))
     assert message == (
         "train_dataset, row 0: teacher_template: the chat template refuses this conversation (Conversation roles must "
-        "alternate user/assistant/...); its roles are user, assistant, assistant: use roles, and an order of them, "
-        "that the template takes"
+        "alternate user/assistant/...); its roles are user, assistant, assistant: word it with roles, in an order, "
+        "and contents that the template takes"
     )
     system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
     message = refusal(lambda: build(tmp_path, template=STRICT, rows=changed(prompt=system)))
