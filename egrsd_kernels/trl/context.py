@@ -19,7 +19,7 @@ REASONING = ("reasoning_content", "reasoning", "thinking")  # where messages kee
 
 def privileged_conversation(
     example: Mapping[str, Any], solution_column: str, template: Sequence[Message]
-) -> list[dict[str, Any]]:
+) -> list[dict[str, str]]:
     """The teacher's conversation for one row of the dataset, or a ValueError that names the column at fault."""
     for column in ("prompt", solution_column):
         if column not in example:
