@@ -11,23 +11,6 @@ from typing import Any
 import trl.trainer.utils
 from torch import Tensor, nn
 
-# Settings by which some architectures change their logits after the head: softcaps, which the loss knows, and scales.
-SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-LOGIT_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-
-
-def check_head(model: nn.Module) -> float | None:
-    """The model's softcap (None: it has none), or a ValueError where its logits are not h·Wᵀ + b, softcapped."""
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
-    if type(head) is not nn.Linear:
-        raise ValueError(f"model: expected a plain nn.Linear as LM head, got {type(head).__name__}")
-    for name in LOGIT_SCALES:
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            raise ValueError(f"model: {config.model_type} scales its logits ({name}), which is not supported")
-    if getattr(config, "unpadded_vocab_size", None) not in (None, head.out_features):
-        raise ValueError(f"model: {config.model_type} cuts its logits (unpadded_vocab_size), which is not supported")
-    return next((cap for name in SOFTCAPS if (cap := getattr(config, name, None)) is not None), None)
-
 
 def hand_out_hidden_states(model: nn.Module) -> None:
     """Let ``model(..., read_hidden=f)`` return ``f(hidden, weight, bias)`` instead of making logits.

@@ -1,13 +1,13 @@
 """Who is trained, and by whom: settled on a few tokens, whatever the architecture and the adapters."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 
+from .proof import evaluating
 from .teacher import AdaptersOff, refuse_trained_teacher
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def check_roles(trainer: "EGRSDTrainer") -> None:
 
 def _check_weights(trainer: "EGRSDTrainer") -> None:
     trained = {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad}
-    with _evaluating(trainer.model):
+    with evaluating(trainer.model):
         if not _used(trainer, trained):
             raise ValueError(
                 "model: expected trainable weights that its forward uses, got none; "
@@ -142,13 +142,3 @@ def _read(trainer: "EGRSDTrainer", *row: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 def _hidden(trainer: "EGRSDTrainer", *row: Tensor) -> Tensor:
     return _read(trainer, *row)[0][0].float()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()  # no dropout, and no gradient checkpointing, which can hide what an output depends on
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -66,7 +66,7 @@ def make_trainer(arguments: RunArguments, config: EGRSDConfig, model: ModelConfi
     quantization = get_quantization_config(model)
     if quantization is not None:
         options["quantization_config"] = quantization
-        own = config.model_init_kwargs
+    own = config.model_init_kwargs
     config.model_init_kwargs = {**options, **(own or {})}
     try:
         return EGRSDTrainer(

@@ -1,64 +1,17 @@
 """Who the teacher is: the model without its adapters, or the trained weights of an earlier moment."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from datasets import Dataset
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from trl.trainer.utils import pad
 
-from egrsd_kernels.teacher import Message, teacher_messages
-
 from .checkpoint import CheckpointError
-
-
-def privileged_conversation(
-    example: Mapping[str, Any], solution_column: str, template: Sequence[Message]
-) -> list[dict[str, str]]:
-    """The teacher's conversation for one row of the dataset, or a ValueError that names the column at fault."""
-    for column in ("prompt", solution_column):
-        if column not in example:
-            raise ValueError(f"{column}: missing in a row of the dataset")
-    prompt, solution = example["prompt"], example[solution_column]
-    if isinstance(prompt, str) or not prompt:
-        raise ValueError(f"prompt: expected a conversation, a list of messages, got {prompt!r}")
-    for message in prompt:
-        if not (isinstance(message, Mapping) and isinstance(message.get("role"), str)) or (
-            message.get("content") is None and not message.get("tool_calls")
-        ):
-            raise ValueError(f"prompt: expected messages with role and content, got {message!r}")
-    if not isinstance(solution, str) or not solution.strip():
-        raise ValueError(f"{solution_column}: expected the text of a reference solution, got {solution!r}")
-    return teacher_messages(prompt, solution, template)
-
-
-def check_columns(name: str, dataset: Any, solution_column: str) -> None:
-    """A ValueError where the dataset (or one of several in a mapping) lacks a column. ``name``: the argument's."""
-    for part in _parts(dataset):
-        columns = getattr(part, "column_names", None)
-        for column in ("prompt", solution_column):
-            if columns is not None and column not in columns:
-                raise ValueError(f"{name}: expected a column {column!r}, got {', '.join(columns)}")
-
-
-def check_rows(name: str, dataset: Any, conversation_of: Callable[[Mapping[str, Any]], Any]) -> None:
-    """A ValueError for the first row that ``conversation_of`` refuses, before anything is generated."""
-    for part in _parts(dataset):
-        if isinstance(part, Dataset):  # a stream is checked as it comes
-            for index, example in enumerate(part):
-                try:
-                    conversation_of(example)
-                except ValueError as error:
-                    raise ValueError(f"{name}, row {index}: {error}") from error
-
-
-def _parts(dataset: Any) -> Iterable[Any]:
-    return dataset.values() if isinstance(dataset, Mapping) else [dataset]
 
 
 class AdaptersOff:
