@@ -401,7 +401,7 @@ def test_a_model_that_reads_its_padding_is_refused_where_rows_are_padded(tmp_pat
 @pytest.mark.parametrize("name", names(DOES_NOT))
 def test_others_are_taken(tmp_path, name, dtype):
     run, _ = make(tmp_path, peft=False, model=DOES_NOT[name]().to(dtype))
-    assert run._roles_checked
+    assert run._proved
 
 
 def test_what_cannot_be_read_at_construction_is_checked_before_the_first_teacher(tmp_path, monkeypatch):
@@ -411,7 +411,7 @@ def test_what_cannot_be_read_at_construction_is_checked_before_the_first_teacher
         run.train()
     run, _ = make(tmp_path)
     run.train()
-    assert run._roles_checked
+    assert run._proved
 
 
 def test_the_check_leaves_no_trace(tmp_path):
