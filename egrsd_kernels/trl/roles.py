@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 PADDING, TOKENS = 16, 4
 # Readings of one row differ by a few roundings. What reads its padding is off by tenths.
-ROUNDINGS, NEGLIGIBLE = 8, 1e-3
+ROUNDINGS, NEGLIGIBLE = 4, 1e-3
 
 
 def check_trained(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
@@ -31,7 +31,7 @@ def check_trained(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> 
         held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
         if held.isdisjoint(map(id, trained)):
             raise ValueError(
-                "optimizers: expected the model's trainable weights in it, got an optimizer with none of them"
+                "optimizers: expected an optimizer of the model's trainable weights, got one with none of them"
             )
 
 
@@ -126,7 +126,8 @@ def _round_again(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
 def _row(trainer: "EGRSDTrainer", padding: int = 0) -> list[Tensor]:
     """What ``_read`` takes of a row of a few tokens; with padding, of a longer one below it too."""
     device, length = trainer.accelerator.device, padding + 1 + TOKENS
-    ids = (torch.arange(1, length + 1, device=device) * 31 % trainer._vocab_size).flip(0).expand(2, -1).clone()
+    vocabulary = min(trainer._vocab_size, len(trainer.processing_class))
+    ids = (torch.arange(length, device=device) * 31 % vocabulary).flip(0).expand(2, -1).clone()
     mask = torch.ones_like(ids)
     ids[0, :padding], mask[0, :padding] = trainer._pad_token_id, 0
     rows = slice(2 if padding else 1)
