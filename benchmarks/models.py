@@ -3,10 +3,10 @@
     python -m benchmarks.models --output benchmarks/results/models.json
     python -m benchmarks.models gemma2 granite
 
-For every architecture of transformers' causal and image-text-to-text mappings it builds a tiny model with random
-weights, in float32, whose scales, caps, biases and windows have values that show. It asks the package for the head,
-as the trainer does at construction, reads log p and entropy of the last tokens of a left-padded batch through
-``token_statistics``, and compares them with the softmax of the model's own logits. Outcomes:
+For every architecture of transformers' causal, image-text-to-text and sequence-to-sequence mappings it builds a tiny
+model with random weights, in float32, whose scales, caps, biases and windows have values that show. It asks the package
+for the head, as the trainer does at construction, reads log p and entropy of the last tokens of a left-padded batch
+through ``token_statistics``, and compares them with the softmax of the model's own logits. Outcomes:
 
     right      log p and entropy agree to ``TOLERANCE`` nat
     refused    the package raised a ValueError
@@ -23,14 +23,11 @@ Every architecture has a forked process of its own, with limits on time and memo
 from __future__ import annotations
 
 import argparse
-import json
-import logging
 import math
 import multiprocessing
 import os
 import resource
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import wait
@@ -45,6 +42,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
 from benchmarks.measure import environment, write
@@ -63,166 +61,243 @@ ORDINARY = range(10, 75)  # token ids that no config has a special meaning for
 # ---------------------------------------------------------------------------------------------------------- settings
 
 # What shows in the logits when it is overlooked.
-TELLING = dict(
-    final_logit_softcapping=2.0,
-    logits_soft_cap=1.0,
-    output_logit_soft_cap=2.0,
-    logit_scale=0.25,
-    logits_scaling=8.0,
-    output_multiplier=0.25,
-    lm_head_multiplier=0.05,
-    logits_mup_width_multiplier=4.0,
-    embedding_multiplier=2.0,
-    residual_multiplier=0.5,
-    attention_multiplier=0.25,
-    dim_model_base=16,
-    lm_head_bias=True,
-    decoder_bias=True,
-    word_embed_proj_dim=32,
-    sliding_window=8,
-)
-TEXT = TELLING | dict(
-    vocab_size=VOCABULARY,
-    hidden_size=64,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=512,
-    initializer_range=0.15,
-    is_decoder=True,
-    bos_token_id=2,
-    eos_token_id=1,
-    pad_token_id=0,
+TELLING = {
+    "final_logit_softcapping": 2.0,
+    "logits_soft_cap": 1.0,
+    "output_logit_soft_cap": 2.0,
+    "logit_scale": 0.25,
+    "logits_scaling": 8.0,
+    "output_multiplier": 0.25,
+    "lm_head_multiplier": 0.05,
+    "logits_mup_width_multiplier": 4.0,
+    "embedding_multiplier": 2.0,
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.25,
+    "dim_model_base": 16,
+    "unpadded_vocab_size": 300,
+    "lm_head_bias": True,
+    "decoder_bias": True,
+    "word_embed_proj_dim": 32,
+    "sliding_window": 8,
+}
+TEXT = TELLING | {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,  # so many that hybrids have a layer of either kind
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.15,
+    "is_decoder": True,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
     # the same under other names
-    d_model=64,
-    n_embd=64,
-    embedding_size=64,
-    attention_hidden_size=64,
-    n_inner=64,
-    ffn_dim=64,
-    ffn_hidden_size=64,
-    decoder_ffn_dim=64,
-    encoder_ffn_dim=64,
-    dim_ff=64,
-    dff=64,
-    d_inner=64,
-    d_ff=64,
-    intermediate_size_mlp=64,
-    shared_intermediate_size=64,
-    n_layer=2,
-    n_layers=2,
-    num_layers=2,
-    encoder_layers=2,
-    decoder_layers=2,
-    n_head=4,
-    n_heads=4,
-    num_heads=4,
-    encoder_attention_heads=4,
-    decoder_attention_heads=4,
-    n_positions=512,
-    n_ctx=512,
-    max_seq_len=512,
-    context_length=512,
-    rotary_dim=8,
+    "d_model": 64,
+    "n_embd": 64,
+    "embedding_size": 64,
+    "attention_hidden_size": 64,
+    "n_inner": 64,
+    "ffn_dim": 64,
+    "ffn_hidden_size": 64,
+    "decoder_ffn_dim": 64,
+    "encoder_ffn_dim": 64,
+    "dim_ff": 64,
+    "dff": 64,
+    "d_inner": 64,
+    "d_ff": 64,
+    "intermediate_size_mlp": 64,
+    "shared_intermediate_size": 64,
+    "n_layer": 4,
+    "n_layers": 4,
+    "num_layers": 4,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "n_head": 4,
+    "n_heads": 4,
+    "num_heads": 4,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "n_positions": 512,
+    "n_ctx": 512,
+    "max_seq_len": 512,
+    "context_length": 512,
+    "rotary_dim": 8,
+    "projector_hidden_size": 64,
     # mixtures of experts
-    num_experts=4,
-    num_local_experts=4,
-    n_routed_experts=4,
-    moe_num_experts=4,
-    num_experts_per_tok=2,
-    moe_k=2,
-    moe_topk=2,
-    n_group=1,
-    topk_group=1,
-    moe_intermediate_size=32,
-    shared_expert_intermediate_size=32,
-    moe_shared_expert_intermediate_size=32,
-    expert_ffn_size=32,
-    expert_intermediate_size=32,
-    moe_num_shared_experts=1,
-    zero_expert_num=0,
-    num_dense_layers=1,
-    first_k_dense_replace=1,
-    moe_layer_start_index=1,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_k": 2,
+    "moe_topk": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "moe_shared_expert_intermediate_size": 32,
+    "expert_ffn_size": 32,
+    "expert_intermediate_size": 32,
+    "moe_num_shared_experts": 1,
+    "zero_expert_num": 0,
+    "num_dense_layers": 1,
+    "first_k_dense_replace": 1,
+    "moe_layer_start_index": 1,
     # latent, linear and sparse attention, state spaces
-    q_lora_rank=16,
-    kv_lora_rank=16,
-    qk_nope_head_dim=16,
-    qk_rope_head_dim=16,
-    v_head_dim=16,
-    index_topk=8,
-    index_n_heads=2,
-    index_head_dim=16,
-    linear_num_key_heads=2,
-    linear_num_value_heads=4,
-    linear_key_head_dim=16,
-    linear_value_head_dim=16,
-    mamba_n_heads=8,
-    mamba_d_head=16,
-    mamba_d_state=16,
-    mamba_d_ssm=128,
-    mamba_n_groups=1,
-    mamba_chunk_size=8,
-    use_mamba_kernels=False,
-    max_window_layers=1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "index_topk": 8,
+    "index_n_heads": 2,
+    "index_head_dim": 16,
+    "linear_num_heads": 2,
+    "linear_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_state": 16,
+    "mamba_d_ssm": 128,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 8,
+    "use_mamba_kernels": False,
+    "max_window_layers": 1,
     # per-layer embeddings
-    hidden_size_per_layer_input=16,
-    vocab_size_per_layer_input=VOCABULARY,
-    num_kv_shared_layers=0,
-    laurel_rank=8,
-    # dropout would be two draws
-    dropout=0.0,
-    attention_dropout=0.0,
-    activation_dropout=0.0,
-    hidden_dropout=0.0,
-    hidden_dropout_prob=0.0,
-    attention_probs_dropout_prob=0.0,
-    attn_pdrop=0.0,
-    resid_pdrop=0.0,
-    embd_pdrop=0.0,
-)
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "num_kv_shared_layers": 0,
+    "laurel_rank": 8,
+}
 # Sub-configs that are no language model: images, sound, what joins them to the text. They see no input here.
-SENSES = dict(
-    hidden_size=32,
-    intermediate_size=32,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    num_key_value_heads=2,
-    num_heads=2,
-    head_dim=16,
-    depth=1,
-    num_layers=1,
-    encoder_layers=1,
-    embed_dim=32,
-    d_model=32,
-    out_hidden_size=64,
-    encoder_hidden_size=32,
-    image_size=28,
-    patch_size=14,
-)
+SENSES = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_heads": 2,
+    "head_dim": 16,
+    "depth": 1,
+    "num_layers": 1,
+    "encoder_layers": 1,
+    "embed_dim": 32,
+    "d_model": 32,
+    "out_hidden_size": 64,
+    "encoder_hidden_size": 32,
+    "image_size": 28,
+    "patch_size": 14,
+    "num_channels": 3,
+    "in_channels": 3,
+    "latent_channels": 32,
+    "base_channels": 32,
+    "num_embeddings": 32,
+    "projection_dim": 64,
+    "image_token_embed_dim": 64,
+    "text_hidden_size": 64,
+    "mm_embed_dim": 32,
+    "mm_posemb_size": 16,
+    "output_proj_dims": 64,
+    "codebook_dim": 32,
+}
 
+MROPE = {  # the halves of a head's 16 columns
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+}
+IMAGE_TOKENS = {f"IMGIMG{c}Z": 280 + i for i, c in enumerate("ABCD")} | {"<image>": 290}
 # Per model type, sub-configs included: what the settings above leave unbuildable or large.
-OVERRIDES: dict[str, dict[str, Any]] = {}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    # positions in three dimensions
+    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text", "paddleocr_vl_text"), MROPE),
+    **dict.fromkeys(("glm4v_text", "glm46v_text", "glm_ocr_text", "glmga_text", "cosmos3_edge_text"), MROPE),
+    **dict.fromkeys(("hy_v4_vl_text", "hunyuan_vl_text"), MROPE),
+    "glm4v_moe_text": {
+        "rope_parameters": MROPE["rope_parameters"] | {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
+    },
+    # layers of several kinds
+    "bamba": {"attn_layer_indices": [1]},
+    "bailing_hybrid": {"layer_group_size": 2},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("sliding_attention", "full_attention")
+        },
+    },
+    "dory": {"n_input_layers": 1, "n_output_layers": 1},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 8},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 8},
+    "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "attention_hidden_size": 128,
+        "n_mamba_heads": 2,
+    },
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
+    # mixtures of experts
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
+    "dots1": {"n_shared_experts": 1},
+    "ernie4_5_vl_moe_text": {"moe_intermediate_size": [32, 32]},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+        "ngram_vocab_size_base": 64,
+    },
+    "zaya": {"num_experts_per_tok": 1},
+    # state spaces
+    "falcon_mamba": {"state_size": 8, "time_step_rank": 8},
+    "mamba": {"state_size": 8, "time_step_rank": 8},
+    "mamba2": {"num_heads": 8, "state_size": 16, "n_groups": 1, "chunk_size": 8},
+    "xlstm": {"chunk_size": 3, "mode": "train", "qk_dim_factor": 1.0},  # it divides the length of every row
+    # images
+    "chameleon": {"vocabulary_map": IMAGE_TOKENS},
+    "emu3": {"vocabulary_map": {"<|extra_200|>": 281, "<image>": 290, "<|visual token 000000|>": 282}},
+    "granite4_vision": {  # its projector has a head for every 64 columns
+        "vision_config": SENSES | {"model_type": "siglip_vision_model", "hidden_size": 64},
+        "deepstack_layer_map": [],
+        "downsample_rate": "1/2",
+        "spatial_target_layers": [],
+    },
+    "molmo2_vision": {"image_size": [28, 28]},
+    "muse_spark_audio": {"patch_sizes": [4], "hidden_sizes": [32], "depths": [1]},
+    # the rest
+    "xlm": {"causal": True},
+    "mistral4": {"qk_rope_head_dim": 8, "head_dim": 8},
+    "reformer": {"axial_pos_embds": False},
+    "rembert": {"output_embedding_size": 64, "input_embedding_size": 64},
+    "xmod": {"default_language": "en_XX"},
+}
 
 # ------------------------------------------------------------------------------------------------------------- build
 
 
 class Architecture(NamedTuple):
-    kind: str  # "causal" or "vision-language"
+    kind: str  # "causal", "vision-language" or "sequence-to-sequence"
     model_type: str
     class_name: str
 
 
 def architectures() -> Iterator[Architecture]:
-    """Each (config, model class) of the two mappings once, as vision-language where it stands in both."""
+    """Each (config, model class) of the mappings once, under the config's own name where it has several."""
     seen = set()
     for kind, mapping in (
         ("vision-language", MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
+        ("sequence-to-sequence", MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
         ("causal", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
     ):
-        for model_type, names in mapping.items():
+        for model_type, names in sorted(
+            mapping.items(), key=lambda item: CONFIG_MAPPING[item[0]].model_type != item[0]
+        ):
             class_name = names if isinstance(names, str) else names[0]
             key = (CONFIG_MAPPING[model_type], class_name)
             if key not in seen:
@@ -240,6 +315,8 @@ def tiny_config(config_class: type[PretrainedConfig], common: dict[str, Any] = T
     known = {*getattr(config_class, "__dataclass_fields__", ()), *getattr(config_class, "attribute_map", ())}
     known |= set(default.to_dict()) if default is not None else set()
     settings = {name: value for name, value in common.items() if name in known}
+    if "kv_lora_rank" in settings:  # latent attention has keys and values for every head
+        settings["num_key_value_heads"] = settings["num_attention_heads"]
     for name, sub_class in config_class.sub_configs.items():
         sub_default = getattr(default, name, None)
         sub_class = type(sub_default) if isinstance(sub_default, PretrainedConfig) else sub_class
@@ -266,7 +343,11 @@ def randomise(model: nn.Module) -> None:
 
 def build(class_name: str, config: PretrainedConfig) -> nn.Module:
     torch.manual_seed(0)
-    model = getattr(transformers, class_name)(config).float().eval()
+    model_class = getattr(transformers, class_name)
+    for name, sub_class in config.sub_configs.items():  # a language model under the name of the whole
+        if model_class.config_class is sub_class:
+            config = getattr(config, name)
+    model = model_class(config).float().eval()
     parameters = sum(p.numel() for p in model.parameters())
     if parameters > PARAMETERS:
         raise ValueError(f"{parameters / 1e6:.0f} M parameters: the tiny config is not tiny")
@@ -283,12 +364,12 @@ class Numbers(NamedTuple):
 
     def off(self, other: Numbers) -> float:
         """The largest difference in nats; a NaN is as wrong as can be."""
-        worst = max((a - b).abs().max().item() for a, b in zip(self, other, strict=True))
+        worst = torch.stack([(a - b).abs().max() for a, b in zip(self, other, strict=True)]).max().item()
         return math.inf if math.isnan(worst) else worst
 
 
 def read_head(model: nn.Module) -> float | None:
-    """What the trainer does at construction: the softcap, or a ValueError. The one place that knows the package's way."""
+    """What the trainer does at construction, and the only call into it: the softcap, or a ValueError."""
     softcap = check_head(model)
     hand_out_hidden_states(model)
     return softcap
@@ -329,15 +410,28 @@ def our_numbers(model: nn.Module, ids: Tensor, mask: Tensor, softcap: float | No
     return Numbers(out.logp.double(), out.entropy.double())
 
 
-@torch.no_grad()
-def compare(model: nn.Module) -> dict[str, Any]:
-    """The outcome for a model whose forward works."""
+def with_another_end(ids: Tensor) -> Tensor:
+    """The rows with another last token, from which nothing is predicted."""
+    ids = ids.clone()
+    ids[:, -1] = (ids[:, -1] + 1 - ORDINARY.start) % len(ORDINARY) + ORDINARY.start
+    return ids
+
+
+def own_numbers(model: nn.Module) -> tuple[Numbers, float]:
+    """log p and entropy by the model's own logits, and by how many nats a token's change with the tokens after it."""
     ids, mask = batch()
     logits = own_logits(model, ids, mask)
+    if logits.shape[:2] != (ROWS, WIDTH):
+        raise ValueError(f"its logits are {tuple(logits.shape)} where ({ROWS}, {WIDTH}, V) were asked for")
     own = numbers_of(logits, ids)
-    later = ids.clone()
-    later[:, -1] = (later[:, -1] + 1 - ORDINARY.start) % len(ORDINARY) + ORDINARY.start  # no position predicts from it
-    seen = numbers_of(own_logits(model, later, mask), ids).off(own)
+    if not all(x.isfinite().all() for x in own):
+        raise ValueError("its own log p is not finite")
+    return own, numbers_of(own_logits(model, with_another_end(ids), mask), ids).off(own)
+
+
+def compare(model: nn.Module, own: Numbers, seen: float) -> dict[str, Any]:
+    """The outcome for a model, beside its own numbers."""
+    ids, mask = batch()
     try:
         softcap = read_head(model)
     except ValueError as error:
@@ -358,19 +452,16 @@ def one_line(error: BaseException) -> str:
     return (text if type(error) is ValueError else f"{type(error).__name__}: {text}")[:200]
 
 
+@torch.no_grad()
 def judge(architecture: Architecture) -> dict[str, Any]:
     """Build and compare one architecture, in this process."""
     try:
         model = build(architecture.class_name, tiny_config(CONFIG_MAPPING[architecture.model_type]))
-        ids, mask = batch()
-        with torch.no_grad():
-            logits = model(input_ids=ids[:1]).logits
-        if logits.shape[:2] != (1, LENGTH) or not logits.isfinite().any():
-            raise ValueError(f"its logits are {tuple(logits.shape)}, or not finite")
+        own, seen = own_numbers(model)
     except Exception as error:
         return {"outcome": "not built", "reason": one_line(error)}
     try:
-        return compare(model)
+        return compare(model, own, seen)
     except Exception as error:
         return {"outcome": "fails", "reason": one_line(error)}
 
@@ -382,6 +473,7 @@ def _child(pipe, function: Callable, argument: Any) -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(null, stream)
+    torch.set_num_threads(1)  # the processes share the cores, and a thread pool does not survive a fork
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     pipe.send(function(argument))
 
@@ -423,7 +515,8 @@ def isolated(
 
 
 def line(row: dict[str, Any]) -> str:
-    return f"{row['kind']:<16}{row['model_type']:<28}{row['outcome']:<10}{row.get('reason', '')}".rstrip()
+    figures = f"off by {row['off']:.1e}, padding {row['padding']:.1e} nat" if row["outcome"] == "right" else ""
+    return f"{row['kind']:<22}{row['model_type']:<28}{row['outcome']:<10}{row.get('reason', figures)}"
 
 
 def summary(rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -444,9 +537,6 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := set(args.model_types) - {architecture.model_type for architecture in known}:
         parser.error(f"MODEL_TYPE: expected one that transformers {transformers.__version__} maps, got {min(unknown)}")
     chosen = [a for a in known if a.model_type in (args.model_types or {a.model_type})]
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.ERROR)
-    torch.set_num_threads(1)  # a fork of a thread pool hangs
     rows = []
     for architecture, found in isolated(judge, chosen, args.jobs, args.seconds):
         rows.append(architecture._asdict() | found)
