@@ -2,7 +2,10 @@
 
 import math
 
+import torch
 from torch import Tensor
+
+from .inputs import expect, number, tensor
 
 
 class WelfordAdvantage:
@@ -12,6 +15,9 @@ class WelfordAdvantage:
     its own baseline. For the first ``warmup_steps`` steps, when there is little history, A_i = r_i − 0.5.
 
     Under data parallelism gather the rewards of all ranks first: every rank then holds the same statistics.
+
+    A rollout that no verifier could judge has no reward: where ``judged`` is False, A = 0 and the reward, which may be
+    NaN, enters no statistics. A batch in which nothing is judged is no step, so it uses up none of ``warmup_steps``.
 
     Args:
         warmup_steps: steps that use the fixed baseline.
@@ -23,17 +29,15 @@ class WelfordAdvantage:
 
         advantage = WelfordAdvantage()
         for rewards in batches:          # (B,) each
-            A = advantage(rewards)       # (B,) float32
+            A = advantage(rewards)       # (B,) float32; with NaN among them: judged=~rewards.isnan()
     """
 
     def __init__(self, warmup_steps: int = 10, warmup_baseline: float = 0.5, min_std: float = 1e-6):
         if warmup_steps < 1:
             raise ValueError(f"warmup_steps: expected at least 1 (the first step has no history), got {warmup_steps}")
-        if min_std < 0:
-            raise ValueError(f"min_std: expected at least 0, got {min_std}")
         self.warmup_steps = warmup_steps
-        self.warmup_baseline = warmup_baseline
-        self.min_std = min_std
+        self.warmup_baseline = number("warmup_baseline", warmup_baseline)
+        self.min_std = number("min_std", min_std, low=0)
         self.steps = 0
         # Python floats are float64: long runs neither lose small updates nor depend on the default dtype.
         self.count = 0
@@ -45,16 +49,27 @@ class WelfordAdvantage:
         """σ over all rewards merged so far (population form, Σ (r − r̄)² / n); 0 before the first."""
         return math.sqrt(self._m2 / self.count) if self.count else 0.0
 
-    def __call__(self, rewards: Tensor) -> Tensor:
-        """Advantages (B,) float32 of one step's rewards (B,), then merge the rewards into the statistics."""
-        if not isinstance(rewards, Tensor):
-            raise TypeError(f"rewards: expected a tensor, got {type(rewards).__name__}")
-        if rewards.ndim != 1 or rewards.numel() == 0:
-            raise ValueError(f"rewards: expected shape (B,) with B > 0, got {tuple(rewards.shape)}")
+    def __call__(self, rewards: Tensor, judged: Tensor | None = None) -> Tensor:
+        """Advantages (B,) float32 of one step's rewards (B,), then merge the rewards into the statistics.
+
+        judged: (B,) bool, False for a rollout that has no reward. Default: all have one.
+        """
+        tensor("rewards", rewards)
+        expect(rewards.ndim == 1 and rewards.numel() > 0, "rewards", rewards, "shape (B,) with B > 0")
+        expect(not rewards.is_complex(), "rewards", rewards, "real numbers", TypeError)
         values = rewards.detach().double()
+        if judged is not None:
+            tensor("judged", judged, shape=rewards.shape, like=rewards)
+            expect(judged.dtype == torch.bool, "judged", judged, "a bool tensor", TypeError)
+            values = values[judged]
+            if not len(values):
+                return torch.zeros_like(rewards, dtype=torch.float32)
         batch_mean, batch_m2 = values.mean().item(), (values - values.mean()).square().sum().item()
-        if not math.isfinite(batch_mean):  # one NaN would poison the statistics for the rest of the run
-            raise ValueError(f"rewards: expected finite values, got {rewards.tolist()}")
+        if not math.isfinite(batch_mean + batch_m2):  # one NaN would poison the statistics for the rest of the run
+            raise ValueError(
+                f"rewards: expected finite values of finite variance (see judged for one not known), "
+                f"got {rewards.tolist()}"
+            )
 
         if self.steps < self.warmup_steps:
             advantages = values - self.warmup_baseline
@@ -64,6 +79,8 @@ class WelfordAdvantage:
 
         self._merge(len(values), batch_mean, batch_m2)
         self.steps += 1
+        if judged is not None:
+            advantages = torch.zeros_like(rewards, dtype=torch.float64).masked_scatter_(judged, advantages)
         return advantages.float()
 
     def _merge(self, count: int, mean: float, m2: float) -> None:

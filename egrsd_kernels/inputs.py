@@ -1,7 +1,6 @@
 """Checks of what users pass, and the flat (N, D) form that the backends work on.
 
-Checks of shape, dtype and device always run. Checks of values would make a GPU wait; they run on CPU tensors, and on
-any device when the environment variable EGRSD_KERNELS_CHECK is 1.
+Checks of shape, dtype, layout and device always run. Checks of values run where :func:`values_checked` allows.
 """
 
 from __future__ import annotations
@@ -9,18 +8,37 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+from collections.abc import Sequence
 from numbers import Integral, Real
 from types import ModuleType
 
 import torch
+from torch._subclasses import FakeTensor
 
 from .problem import IGNORE_INDEX, Head
 
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+INTEGERS = (
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
+)  # fmt: skip
+FLOAT_TENSOR = "a floating-point tensor (bfloat16, float16, float32 or float64)"
+DESCRIBED_CHARACTERS = 200  # of a value in a message: enough to recognise it by
+# The modes in which PyTorch traces a program: no tensor holds the values of a call there.
+TRACING = (
+    torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY,
+    torch._C._TorchDispatchModeKey.FUNCTIONAL,
+)  # fmt: skip
+
 
 def _describe(value: object) -> str:
+    """One line, whatever the value is."""
     if isinstance(value, torch.Tensor):
-        return f"a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
-    return repr(value)
+        if value.is_nested:  # has no shape that could be read
+            return f"a nested {value.dtype} tensor on {value.device}"
+        layout = "" if value.layout == torch.strided else f"{value.layout} "
+        return f"a {layout}{value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= DESCRIBED_CHARACTERS else text[: DESCRIBED_CHARACTERS - 1] + "…"
 
 
 def expect(condition: bool, name: str, got: object, expected: str, error: type[Exception] = ValueError) -> None:
@@ -30,25 +48,62 @@ def expect(condition: bool, name: str, got: object, expected: str, error: type[E
 
 
 def values_checked(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cpu" or os.environ.get("EGRSD_KERNELS_CHECK") == "1"
+    """Whether values may be looked at: on a CPU, and on any device when EGRSD_KERNELS_CHECK is 1.
+
+    Never while PyTorch traces (torch.compile, torch.export, FakeTensorMode, make_fx) or transforms (torch.func): what
+    depends on values fails there. On a GPU to look at them would make the host wait.
+    """
+    if torch.compiler.is_compiling():  # first: what follows cannot be compiled
+        return False
+    if tensor.device.type != "cpu" and (tensor.is_meta or os.environ.get("EGRSD_KERNELS_CHECK") != "1"):
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return not isinstance(tensor, FakeTensor) and all(torch._C._get_dispatch_mode(key) is None for key in TRACING)
 
 
 def tensor(name: str, value: object, *, shape: tuple | None = None, like: torch.Tensor | None = None) -> torch.Tensor:
+    """A dense tensor with values."""
     expect(isinstance(value, torch.Tensor), name, value, "a tensor", TypeError)
+    dense = value.layout == torch.strided and not value.is_nested and not value.is_quantized
+    expect(dense, name, value, "a dense tensor, neither sparse nor nested nor quantised", TypeError)
     if shape is not None:
         expect(tuple(value.shape) == tuple(shape), name, value, f"shape {tuple(shape)}")
     if like is not None:
         expect(value.device == like.device, name, value, f"a tensor on {like.device}")
+    expect(value.device.type != "meta", name, value, "a tensor that holds values, on a CPU or GPU")
+    return value
+
+
+def mask_of(
+    name: str, value: object, *, shape: tuple | None = None, like: torch.Tensor | None = None, why: str = ""
+) -> torch.Tensor:
+    """A mask as bools: bool, or 0/1 in any dtype of numbers."""
+    tensor(name, value, shape=shape, like=like)
+    if value.dtype == torch.bool:
+        return value
+    expect(value.dtype in (*INTEGERS, *FLOATS), name, value, "a bool or 0/1 tensor", TypeError)
+    if values_checked(value):
+        expect(bool(((value == 0) | (value == 1)).all()), name, value, "only 0 and 1" + why)
+    return value != 0
+
+
+def flag(name: str, value: object) -> bool:
+    expect(isinstance(value, bool), name, value, "True or False", TypeError)
     return value
 
 
 def number(name: str, value: object, *, low: float = -math.inf, high: float = math.inf, strict: bool = False) -> float:
     """A finite real number in [low, high], or in (low, high] with ``strict``."""
     expect(isinstance(value, Real) and not isinstance(value, bool), name, value, "a number", TypeError)
-    fits = low <= value <= high and math.isfinite(value) and not (strict and value == low)
+    try:
+        real = float(value)
+    except OverflowError:  # an integer or a fraction beyond float64
+        real = math.inf
+    fits = low <= real <= high and math.isfinite(real) and not (strict and real == low)
     bounds = f"{'above' if strict else 'at least'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
-    expect(fits, name, value, f"a finite number {bounds}")
-    return float(value)
+    expect(fits, name, value, "a finite number" + (f" {bounds}" if (low, high) != (-math.inf, math.inf) else ""))
+    return real
 
 
 def integer(name: str, value: object, *, low: int) -> int:
@@ -59,15 +114,23 @@ def integer(name: str, value: object, *, low: int) -> int:
 
 
 def scalar(name: str, value: object, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A number or a 0-d tensor, as a 0-d tensor of ``dtype`` beside ``like``; positive where that can be checked."""
+    """A number or a 0-d tensor, as a 0-d tensor of ``dtype`` beside ``like``.
+
+    Positive and finite in that dtype, where that can be checked: an infinite divisor would make a 0 of everything.
+    """
     if not isinstance(value, torch.Tensor):
-        return torch.full((), number(name, value, low=0, strict=True), dtype=dtype, device=like.device)
+        value = number(name, value, low=0, high=torch.finfo(dtype).max, strict=True)
+        return torch.full((), value, dtype=dtype, device=like.device)
+    tensor(name, value)
     expect(value.ndim == 0, name, value, "a number or a 0-d tensor")
+    expect(value.dtype in (*INTEGERS, *FLOATS), name, value, "a 0-d tensor of a real number", TypeError)
+    value = value.detach()
     if values_checked(value):
-        expect(bool(value > 0), name, value.item(), "a positive number")
-    if value.device.type == "cpu":  # a copy would wait for the device
-        return torch.full((), value.item(), dtype=dtype, device=like.device)
-    return value.detach().to(device=like.device, dtype=dtype)
+        rounded = value.to(dtype)
+        expect(bool((rounded > 0) & rounded.isfinite()), name, value.item(), f"a positive number, finite in {dtype}")
+        if value.device.type == "cpu":  # a copy would wait for the device
+            return torch.full((), value.item(), dtype=dtype, device=like.device)
+    return value.to(device=like.device, dtype=dtype)
 
 
 def head(prefix: str, hidden_name: str, hidden, weight, bias, softcap, temperature) -> Head:
@@ -80,27 +143,30 @@ def head(prefix: str, hidden_name: str, hidden, weight, bias, softcap, temperatu
     expect(weight.dtype == hidden.dtype, name, weight, f"the dtype of {hidden_name}, {hidden.dtype}", TypeError)
     if bias is not None:
         tensor(f"{prefix}bias", bias, shape=(weight.shape[0],), like=hidden)
-        expect(bias.is_floating_point(), f"{prefix}bias", bias, "a floating-point tensor", TypeError)
+        expect(bias.dtype in FLOATS, f"{prefix}bias", bias, FLOAT_TENSOR, TypeError)
         bias = bias.contiguous()
     if softcap is not None:
         softcap = number("softcap", softcap, low=0, strict=True)
     return Head(weight, bias, softcap, number("temperature", temperature, low=0, strict=True))
 
 
-def hidden_states(name: str, value: object) -> torch.Tensor:
-    tensor(name, value)
-    expect(value.is_floating_point(), name, value, "a floating-point tensor", TypeError)
+def hidden_states(name: str, value: object, like: torch.Tensor | None = None) -> torch.Tensor:
+    tensor(name, value, like=like)
+    expect(value.dtype in FLOATS, name, value, FLOAT_TENSOR, TypeError)
     expect(value.ndim in (2, 3) and value.shape[-1] > 0, name, value, "shape (B, T, D) or packed (N, D), D > 0")
     return value
 
 
-def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """The tensors as a linear layer would take them: in autocast's dtype where autocast is on."""
+def autocast(*tensors: object) -> tuple:
+    """The tensors as a linear layer would take them: in autocast's dtype where autocast is on.
+
+    What is no tensor of a dtype that the package takes stays as it is, to be refused by what checks it.
+    """
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
         return tensors
     dtype = torch.get_autocast_dtype(kind)
-    return tuple(None if t is None else t.to(dtype) for t in tensors)
+    return tuple(x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype in FLOATS else x for x in tensors)
 
 
 def needs_grad(*operands: torch.Tensor | None) -> tuple[bool, ...]:
@@ -116,16 +182,11 @@ def batched(hidden: torch.Tensor) -> torch.Tensor:
 def targets(value: object, hidden: torch.Tensor, vocabulary: int, mask: object) -> tuple[torch.Tensor, torch.Tensor]:
     """(target_ids, valid), both flat (N,): valid is mask and not -100."""
     tensor("target_ids", value, shape=hidden.shape[:-1], like=hidden)
-    integer = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
-    expect(integer, "target_ids", value, "an integer tensor", TypeError)
+    expect(value.dtype in INTEGERS, "target_ids", value, "an integer tensor", TypeError)
     value = value.long()  # in a narrow dtype -100 and the vocabulary's size could wrap around to valid ids
     valid = value != IGNORE_INDEX
     if mask is not None:
-        tensor("mask", mask, shape=value.shape, like=hidden)
-        expect(not mask.is_complex(), "mask", mask, "a bool or 0/1 tensor", TypeError)
-        if mask.dtype != torch.bool and values_checked(mask):
-            expect(bool(((mask == 0) | (mask == 1)).all()), "mask", mask, "only 0 and 1")
-        valid = valid & (mask != 0)
+        valid = valid & mask_of("mask", mask, shape=value.shape, like=hidden)
     if values_checked(value):
         outside = valid & ((value < 0) | (value >= vocabulary))
         if outside.any():
@@ -159,25 +220,92 @@ def sequence_of(cu_seqlens: torch.Tensor, n: int) -> torch.Tensor:
     return torch.searchsorted(cu_seqlens[1:], position, right=True).clamp_(max=cu_seqlens.numel() - 2)
 
 
+def refuse(name: str, value: torch.Tensor, flat: torch.Tensor, refused: torch.Tensor, expected: str) -> None:
+    """Raise with the first element of ``flat``, made of ``value``, where ``refused``; where ``values_checked``."""
+    if refused.any():
+        raise ValueError(f"{name}: expected {expected}, got {flat[refused][0].item()} in {_describe(value)}")
+
+
 def token_advantages(
     value: object, hidden: torch.Tensor, valid: torch.Tensor, sequence: torch.Tensor, sequences: int
 ) -> torch.Tensor:
     """A (N,): one advantage a token, from one a token or one a sequence."""
     tensor("advantages", value, like=hidden)
-    expect(value.is_floating_point(), "advantages", value, "a floating-point tensor", TypeError)
+    expect(value.dtype in FLOATS, "advantages", value, FLOAT_TENSOR, TypeError)
     per_token, per_sequence = tuple(hidden.shape[:-1]), (sequences,)
     fits = tuple(value.shape) in (per_token, per_sequence)
     expect(fits, "advantages", value, f"one a sequence, shape {per_sequence}, or one a token, shape {per_token}")
     value = value.detach()
+    if per_token == per_sequence and values_checked(sequence):
+        # As many sequences as tokens are one token each, where both readings are one, unless there are empty ones.
+        each = torch.equal(sequence, torch.arange(sequences, device=sequence.device))
+        remedy = "(drop them, and what advantages holds for them)"
+        ambiguous = f"as many as {sequences} sequences or {sequences} tokens may have"
+        if not each:
+            raise ValueError(
+                f"advantages: expected cu_seqlens without empty sequences {remedy}, got shape {per_token}, {ambiguous}"
+            )
     flat = (value.reshape(-1) if tuple(value.shape) == per_token else value[sequence]).contiguous()
     if values_checked(value):
-        expect(not flat[valid].isnan().any(), "advantages", value, "no NaN at a valid position")
+        refuse("advantages", value, flat, valid & ~flat.isfinite(), "no NaN and no infinity at a valid position")
     return flat
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """How far log p may come out above 0, and an entropy below it, by rounding alone (nats).
+
+    Both are differences, of a logit or a mean of logits and their logsumexp, so that they are off by what a logit is:
+    64 u in 16-bit logits of up to 64 with u the dtype's unit roundoff, and less than 2^-7 in float32 for logits of up
+    to 10^4. A negated log p, a probability or an entropy with its sign turned is beyond that at once.
+    """
+    return max(2.0**-7, 32 * torch.finfo(dtype).eps)
+
+
+def teacher_statistic(name: str, value: object, target_ids: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """``teacher_logp`` or ``teacher_entropy`` (N,), computed earlier: 0 where masked."""
+    expect(value is not None, name, value, "a tensor, since teacher_hidden is None")
+    tensor(name, value, shape=target_ids.shape, like=target_ids)
+    expect(value.dtype in FLOATS, name, value, FLOAT_TENSOR, TypeError)
+    flat = value.detach().reshape(-1)
+    if values_checked(flat):
+        if name == "teacher_logp":  # -inf is one: a token that the teacher excludes
+            possible, expected = flat <= _rounding(flat.dtype), "log probabilities, at most 0,"
+        else:
+            possible, expected = (flat >= -_rounding(flat.dtype)) & (flat < math.inf), "finite entropies of at least 0"
+        refuse(name, value, flat, valid & ~possible, f"{expected} at valid positions")
+    return torch.where(valid, flat, 0)
+
+
+def token_ids(name: str, value: object) -> list[list[int]]:
+    """Sequences of token ids as lists: sequences of integers, or arrays or tensors of them."""
+    return [_token_ids(name, index, row) for index, row in enumerate(_items(name, value, "sequences of token ids"))]
+
+
+def _token_ids(name: str, index: int, row: object) -> list[int]:
+    expected = f"token ids, integers of at least 0, in sequence {index}"
+    ids = [x.item() if isinstance(x, torch.Tensor) and x.ndim == 0 else x for x in _items(name, row, expected)]
+    for x in ids:
+        # int first, as nearly all are: isinstance asks Integral's registry.
+        whole = type(x) is int or (isinstance(x, Integral) and not isinstance(x, bool))
+        expect(whole, name, x, expected, TypeError)
+        expect(0 <= x < 2**63, name, x, expected)
+    return ids
+
+
+def _items(name: str, value: object, expected: str) -> list:
+    if isinstance(value, torch.Tensor):
+        value = tensor(name, value).tolist()
+    elif hasattr(value, "tolist"):  # numpy's arrays
+        value = value.tolist()
+    fits = isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
+    expect(fits, name, value, expected, TypeError)
+    return list(value)
 
 
 def backend(name: object, *hidden: torch.Tensor) -> ModuleType:
     """The module that does the work on these hidden states: ``triton_backend`` or ``torch_backend``."""
-    expect(name in ("auto", "triton", "torch"), "backend", name, '"auto", "triton" or "torch"')
+    known = isinstance(name, str) and name in ("auto", "triton", "torch")
+    expect(known, "backend", name, '"auto", "triton" or "torch"')
     from . import torch_backend
 
     if name == "torch" or (name == "auto" and hidden[0].device.type != "cuda"):
@@ -200,7 +328,8 @@ def backend(name: object, *hidden: torch.Tensor) -> ModuleType:
 def gradients(grad_mode: object, sparse_tol: object) -> tuple[str, float]:
     """(grad_mode, sparse_tol): how gradients are made, and what sparse ones may leave out."""
     expected = '"exact", "sparse" or "auto"'
-    expect(grad_mode in ("exact", "sparse", "auto"), "grad_mode", grad_mode, expected)
+    known = isinstance(grad_mode, str) and grad_mode in ("exact", "sparse", "auto")
+    expect(known, "grad_mode", grad_mode, expected)
     return grad_mode, number("sparse_tol", sparse_tol, low=0, high=1, strict=True)
 
 

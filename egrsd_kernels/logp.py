@@ -100,8 +100,10 @@ def linear_logp(
     whose incoming gradient is 0 cost nothing there.
 
     Args:
-        hidden: (B, T, D) or (N, D). weight: (V, D), the dtype of hidden. bias: (V,).
-        target_ids: (B, T) or (N,) integers; -100 masks a position. mask: the same shape, bool or 0/1.
+        hidden: (B, T, D) or (N, D); bfloat16, float16, float32, or float64 (torch backend). weight: (V, D), the dtype
+            of hidden. bias: (V,), any of those dtypes. All dense (not sparse, nested or quantised) and not on meta.
+        target_ids: (B, T) or (N,), of any integer dtype, in [0, V); -100 masks a position. mask: the same shape, bool,
+            or 0/1 in an integer or one of those dtypes.
         temperature, softcap, backend, chunk_bytes: as in :func:`egrsd_kernels.fused_egrsd_loss`.
         grad_mode, sparse_tol: as there. The bound holds for any incoming gradient; with a frozen head a sparse forward
             pass keeps hidden and weight for the backward pass, which makes the tokens again that it would not hold for.
@@ -110,7 +112,8 @@ def linear_logp(
         float32 (float64 for float64 input), shaped like target_ids, 0 where masked.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it got and what it expects.
+        TypeError, ValueError: naming the argument, what it got and what it expects. Values of target_ids and mask are
+            checked where :func:`egrsd_kernels.fused_egrsd_loss` checks values.
     """
     inputs.hidden_states("hidden", hidden)
     hidden, weight = inputs.autocast(hidden, weight)

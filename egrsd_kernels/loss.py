@@ -141,7 +141,6 @@ def _teacher(teacher_hidden, teacher_weight, teacher_bias, student_hidden, stude
     leading = tuple(student_hidden.shape[:-1])
     same = tuple(teacher_hidden.shape[:-1]) == leading
     expect(same, "teacher_hidden", teacher_hidden, f"shape {(*leading, 'D')}, like student_hidden")
-    inputs.tensor("teacher_hidden", teacher_hidden, like=student_hidden)
     if teacher_weight is None:
         weight, why = student.weight, "of the student's head, since teacher_weight is not given"
         (teacher_hidden,) = inputs.autocast(teacher_hidden)
@@ -157,14 +156,6 @@ def _teacher(teacher_hidden, teacher_weight, teacher_bias, student_hidden, stude
     vocabulary = student.weight.shape[0]
     expect(weight.shape[0] == vocabulary, "teacher_weight", weight, f"the student's vocabulary, {vocabulary} rows")
     return teacher_hidden, head.detach()
-
-
-def _given(name: str, value, target_ids: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """A teacher statistic (N,) computed earlier, 0 where masked."""
-    expect(value is not None, name, value, "a tensor, since teacher_hidden is None")
-    inputs.tensor(name, value, shape=target_ids.shape, like=target_ids)
-    expect(value.is_floating_point(), name, value, "a floating-point tensor", TypeError)
-    return torch.where(valid, value.detach().reshape(-1), 0)
 
 
 @torch.compiler.disable
@@ -209,24 +200,33 @@ def fused_egrsd_loss(
     gamma = 0 is RLSD's loss; gamma = 0 with clip_eps = 0 is REINFORCE with the given advantages.
 
     Args:
-        student_hidden: (B, T, D), or packed (N, D); bfloat16, float16, float32, or float64 (torch backend).
+        student_hidden: (B, T, D), or packed (N, D); bfloat16, float16, float32, or float64 (torch backend). Like every
+            tensor here dense (not sparse, nested, quantised or complex), and on a device that holds values (not meta).
         student_weight: (V, D), the student's LM head, in the dtype of student_hidden.
         teacher_hidden: like student_hidden, never differentiated; its D and dtype may differ when teacher_weight is
             given. None when teacher_logp and teacher_entropy are given.
-        target_ids: (B, T) or (N,) integers: the token that each position predicts. -100 masks a position.
-        advantages: (B,) one a sequence or (B, T) one a token; packed (S,) or (N,).
+        target_ids: (B, T) or (N,), of any integer dtype: the token that each position predicts, in [0, V). -100 masks
+            a position.
+        advantages: (B,) one a sequence or (B, T) one a token; packed (S,) or (N,); finite, of any of those dtypes.
+            Packed sequences as many as tokens (S = N, some of them empty) make the shape ambiguous: refused where
+            values can be seen; elsewhere one a token wins. Leave empty sequences out of cu_seqlens.
         teacher_weight, teacher_bias: the teacher's head. Without teacher_weight the teacher shares the student's head,
-            its bias included unless teacher_bias is given.
-        student_bias: (V,).
-        mask: (B, T) or (N,), bool or 0/1. Masked positions are never read and cost nothing.
+            its bias included unless teacher_bias is given. Neither without teacher_hidden.
+        student_bias: (V,). Biases may be of any of those dtypes.
+        mask: (B, T) or (N,), bool, or 0/1 in an integer or one of those dtypes. Masked positions are never read and
+            cost nothing.
         cu_seqlens: (S + 1,) int32 or int64 boundaries of packed sequences; without it, packed input is one sequence.
-        teacher_logp, teacher_entropy: (B, T) or (N,), nats: teacher statistics computed earlier.
-        gamma, gate_floor, lookahead, clip_eps: γ, the gate's floor, W and ε above.
+        teacher_logp, teacher_entropy: (B, T) or (N,), nats, any of those dtypes: teacher statistics computed earlier.
+            log p is at most 0 and may be -inf; entropies are finite and at least 0; both but for rounding.
+        gamma, gate_floor, lookahead, clip_eps: γ, the gate's floor, W and ε above. Numbers; γ is at least 0, the floor
+            and ε in [0, 1], W an integer of at least 0.
         entropy_scale: what H^CL is divided by, in nats: "batch_max", the maximum of the valid tokens' raw H (Eq. 8);
-            "batch_max_lookahead", the maximum of H^CL (Algorithm 1's order); or a number or 0-d tensor.
-        min_entropy_scale: lower bound of that scale, nats.
-        temperature, softcap: z = softcap · tanh((h Wᵀ + b) / softcap) / temperature, for student and teacher.
-        normalizer: instead of Σm, the number of valid tokens: a number or 0-d tensor.
+            "batch_max_lookahead", the maximum of H^CL (Algorithm 1's order); or a number or 0-d tensor, of an integer
+            or one of those dtypes, on any device: positive, and finite in the loss's dtype.
+        min_entropy_scale: lower bound of that scale, nats, above 0.
+        temperature, softcap: z = softcap · tanh((h Wᵀ + b) / softcap) / temperature, for student and teacher; numbers
+            above 0. softcap=None: no tanh.
+        normalizer: instead of Σm, the number of valid tokens: a number or 0-d tensor, as entropy_scale.
         data_group: the torch.distributed group over which the minibatch is spread; the batch maximum is the group's.
         backend: "triton", "torch" (plain PyTorch), or "auto": Triton on a GPU where it runs, else PyTorch.
         grad_mode: "exact"; "sparse", which leaves out vocabulary entries that carry little of the gradient: what that
@@ -235,10 +235,11 @@ def fused_egrsd_loss(
             PyTorch backend's gradients are always exact.
         sparse_tol: that tolerance, Σ_t |c_t| dropped_t <= sparse_tol · Σ_t |c_t| ‖p_t - e_y‖₁ with c_t = dL/dlog p_t
             and dropped_t the probability mass left out (both times tanh's derivative, under a softcap); a token's share
-            of it is TokenStats.gradient_error_bound.
-        return_stats: also return the per-token :class:`TokenStats`.
+            of it is TokenStats.gradient_error_bound. A number in (0, 1].
+        return_stats: True to return also the per-token :class:`TokenStats`.
         chunk_bytes: the most working memory of the student's pass: exponentials of a chunk of tokens and what goes with
-            them. (The smallest chunk takes some 35 MiB; the teacher's pass takes 60 MiB at D = 4096 and V = 152k.)
+            them; an integer above 0. (The smallest chunk takes some 35 MiB; the teacher's pass takes 60 MiB at D = 4096
+            and V = 152k.)
             With a frozen head the Triton backend holds at most 350 MiB for exact gradients, since more would buy no
             speed; for sparse ones it takes all, half of it for tokens that wait to be made exactly. With a trained
             head, chunks add up in a float32 gradient of the head, 4·V·D bytes more. Where all tokens fit into one chunk
@@ -252,15 +253,18 @@ def fused_egrsd_loss(
 
     Raises:
         TypeError, ValueError: naming the argument, what it got and what it expects. What can only be seen in the values
-            (targets outside the vocabulary, NaN advantages, boundaries that do not ascend) is checked on CPU tensors,
-            and on a GPU when EGRSD_KERNELS_CHECK=1; unchecked, such a target makes its log p and the loss NaN.
+            (targets outside the vocabulary, advantages that are not finite, teacher statistics that no distribution
+            has, boundaries that do not ascend, infinite scales, advantages of ambiguous shape) is checked on CPU
+            tensors, and on a GPU when EGRSD_KERNELS_CHECK=1; never under torch.compile, FakeTensorMode or torch.func.
+            Unchecked, such a target makes its log p and the loss NaN.
     """
     inputs.hidden_states("student_hidden", student_hidden)
     if teacher_hidden is not None:
-        inputs.hidden_states("teacher_hidden", teacher_hidden)
+        inputs.hidden_states("teacher_hidden", teacher_hidden, like=student_hidden)
     if data_group is not None:
         is_group = torch.distributed.is_available() and isinstance(data_group, torch.distributed.ProcessGroup)
         expect(is_group, "data_group", data_group, "a torch.distributed.ProcessGroup or None", TypeError)
+    inputs.flag("return_stats", return_stats)
     student_hidden, student_weight = inputs.autocast(student_hidden, student_weight)
     student = inputs.head(
         "student_", "student_hidden", student_hidden, student_weight, student_bias, softcap, temperature
@@ -282,9 +286,10 @@ def fused_egrsd_loss(
     with torch.cuda.device_of(student_hidden), torch.no_grad():
         rows = Rows.build(valid, flat_advantages != 0)
         if teacher_hidden is None:
-            expect(teacher_weight is None, "teacher_weight", teacher_weight, "None, since teacher_hidden is None")
+            for name, unused in (("teacher_weight", teacher_weight), ("teacher_bias", teacher_bias)):
+                expect(unused is None, name, unused, "None, since teacher_hidden is None")
             given = {"teacher_logp": teacher_logp, "teacher_entropy": teacher_entropy}
-            logp_t, entropy = (_given(name, x, target_ids, valid) for name, x in given.items())
+            logp_t, entropy = (inputs.teacher_statistic(name, x, target_ids, valid) for name, x in given.items())
         else:
             unused = teacher_logp if teacher_logp is not None else teacher_entropy
             expect(unused is None, "teacher_logp, teacher_entropy", unused, "None beside teacher_hidden")

@@ -33,7 +33,7 @@ class Rollout:
 
     ``prompt`` and ``reference`` are shown as text, ``tokens`` are the decoded tokens of the response, one string each.
     ``title`` is free, for example "step 40". ``vocab_size`` is V, ``step`` the optimizer step that the response was
-    sampled for; they may stay unknown.
+    sampled for; they may stay unknown. ``reward`` is None where nothing could judge the response.
     """
 
     prompt: str
@@ -44,7 +44,7 @@ class Rollout:
     magnitude: Sequence[float]
     log_ratio: Sequence[float]
     token_advantage: Sequence[float]
-    reward: float
+    reward: float | None
     advantage: float
     reference: str | None = None
     title: str = ""
@@ -73,7 +73,7 @@ class Rollout:
         *,
         prompt: str,
         tokens: Sequence[str],
-        reward: float,
+        reward: float | None,
         advantage: float,
         reference: str | None = None,
         title: str = "",
@@ -147,10 +147,11 @@ def write_token_report(
         codes = _regime_codes(rollout, log_v, tau_low, tau_high)
         counts.update(REGIMES[code] for code in codes)
         cards.append(_card(rollout, codes, (tau_low * log_v, tau_high * log_v)))
+    judged = [rollout.reward for rollout in rollouts if rollout.reward is not None]
     values = {
         "title": _escape(title),
-        "summary": f"{_count(len(rollouts), 'rollout')}, {_count(counts.total(), 'response token')}, mean reward "
-        f"{sum(rollout.reward for rollout in rollouts) / len(rollouts):.2f}.",
+        "summary": f"{_count(len(rollouts), 'rollout')}, {_count(counts.total(), 'response token')}, "
+        + (f"mean reward {sum(judged) / len(judged):.2f}." if judged else "unjudged."),
         "meanings": _meanings(tau_low, tau_high),
         "filters": _filters(counts),
         "only": " ".join(name for name in REGIMES if name in regimes),
@@ -221,7 +222,7 @@ def _card(rollout: Rollout, codes: Sequence[int], thresholds: tuple[float, float
     counts = " ".join(str(codes.count(code)) for code in range(len(REGIMES)))
     return (
         f'<article><div class="facts">{title}'
-        f'<span class="pill {tone}">reward {rollout.reward:.2f}</span>'
+        f'<span class="pill {tone}">{"unjudged" if rollout.reward is None else f"reward {rollout.reward:.2f}"}</span>'
         f'<span class="pill {tone}">advantage {_signed(rollout.advantage)}</span>'
         f'<span class="count" data-counts="{counts}">{_count(len(rollout.tokens), "token")}</span></div>'
         f'<pre class="prompt">{_escape(rollout.prompt)}</pre>{reference}'

@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+from . import inputs
+from .inputs import expect, number
+
 
 def length_shaped_reward(correct: Tensor, lengths: Tensor, max_length: int, beta: float = 0.5) -> Tensor:
     """r = 1[correct] · (1 + β_L (1 − |y| / L_max)): a correct answer earns more the shorter it is.
@@ -11,28 +14,26 @@ def length_shaped_reward(correct: Tensor, lengths: Tensor, max_length: int, beta
     in {0} ∪ [1, 1 + β_L].
 
     Args:
-        correct: (B,) bool, or 0/1.
-        lengths: (B,) response lengths |y| in tokens.
-        max_length: L_max, the completion cap in tokens.
-        beta: β_L, the largest bonus. 0 gives the bare 0/1 reward.
+        correct: (B,) bool, or 0/1 in an integer dtype, bfloat16, float16, float32 or float64.
+        lengths: (B,) response lengths |y| in tokens, from 0 to max_length; any of those dtypes, bool apart, any device.
+        max_length: L_max, the completion cap in tokens. A number above 0.
+        beta: β_L, the largest bonus. 0 gives the bare 0/1 reward. A number of at least 0.
 
     Returns:
         (B,) float32 on the device of ``correct``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got and what it expects. Values of correct and lengths are
+            checked where :func:`egrsd_kernels.fused_egrsd_loss` checks values.
     """
-    for name, tensor in (("correct", correct), ("lengths", lengths)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if correct.shape != lengths.shape:
-        raise ValueError(f"lengths: expected the shape of correct, {tuple(correct.shape)}, got {tuple(lengths.shape)}")
-    if max_length <= 0:
-        raise ValueError(f"max_length: expected a positive number of tokens, got {max_length}")
-    if beta < 0:
-        raise ValueError(f"beta: expected at least 0, got {beta}")
-    # On a GPU these two checks would make the host wait, so they look at CPU tensors only.
-    if correct.device.type == "cpu" and not ((correct == 0) | (correct == 1)).all():
-        raise ValueError("correct: expected bool or 0/1 values (False for an answer that cannot be verified)")
-    if lengths.device.type == "cpu" and not ((lengths >= 0) & (lengths <= max_length)).all():
-        raise ValueError(f"lengths: expected values in [0, max_length = {max_length}], got {lengths.tolist()}")
+    right = inputs.mask_of("correct", correct, why=" (0 for an answer that cannot be verified)")
+    inputs.tensor("lengths", lengths, shape=correct.shape)
+    expect(lengths.dtype in (*inputs.INTEGERS, *inputs.FLOATS), "lengths", lengths, "a tensor of lengths", TypeError)
+    max_length = number("max_length", max_length, low=0, strict=True)
+    beta = number("beta", beta, low=0)
+    if inputs.values_checked(lengths):
+        outside = ~((lengths >= 0) & (lengths <= max_length))  # NaN too
+        inputs.refuse("lengths", lengths, lengths, outside, f"values in [0, max_length = {max_length:g}]")
 
     used = lengths.to(device=correct.device, dtype=torch.float32) / max_length
-    return correct.float() * (1 + beta * (1 - used))
+    return right.float() * (1 + beta * (1 - used))

@@ -11,7 +11,7 @@ gate                array of numbers                ω
 magnitude           array of numbers                w, clipped
 log_ratio           array of numbers  nats          δ = log p_T − log p_S of the token
 token_advantage     array of numbers                Â = A · w · ω
-reward              number                          r of the rollout
+reward              number or null                  r of the rollout; null: nothing could judge it
 advantage           number                          A of the rollout
 student_logp        array of numbers  nats          optional: log p_S of the token
 teacher_logp        array of numbers  nats          optional: log p_T of the token
@@ -28,6 +28,7 @@ A run keeps its files in one folder, at any depth, under names that match ``roll
 that appends, so that none waits for another, or one for each step that is written whole.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -39,7 +40,7 @@ from typing import BinaryIO
 from .report import NUMBERS, OPTIONAL_NUMBERS, Rollout
 
 _FIELDS = [field.name for field in fields(Rollout)]
-_REQUIRED = ("prompt", "tokens", *NUMBERS, "reward", "advantage")
+_REQUIRED = ("prompt", "tokens", *NUMBERS, "advantage")
 
 
 def append_rollouts(path: str | Path, rollouts: Iterable[Rollout]) -> None:
@@ -59,13 +60,20 @@ def append_rollouts(path: str | Path, rollouts: Iterable[Rollout]) -> None:
 def write_rollouts(path: str | Path, rollouts: Iterable[Rollout]) -> None:
     """Write ``rollouts`` to the file, in the place of what it holds: readers see all of the old or all of the new.
 
-    Its folder is created where missing; numbers keep 7 significant digits. An OSError where it cannot be written.
+    Its folder is created where missing; numbers keep 7 significant digits. An OSError where it cannot be written, with
+    nothing left behind.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_bytes(_lines(rollouts))
-    os.replace(aside, path)
+    lines = _lines(rollouts)
+    try:
+        aside.write_bytes(lines)
+        os.replace(aside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise
 
 
 def read_rollouts(path: str | Path, advance: Callable[[int], object] = lambda count: None) -> Iterator[Rollout]:
@@ -129,8 +137,9 @@ def _object(rollout: Rollout) -> dict[str, object]:
     """What the file holds of a rollout: plain numbers, whatever sequences it was made of."""
     values = {name: getattr(rollout, name) for name in _FIELDS}
     values |= {name: [_rounded(number) for number in numbers] for name, numbers in rollout.numbers().items()}
-    values |= {"tokens": list(rollout.tokens), "reward": float(rollout.reward), "advantage": float(rollout.advantage)}
-    return {name: value for name, value in values.items() if value is not None}
+    values |= {"tokens": list(rollout.tokens), "advantage": float(rollout.advantage)}
+    values["reward"] = None if rollout.reward is None else float(rollout.reward)
+    return {name: value for name, value in values.items() if value is not None or name == "reward"}
 
 
 def _rounded(number: float) -> float:
@@ -161,8 +170,10 @@ def _rollout(value: object) -> Rollout:
     for name in _REQUIRED:
         if value.get(name) is None:
             raise ValueError(f"{name}: missing")
+    if "reward" not in value:  # null says that nothing could judge the rollout
+        raise ValueError("reward: missing")
     given = {name: value[name] for name in _FIELDS if value.get(name) is not None}
-    return Rollout(**{name: _CHECKS[name](name, field) for name, field in given.items()})
+    return Rollout(**{"reward": None} | {name: _CHECKS[name](name, field) for name, field in given.items()})
 
 
 def _text(name: str, value: object) -> str:

@@ -37,12 +37,15 @@ def token_statistics(
     logp = z_y - logsumexp(z); entropy H = -Σ_v p_v log p_v over the full vocabulary.
 
     Args:
-        hidden: (B, T, D) or (N, D). weight: (V, D), the dtype of hidden. bias: (V,).
-        target_ids: (B, T) or (N,) integers; -100 masks a position. mask: the same shape, bool or 0/1.
+        hidden: (B, T, D) or (N, D); bfloat16, float16, float32, or float64 (torch backend). weight: (V, D), the dtype
+            of hidden. bias: (V,), any of those dtypes. All dense (not sparse, nested or quantised) and not on meta.
+        target_ids: (B, T) or (N,), of any integer dtype, in [0, V); -100 masks a position. mask: the same shape, bool,
+            or 0/1 in an integer or one of those dtypes.
         temperature, softcap, backend, chunk_bytes: as in :func:`egrsd_kernels.fused_egrsd_loss`.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it got and what it expects.
+        TypeError, ValueError: naming the argument, what it got and what it expects. Values of target_ids and mask are
+            checked where :func:`egrsd_kernels.fused_egrsd_loss` checks values.
     """
     inputs.hidden_states("hidden", hidden)
     hidden, weight = inputs.autocast(hidden, weight)

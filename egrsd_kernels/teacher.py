@@ -13,10 +13,13 @@ states of each response token into (B, T, D) tensors whose entries [b, t] belong
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from . import inputs
+from .inputs import expect
 
 Message = Mapping[str, str]
 
@@ -33,8 +36,11 @@ TWO_TURN: tuple[Message, ...] = (
 
 def teacher_messages(
     prompt: str | Sequence[Message], solution: str, template: Sequence[Message] = TWO_TURN
-) -> list[dict[str, str]]:
+) -> list[dict[str, Any]]:
     """The teacher's conversation: the student's prompt x, then the reference solution s* as ``template`` words it.
+
+    Where the prompt ends and the template begins with the same role, the two messages become one, with a blank line
+    between them: many chat templates want roles to alternate.
 
     The result is what ``tokenizer.apply_chat_template(..., add_generation_prompt=True)`` takes. Some chat templates
     drop the reasoning of earlier turns (Qwen3's drops ``<think>…</think>``): a solution in such tags would be lost,
@@ -49,9 +55,20 @@ def teacher_messages(
     if not any("{solution}" in message["content"] for message in template):
         raise ValueError("template: expected '{solution}' in one of its messages; without it the teacher knows no more")
     conversation = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return [dict(message) for message in conversation] + [
-        {**message, "content": message["content"].replace("{solution}", solution)} for message in template
-    ]
+    messages = [dict(message) for message in conversation]
+    added = [{**message, "content": message["content"].replace("{solution}", solution)} for message in template]
+    last, first = messages[-1] if messages else {}, added[0]
+    if last.get("role") == first["role"] and last.get("content") is not None:
+        messages[-1] = {**last, "content": _joined(last["content"], first["content"])}
+        del added[0]
+    return messages + added
+
+
+def _joined(content: str | list[Any], text: str) -> str | list[Any]:
+    """One message's content, text or a list of parts, and ``text`` behind a blank line."""
+    if isinstance(content, str):
+        return f"{content}\n\n{text}"
+    return [*content, {"type": "text", "text": f"\n\n{text}"}]
 
 
 @dataclass(frozen=True)
@@ -94,25 +111,35 @@ def align_responses(
         student_prompts: token ids of x, one non-empty sequence a rollout.
         teacher_prompts: token ids of x and s*, e.g. of :func:`teacher_messages`.
         responses: token ids of y. An empty response gives a row without a valid token.
-        pad_token_id: what fills the rest; attention never sees it.
+        pad_token_id: what fills the rest; attention never sees it. An integer of at least 0.
         padding_side: the same for both models. It does not change which token a position belongs to.
+
+    Sequences are lists or tuples of integers of at least 0, or 1-d integer arrays or tensors.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got and what it expects.
     """
-    if not len(student_prompts) == len(teacher_prompts) == len(responses):
+    prompts = {"student_prompts": student_prompts, "teacher_prompts": teacher_prompts}
+    prompts = {name: inputs.token_ids(name, value) for name, value in prompts.items()}
+    responses = inputs.token_ids("responses", responses)
+    counts = *map(len, prompts.values()), len(responses)
+    if len(set(counts)) > 1:
         raise ValueError(
             "expected as many student_prompts as teacher_prompts and responses, "
-            f"got {len(student_prompts)}, {len(teacher_prompts)} and {len(responses)}"
+            f"got {counts[0]}, {counts[1]} and {counts[2]}"
         )
     if not responses:
         raise ValueError("responses: expected at least one")
-    for name, prompts in (("student_prompts", student_prompts), ("teacher_prompts", teacher_prompts)):
-        if any(len(prompt) == 0 for prompt in prompts):
+    for name, rows in prompts.items():
+        if not all(rows):
             raise ValueError(f"{name}: expected no empty prompt: its last token predicts the first response token")
 
-    def inputs(prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
-        return pad_inputs(rows, pad_token_id, padding_side)
-
-    student, teacher = inputs(student_prompts), inputs(teacher_prompts)
+    student, teacher = (
+        _padded(
+            [prompt + response for prompt, response in zip(rows, responses, strict=True)], pad_token_id, padding_side
+        )
+        for rows in prompts.values()
+    )
     lengths = torch.tensor([len(response) for response in responses])
     targets = _pad(responses, -100, "right")
     return AlignedBatch(
@@ -128,9 +155,21 @@ def align_responses(
 def pad_inputs(
     sequences: Sequence[Sequence[int]], pad_token_id: int, padding_side: Literal["left", "right"] = "right"
 ) -> dict[str, Tensor]:
-    """input_ids, attention_mask and position_ids, (B, L) int64 each; positions count from a row's first real token."""
-    if padding_side not in ("left", "right"):
-        raise ValueError(f"padding_side: expected 'left' or 'right', got {padding_side!r}")
+    """input_ids, attention_mask and position_ids, (B, L) int64 each; positions count from a row's first real token.
+
+    Arguments as in :func:`align_responses`; at least one sequence.
+    """
+    sequences = inputs.token_ids("sequences", sequences)
+    if not sequences:
+        raise ValueError("sequences: expected at least one")
+    return _padded(sequences, pad_token_id, padding_side)
+
+
+def _padded(sequences: list[list[int]], pad_token_id: int, padding_side: str) -> dict[str, Tensor]:
+    """:func:`pad_inputs` of checked sequences."""
+    pad_token_id = inputs.integer("pad_token_id", pad_token_id, low=0)
+    known = isinstance(padding_side, str) and padding_side in ("left", "right")
+    expect(known, "padding_side", padding_side, "'left' or 'right'")
     attention_mask = _pad([[1] * len(sequence) for sequence in sequences], 0, padding_side)
     return {
         "input_ids": _pad(sequences, pad_token_id, padding_side),
@@ -147,34 +186,67 @@ def response_positions(attention_mask: Tensor, response_lengths: Tensor, width: 
     between prompt and response.
 
     Args:
-        attention_mask: (B, L), bool or 0/1, of prompt and response together.
-        response_lengths: (B,) tokens in each response; fewer than the row's attended tokens.
-        width: T. Default: the longest response; on a GPU the host waits for that number, so pass it where it is known.
+        attention_mask: (B, L), bool, or 0/1 in an integer or floating-point dtype, of prompt and response together.
+        response_lengths: (B,), of any integer dtype: tokens in each response, from 0 on and fewer than the row's
+            attended tokens.
+        width: T, an integer of at least 0. Default: the longest response; on a GPU the host waits for that number, and
+            where PyTorch traces it cannot be had, so pass it where it is known.
 
     Returns:
         (B, T) int64. Entries past a row's response are in range but mean nothing.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got and what it expects. Values of both tensors are checked
+            where :func:`egrsd_kernels.fused_egrsd_loss` checks values.
     """
-    attended = attention_mask.bool()
-    if attended.device.type == "cpu" and not (response_lengths < attended.sum(1)).all():
-        raise ValueError(
-            "response_lengths: expected fewer tokens than each row attends to (a prompt of at least one), "
-            f"got {response_lengths.tolist()} of {attended.sum(1).tolist()}"
-        )
+    attended = inputs.mask_of("attention_mask", attention_mask)
+    expect(attended.ndim == 2 and attended.shape[1] > 0, "attention_mask", attention_mask, "shape (B, L), L > 0")
+    inputs.tensor("response_lengths", response_lengths, shape=attended.shape[:1])
+    integers = response_lengths.dtype in inputs.INTEGERS
+    expect(integers, "response_lengths", response_lengths, "an integer tensor", TypeError)
+    lengths = response_lengths.to(device=attended.device, dtype=torch.int64)
+    if inputs.values_checked(attended):
+        tokens = attended.sum(1)
+        if not ((lengths >= 0) & (lengths < tokens)).all():
+            raise ValueError(
+                "response_lengths: expected at least 0 and fewer tokens than each row attends to (a prompt of at least "
+                f"one), got {lengths.tolist()} of {tokens.tolist()}"
+            )
+    if width is None:
+        expect(lengths.numel() > 0, "attention_mask", attention_mask, "shape (B, L) with B > 0, or a width")
+        width = int(lengths.max())
+    width = inputs.integer("width", width, low=0)
     # A stable sort moves the attended positions to the front of each row and keeps their order.
     positions = (~attended).long().argsort(dim=1, stable=True)
-    width = int(response_lengths.max()) if width is None else width
-    first = attended.sum(1) - response_lengths.to(attended.device) - 1
+    first = attended.sum(1) - lengths - 1
     rank = first[:, None] + torch.arange(width, device=attended.device)
     return positions.gather(1, rank.clamp(max=attended.shape[1] - 1))
 
 
 def response_hidden(hidden: Tensor, positions: Tensor) -> Tensor:
-    """The hidden states (B, T, D) at ``positions`` (B, T) of ``hidden`` (B, L, D); differentiable in ``hidden``."""
+    """The hidden states (B, T, D) at ``positions`` (B, T) of ``hidden`` (B, L, D); differentiable in ``hidden``.
+
+    Args:
+        hidden: bfloat16, float16, float32 or float64.
+        positions: of :func:`response_positions`, any integer dtype, in [0, L).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got and what it expects. Positions are checked where
+            :func:`egrsd_kernels.fused_egrsd_loss` checks values.
+    """
+    inputs.tensor("hidden", hidden)
+    expect(hidden.dtype in inputs.FLOATS, "hidden", hidden, inputs.FLOAT_TENSOR, TypeError)
+    inputs.tensor("positions", positions, like=hidden)
+    expect(positions.dtype in inputs.INTEGERS, "positions", positions, "an integer tensor", TypeError)
     if hidden.ndim != 3 or positions.ndim != 2 or hidden.shape[0] != positions.shape[0]:
         raise ValueError(
             "expected hidden (B, L, D) and positions (B, T) of the same B, "
             f"got {tuple(hidden.shape)} and {tuple(positions.shape)}"
         )
+    positions, length = positions.long(), hidden.shape[1]
+    if inputs.values_checked(positions):
+        outside = (positions < 0) | (positions >= length)
+        inputs.refuse("positions", positions, positions, outside, f"positions in [0, {length})")
     return hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
 
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from egrsd_kernels import fused_egrsd_loss
 from egrsd_kernels.advantages import WelfordAdvantage
+from egrsd_kernels.extras import how_to_install
 from egrsd_kernels.regimes import regime_shares, token_regimes
 from egrsd_kernels.report import Rollout, write_token_report
 from egrsd_kernels.rewards import length_shaped_reward
@@ -43,7 +44,7 @@ try:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 except ImportError as error:
-    raise ImportError(f"the demo needs {error.name}: pip install 'egrsd-kernels[train]'") from error
+    raise ImportError(f"the demo needs {error.name}: {how_to_install('train')}") from error
 
 MAX_RESPONSE = 56  # L_max, tokens
 HELD_OUT = 256  # problems that no training sees

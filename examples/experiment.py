@@ -1,6 +1,6 @@
 """GRPO, REINFORCE, RLSD, EGRSD and CL-EGRSD from one checkpoint at equal budget: accuracy against response length.
 
-    python -m examples.experiment --output experiment_output     # from the repository's root; needs egrsd-kernels[trl]
+    python -m examples.experiment --output experiment_output     # from the repository's root; needs the extra [trl]
 
 A small Qwen3 model is pre-trained on long sums in words, by a careless writer (the task is the demo's). From that
 checkpoint ``egrsd train`` then runs each method with several seeds, in a process each: the same problems, reward,

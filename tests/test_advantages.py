@@ -74,6 +74,8 @@ def test_resumes_exactly_through_json(batches, cut):
         (ValueError, torch.zeros(0)),
         (ValueError, torch.tensor([1.0, float("nan")])),
         (ValueError, torch.tensor([float("inf")])),
+        (ValueError, torch.tensor([0.0, 1e200], dtype=torch.float64)),  # its square is infinite
+        (TypeError, torch.ones(2, dtype=torch.complex64)),
     ],
 )
 def test_bad_rewards_leave_the_statistics_alone(error, rewards):
@@ -92,3 +94,35 @@ def test_bad_settings():
         WelfordAdvantage(min_std=-1.0)
     with pytest.raises(ValueError, match=r"^state"):
         WelfordAdvantage().load_state_dict({"mean": 0.0})
+    with pytest.raises(ValueError, match=r"^min_std"):
+        WelfordAdvantage(min_std=float("nan"))
+    with pytest.raises(ValueError, match=r"^warmup_baseline"):
+        WelfordAdvantage(warmup_baseline=float("nan"))
+
+
+@given(REWARDS, st.data())
+def test_what_is_not_judged_is_as_if_it_were_not_there(batches, data):
+    whole, judged_only = WelfordAdvantage(warmup_steps=3), WelfordAdvantage(warmup_steps=3)
+    for batch in batches:
+        judged = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(batch), max_size=len(batch))))
+        unknown = data.draw(st.sampled_from([float("nan"), float("inf"), 5.0]))
+        rewards = torch.tensor(batch)
+        got = whole(rewards.masked_fill(~judged, unknown), judged)
+        assert got.dtype == torch.float32 and got.shape == rewards.shape
+        assert not got[~judged].any()
+        if judged.any():
+            assert torch.equal(got[judged], judged_only(rewards[judged]))
+        assert whole.state_dict() == judged_only.state_dict()
+
+
+@pytest.mark.parametrize(
+    "error, judged",
+    [(TypeError, [True, False]), (TypeError, torch.ones(2)), (ValueError, torch.ones(3, dtype=torch.bool))],
+)
+def test_bad_masks(error, judged):
+    advantage = WelfordAdvantage()
+    with pytest.raises(error, match=r"^judged: expected "):
+        advantage(torch.zeros(2), judged)
+    assert advantage.steps == 0
+    with pytest.raises(ValueError, match=r"^rewards: expected finite values .*\(see judged for one not known\)"):
+        advantage(torch.tensor([1.0, float("nan")]), torch.tensor([True, True]))

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -72,6 +73,35 @@ def test_a_file_is_replaced_as_a_whole(tmp_path):
     write_rollouts(file, [rollout([])])
     assert list(read_rollouts(file)) == [rollout([])]
     assert list(file.parent.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("method", ["write_bytes", "replace"])
+def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path, monkeypatch, method):
+    file = tmp_path / "rollouts.jsonl"
+    write_rollouts(file, [rollout()])
+
+    def full(path, *_):
+        Path(path).touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(*{"write_bytes": (Path, method), "replace": (os, method)}[method], full)
+    with pytest.raises(OSError, match="No space left"):
+        write_rollouts(file, [rollout([])])
+    assert list(tmp_path.iterdir()) == [file]
+    assert list(read_rollouts(file)) == [rollout()]
+
+
+def test_a_rollout_that_nothing_judged(tmp_path):
+    file = tmp_path / "rollouts.jsonl"
+    unjudged = rollout(reward=None, advantage=0.0)
+    append_rollouts(file, [unjudged, rollout()])
+    assert '"reward":null' in file.read_text().splitlines()[0]
+    assert list(read_rollouts(file)) == [unjudged, rollout()]
+    page = write_token_report(tmp_path / "page.html", [unjudged, rollout()]).read_text()
+    assert '<span class="pill flat">unjudged</span>' in page and ">reward 1.25<" in page
+    assert "mean reward 1.25." in page
+    page = write_token_report(tmp_path / "page.html", [unjudged]).read_text()
+    assert "2 response tokens, unjudged." in page
 
 
 def test_takes_tensors(tmp_path):

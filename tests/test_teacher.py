@@ -132,8 +132,21 @@ def test_template_and_conversation_can_be_given():
     conversation = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "x?"}]
     template = [{"role": "user", "content": r"Hint: \frac{1}{2} {solution}"}]
     messages = teacher_messages(conversation, r"\boxed{3} {solution}", template)
-    assert messages == [*conversation, {"role": "user", "content": r"Hint: \frac{1}{2} \boxed{3} {solution}"}]
-    assert messages[0] is not conversation[0]
+    expected = "x?\n\n" + r"Hint: \frac{1}{2} \boxed{3} {solution}"
+    assert messages == [conversation[0], {"role": "user", "content": expected}]
+    assert messages[0] is not conversation[0] and conversation[1]["content"] == "x?"
+
+
+def test_one_role_in_a_row_is_one_message_where_prompt_and_template_meet():
+    template = [{"role": "user", "content": "Hint: {solution}"}, {"role": "user", "content": "Now."}]
+    assert teacher_messages("x?", "s", template) == [{"role": "user", "content": "x?\n\nHint: s"}, template[1]]
+    parts = [{"type": "text", "text": "x?"}]
+    assert teacher_messages([{"role": "user", "content": parts, "name": "a"}], "s", template[:1]) == [
+        {"role": "user", "content": [*parts, {"type": "text", "text": "\n\nHint: s"}], "name": "a"}
+    ]
+    assert len(parts) == 1
+    call = {"role": "assistant", "content": None, "tool_calls": [{}]}
+    assert teacher_messages([call], "s", TWO_TURN)[:2] == [call, {"role": "assistant", "content": "s"}]
 
 
 @pytest.mark.parametrize(

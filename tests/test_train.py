@@ -37,6 +37,9 @@ def odd(completions, answer, **_):
 def of_one(prompt, completions):
     return 0.0
 
+def too_few(completions, **_):
+    return [1.0]
+
 not_a_function = 1
 
 class Judge:
@@ -476,6 +479,12 @@ def test_a_key_that_a_merge_repeats_is_not_given_twice(tmp_path):
     assert read_config(tmp_path / "c.yaml") == {"a": {"x": 1}, "b": {"x": 2}, "c": {"x": 3}}
 
 
+def test_rewards_of_a_wrong_length_end_a_run_in_one_line(config, capsys):
+    assert fails([config(reward_funcs=["rewards.py:too_few"])], capsys) == (
+        "reward_funcs: too_few: expected a list of 8 numbers or None, one for each completion, got 1"
+    )
+
+
 def test_without_trl_the_message_says_what_to_install(config, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "egrsd_kernels.trl.run", None)
-    assert "pip install 'egrsd-kernels[trl]'" in fails([config()], capsys)
+    assert "pip install '.[trl]' in a checkout" in fails([config()], capsys)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import socket
@@ -19,13 +20,23 @@ from tests.trl_tiny import exported, make, weights
 
 # SGD: Adam would turn a gradient that is zero but for rounding into a step of full size.
 OPTIONS = {"max_steps": 3, "max_grad_norm": 0.0, "optim": "sgd", "learning_rate": 0.5, "rollout_steps": 1}
+
+
+def skips(completions, **_) -> list[float | None]:
+    """Judges what is long, and finds no end of one of them."""
+    lengths = [len(completion[0]["content"]) for completion in completions]
+    return [None if length < 6 else math.inf if length == 9 else float(length % 2) for length in lengths]
+
+
 SETTINGS = {
     "lora": {"peft": True},
     "full": {"peft": False, "entropy_scale": "batch_max_lookahead", "advantage": "group"},
     "dr_grpo": {"peft": True, "teacher": "ema", "teacher_ema_decay": 0.5, "loss_type": "dr_grpo"},
+    "unjudged": {"peft": True, "reward_funcs": skips},
 }
 SAME = ("teacher_entropy/mean", "gate/mean", "magnitude/clipped", "reward", "abs_log_ratio/entropy_decile_3",
-        "regime/fork", "teacher_entropy/bin_7", "restored/fork")  # fmt: skip
+        "regime/fork", "teacher_entropy/bin_7", "restored/fork",
+        "rewards/unjudged", "rewards/infinite")  # fmt: skip
 
 
 def fixed_completions(self, prompt_ids, *_, **__):
@@ -118,6 +129,11 @@ def test_two_processes_export_the_rollouts_of_both(one, two, name):
     )
     assert got == expected
     assert len(got) == 24
+
+
+def test_the_rollouts_that_nothing_judged_are_of_every_kind(one):
+    rows = one[0]["unjudged"]["rows"]
+    assert any(0 < row["rewards/infinite"] < row["rewards/unjudged"] < 1 for row in rows)
 
 
 def test_two_processes_resume_bit_for_bit(two):

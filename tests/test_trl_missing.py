@@ -10,5 +10,5 @@ import pytest
 def test_without_trl_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     package = Path(__file__).parents[1] / "egrsd_kernels" / "trl" / "__init__.py"
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'egrsd-kernels\[trl\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install '\.\[trl\]' in a checkout of egrsd_kernels"):
         runpy.run_path(str(package))

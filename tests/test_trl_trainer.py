@@ -384,10 +384,7 @@ def test_the_teachers_context(tmp_path):
 
     template = [{"role": "user", "content": "Hint. {solution}"}]
     run, _ = make(tmp_path, teacher_template=template, solution_column="answer")
-    assert run.teacher_prompt(row(1, 2)) == [
-        {"role": "user", "content": "1+2?"},
-        {"role": "user", "content": "Hint. 3"},
-    ]
+    assert run.teacher_prompt(row(1, 2)) == [{"role": "user", "content": "1+2?\n\nHint. 3"}]
 
 
 # ---------------------------------------------------------------------------------------------------------- rollouts
@@ -538,29 +535,6 @@ def test_a_tokenizer_without_chat_template_is_refused(tmp_path):
     args = EGRSDConfig(str(tmp_path), **OPTIONS)
     with pytest.raises(ValueError, match=r"^processing_class: expected a tokenizer with a chat template"):
         EGRSDTrainer(tiny_model(), correct, args, dataset(), processing_class=plain)
-
-
-def test_a_model_with_other_logits_is_refused(tmp_path):
-    model = tiny_model()
-    model.config.logits_scaling = 8.0
-    with pytest.raises(ValueError, match=r"^model: qwen3 scales its logits \(logits_scaling\)"):
-        make(tmp_path, model=model)
-    model = tiny_model()
-    model.config.unpadded_vocab_size = 70
-    with pytest.raises(ValueError, match=r"^model: qwen3 cuts its logits \(unpadded_vocab_size\)"):
-        make(tmp_path, model=model)
-    model = tiny_model()
-    model.lm_head = torch.nn.Sequential(model.lm_head)
-    with pytest.raises(ValueError, match=r"^model: expected a plain nn.Linear as LM head, got Sequential"):
-        make(tmp_path, model=model)
-
-
-@pytest.mark.parametrize("name", ["final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"])
-def test_softcaps_by_any_name(tmp_path, name):
-    model = tiny_model()
-    setattr(model.config, name, 30.0)
-    run, _ = make(tmp_path, model=model)
-    assert run._softcap == 30.0
 
 
 def test_teachers_that_would_not_work_are_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import pytest
@@ -60,7 +61,7 @@ def unknown_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
     tuning._chosen.cache_clear()
-    yield tmp_path / "new" / "tuning.json", timed
+    yield tmp_path / "new" / "tuning", timed
     tuning._chosen.cache_clear()
 
 
@@ -69,7 +70,7 @@ def choose(dtype=torch.bfloat16) -> Configs:
 
 
 def test_the_choice_is_measured_once_and_kept(unknown_gpu):
-    path, timed = unknown_gpu
+    folder, timed = unknown_gpu
     chosen = choose()
     assert timed == list(tuning.HALF)
     assert chosen.vocab.cols == 256 and chosen.hidden.depth == 32 and chosen.head.warps == 4
@@ -77,31 +78,85 @@ def test_the_choice_is_measured_once_and_kept(unknown_gpu):
     tuning._chosen.cache_clear()  # another process
     assert choose() == chosen and len(timed) == len(tuning.HALF)
     choose(torch.float16)
-    assert len(timed) == 2 * len(tuning.HALF) and len(json.loads(path.read_text())) == 2
+    assert len(timed) == 2 * len(tuning.HALF)
+    assert len(list(folder.iterdir())) == 2  # whole files, nothing else
 
 
-def test_a_damaged_file_is_measured_again(unknown_gpu):
-    path, timed = unknown_gpu
-    path.parent.mkdir()
-    path.write_text("{")
+def changed(**roles) -> str:
+    kept = {role: [128, 128, 64, 4, 3] for role in Configs._fields}
+    return json.dumps({role: value for role, value in {**kept, **roles}.items() if value is not ...})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{", "[" * 100_000, "[]", "null", '"vocab"', "3", "{}", "\udcff", changed(head=...), changed(vocab=None),
+        changed(vocab=[128, 128]), changed(vocab=[[128], 128, 64, 4, 3]), changed(vocab="128"), changed(vocab={}),
+        changed(vocab=["128", 128, 64, 4, 3]), changed(vocab=[128, 1 << 40, 64, 4, 3]),
+        changed(vocab=[0, 0, 0, 0, 0]), changed(vocab=[128, 128, 64, 4, float("nan")]),
+    ],
+    ids=lambda text: text[:40],
+)  # fmt: skip
+def test_a_damaged_file_is_measured_again(unknown_gpu, caplog, text):
+    folder, timed = unknown_gpu
     chosen = choose()
-    assert timed and len(json.loads(path.read_text())) == 1
+    (path,) = folder.iterdir()
+    whole = path.read_text()
+    timed.clear()
+    path.write_text(text, errors="surrogateescape")
     tuning._chosen.cache_clear()
-    assert choose() == chosen
+    assert choose() == chosen and timed == list(tuning.HALF) and path.read_text() == whole
+    assert f"{path}: expected tiles of the tuning list, ignored" in caplog.text
+
+
+def test_tiles_that_no_longer_fit_are_measured_again(unknown_gpu):
+    _, timed = unknown_gpu
+    choose()
+    timed.clear()
+    tuning.configs(torch.bfloat16, torch.device("cuda", 0), False, 65_536)
+    assert timed and set(timed) < set(tuning.HALF)
+
+
+def test_two_that_measure_at_once_keep_both_choices(unknown_gpu, monkeypatch):
+    _, timed = unknown_gpu
+    replace = tuning.os.replace
+
+    def meanwhile(source, target):  # another process writes its own between this one's reading and writing
+        monkeypatch.setattr(tuning.os, "replace", replace)
+        choose(torch.float16)
+        replace(source, target)
+
+    monkeypatch.setattr(tuning.os, "replace", meanwhile)
+    chosen = choose()
+    timed.clear()
+    tuning._chosen.cache_clear()
+    assert (choose(), choose(torch.float16)) == (chosen, chosen) and not timed
 
 
 def test_a_folder_that_cannot_be_written_stops_nothing(unknown_gpu, caplog):
-    path, _ = unknown_gpu
-    path.parent.write_text("a file where the folder should be")
+    folder, _ = unknown_gpu
+    folder.parent.write_text("a file where the folder should be")
     assert choose().vocab.cols == 256
     assert "could not be kept" in caplog.text
 
 
+def test_a_full_disk_leaves_no_file(unknown_gpu, caplog, monkeypatch):
+    folder, _ = unknown_gpu
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tuning.os, "replace", full)
+    assert choose().vocab.cols == 256
+    assert "could not be kept" in caplog.text and "No space left" in caplog.text
+    assert not list(folder.iterdir())
+
+
 def test_measuring_can_be_switched_off(unknown_gpu, monkeypatch):
-    path, timed = unknown_gpu
+    folder, timed = unknown_gpu
     monkeypatch.setenv("EGRSD_KERNELS_TUNE", "0")
     assert choose().vocab == tuning.HALF[0]
-    assert not timed and not path.exists()
+    assert not timed and not folder.exists()
 
 
 @pytest.mark.skipif(not CUDA, reason="needs an NVIDIA GPU")
@@ -110,4 +165,5 @@ def test_measured_for_real(monkeypatch, tmp_path):
     monkeypatch.setenv("EGRSD_KERNELS_CACHE", str(tmp_path))
     best = tuning.measure(torch.bfloat16, DEVICE, False, tuning.HALF[:2])
     assert set(best) <= set(tuning.HALF[:2])
-    assert len(json.loads((tmp_path / "tuning.json").read_text())) == 1
+    (path,) = (tmp_path / "tuning").iterdir()
+    assert tuning._read(path, tuning.HALF) == best

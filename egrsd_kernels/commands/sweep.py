@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
+from ..extras import how_to_install
 from . import CommandError
 from .train import add_config, find_config, read_config
 
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     """Train what is not finished; write and print the results. A :class:`CommandError` if a cell has none."""
     for package in ("trl", "rich", "matplotlib"):
         if find_spec(package) is None:  # found out now, not after the trainings
-            raise CommandError(f"a sweep needs {package}: pip install 'egrsd-kernels[trl]'")
+            raise CommandError(f"a sweep needs {package}: {how_to_install('trl')}")
     from rich.console import Console
 
     from ..sweeps import Cell, draw, is_finished, read_cell, table, write_cells

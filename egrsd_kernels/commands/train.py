@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..extras import how_to_install
 from ..presets import PRESETS
 from . import CommandError
 
@@ -40,10 +41,11 @@ def run(args: argparse.Namespace) -> None:
     config = read_config(find_config(args.config))
     try:
         from ..trl.checkpoint import CheckpointError
+        from ..trl.rewards import RewardError
         from ..trl.run import find_checkpoint, make_trainer, train
         from ..trl.settings import parse_settings
     except ImportError as error:
-        raise CommandError(f"training needs TRL: pip install 'egrsd-kernels[trl]' ({error})") from error
+        raise CommandError(f"training needs TRL: {how_to_install('trl')} ({error})") from error
     try:
         settings = parse_settings(config, args.overrides)
         training = settings[1]
@@ -53,7 +55,8 @@ def run(args: argparse.Namespace) -> None:
         raise CommandError(str(error)) from error
     try:
         train(trainer, checkpoint)
-    except (CheckpointError, ImportError) as error:  # TRL's accuracy_reward asks for its packages when it is called
+    # TRL's accuracy_reward asks for its packages when it is called.
+    except (CheckpointError, RewardError, ImportError) as error:
         raise CommandError(str(error)) from error
     if trainer.is_world_process_zero():
         print(f"{training.output_dir}: the model after step {trainer.state.global_step}")
@@ -77,7 +80,7 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         import yaml
     except ImportError as error:
-        raise CommandError("YAML files need PyYAML: pip install 'egrsd-kernels[trl]'") from error
+        raise CommandError(f"YAML files need PyYAML: {how_to_install('trl')}") from error
     try:
         config = yaml.load(path.read_text(encoding="utf-8"), _loader(path))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

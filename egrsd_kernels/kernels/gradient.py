@@ -36,10 +36,11 @@ def split_count(tiles, steps, limit, PROGRAMS: tl.constexpr, MAX_SPLITS: tl.cons
     """
     best = 1
     best_cost = 1 << 30
+    most = tl.maximum(limit, tiles)  # one part always fits
     for splits in range(1, MAX_SPLITS + 1):
         units = tiles * splits
         cost = tl.cdiv(units, PROGRAMS) * tl.cdiv(steps, splits) + units * PARTIAL_STEPS // PROGRAMS
-        better = (cost < best_cost) & ((units <= limit) | (splits == 1))
+        better = (cost < best_cost) & (units <= most)
         best = tl.where(better, splits, best)
         best_cost = tl.where(better, cost, best_cost)
     return best

@@ -1,9 +1,10 @@
 """Which tiles each product takes on a GPU: known, found earlier and kept on disk, or measured now.
 
 A GPU that nobody has measured yet gets a short list timed on a small problem, once: some seconds for each entry, most
-of them compilation. The choice is kept in ``tuning.json`` under EGRSD_KERNELS_CACHE (default: ``egrsd_kernels`` in the
-user's cache folder), by GPU, dtype, kernel family and Triton version. ``python -m egrsd_kernels.kernels.tuning``
-measures again; EGRSD_KERNELS_TUNE=0 measures nothing and takes the largest tiles that fit.
+of them compilation. The choice is kept in the folder ``tuning`` under EGRSD_KERNELS_CACHE (default: ``egrsd_kernels``
+in the user's cache folder), in a file for each GPU, dtype, kernel family and Triton version, so that processes that
+measure at once keep what each found. ``python -m egrsd_kernels.kernels.tuning`` measures again; EGRSD_KERNELS_TUNE=0
+measures nothing and takes the largest tiles that fit.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import functools
 import json
 import logging
 import os
+import re
 import statistics
 import tempfile
 from pathlib import Path
@@ -68,8 +70,8 @@ def _fitting(shared: int) -> tuple[Config, ...]:
 
 @functools.cache
 def _chosen(dtype: torch.dtype, device: torch.device, tma: bool, fitting: tuple[Config, ...]) -> Configs | None:
-    if found := _read(_path()).get(_key(dtype, device, tma)):
-        return Configs(*(Config(*found[role]) for role in Configs._fields))
+    if found := _read(_path(_key(dtype, device, tma)), fitting):
+        return found
     known = torch.version.hip is None and torch.cuda.get_device_capability(device) in KNOWN
     if known or os.environ.get("EGRSD_KERNELS_TUNE") == "0":
         return None
@@ -128,34 +130,46 @@ def _milliseconds(call) -> float:
     return statistics.median(found)
 
 
-def _path() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("EGRSD_KERNELS_CACHE") or Path(cache, "egrsd_kernels")) / "tuning.json"
-
-
 def _key(dtype: torch.dtype, device: torch.device, tma: bool) -> str:
     family = "tma" if tma else "pointer"
     return f"{torch.cuda.get_device_name(device)}, {dtype}, {family}, triton {triton.__version__}"
 
 
-def _read(path: Path) -> dict:
+def _path(key: str) -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = Path(os.environ.get("EGRSD_KERNELS_CACHE") or Path(cache, "egrsd_kernels")) / "tuning"
+    return folder / (re.sub(r"[^\w.+]+", "-", key) + ".json")
+
+
+def _read(path: Path, fitting: tuple[Config, ...]) -> Configs | None:
+    """The choice that is kept there; None where there is none, or none among ``fitting``."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):  # nothing kept yet, or not readable: measured again
-        return {}
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        entries = [_values(config) for config in fitting]
+        return Configs(*(fitting[entries.index(kept[role])] for role in Configs._fields))
+    except FileNotFoundError:
+        return None
+    # Not readable, no JSON, or JSON of another shape, whoever wrote it.
+    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+        log.warning("%s: expected tiles of the tuning list, ignored (%s: %s)", path, type(error).__name__, error)
+        return None
 
 
 def _keep(key: str, best: Configs) -> None:
-    path = _path()
+    path = _path(key)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = _read(path) | {key: {role: list(vars(config).values()) for role, config in best._asdict().items()}}
         # Written aside and moved: processes that start together never see half a file.
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(kept, file, indent=1)
-        os.replace(file.name, path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as aside:
+            file = Path(aside, path.name)
+            file.write_text(json.dumps({role: _values(config) for role, config in best._asdict().items()}))
+            os.replace(file, path)
     except OSError as error:
         log.warning("the choice of tiles could not be kept in %s: %s", path, error)
+
+
+def _values(config: Config) -> list[int]:
+    return list(vars(config).values())
 
 
 def main() -> None:

@@ -153,7 +153,7 @@ def combine_sums_kernel(
         value = (relative - tl.log2(s)) * LN2
         tl.store(logp + row, tl.where(z == NEG, float("-inf"), value), mask=ours)
         if RETRY:  # a NaN target logit is a target outside the vocabulary: no offset would help
-            unsuited = tl.max((ours & (z == z) & ~(s < SUM_LIMIT)).to(tl.int32), 0)
+            unsuited = tl.max(tl.where(s < SUM_LIMIT, 0, (ours & (z == z)).to(tl.int32)), 0)
             # Every program that has such a row stores the same two numbers.
             tl.store(retry, n_rows, mask=unsuited > 0)
             tl.store(retry + 1, tl.load(live + 1), mask=unsuited > 0)

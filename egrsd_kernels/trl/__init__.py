@@ -9,8 +9,10 @@
 
 from importlib.util import find_spec
 
+from egrsd_kernels.extras import how_to_install
+
 if find_spec("trl") is None:
-    raise ModuleNotFoundError("egrsd_kernels.trl needs TRL: pip install 'egrsd-kernels[trl]'", name="trl")
+    raise ModuleNotFoundError(f"egrsd_kernels.trl needs TRL: {how_to_install('trl')}", name="trl")
 
 from egrsd_kernels.presets import PRESETS
 

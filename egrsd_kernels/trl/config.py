@@ -46,7 +46,7 @@ ENTROPY_SCALES = ("batch_max", "batch_max_lookahead", "log_vocab")
 # What TRL's objective has and this loss has not: ignoring such a setting in silence would be worse than an error.
 NOT_OURS = (
     "beta", "cast_lm_head_to_fp32", "delta", "entropy_coef", "epsilon", "epsilon_high", "importance_sampling_level",
-    "off_policy_mask_threshold", "router_aux_loss_coef", "sync_ref_model", "top_entropy_quantile",
+    "off_policy_mask_threshold", "sync_ref_model", "top_entropy_quantile",
     "use_adaptive_entropy", "use_liger_kernel",
 )  # fmt: skip
 GROUP_ONLY = ("multi_objective_aggregation", "scale_rewards")
@@ -180,6 +180,8 @@ class EGRSDConfig(GRPOConfig):
         for name in NOT_OURS:
             value, default = getattr(self, name), defaults[name]
             expect(value == default, name, value, f"{default!r}, as EGRSD's loss has no such term")
+        # None is the model's own coefficient: what that means is seen with the model.
+        expect(not self.router_aux_loss_coef, "router_aux_loss_coef", self.router_aux_loss_coef, "0 or None")
         if self.advantage == "welford":
             for name in GROUP_ONLY:
                 value, default = getattr(self, name), defaults[name]

@@ -1,5 +1,6 @@
 """From a batch of the trainer to :class:`egrsd_kernels.report.Rollout`."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def rollouts_of(
                 row,
                 prompt=tokenizer.decode(prompt),
                 tokens=[tokenizer.decode([token]) for token in inputs["completion_ids"][row, :count].tolist()],
-                reward=inputs["reward"][row].item(),
+                reward=None if math.isnan(reward := inputs["reward"][row].item()) else reward,
                 advantage=inputs["advantages"][row].item(),
                 reference=inputs["reference"][row],
                 title="truncated" if inputs["truncated"][row] else "",

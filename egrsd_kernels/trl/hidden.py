@@ -1,29 +1,15 @@
 """Hidden states instead of logits: reading a causal language model just below its LM head."""
 
+import copy
+import functools
 import inspect
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import trl.trainer.utils
 from torch import Tensor, nn
-
-# Settings by which some architectures change their logits after the head: softcaps, which the loss knows, and scales.
-SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-LOGIT_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-
-
-def check_head(model: nn.Module) -> float | None:
-    """The model's softcap (None: it has none), or a ValueError where its logits are not h·Wᵀ + b, softcapped."""
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
-    if type(head) is not nn.Linear:
-        raise ValueError(f"model: expected a plain nn.Linear as LM head, got {type(head).__name__}")
-    for name in LOGIT_SCALES:
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            raise ValueError(f"model: {config.model_type} scales its logits ({name}), which is not supported")
-    if getattr(config, "unpadded_vocab_size", None) not in (None, head.out_features):
-        raise ValueError(f"model: {config.model_type} cuts its logits (unpadded_vocab_size), which is not supported")
-    return next((cap for name in SOFTCAPS if (cap := getattr(config, name, None)) is not None), None)
 
 
 def hand_out_hidden_states(model: nn.Module) -> None:
@@ -32,12 +18,29 @@ def hand_out_hidden_states(model: nn.Module) -> None:
     hidden is (B, L, D) after the last norm; weight (V, D) and bias (V,) or None are the head's. f runs inside the
     model's forward, so DDP, FSDP and DeepSpeed see an ordinary pass through their wrapper: the weights are there,
     gradients are reduced, and mixed precision casts only what f returns.
-    """
-    original = model.forward
 
+    A deep copy of the model reads and computes with its own weights, and TRL's fused head, whose copies compute with
+    the original's, is taken off. A pickled model comes back as it was without either.
+    """
+    _take_off_fused_head(model)
+    below = model.__dict__.pop("forward", None)  # Accelerate's hooks or autocast, Liger's forward, the user's
+    code = getattr(getattr(below, "__func__", None), "__code__", None)
+    if code is _reading_forward(type(model), "").__code__:  # an earlier trainer's
+        model.forward = below
+        return
+    # An earlier trainer's may lie further below, and looks for its own.
+    place = f"_forward_below_{sum(name.startswith('_forward_below_') for name in vars(model))}"
+    setattr(model, place, below)
+    # A method and no closure over the model: deepcopy binds it to the copy.
+    model.forward = types.MethodType(_reading_forward(type(model), place), model)
+
+
+@functools.cache
+def _reading_forward(kind: type[nn.Module], place: str) -> Callable[..., Any]:
     def forward(self, *args, read_hidden: Callable[[Tensor, Tensor, Tensor | None], Any] | None = None, **kwargs):
         if read_hidden is None:
-            return original(*args, **kwargs)
+            below = getattr(self, place) or types.MethodType(type(self).forward, self)
+            return below(*args, **kwargs)
         hidden = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
         head = self.get_output_embeddings()
         with _gathered(head.weight, head.bias) as (weight, bias):
@@ -45,8 +48,23 @@ def hand_out_hidden_states(model: nn.Module) -> None:
 
     # generate() validates its arguments against the signature. Not functools.wraps: Accelerate unwraps what has a
     # __wrapped__, and would take this off with its own wrappers.
-    forward.__signature__ = inspect.signature(type(model).forward)
-    model.forward = types.MethodType(forward, model)
+    forward.__signature__ = inspect.signature(kind.forward)
+    return forward
+
+
+def _take_off_fused_head(model: nn.Module) -> None:
+    """Give the model the forward back that it had before TRL's ``add_fused_lm_head``, which nothing here calls."""
+    while (function := getattr(model.__dict__.get("forward"), "__func__", None)) is not None and (
+        function.__globals__ is vars(trl.trainer.utils)
+    ):
+        original = inspect.getclosurevars(function).nonlocals["original_forward"]
+        del model.forward
+        # In a copy of a model that had the fused head, the original is still the other model's.
+        owner = original.args[0] if isinstance(original, functools.partial) else getattr(original, "__self__", None)
+        if owner not in (None, model):
+            original = copy.deepcopy(original, {id(owner): model})
+        if original != model.forward:
+            model.forward = original
 
 
 @contextmanager
@@ -55,9 +73,7 @@ def _gathered(weight: Tensor, bias: Tensor | None) -> Iterator[tuple[Tensor, Ten
     if hasattr(weight, "full_tensor"):
         yield weight.full_tensor(), None if bias is None else bias.full_tensor()
     elif hasattr(weight, "ds_status"):
-        from trl.trainer.utils import maybe_gather_lm_head_ctx
-
-        with maybe_gather_lm_head_ctx(weight, bias):
+        with trl.trainer.utils.maybe_gather_lm_head_ctx(weight, bias):
             yield weight, bias
     else:
         yield weight, bias

@@ -1,64 +1,17 @@
 """Who the teacher is: the model without its adapters, or the trained weights of an earlier moment."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from datasets import Dataset
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from trl.trainer.utils import pad
 
-from egrsd_kernels.teacher import Message, teacher_messages
-
 from .checkpoint import CheckpointError
-
-
-def privileged_conversation(
-    example: Mapping[str, Any], solution_column: str, template: Sequence[Message]
-) -> list[dict[str, str]]:
-    """The teacher's conversation for one row of the dataset, or a ValueError that names the column at fault."""
-    for column in ("prompt", solution_column):
-        if column not in example:
-            raise ValueError(f"{column}: missing in a row of the dataset")
-    prompt, solution = example["prompt"], example[solution_column]
-    if isinstance(prompt, str) or not prompt:
-        raise ValueError(f"prompt: expected a conversation, a list of messages, got {prompt!r}")
-    for message in prompt:
-        if not (isinstance(message, Mapping) and isinstance(message.get("role"), str)) or (
-            message.get("content") is None and not message.get("tool_calls")
-        ):
-            raise ValueError(f"prompt: expected messages with role and content, got {message!r}")
-    if not isinstance(solution, str) or not solution.strip():
-        raise ValueError(f"{solution_column}: expected the text of a reference solution, got {solution!r}")
-    return teacher_messages(prompt, solution, template)
-
-
-def check_columns(name: str, dataset: Any, solution_column: str) -> None:
-    """A ValueError where the dataset (or one of several in a mapping) lacks a column. ``name``: the argument's."""
-    for part in _parts(dataset):
-        columns = getattr(part, "column_names", None)
-        for column in ("prompt", solution_column):
-            if columns is not None and column not in columns:
-                raise ValueError(f"{name}: expected a column {column!r}, got {', '.join(columns)}")
-
-
-def check_rows(name: str, dataset: Any, conversation_of: Callable[[Mapping[str, Any]], Any]) -> None:
-    """A ValueError for the first row that ``conversation_of`` refuses, before anything is generated."""
-    for part in _parts(dataset):
-        if isinstance(part, Dataset):  # a stream is checked as it comes
-            for index, example in enumerate(part):
-                try:
-                    conversation_of(example)
-                except ValueError as error:
-                    raise ValueError(f"{name}, row {index}: {error}") from error
-
-
-def _parts(dataset: Any) -> Iterable[Any]:
-    return dataset.values() if isinstance(dataset, Mapping) else [dataset]
 
 
 class AdaptersOff:
@@ -69,9 +22,19 @@ class AdaptersOff:
     def __init__(self, model: nn.Module):
         self.model = model
 
-    def active(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def active(self) -> Iterator[None]:
         """While this is entered, the model computes as the teacher."""
-        return self.model.disable_adapter()
+        flags = {name: (parameter, parameter.requires_grad) for name, parameter in self.model.named_parameters()}
+        try:
+            with self.model.disable_adapter():
+                yield
+        finally:
+            # On leaving, PEFT turns requires_grad on for whatever is active, frozen or not.
+            for name, parameter in self.model.named_parameters():
+                entered, flag = flags[name]
+                for tensor in (entered, parameter):  # FSDP2 exchanges them in between
+                    tensor.requires_grad_(flag)
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -156,6 +119,10 @@ def make_teacher(model: nn.Module, kind: str, sharded: bool) -> AdaptersOff | Ea
     if kind == "adapters_off":
         if not adapters:
             raise ValueError("teacher: 'adapters_off' expects a model with PEFT adapters")
+        if sharded:  # by name, as PEFT tells what it trains; elsewhere by what a forward uses
+            owned = (getattr(model.base_model, "prefix", "prompt_encoder"), "modules_to_save.", "trainable_tokens_")
+            trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
+            refuse_trained_teacher([name for name in trained if not any(part in name for part in owned)])
         return AdaptersOff(model)
     if sharded:
         # Sharding replaces the parameters after this point. And FSDP2 keeps the root's gathered after a forward
@@ -167,6 +134,16 @@ def make_teacher(model: nn.Module, kind: str, sharded: bool) -> AdaptersOff | Ea
         # Its small moves would round to nothing.
         raise ValueError(f"teacher: 'ema' expects trained weights in float32, got {', '.join(sorted(halves))}")
     return teacher
+
+
+def refuse_trained_teacher(names: Sequence[str]) -> None:
+    """A ValueError where these weights, which are trained, are the teacher's too. names: the model's, of parameters."""
+    if names:
+        raise ValueError(
+            f"teacher: 'adapters_off' expects that without its adapters the model is as it was before training, but "
+            f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''} would be trained and stay; "
+            "use bias=\"none\", freeze it, or take teacher='frozen'"
+        )
 
 
 def pad_prompts(prompts: list[list[int]], pad_token_id: int, multiple: int | None) -> tuple[Tensor, Tensor]:

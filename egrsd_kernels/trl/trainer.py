@@ -4,7 +4,7 @@ Generation, reward functions, logging, checkpoints and Accelerate stay GRPOTrain
 methods, each the narrowest that does the job:
 
     __init__                          refuse what the loss cannot honour; let the model hand out hidden states
-    _calculate_rewards                length-shaped reward; remember the rewards of all processes
+    _calculate_rewards                no infinite reward; length-shaped reward; remember those of all processes
     _generate_and_score_completions   Welford advantages; one teacher pass over the fresh rollouts
     _prepare_inputs                   the loss's normaliser and entropy scale, over an optimizer step and all processes
     _compute_loss                     fused_egrsd_loss inside the model's own forward; metrics; export of rollouts
@@ -20,6 +20,7 @@ rollouts cost one teacher pass.
 
 import functools
 import inspect
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
@@ -50,10 +51,16 @@ from .checkpoint import (
     save_state,
 )
 from .config import EGRSDConfig
+from .context import Reader, check_columns, check_rows, context_window, privileged_conversation, row_name
 from .export import rollout_file, rollouts_of
-from .hidden import check_head, hand_out_hidden_states
+from .hidden import hand_out_hidden_states
 from .metrics import peak_memory_gib, token_metrics
-from .teacher import MoveTeacher, check_columns, check_rows, make_teacher, pad_prompts, privileged_conversation
+from .proof import prove_head
+from .rewards import LARGEST, checked, excerpt, without_infinite
+from .roles import check_roles, check_trained, weights_at_hand
+from .teacher import MoveTeacher, make_teacher, pad_prompts
+
+logger = logging.getLogger(__name__)
 
 
 class EGRSDTrainer(GRPOTrainer):
@@ -124,25 +131,42 @@ class EGRSDTrainer(GRPOTrainer):
         if self._is_vlm:
             raise ValueError("model: vision-language models are not supported")
         if self.aux_loss_enabled:
-            raise ValueError("router_aux_loss_coef: expected 0, the router's load-balancing loss is not supported")
+            raise ValueError(
+                "router_aux_loss_coef: set it to 0 to train this mixture of experts without its router's "
+                f"load-balancing loss (its own coefficient is {self.router_aux_loss_coef}), which is not supported"
+            )
+        check_trained(self.model, self.optimizer)
         self._teacher_template = teacher_template
         for name, dataset in datasets.items():
-            check_rows(name, dataset, self.teacher_prompt)
+            check_rows(name, dataset, self._reader)
 
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        self._softcap = check_head(base)
-        self._vocab_size = base.get_output_embeddings().out_features
         hand_out_hidden_states(base)
         zero_stage = getattr(self.accelerator.state.deepspeed_plugin, "zero_stage", 0)
-        self.teacher = make_teacher(self.model, args.teacher, sharded=self.is_fsdp_enabled or zero_stage == 3)
+        self._sharded = self.is_fsdp_enabled or zero_stage == 3
+        self.teacher = make_teacher(self.model, args.teacher, self._sharded)
         if self.teacher.moves:
             self.add_callback(MoveTeacher(self.teacher))
+        self._proved = False
+        if weights_at_hand(self):
+            self._prove()
         self.welford = WelfordAdvantage(args.welford_warmup_steps)
         self._step_stats: list[Tensor] = []  # (fields of TokenStats, valid tokens) of the optimizer step so far
         self._step_rollouts: list[Rollout] = []
+        self._export_failed = False
+        self.reward_funcs = [checked(*pair) for pair in zip(self.reward_funcs, self.reward_func_names, strict=True)]
+        self._named_infinite: set[str] = set()
         self.add_callback(EndAtMaxSteps())
         self._identity = identity(self)
         self._pace: dict[str, list] = {}  # by mode: tokens since the last log, and when their first step began
+
+    def _prove(self) -> None:
+        """Run the model on a few tokens: what we compute is what it computes, and each has its role."""
+        with self.accelerator.autocast():
+            self._softcap = prove_head(self.model)
+        self._vocab_size = self.accelerator.unwrap_model(self.model).get_output_embeddings().out_features
+        check_roles(self)
+        self._proved = True
 
     @property
     def gamma(self) -> float:
@@ -158,6 +182,9 @@ class EGRSDTrainer(GRPOTrainer):
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # of all processes
         weights = self.reward_weights.to(rewards.device)
+        as_returned = rewards
+        rewards, infinite = without_infinite(rewards, weights)
+        self._name_infinite(as_returned, infinite, prompts, completions)
         if self.args.length_beta:
             lengths = torch.tensor([len(ids) for ids in completion_ids_list], device=rewards.device)
             lengths = self.accelerator.gather(lengths)
@@ -166,15 +193,33 @@ class EGRSDTrainer(GRPOTrainer):
             )
             earned = (rewards * weights).nansum(dim=1) > 0
             rewards = torch.where(earned[:, None], rewards * bonus[:, None], rewards)
-        # A rollout that no reward function could judge earns 0.
-        self._rewards = (rewards * weights).nansum(dim=1)
+        unjudged = rewards.isnan().all(dim=1)  # so TRL tells them
+        self._rewards = (rewards * weights).nansum(dim=1).masked_fill(unjudged, math.nan)
         self._responses = completion_ids_list
+        for name, rows in {"unjudged": unjudged, "infinite": infinite.any(dim=1)}.items():
+            self._metrics[self._mode][f"rewards/{name}"].append(rows.float().mean().item())
         return rewards
+
+    def _name_infinite(self, rewards: Tensor, infinite: Tensor, prompts: list, completions: list) -> None:
+        """Warn of the first infinite reward of each function, on the process that has its rollout."""
+        for column, name in enumerate([*self.reward_func_names, "the weighted sum of the rewards"]):
+            rows = infinite[:, column].nonzero().flatten().tolist()
+            if not rows or name in self._named_infinite:
+                continue
+            self._named_infinite.add(name)
+            process, row = divmod(rows[0], len(prompts))
+            if process == self.accelerator.process_index:
+                got = rewards[rows[0], column].item() if column < rewards.shape[1] else "too large"
+                logger.warning(
+                    f"reward_funcs: {name}: expected a finite number, at most {LARGEST:g} in size, got {got} for the "
+                    f"answer {excerpt(completions[row])} to {excerpt(prompts[row])}; such rollouts are left out of the "
+                    f"training and, from now on, only counted, in rewards/infinite"
+                )
 
     def _welford_advantages(self) -> Tensor:
         """Advantages of all processes' rollouts. Evaluation uses the statistics and leaves them alone."""
         state = self.welford.state_dict()
-        advantages = self.welford(self._rewards)
+        advantages = self.welford(self._rewards, judged=~self._rewards.isnan())
         if self._mode == "eval":
             self.welford.load_state_dict(state)
         logged = self._logs["advantages"]  # TRL has put its own there
@@ -188,6 +233,20 @@ class EGRSDTrainer(GRPOTrainer):
     def teacher_prompt(self, example: dict[str, Any]) -> list[dict[str, str]]:
         """The teacher's conversation for one row of the dataset. Override it for another context."""
         return privileged_conversation(example, self.args.solution_column, self._teacher_template)
+
+    @property
+    def _reader(self) -> Reader:
+        overridden = type(self).teacher_prompt is not EGRSDTrainer.teacher_prompt
+        return Reader(
+            self.processing_class,
+            {"chat_template": self.chat_template, **self.chat_template_kwargs},
+            self.teacher_prompt,
+            self.args.solution_column,
+            context_window(self.model.config),
+            self.max_completion_length,
+            "teacher_prompt" if overridden else "teacher_template",
+            self.args.vllm_max_model_length if self.use_vllm and self.vllm_mode == "colocate" else None,
+        )
 
     @property
     def _pad_token_id(self) -> int:
@@ -250,13 +309,17 @@ class EGRSDTrainer(GRPOTrainer):
         return logps, entropies, None
 
     def _generate_and_score_completions(self, inputs):
+        if not self._proved:  # weights that were elsewhere at construction
+            self._prove()
+        # Before generating: rows of a stream are seen here first.
+        conversations = self._reader.read([(row_name(f"{self._mode}_dataset", example), example) for example in inputs])
         output = super()._generate_and_score_completions(inputs)
         start = self.accelerator.process_index * len(inputs)
         ours = slice(start, start + len(inputs))
         if self.args.advantage == "welford":
             output["advantages"] = self._welford_advantages()[ours]
         size = self._rows_at_a_time()
-        prompts = self._tokenize_prompts([self.teacher_prompt(example) for example in inputs])[0]
+        prompts = self._tokenize_prompts(conversations)[0]
         batch = [
             x.to(self.accelerator.device) for x in pad_prompts(prompts, self._pad_token_id, self.pad_to_multiple_of)
         ]
@@ -400,8 +463,17 @@ class EGRSDTrainer(GRPOTrainer):
 
     def _write_rollouts(self, step: int) -> None:
         rollouts = gather_object(self._step_rollouts)
+        path = rollout_file(self.args.output_dir, step)
         if self.accelerator.is_main_process:
-            write_rollouts(rollout_file(self.args.output_dir, step), rollouts)
+            try:
+                write_rollouts(path, rollouts)
+            except OSError as error:  # a full disk, for example: no reason to lose the run
+                if not self._export_failed:
+                    logger.warning(
+                        f"rollout_steps: {path}: {error.strerror or error}; training goes on without this file, and "
+                        f"without a word on later ones that cannot be written"
+                    )
+                self._export_failed = True
         self._step_rollouts = []
 
     # --------------------------------------------------------------------------------------------------- checkpoints

@@ -1,0 +1,43 @@
+"""What an sdist holds, and that no text sends anyone to a package index for this package."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from egrsd_kernels.extras import how_to_install
+from tests.doc_examples import ROOT
+
+TEXTS = ("*.py", "*.md", "*.yaml", "*.toml", "Makefile")
+
+
+def test_the_sdist_is_a_whole_checkout(tmp_path):
+    pytest.importorskip("setuptools")
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    packed = (tmp_path / "egrsd_kernels.egg-info" / "SOURCES.txt").read_text(encoding="utf-8").split("\n")
+    # What is left out serves the repository alone.
+    expected = {name for name in tracked if not name.startswith(".") and (ROOT / name).exists()}
+    assert expected <= set(packed)
+    assert not [name for name in packed if "__pycache__" in name]
+
+
+def test_no_hint_names_a_package_that_no_index_has():
+    assert how_to_install("trl") == "pip install '.[trl]' in a checkout of egrsd_kernels"
+    hint = re.compile(r"""pip3? install (-\S+ )*['"]?egrsd[-_]kernels\b""")
+    assert hint.search("pip install -U 'egrsd-kernels[trl]'")
+    folders = ("egrsd_kernels", "benchmarks", "docs", "examples", "reference")
+    files = [*ROOT.glob("*"), *(path for folder in folders for path in (ROOT / folder).rglob("*"))]
+    found = {
+        str(path.relative_to(ROOT)): match[0]
+        for path in files
+        if path.is_file() and any(path.match(pattern) for pattern in TEXTS)
+        for match in hint.finditer(path.read_text(encoding="utf-8"))
+    }
+    assert not found
