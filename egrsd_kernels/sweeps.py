@@ -29,23 +29,44 @@ def final_value(history: Sequence[dict[str, Any]], metric: str) -> float:
     """A metric at the end of a run: the last evaluation's, or the mean over the last tenth of the logged steps.
 
     Raises:
-        ValueError: it was not logged, or is not finite.
+        ValueError: it was not logged, is no number, or is not finite.
     """
     values = [row[metric] for row in history if metric in row]
     if not values:
         near = difflib.get_close_matches(metric, {key for row in history for key in row}, n=1)
         raise ValueError(f"{metric}: not in the log" + (f"; did you mean {near[0]}?" if near else ""))
+    if not all(isinstance(value, (int, float)) for value in values):
+        raise ValueError(f"{metric}: expected numbers in the log")
     value = values[-1] if metric.startswith("eval_") else fmean(values[-math.ceil(len(values) / 10) :])
     if not math.isfinite(value):
         raise ValueError(f"{metric}: {value}")
     return value
 
 
+def read_history(run: str | Path) -> list[dict[str, Any]]:
+    """What a finished run has logged, from its trainer_state.json. A ValueError or OSError where that is damaged."""
+    path = Path(run, "trainer_state.json")
+    state = json.loads(path.read_text(encoding="utf-8"))
+    history = state.get("log_history") if isinstance(state, dict) else None
+    if not isinstance(history, list) or not all(isinstance(row, dict) for row in history):
+        raise ValueError(f"{path}: expected an object with log_history, a list of objects")
+    return history
+
+
+def is_finished(run: str | Path) -> bool:
+    """Whether a run has written its trainer_state.json, the last that `egrsd train` writes, to the end."""
+    try:
+        read_history(run)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def read_cell(metric: str, gamma: float, lookahead: int, seed: int, run: str) -> Cell:
     """The cell of a finished run, from what its trainer_state.json says was logged."""
     length = f"eval_{LENGTH}" if metric.startswith("eval_") else LENGTH
     try:
-        history = json.loads(Path(run, "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+        history = read_history(run)
         return Cell(gamma, lookahead, seed, run, final_value(history, metric), final_value(history, length))
     except (OSError, ValueError) as error:
         return Cell(gamma, lookahead, seed, run, error=str(error))

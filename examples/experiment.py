@@ -115,6 +115,7 @@ def config(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         "max_steps": args.steps,
         "save_steps": max(1, args.steps // 5),
         "save_only_model": True,
+        "overwrite_output_dir": True,  # what is not finished begins anew
         "gradient_checkpointing": False,
         "logging_steps": 1,
         "report_to": "none",

@@ -15,7 +15,7 @@ import yaml
 
 from egrsd_kernels import cli
 from egrsd_kernels.commands import sweep
-from egrsd_kernels.sweeps import Cell, draw, final_value, table
+from egrsd_kernels.sweeps import Cell, draw, final_value, read_cell, table
 
 # Logs reward = γ + W / 10 + seed for ten steps with one outlier at the start. γ = 9 fails; γ = 8 fails the first time
 # and leaves a checkpoint behind.
@@ -91,6 +91,33 @@ def test_a_finished_run_is_not_trained_again(fake):
     assert cells()[1.0, 0, 5]["value"] == -6 and cells()[0.5, 0, 5]["response_length"] == 7  # the config's seed: 5
 
 
+@pytest.mark.parametrize("damaged", ["[]", "{}", '{"log_history": 3}', '{"log_history": [3]}', '{"log_hi', "3", None])
+def test_a_run_whose_log_is_damaged_is_trained_again(fake, damaged):
+    """It is not finished; from its checkpoint where it has one, else in the place of what it has left."""
+    grid = ["--gamma", "0.5", "1", "--lookahead", "0"]
+    assert fake(*grid) == 0
+    state = Path("out/gamma0.5-lookahead0-seed5/trainer_state.json")
+    state.unlink() if damaged is None else state.write_text(damaged)
+    assert fake(*grid) == 0
+    (again,) = fake.calls()[2:]
+    assert "--gamma=0.5" in again and "--overwrite_output_dir=True" in again and "--resume" not in again
+    assert cells()[0.5, 0, 5]["value"] == 5.5
+    state.write_text(damaged or "")
+    (state.parent / "checkpoint-1").mkdir()
+    assert fake(*grid) == 0
+    assert fake.calls()[3][-2] == "--resume" and "--overwrite_output_dir=True" not in fake.calls()[3]
+
+
+def test_a_damaged_log_costs_one_cell(tmp_path):
+    for text, says in {
+        "[]": "expected an object with log_history",
+        '{"log_history": [{"reward": "x"}]}': "reward: ",
+    }.items():
+        (tmp_path / "trainer_state.json").write_text(text)
+        cell = read_cell("reward", 1.0, 0, 5, str(tmp_path))
+        assert cell.value is None and says in cell.error
+
+
 def test_with_a_schedule_gamma_0_is_no_special_case(fake):
     assert fake("--gamma", "0", "--lookahead", "0", "3", "--gamma-schedule=linear", "--gamma_end=1") == 0
     assert len(fake.calls()) == 2 and cells()[0.0, 3, 5]["value"] == pytest.approx(5.3)
@@ -130,6 +157,10 @@ def test_each_job_has_a_gpu_of_its_own(fake, monkeypatch):
         (["--jobs", "0"], "jobs: expected at least 1, got 0"),
         (["--max_steps", "3"], "output: out holds runs of another config or with other options; see out/config.yaml"),
         (["--output", "config.yaml"], "output: "),
+        (["--gamma", "1", "-1"], "gamma: expected a finite number at least 0, got -1.0"),
+        (["--gamma", "nan"], "gamma: expected a finite number at least 0, got nan"),
+        (["--lookahead", "-1"], "lookahead: expected at least 0, got -1"),
+        (["--seeds", "-3"], "seed: expected at least 0, got -3"),
         (["--gamma", "x"], "argument --gamma: invalid float value: 'x'"),
     ],
 )

@@ -41,6 +41,13 @@ def too_few(completions, **_):
     return [1.0]
 
 not_a_function = 1
+
+class Judge:
+    def __call__(self, completions, **_):
+        return [0.0] * len(completions)
+
+def by_position(completions, /, **_):
+    return [0.0] * len(completions)
 '''
 
 
@@ -84,6 +91,9 @@ def config(home, tmp_path, monkeypatch):
 def history(run: Path) -> list[dict]:
     """The logged steps of a run."""
     return [row for row in json.loads((run / "trainer_state.json").read_text())["log_history"] if "loss" in row]
+
+
+FORMATS = "expected a file that ends in .jsonl, .json, .parquet, a folder, or a data set of the Hub"
 
 
 # --------------------------------------------------------------------------------------------------------------- runs
@@ -156,7 +166,7 @@ def test_trains_under_deepspeed(config, home, tmp_path, monkeypatch):
             ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"
         )
         settings |= {"zero_optimization": zero, "optimizer": {"type": "AdamW", "params": optimizer}}
-        deepspeed = saved | {"deepspeed": settings, "output_dir": str(sharded)}
+        deepspeed = saved | {"deepspeed": settings, "output_dir": str(sharded), "overwrite_output_dir": True}
         said = on_two_processes(home, "egrsd_kernels", config(**deepspeed))
         assert f"{sharded}: the model after step 2\n" in said
         check_the_same(sharded, run, 1e-5, 1e-6)
@@ -219,6 +229,39 @@ def test_resume_goes_on_where_the_checkpoint_is(config, tmp_path, capsys):
     assert capsys.readouterr().err.splitlines()[-1] == says
 
 
+def test_a_run_of_other_settings_is_refused_before_a_model_is_loaded(config, tmp_path, capsys, monkeypatch):
+    path = config(save_strategy="steps", save_steps=1, max_steps=1)
+    assert cli.main(["train", path]) == 0
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("egrsd_kernels.trl.run.EGRSDTrainer", None)
+        other = f"resume_from_checkpoint: {run / 'checkpoint-1'} is of a run with other settings "
+        says = other + "(gamma: 0.8 there, 0.3 here); "
+        assert fails([path, "--resume", "--gamma=0.3", "--max_steps=2"], capsys).startswith(says)
+        says = f"output_dir: {run} holds another run (checkpoint-1, trainer_state.json): resume that, "
+        assert fails([path], capsys).startswith(says)
+    assert fails([path, "--resume"], capsys).startswith(
+        "resume_from_checkpoint: already finished at step 1; raise max_s"
+    )
+    # What only the trainer knows.
+    says = other + "(lora_r: 4 there, 8 here); "
+    assert fails([path, "--resume", "--lora_r=8", "--max_steps=2"], capsys).startswith(says)
+
+    # Killed after its last checkpoint: the model is saved now.
+    (run / "trainer_state.json").unlink()
+    (run / "adapter_model.safetensors").unlink()
+    assert cli.main(["train", path, "--resume"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"{run}: the model after step 1"
+    assert len(history(run)) == 1
+    saved, last = (load_file(folder / "adapter_model.safetensors") for folder in (run, run / "checkpoint-1"))
+    assert all(value.equal(last[key]) for key, value in saved.items())
+
+    (run / "checkpoint-1" / "egrsd_state_0.pt").write_bytes(b"PK")
+    says = f"resume_from_checkpoint: {run / 'checkpoint-1' / 'egrsd_state_0.pt'} cannot be read: "
+    assert fails([path, "--resume", "--max_steps=2"], capsys).startswith(says)
+    assert cli.main(["train", path, "--overwrite_output_dir=True"]) == 0
+
+
 # ----------------------------------------------------------------------------------------------------- what is read
 
 
@@ -265,6 +308,13 @@ def test_the_trainer_gets_what_the_file_says(config):
     base = trainer.model.get_base_model()
     assert str(base.lm_head.weight.dtype) == "torch.bfloat16"
     assert [function.__name__ for function in trainer.reward_funcs] == ["odd", "think_format_reward"]
+
+
+@pytest.mark.parametrize("given, trained", [("q_proj", 2), (["q_proj"], 2), ("self_attn.q_proj", 2), ("all-linear", 14),
+                                           (["all-linear"], 14), (r".*\.0\..*q_proj", 1)])  # fmt: skip
+def test_one_entry_of_lora_target_modules_means_a_module(config, given, trained):
+    trainer = make_trainer(*parse_settings(read_config(Path(config(lora_target_modules=given)))))
+    assert sum("lora_A" in name for name, _ in trainer.model.named_parameters()) == trained
 
 
 def test_rewards_by_path_module_and_name(home, monkeypatch):
@@ -353,6 +403,24 @@ def fails(arguments: list[str], capsys) -> str:
         ({"teacher_template": [{"role": "user"}]}, "teacher_template[0]: expected role and content as text, got"),
         ({"teacher_template": [{"role": "user", "content": "?"}]}, "teacher_template: expected '{solution}'"),
         ({"resume_from_checkpoint": "absent"}, "resume_from_checkpoint: no such folder: absent"),
+        ({"remove_unused_columns": True}, "remove_unused_columns: expected False: reward functions read"),
+        ({"seed": -1}, "seed: expected at least 0, got -1"),
+        ({"model_init_kwargs": {"tp_plan": "auto"}}, "model_init_kwargs: tp_plan: tensor parallelism is not supported"),
+        ({"dataset_name": "empty"}, "dataset_name: empty: expected rows, got none"),
+        ({"dataset_name": "empty.jsonl"}, "dataset_name: empty.jsonl: expected rows, got none"),
+        ({"dataset_name": "empty.json"}, "dataset_name: empty.json: expected rows, got none"),
+        ({"dataset_name": "rows.csv"}, f"dataset_name: rows.csv: {FORMATS}"),
+        ({"dataset_name": "broken.py"}, f"dataset_name: broken.py: {FORMATS}"),
+        ({"dataset_name": "rows.jsonl.gz"}, f"dataset_name: rows.jsonl.gz: {FORMATS}"),
+        ({"reward_funcs": ["rewards.py:Judge"]}, "reward_funcs: rewards.py:Judge: expected a function, got the class"),
+        ({"reward_funcs": ["exits.py:f"]}, "reward_funcs: exits.py:f: SystemExit: no licence"),
+        ({"reward_funcs": ["exits.f"]}, "reward_funcs: exits.f: SystemExit: no licence"),
+        ({"reward_funcs": ["reads.py:f"]}, "reward_funcs: reads.py:f: "),
+        ({"reward_funcs": ["typing_error.py:f"]}, "reward_funcs: typing_error.py:f: SyntaxError: "),
+        (
+            {"reward_funcs": ["rewards.py:by_position"]},
+            "reward_funcs: rewards.py:by_position: expected arguments by name, got the positional 'completions'",
+        ),
         ({"report_to": "nobody"}, "report_to: nobody is not supported, only "),
         pytest.param(
             {"report_to": "wandb"},
@@ -367,6 +435,12 @@ def test_a_bad_key_is_named_in_one_line(config, home, capsys, changes, says):
         dataset().remove_columns("answer").save_to_disk(str(home / "no answers"))
         datasets.Dataset.from_list([row(1, 2) | {"prompt": "1+2?"}] * 4).save_to_disk(str(home / "texts"))
         dataset(3).save_to_disk(str(home / "few"))
+        dataset(3).select([]).save_to_disk(str(home / "empty"))
+        for name in ("empty.jsonl", "rows.csv", "rows.jsonl.gz"):
+            (home / name).write_text("")
+        (home / "exits.py").write_text("import sys\nsys.exit('no licence')")
+        (home / "reads.py").write_text("f = input()")
+        (home / "typing_error.py").write_text("def f(:")
     assert fails([config(**changes)], capsys).startswith(says)
 
 
@@ -389,12 +463,20 @@ def test_a_bad_file_is_named_in_one_line(tmp_path, capsys):
         "a: [": "while parsing",
         "- a": "expected keys and values, got list",
         "": "expected keys",
+        "gamma: 1\nlookahead: 0\ngamma: 2": "gamma: given twice, in lines 1 and 3",
+        "a: {b: 1, 'b': 2}": "b: given twice, in lines 1 and 1",
+        "- {b: 1,\n b: 2}": "b: given twice, in lines 1 and 2",
     }.items():
         (tmp_path / "c.yaml").write_text(text)
         assert fails([str(tmp_path / "c.yaml")], capsys).startswith(f"{tmp_path / 'c.yaml'}: {says}")
     assert fails(["qwen3-4b"], capsys).startswith(
         "qwen3-4b: no such file, nor a preset (qwen3-4b-cl-egrsd, qwen3-4b-eg"
     )
+
+
+def test_a_key_that_a_merge_repeats_is_not_given_twice(tmp_path):
+    (tmp_path / "c.yaml").write_text("a: &a {x: 1}\nb: &b {<<: *a, x: 2}\nc: {<<: *b, x: 3}")
+    assert read_config(tmp_path / "c.yaml") == {"a": {"x": 1}, "b": {"x": 2}, "c": {"x": 3}}
 
 
 def test_rewards_of_a_wrong_length_end_a_run_in_one_line(config, capsys):

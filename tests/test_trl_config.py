@@ -1,3 +1,5 @@
+from types import SimpleNamespace as Parallelism
+
 import pytest
 
 pytest.importorskip("trl", reason="TRL is not installed")
@@ -56,6 +58,15 @@ def config(**options) -> EGRSDConfig:
         ({"chunk_mib": 0}, "chunk_mib: "),
         ({"tau_low": 0.3}, "tau_low: expected less than tau_high = 0.17, got 0.3"),
         ({"rollout_steps": -1}, "rollout_steps: "),
+        ({"seed": -1}, "seed: expected at least 0, got -1"),
+        ({"remove_unused_columns": True}, "remove_unused_columns: expected False: reward functions read the columns"),
+        ({"model_init_kwargs": {"tp_plan": "auto"}}, "model_init_kwargs: tp_plan: tensor parallelism is not supported"),
+        ({"parallelism_config": Parallelism(tp_size=2)}, "parallelism_config: expected tp_size 1, tensor parallelism"),
+        ({"parallelism_config": Parallelism(cp_size=2)}, "parallelism_config: expected cp_size 1, context parallelism"),
+        (
+            {"parallelism_config": Parallelism(sp_size=4)},
+            "parallelism_config: expected sp_size 1, sequence parall",
+        ),
         ({"beta": 0.04}, "beta: expected 0.0, as EGRSD's loss has no such term, got 0.04"),
         ({"beta": None}, "beta: expected 0.0, as EGRSD's loss has no such term, got None"),
         ({"epsilon_high": 0.3}, "epsilon_high: expected None, as EGRSD's loss has no such term, got 0.3"),
@@ -113,3 +124,25 @@ def test_the_presets_are_the_papers_settings(monkeypatch):
         "qwen3-8b-egrsd": ("Qwen/Qwen3-8B", 0.3, 0),
         "qwen3-8b-cl-egrsd": ("Qwen/Qwen3-8B", 1.0, 5),
     }
+
+
+def test_parallelism_that_a_launcher_asks_for_is_refused(monkeypatch):
+    monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "2")
+    config()  # nothing reads it
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    with pytest.raises(ValueError, match=r"^parallelism_config: expected tp_size 1, tensor parallelism is not supp"):
+        config()
+
+
+def test_what_a_run_is_leaves_out_how_it_is_watched():
+    one = config(gamma=0.4).of_the_run()
+    watched = {"logging_steps": 3, "save_steps": 7, "rollout_steps": 2, "backend": "torch", "resume_changed": True}
+    assert config(gamma=0.4, **watched | {"max_steps": 9}).of_the_run() == one
+    other = config(gamma=0.4, lookahead=2, optim="sgd", lr_scheduler_type="linear", teacher="ema").of_the_run()
+    assert {name: value for name, value in other.items() if one.get(name) != value} == {
+        "lookahead": 2,
+        "optim": "sgd",
+        "teacher": "ema",
+        "teacher_ema_decay": 0.999,
+    }
+    assert one["lr_scheduler_type"] == "linear" and one["gamma"] == 0.4

@@ -8,8 +8,10 @@ import torch
 pytest.importorskip("trl", reason="TRL is not installed")
 
 from transformers import TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
 
-from tests.trl_tiny import make, tiny_model, weights
+from egrsd_kernels.trl.checkpoint import CheckpointError, Finished
+from tests.trl_tiny import correct, dataset, make, row, tiny_model, weights
 
 # Twelve prompts, four a generation: epochs end after steps 3 and 6. With two passes over the rollouts of two steps a
 # generation serves four steps.
@@ -106,3 +108,219 @@ def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(tmp_path):
     run, _ = make(tmp_path, **options)
     with pytest.raises(ValueError, match=r"^resume_from_checkpoint: .*egrsd_state_0\.pt is missing"):
         run.train(resume_from_checkpoint=str(folder))
+
+
+# ------------------------------------------------------------------------------------------------- which run goes on
+
+SAVED = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+
+
+def refused(run, checkpoint=None) -> str:
+    """The line that a run is refused with, before it has done anything."""
+    with pytest.raises(CheckpointError) as caught:
+        run.train(resume_from_checkpoint=checkpoint)
+    assert run.state.global_step == 0 and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The folder of a run of one step, with its checkpoint."""
+    path = tmp_path_factory.mktemp("saved")
+    run, _ = make(path, **SAVED)
+    run.train()
+    return path
+
+
+def copied(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "copy")
+
+
+def other(reward: str):
+    def graded(completions, **_):
+        return [0.5] * len(completions)
+
+    graded.__name__ = reward
+    return graded
+
+
+def named(name: str):
+    model = tiny_model()
+    model.config._name_or_path = name
+    return model
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"gamma": 0.3}, "gamma: 0.8 there, 0.3 here"),
+        ({"gamma": 0.3, "seed": 1}, "gamma: 0.8 there, 0.3 here; seed: 42 there, 1 here"),
+        ({"learning_rate": 1e-3}, "learning_rate: 0.005 there, 0.001 here"),
+        ({"reward_funcs": other("other")}, 'reward_funcs: ["correct"] there, ["other"] here'),
+        ({"train_dataset": dataset(13)}, 'train_dataset: "12 rows, '),
+        ({"train_dataset": dataset(11).add_item(row(1, 1))}, 'train_dataset: "12 rows, '),
+        ({"teacher_template": [{"role": "user", "content": "{solution}"}]}, "teacher_template: "),
+        ({"peft": False}, 'peft_type: "LORA" there, null here)'),
+        ({"model": named("over/there/qwen")}, 'model_name_or_path: "" there, "qwen" here)'),
+    ],
+)
+def test_a_run_of_other_settings_is_not_taken_for_this_one(saved, tmp_path, changes, says):
+    folder = saved / "checkpoint-1"
+    run, _ = make(tmp_path, **{"max_steps": 2} | changes)
+    line = refused(run, str(folder))
+    assert line.startswith(f"resume_from_checkpoint: {folder} is of a run with other settings ({says}")
+    assert line.endswith("; resume_changed=True goes on from it all the same")
+
+
+def test_a_run_is_watched_otherwise_and_moved_and_goes_on(saved, tmp_path):
+    """Another length, another folder, other logs: the same run. And one of other settings where that is agreed to."""
+    for changes in ({"logging_steps": 2, "rollout_steps": 1, "save_steps": 5}, {"gamma": 0.3, "resume_changed": True}):
+        path = tmp_path / str(len(changes))
+        run, _ = make(path, **{"max_steps": 2} | changes)
+        run.train(resume_from_checkpoint=str(saved / "checkpoint-1"))
+        assert run.state.global_step == 2
+
+
+def test_a_folder_that_holds_a_run_is_not_written_into(saved, tmp_path, caplog):
+    folder = copied(saved, tmp_path)
+    (folder / "rollouts").mkdir()
+    (folder / "rollouts" / "rollouts-step000009.jsonl").write_text("{}")
+    run, _ = make(folder, **SAVED, rollout_steps=1)
+    assert refused(run) == (
+        f"output_dir: {folder} holds another run (checkpoint-1, rollouts): resume that, take another folder, "
+        "or set overwrite_output_dir=True, which removes them"
+    )
+    # Nor from another folder's checkpoint on, were it of the same run.
+    assert refused(run, str(saved / "checkpoint-1")).startswith(f"output_dir: {folder} holds another run")
+
+    run, _ = make(folder, rollout_steps=1, max_steps=1, overwrite_output_dir=True)
+    run.train()
+    assert not (folder / "checkpoint-1").exists() and list(rollouts(folder)) == ["rollouts-step000001.jsonl"]
+    assert f"output_dir: removed from {folder}: checkpoint-1, rollouts" in caplog.text
+
+    run.save_state()
+    shutil.rmtree(folder / "rollouts")
+    run, _ = make(folder, max_steps=1)
+    assert "holds another run (trainer_state.json)" in refused(run)
+
+
+def test_what_follows_a_checkpoint_goes_when_the_run_changes(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 1, "rollout_steps": 1}
+    run, _ = make(tmp_path, max_steps=3, **options)
+    run.train()
+    run, _ = make(tmp_path, max_steps=2, gamma=0.3, resume_changed=True, **options)
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+    assert len(rollouts(tmp_path)) == 2
+
+
+def test_a_finished_run_does_not_go_on(saved, tmp_path):
+    folder = copied(saved, tmp_path)
+    run, logs = make(folder, **SAVED)
+    with pytest.raises(Finished, match=r"^resume_from_checkpoint: already finished at step 1; raise max_steps or num"):
+        run.train(resume_from_checkpoint=True)
+    assert run.state.global_step == 1 and not logs.steps
+    # Where an epoch's part is the end, too.
+    run, logs = make(folder, max_steps=-1, num_train_epochs=1 / 3)
+    with pytest.raises(Finished, match="already finished at step 1"):
+        run.train(resume_from_checkpoint=True)
+    assert not logs.steps
+
+
+def test_true_means_the_last_whole_checkpoint(saved, tmp_path):
+    folder = copied(saved, tmp_path)
+    shutil.copytree(folder / "checkpoint-1", folder / "checkpoint-2")
+    for damaged in ("{", "[]", "3", '{"global_step": "2"}', '{"nothing": 1}'):
+        (folder / "checkpoint-2" / "trainer_state.json").write_text(damaged)
+        run, _ = make(folder, max_steps=2)
+        line = refused(run, str(folder / "checkpoint-2"))
+        assert line.endswith("trainer_state.json is missing or damaged: the checkpoint is not whole")
+    run.train(resume_from_checkpoint=True)
+    assert run.state.global_step == 2
+    run, _ = make(tmp_path / "none")
+    assert refused(run, True) == f"resume: no checkpoint in {tmp_path / 'none'}"
+    assert refused(run, "absent") == "resume_from_checkpoint: no such folder: absent"
+
+
+@pytest.mark.parametrize("cls, config", [(None, None), (GRPOTrainer, GRPOConfig)])
+def test_a_checkpoint_without_a_runs_state_is_called_what_it_is(tmp_path, cls, config):
+    if cls is None:
+        run, _ = make(tmp_path, **SAVED, save_only_model=True)
+    else:
+        run, _ = make(tmp_path, cls=cls, config=config, **SAVED)
+    run.train()
+    run, _ = make(tmp_path, max_steps=2)
+    line = refused(run, str(tmp_path / "checkpoint-1"))
+    assert (
+        "egrsd_state_0.pt is missing: the checkpoint was saved with save_only_model=True or by another trainer" in line
+    )
+    assert line.endswith("but a new one can begin with its model (model_name_or_path)")
+
+
+def test_processes_are_counted_where_they_saved(saved, tmp_path):
+    folder = copied(saved, tmp_path) / "checkpoint-1"
+    (folder / "egrsd_state_0.pt").rename(folder / "egrsd_state_1.pt")
+    run, _ = make(tmp_path / "new", max_steps=2)
+    assert refused(run, str(folder)).endswith(
+        "there are those of 1 other processes; as many have to go on as saved it, got 1"
+    )
+
+
+def cut(file) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def emptied(file) -> None:
+    file.write_bytes(b"")
+
+
+def overwritten(file) -> None:
+    file.write_bytes(b"\x00garbage" * 50)
+
+
+def of_other_keys(file) -> None:
+    torch.save({"processes": 1}, file)
+
+
+def a_list(file) -> None:
+    torch.save([1], file)
+
+
+FILES = ("egrsd_state_0.pt", "optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors")
+DAMAGED = [(name, damage) for name in FILES for damage in (cut, emptied, overwritten)]
+DAMAGED += [("egrsd_state_0.pt", of_other_keys), ("egrsd_state_0.pt", a_list)]
+
+
+@pytest.mark.parametrize("name, damage", DAMAGED)
+def test_a_damaged_file_is_named_in_one_line(saved, tmp_path, name, damage):
+    folder = copied(saved, tmp_path) / "checkpoint-1"
+    damage(folder / name)
+    run, _ = make(tmp_path / "new", max_steps=2)
+    with pytest.raises(CheckpointError) as caught:
+        run.train(resume_from_checkpoint=str(folder))
+    line = str(caught.value)
+    assert "\n" not in line and "mmap" not in line
+    assert line.startswith("resume_from_checkpoint: ") and str(folder) in line
+    if name == "egrsd_state_0.pt":
+        assert f"{folder / name} cannot be read: " in line or f"{folder / name} is damaged: it lacks " in line
+
+
+def test_a_model_in_parts_is_refused(tmp_path):
+    model = tiny_model()
+    model._tp_size = 2
+    with pytest.raises(ValueError, match=r"^model: expected one that is whole on each process, tensor parallelism is"):
+        make(tmp_path, model=model)
+
+
+def test_data_sets_without_rows_and_rewards_that_are_classes(tmp_path):
+    with pytest.raises(ValueError, match=r"^train_dataset: expected at least 4 rows, .*, got 0$"):
+        make(tmp_path, train_dataset=dataset(4).select([]))
+    evaluated = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4}
+    with pytest.raises(ValueError, match=r"^eval_dataset: expected at least 1 row, got 0$"):
+        make(tmp_path, eval_dataset={"a": dataset(4), "b": dataset(4).select([])}, **evaluated)
+    run, _ = make(tmp_path, train_dataset=dataset(4).to_iterable_dataset().filter(lambda _: False))
+    with pytest.raises(ValueError, match=r"^train_dataset: expected at least 1 row, got an empty stream$"):
+        run.train()
+    for reward in (Killed, 3):
+        with pytest.raises(TypeError, match=r"^reward_funcs\[1\]: expected a function or a model, got "):
+            make(tmp_path, reward_funcs=[correct, reward])

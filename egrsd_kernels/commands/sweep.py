@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
             raise CommandError(f"a sweep needs {package}: {how_to_install('trl')}")
     from rich.console import Console
 
-    from ..sweeps import Cell, draw, read_cell, table, write_cells
+    from ..sweeps import Cell, draw, is_finished, read_cell, table, write_cells
 
     source = find_config(args.config)
     config = read_config(source)
@@ -63,21 +63,24 @@ def run(args: argparse.Namespace) -> None:
             raise CommandError(f"{option}: a sweep sets it; see --seeds and --output")
     if args.jobs < 1:
         raise CommandError(f"jobs: expected at least 1, got {args.jobs}")
+    seeds = args.seeds or [config.get("seed", 42)]
+    _check_grid(args.gamma, args.lookahead, seeds)
     output = args.output or Path(f"{source.stem}-sweep")
     copy = _keep_config(output / "config.yaml", source, args.overrides)
 
     # Under a schedule, γ = 0 is where it begins.
     constant = not any("gamma_schedule" in key.replace("-", "_") for key in (*config, *args.overrides))
     runs = {}
-    for gamma, lookahead, seed in product(args.gamma, args.lookahead, args.seeds or [config.get("seed", 42)]):
+    for gamma, lookahead, seed in product(args.gamma, args.lookahead, seeds):
         runs[gamma, lookahead, seed] = (gamma, 0 if gamma == 0 and constant else lookahead, seed)
     folders = {run: output / "gamma{}-lookahead{}-seed{}".format(*run) for run in runs.values()}
     commands = {
         folder: [*TRAIN, str(copy), *args.overrides, f"--output_dir={folder}"]
         + [f"--{name}={value}" for name, value in zip(KEYS, run, strict=True)]
-        + ["--resume"] * any(folder.glob("checkpoint-*"))
+        # Without a checkpoint a run begins anew, in the place of what it has left.
+        + ["--resume" if any(folder.glob("checkpoint-*")) else "--overwrite_output_dir=True"]
         for run, folder in folders.items()
-        if not (folder / "trainer_state.json").is_file()  # what `egrsd train` writes last
+        if not is_finished(folder)
     }
     statuses = train_all(commands, args.jobs)
 
@@ -97,6 +100,21 @@ def run(args: argparse.Namespace) -> None:
     if failed:
         reasons = "; ".join(dict.fromkeys(failed.values()))
         raise CommandError(f"{len(failed)} of {len(folders)} runs failed: {reasons}")
+
+
+def _check_grid(gammas: Sequence[float], lookaheads: Sequence[int], seeds: Sequence[int]) -> None:
+    """A CommandError for what every training would refuse, half a minute after its start."""
+    from ..inputs import integer, number
+
+    try:
+        for gamma in gammas:
+            number("gamma", gamma, low=0)
+        for lookahead in lookaheads:
+            integer("lookahead", lookahead, low=0)
+        for seed in seeds:
+            integer("seed", int(seed) if str(seed).isdecimal() else seed, low=0)  # a YAML's may be text
+    except (TypeError, ValueError) as error:
+        raise CommandError(str(error)) from error
 
 
 def _keep_config(copy: Path, source: Path, overrides: Sequence[str]) -> Path:

@@ -42,16 +42,14 @@ def run(args: argparse.Namespace) -> None:
     try:
         from ..trl.checkpoint import CheckpointError
         from ..trl.rewards import RewardError
-        from ..trl.run import last_checkpoint, make_trainer, train
+        from ..trl.run import find_checkpoint, make_trainer, train
         from ..trl.settings import parse_settings
     except ImportError as error:
         raise CommandError(f"training needs TRL: {how_to_install('trl')} ({error})") from error
     try:
         settings = parse_settings(config, args.overrides)
         training = settings[1]
-        checkpoint = last_checkpoint(training.output_dir) if args.resume else training.resume_from_checkpoint
-        if checkpoint and not Path(checkpoint).is_dir():
-            raise ValueError(f"resume_from_checkpoint: no such folder: {checkpoint}")
+        checkpoint = find_checkpoint(training, args.resume)
         trainer = make_trainer(*settings)
     except (ValueError, OSError, ImportError) as error:
         raise CommandError(str(error)) from error
@@ -84,9 +82,27 @@ def read_config(path: Path) -> dict[str, Any]:
     except ImportError as error:
         raise CommandError(f"YAML files need PyYAML: {how_to_install('trl')}") from error
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = yaml.load(path.read_text(encoding="utf-8"), _loader(path))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise CommandError(f"{path}: {error}") from error
     if not isinstance(config, dict):
         raise CommandError(f"{path}: expected keys and values, got {type(config).__name__}")
     return config
+
+
+def _loader(path: Path) -> type:
+    """yaml.SafeLoader, but for a key that is given twice: it would take the last."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def compose_mapping_node(self, anchor):  # before merges, which do repeat keys
+            node = super().compose_mapping_node(anchor)
+            lines = {}
+            for key, _ in node.value:
+                name, line = (key.tag, str(key.value)), key.start_mark.line + 1
+                if name in lines:
+                    raise CommandError(f"{path}: {key.value}: given twice, in lines {lines[name]} and {line}")
+                lines[name] = line
+            return node
+
+    return Loader

@@ -1,7 +1,10 @@
 """Settings of a training run: GRPOConfig's, and the method's own."""
 
+import json
 import math
+import os
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from trl import GRPOConfig
 
@@ -21,7 +24,7 @@ CHOICES = {
 AT_LEAST = {
     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
     "num_generations": 1, "num_iterations": 1, "max_completion_length": 1, "welford_warmup_steps": 1,
-    "teacher_copy_steps": 1, "chunk_mib": 1, "lookahead": 0, "rollout_steps": 0,
+    "teacher_copy_steps": 1, "chunk_mib": 1, "lookahead": 0, "rollout_steps": 0, "seed": 0, "data_seed": 0,
 }  # fmt: skip
 BOUNDS = {
     "learning_rate": {},
@@ -47,6 +50,21 @@ NOT_OURS = (
     "use_adaptive_entropy", "use_liger_kernel",
 )  # fmt: skip
 GROUP_ONLY = ("multi_objective_aggregation", "scale_rewards")
+PARALLEL = {"tp_size": "tensor", "cp_size": "context", "sp_size": "sequence"}
+
+# What makes a run another one: all settings of ours but these, and these of TRL's and of transformers'. Not how long it
+# is, nor what it logs, saves and writes.
+SAME_RUN = ("backend", "chunk_mib", "rollout_steps", "tau_low", "tau_high", "overwrite_output_dir", "resume_changed")
+OTHER_RUN = (
+    "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "chat_template_kwargs", "data_seed", "fp16",
+    "generation_batch_size", "generation_kwargs", "gradient_accumulation_steps", "learning_rate", "loss_type",
+    "lr_scheduler_kwargs", "lr_scheduler_type", "mask_truncated_completions", "max_completion_length", "max_grad_norm",
+    "min_p", "multi_objective_aggregation", "num_generations", "num_iterations", "optim", "optim_args",
+    "per_device_train_batch_size", "repetition_penalty", "reward_weights", "scale_rewards", "seed", "shuffle_dataset",
+    "steps_per_generation", "temperature", "top_k", "top_p", "warmup_ratio", "warmup_steps", "weight_decay",
+)  # fmt: skip
+# What says something of one kind of teacher only; whether a checkpoint's is of another kind, it knows itself.
+MOVING_TEACHER = {"ema": "teacher_ema_decay", "copy": "teacher_copy_steps"}
 
 
 @dataclass
@@ -126,8 +144,19 @@ class EGRSDConfig(GRPOConfig):
         default=0,
         metadata={"help": "Export the rollouts of every n-th step to output_dir/rollouts (JSON lines). 0: never."},
     )
+    # A name that transformers had until its version 5.
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Remove another run's checkpoints, rollouts and trainer_state.json from output_dir."},
+    )
+    resume_changed: bool = field(
+        default=False, metadata={"help": "Resume from a checkpoint although this run's settings are others."}
+    )
 
     def __post_init__(self):
+        self._check_parallelism()
+        why = "False: reward functions read the columns that it would remove"
+        expect(not self.remove_unused_columns, "remove_unused_columns", self.remove_unused_columns, why)
         # Before TRL divides by some of them.
         theirs = {f.name for f in fields(GRPOConfig)}
         checks = [(integer, name, {"low": low}) for name, low in AT_LEAST.items()]
@@ -175,6 +204,30 @@ class EGRSDConfig(GRPOConfig):
         self.gamma_end = number("gamma_end", self.gamma_end, low=0)
         if self.gamma_steps is not None:
             integer("gamma_steps", self.gamma_steps, low=1)
+
+    def _check_parallelism(self) -> None:
+        """A ValueError for what spreads a model or a sequence over processes: the loss would read parts as wholes."""
+        # Not every version of transformers has the field; `accelerate launch` passes it on in the environment.
+        parallelism = getattr(self, "parallelism_config", None)
+        launched = os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() == "true"
+        for name, kind in PARALLEL.items():
+            size = getattr(parallelism, name, None) or 1
+            if parallelism is None and launched:
+                size = int(os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}", "1"))
+            expect(size == 1, "parallelism_config", size, f"{name} 1, {kind} parallelism is not supported")
+        loading = self.model_init_kwargs if isinstance(self.model_init_kwargs, dict) else {}
+        for name in ("tp_plan", "tp_size", "device_mesh"):
+            value = loading.get(name)
+            if value not in (None, 1):
+                raise ValueError(f"model_init_kwargs: {name}: tensor parallelism is not supported, got {value!r}")
+
+    def of_the_run(self) -> dict[str, Any]:
+        """The settings that a run cannot change and remain the same run, as JSON has them."""
+        ours = {f.name for f in fields(self)} - {f.name for f in fields(GRPOConfig)}
+        names = ours.difference(SAME_RUN, ("teacher",), MOVING_TEACHER.values()).union(OTHER_RUN)
+        if self.teacher in MOVING_TEACHER:
+            names |= {"teacher", MOVING_TEACHER[self.teacher]}
+        return json.loads(json.dumps({name: getattr(self, name) for name in sorted(names) if hasattr(self, name)}))
 
     def gamma_at(self, step: int, max_steps: int) -> float:
         """γ of the optimizer step after ``step`` finished ones, in a run of ``max_steps``."""

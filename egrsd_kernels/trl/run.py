@@ -3,8 +3,8 @@
 import importlib
 import importlib.util
 import inspect
-import json
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +20,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from egrsd_kernels.inputs import integer
 from egrsd_kernels.teacher import TWO_TURN, Message
 
+from .checkpoint import Finished, check_start, last_checkpoint, step_of
 from .config import EGRSDConfig
 from .settings import RunArguments
 from .trainer import EGRSDTrainer
@@ -63,6 +64,9 @@ def make_trainer(arguments: RunArguments, config: EGRSDConfig, model: ModelConfi
     for name, reward in zip(arguments.reward_funcs, rewards, strict=True):
         _check_arguments(name, reward, train.column_names)
 
+    adapters = get_peft_config(model)
+    if adapters is not None:
+        adapters.target_modules = _target_modules(adapters.target_modules)
     quantization = get_quantization_config(model)
     if quantization is not None:
         options["quantization_config"] = quantization
@@ -75,7 +79,7 @@ def make_trainer(arguments: RunArguments, config: EGRSDConfig, model: ModelConfi
             config,
             train,
             evaluation,
-            peft_config=get_peft_config(model),
+            peft_config=adapters,
             teacher_template=template,
         )
     except TypeError as error:
@@ -84,22 +88,25 @@ def make_trainer(arguments: RunArguments, config: EGRSDConfig, model: ModelConfi
         raise
 
 
-def last_checkpoint(output_dir: str) -> str:
-    """The latest whole checkpoint in a run's folder, or a ValueError where there is none."""
-    numbered = {}
-    for state in Path(output_dir).glob("checkpoint-*/trainer_state.json"):  # what Trainer writes last
-        try:
-            numbered[json.loads(state.read_text(encoding="utf-8"))["global_step"]] = str(state.parent)
-        except (OSError, ValueError, KeyError):
-            continue  # killed while it was being written
-    if not numbered:
-        raise ValueError(f"resume: no checkpoint in {output_dir}")
-    return numbered[max(numbered)]
+def find_checkpoint(config: EGRSDConfig, resume: bool) -> str | None:
+    """What a run goes on from: the last checkpoint in its folder with ``resume``, else the one that it names, if any.
+
+    Raises:
+        ValueError: there is none, or what :func:`egrsd_kernels.trl.checkpoint.check_start` refuses.
+    """
+    checkpoint = last_checkpoint(config.output_dir) if resume else config.resume_from_checkpoint or None
+    check_start(config, checkpoint)  # the trainer looks at more, but only when the model is loaded
+    return checkpoint
 
 
 def train(trainer: EGRSDTrainer, checkpoint: str | None = None) -> None:
     """Train, from ``checkpoint`` on where one is given, and leave model and trainer_state.json in output_dir."""
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except Finished:
+        if step_of(trainer.args.output_dir) == trainer.state.global_step:
+            raise
+        # Ended after its last checkpoint, before what follows.
     trainer.save_model()
     trainer.save_state()  # last: whoever finds it knows that the run is complete
     trainer.accelerator.end_training()
@@ -108,18 +115,25 @@ def train(trainer: EGRSDTrainer, checkpoint: str | None = None) -> None:
 def load_splits(name: str, config: str | None = None) -> Mapping[str, Dataset]:
     """The splits of a data set: a file, a folder that save_to_disk wrote, or anything that load_dataset knows."""
     path = Path(name)
+    builder = BUILDERS.get(path.suffix.lower())
     try:
-        if path.suffix in BUILDERS:
+        if builder:
             if not path.is_file():
                 raise FileNotFoundError("no such file")
-            return load_dataset(BUILDERS[path.suffix], data_files=str(path))
+            return load_dataset(builder, data_files=str(path))
+        if path.is_file():
+            raise ValueError(f"expected a file that ends in {', '.join(BUILDERS)}, a folder, or a data set of the Hub")
         if (path / "dataset_dict.json").is_file():
             return load_from_disk(name)
         if (path / "state.json").is_file():
             return DatasetDict(train=load_from_disk(name))
         return load_dataset(name, config)
-    except (OSError, ValueError, DatasetsError) as error:
-        raise ValueError(f"dataset_name: {name}: {error.__cause__ or error}") from error
+    except (OSError, ValueError, DatasetsError, IndexError, StopIteration) as error:
+        cause = error.__cause__ or error
+        # Without rows, datasets looks for the first of no tables, or says that its split is no data.
+        empty = isinstance(cause, (IndexError, StopIteration)) or "corresponds to no data" in str(cause)
+        text = "expected rows, got none" if empty else cause
+        raise ValueError(f"dataset_name: {name}: {text}") from error
 
 
 def _split(splits: Mapping[str, Dataset], key: str, name: str) -> Dataset:
@@ -147,14 +161,24 @@ def load_reward(name: str) -> Callable[..., Any]:
             module = importlib.import_module(file)
         else:
             module = trl.rewards
-    except Exception as error:  # whatever the user's module raises
+    except (Exception, SystemExit) as error:  # whatever the user's module raises
         raise ValueError(f"reward_funcs: {name}: {type(error).__name__}: {error}") from error
     reward = getattr(module, function, None)
     if not callable(reward):
         known = [one for one in dir(module) if one.endswith("_reward") and not one.startswith("get_")]
         has = f"; TRL's own are {', '.join(known)}" if module is trl.rewards else ""
         raise ValueError(f"reward_funcs: {name}: no function {function!r} in {file or 'trl.rewards'}{has}")
+    if inspect.isclass(reward):
+        raise ValueError(
+            f"reward_funcs: {name}: expected a function, got the class {function!r}; give an instance a name"
+        )
     return reward
+
+
+def _target_modules(given: str | list[str] | None) -> str | list[str] | None:
+    """ModelConfig makes a list of one its entry, which PEFT reads as a pattern of whole names, not as a module's."""
+    plain = isinstance(given, str) and given != "all-linear" and re.fullmatch(r"[\w.]+", given)
+    return [given] if plain else given
 
 
 def _check_reporters(names: Sequence[str]) -> None:
@@ -169,7 +193,13 @@ def _check_reporters(names: Sequence[str]) -> None:
 def _check_arguments(name: str, reward: Callable[..., Any], columns: Sequence[str]) -> None:
     """A ValueError for an argument of a reward function that nothing will fill."""
     passed = [*PASSED, *(column for column in columns if column not in KEPT)]
-    for parameter in inspect.signature(reward).parameters.values():
+    try:
+        parameters = inspect.signature(reward).parameters.values()
+    except ValueError as error:  # some of what is written in C
+        raise ValueError(f"reward_funcs: {name}: {error}") from error
+    for parameter in parameters:
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            raise ValueError(f"reward_funcs: {name}: expected arguments by name, got the positional {parameter.name!r}")
         variable = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         if parameter.default is parameter.empty and not variable and parameter.name not in passed:
             raise ValueError(f"reward_funcs: {name}: no column {parameter.name!r}; it can have {', '.join(passed)}")

@@ -9,6 +9,7 @@ methods, each the narrowest that does the job:
     _prepare_inputs                   the loss's normaliser and entropy scale, over an optimizer step and all processes
     _compute_loss                     fused_egrsd_loss inside the model's own forward; metrics; export of rollouts
     log                               tokens per second begin anew
+    train                             which run goes on, in which folder
     _save_rng_state, _load_rng_state  everything else that a bit-exact resume needs
     _get_train_sampler                the same order of prompts after a resume
 
@@ -18,10 +19,11 @@ rollouts cost one teacher pass.
 """
 
 import functools
+import inspect
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,7 +40,16 @@ from egrsd_kernels.rollouts import write_rollouts
 from egrsd_kernels.teacher import TWO_TURN, Message
 from egrsd_kernels.torch_backend import lookahead_entropy
 
-from .checkpoint import ResumableSampler, load_state, save_state
+from .checkpoint import (
+    EndAtMaxSteps,
+    ResumableSampler,
+    begin,
+    identity,
+    last_checkpoint,
+    load_state,
+    reading,
+    save_state,
+)
 from .config import EGRSDConfig
 from .context import Reader, check_columns, check_rows, context_window, privileged_conversation, row_name
 from .export import rollout_file, rollouts_of
@@ -91,12 +102,15 @@ class EGRSDTrainer(GRPOTrainer):
             raise TypeError(f"args: expected an EGRSDConfig, got {type(args).__name__}")
         if not reward_funcs:
             raise ValueError("reward_funcs: expected at least one reward function")
+        for index, reward in enumerate(reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]):
+            if inspect.isclass(reward) or not (callable(reward) or isinstance(reward, str)):
+                raise TypeError(f"reward_funcs[{index}]: expected a function or a model, got {reward!r}")
         for name in ("tools", "environment_factory", "rollout_func"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name}: not supported, the teacher would not see what it adds to the prompt")
+        if (getattr(model, "_tp_size", None) or 1) > 1:
+            raise ValueError("model: expected one that is whole on each process, tensor parallelism is not supported")
         datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        for name, dataset in datasets.items():
-            check_columns(name, dataset, args.solution_column)
         if isinstance(train_dataset, Sized):  # else TRL would train nothing, and say nothing
             prompts = args.generation_batch_size // args.num_generations
             if len(train_dataset) < prompts:
@@ -104,7 +118,14 @@ class EGRSDTrainer(GRPOTrainer):
                     f"train_dataset: expected at least {prompts} rows, the prompts of one generation "
                     f"(generation_batch_size / num_generations), got {len(train_dataset)}"
                 )
+        for part in eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset]:
+            if isinstance(part, Sized) and not len(part) and args.eval_strategy != "no":
+                raise ValueError("eval_dataset: expected at least 1 row, got 0")
+        for name, dataset in datasets.items():
+            check_columns(name, dataset, args.solution_column)
         super().__init__(model, reward_funcs, args, **datasets, **kwargs)
+        if self.get_tp_size() > 1:
+            raise ValueError("deepspeed: expected autotp_size 1, tensor parallelism is not supported")
         if self.processing_class.chat_template is None:
             raise ValueError("processing_class: expected a tokenizer with a chat template, which this model's has not")
         if self._is_vlm:
@@ -135,6 +156,8 @@ class EGRSDTrainer(GRPOTrainer):
         self._export_failed = False
         self.reward_funcs = [checked(*pair) for pair in zip(self.reward_funcs, self.reward_func_names, strict=True)]
         self._named_infinite: set[str] = set()
+        self.add_callback(EndAtMaxSteps())
+        self._identity = identity(self)
         self._pace: dict[str, list] = {}  # by mode: tokens since the last log, and when their first step began
 
     def _prove(self) -> None:
@@ -153,11 +176,6 @@ class EGRSDTrainer(GRPOTrainer):
     @property
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
-
-    def _set_signature_columns_if_needed(self):
-        super()._set_signature_columns_if_needed()
-        if self.args.solution_column not in self._signature_columns:
-            self._signature_columns.append(self.args.solution_column)
 
     # ------------------------------------------------------------------------------------------- rewards, advantages
 
@@ -466,11 +484,33 @@ class EGRSDTrainer(GRPOTrainer):
         sampler.epoch = lambda: int(self.state.epoch or 0)
         return sampler
 
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """Trainer's; resume_from_checkpoint=True: from the last whole checkpoint in output_dir.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged or of another run, or output_dir holds another run; in one line.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+        if not isinstance(self.train_dataset, Sized) and next(iter(self.train_dataset), None) is None:
+            raise ValueError("train_dataset: expected at least 1 row, got an empty stream")
+        begin(self, resume_from_checkpoint or None)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)  # called on every process, and before trainer_state.json is written
         save_state(self, output_dir)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with reading(f"the model in {resume_from_checkpoint}"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with reading(f"the optimizer's state in {checkpoint}"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
     def _load_rng_state(self, checkpoint):
-        super()._load_rng_state(checkpoint)
-        if checkpoint is not None:
-            load_state(self, checkpoint)
+        with reading(f"the random or the run's own state in {checkpoint}"):
+            super()._load_rng_state(checkpoint)
+            if checkpoint is not None:
+                load_state(self, checkpoint)
