@@ -47,7 +47,8 @@ from transformers.models.auto.modeling_auto import (
 
 from benchmarks.measure import environment, write
 from egrsd_kernels import token_statistics
-from egrsd_kernels.trl.hidden import check_head, hand_out_hidden_states
+from egrsd_kernels.trl.hidden import hand_out_hidden_states
+from egrsd_kernels.trl.proof import prove_head
 
 TOLERANCE = 1e-4  # nat: 26 roundings of a float32 logit of 100; a head that is read otherwise is off by 1e-2 and more
 SECONDS = 60.0  # for an architecture
@@ -370,9 +371,8 @@ class Numbers(NamedTuple):
 
 def read_head(model: nn.Module) -> float | None:
     """What the trainer does at construction, and the only call into it: the softcap, or a ValueError."""
-    softcap = check_head(model)
     hand_out_hidden_states(model)
-    return softcap
+    return prove_head(model)
 
 
 def batch() -> tuple[Tensor, Tensor]:

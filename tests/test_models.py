@@ -61,7 +61,6 @@ def test_scaled_heads_are_right_or_refused(key):
     assert row["outcome"] in ("right", "refused"), row
 
 
-@pytest.mark.xfail(strict=True, reason="settings decide about a head, its logits do not")
 @pytest.mark.parametrize("key", UNREAD.values(), ids=UNREAD)
 def test_no_head_is_read_wrong(key):
     row = models.judge(architecture_of(key))
