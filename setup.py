@@ -8,6 +8,10 @@ TRL = ["trl>=1.15,<2", "datasets>=4.7", "peft>=0.17", "rich>=13", "matplotlib>=3
 BENCH = ["pytest>=8", "pytest-benchmark>=4", "matplotlib>=3.7", "transformers>=4.51", "peft>=0.14"]
 TEST = ["pytest>=8", "pytest-timeout>=2", "pytest-xdist>=3", "hypothesis>=6", "numpy>=1.26", "ruff>=0.6"]
 
+# torch 2.7 pins Triton 3.3, 2.8 3.4, 2.9 3.5: a higher bound would leave no CUDA build of the older ones. Triton's
+# interpreter, which the tests use on CPUs, needs numpy<2.4 before Triton 3.7.
+INSTALL = ["torch>=2.7", "triton>=3.3; platform_system == 'Linux'"]
+
 setup(
     name="egrsd-kernels",
     version="0.1.0",
@@ -19,7 +23,7 @@ setup(
     package_data={"egrsd_kernels.trl": ["presets/*.yaml"]},
     entry_points={"console_scripts": ["egrsd = egrsd_kernels.cli:main"]},
     python_requires=">=3.10",
-    install_requires=["torch>=2.7", "triton>=3.3; platform_system == 'Linux'"],
+    install_requires=INSTALL,
     extras_require={
         "train": TRAIN,
         "trl": TRL,

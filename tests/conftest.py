@@ -24,6 +24,7 @@ At extreme logits (±1e4) no float32 logit is better than Δz, so a row's gradie
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import math
 import os
 from dataclasses import dataclass, field
@@ -57,7 +58,17 @@ FEW_TOKENS = 256  # below, the kernels' roundings to bfloat16 do not average out
 LOGP_TOLERANCE = 2e-4  # nat: what the package promises for ordinary logits
 
 
+def interpreter_fault(triton: str, numpy: str) -> str | None:
+    """Why Triton's interpreter cannot run with these versions: up to 3.6 it makes scalars of arrays with one entry."""
+    old, new = (tuple(map(int, version.split(".")[:2])) for version in (triton, numpy))
+    return f"triton {triton}'s interpreter needs numpy<2.4, got {numpy}" if old < (3, 7) and new >= (2, 4) else None
+
+
 def pytest_configure(config):
+    if INTERPRETED:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # without Triton, none of its tests run
+            if fault := interpreter_fault(*map(importlib.metadata.version, ("triton", "numpy"))):
+                raise pytest.UsageError(fault)
     # Rows past the last valid one hold anything; the interpreter's numpy speaks up where a GPU computes in silence.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
     config.addinivalue_line("filterwarnings", "ignore:overflow encountered in reduce:RuntimeWarning")

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from egrsd_kernels.extras import how_to_install
+from tests.conftest import interpreter_fault
 from tests.doc_examples import ROOT
 
 TEXTS = ("*.py", "*.md", "*.yaml", "*.toml", "Makefile")
@@ -41,3 +42,8 @@ def test_no_hint_names_a_package_that_no_index_has():
         for match in hint.finditer(path.read_text(encoding="utf-8"))
     }
     assert not found
+
+
+def test_an_interpreter_that_cannot_run_here_is_one_line():
+    assert interpreter_fault("3.6.0", "2.4.6") == "triton 3.6.0's interpreter needs numpy<2.4, got 2.4.6"
+    assert not any(interpreter_fault(*pair) for pair in (("3.3.1", "2.3.5"), ("3.7.0", "2.4.6"), ("3.10.0", "2.4")))

@@ -374,7 +374,8 @@ def list_kernel(
             tile = tl.load(tile_of + r * col_tiles + i // (COLS // 32), mask=bits > 0, other=0)
             first = tile * COLS + i % (COLS // 32) * 32
             for _ in range(0, tl.max(bits, 0)):  # from each word its lowest bit
-                place = count_bits((word - 1) & ~word)
+                # ^ all ones is ~, which Triton 3.3's interpreter lacks for unsigned integers.
+                place = count_bits((word - 1) & (word ^ 0xFFFFFFFF))
                 tl.store(found + r * FOUND + k, first + place, mask=(word != 0) & (k < FOUND))
                 k += 1
                 word &= word - 1
@@ -551,7 +552,7 @@ def add_head_kernel(
     d = block * BLOCK + tl.arange(0, BLOCK)
     start = tl.load(first_of + v)
     end = tl.load(first_of + v + 1)
-    if (start < end) | EVERY:
+    if True if EVERY else start < end:
         if HEAD:
             kept = tl.load(head + v.to(tl.int64) * D + d, mask=d < D, other=0.0)
         total = tl.zeros([BLOCK], tl.float32)
