@@ -283,7 +283,8 @@ def token_ids(name: str, value: object) -> list[list[int]]:
 
 def _token_ids(name: str, index: int, row: object) -> list[int]:
     expected = f"token ids, integers of at least 0, in sequence {index}"
-    ids = [x.item() if isinstance(x, torch.Tensor) and x.ndim == 0 else x for x in _items(name, row, expected)]
+    ids = _items(name, row, expected)
+    ids = [tensor(name, x).tolist() if isinstance(x, torch.Tensor) else x for x in ids]  # of 0-d tensors, integers
     for x in ids:
         # int first, as nearly all are: isinstance asks Integral's registry.
         whole = type(x) is int or (isinstance(x, Integral) and not isinstance(x, bool))

@@ -16,13 +16,17 @@ import torch
 
 from .problem import TokenStats
 from .regimes import REGIMES, TAU_HIGH, TAU_LOW, token_regimes
-from .report_page import PAGE
+from .report_page import PAGE, POLICY
 
 NUMBERS = ("entropy", "lookahead_entropy", "gate", "magnitude", "log_ratio", "token_advantage")
 """Fields of :class:`Rollout` with one number for each token."""
 
 OPTIONAL_NUMBERS = ("student_logp", "teacher_logp")
 """The same, where known."""
+
+
+# HTML drops NUL or puts U+FFFD in its place, and shows no other control character: ␀, ␁ and so on say what was there.
+CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n\r"} | {127: 0x2421}
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,8 @@ class Rollout:
 
     ``prompt`` and ``reference`` are shown as text, ``tokens`` are the decoded tokens of the response, one string each.
     ``title`` is free, for example "step 40". ``vocab_size`` is V, ``step`` the optimizer step that the response was
-    sampled for; they may stay unknown. ``reward`` is None where nothing could judge the response.
+    sampled for; they may stay unknown. ``reward`` is None or NaN where nothing could judge the
+    response.
     """
 
     prompt: str
@@ -147,11 +152,12 @@ def write_token_report(
         codes = _regime_codes(rollout, log_v, tau_low, tau_high)
         counts.update(REGIMES[code] for code in codes)
         cards.append(_card(rollout, codes, (tau_low * log_v, tau_high * log_v)))
-    judged = [rollout.reward for rollout in rollouts if rollout.reward is not None]
+    judged = [rollout.reward for rollout in rollouts if rollout.reward is not None and math.isfinite(rollout.reward)]
     values = {
+        "policy": POLICY,
         "title": _escape(title),
         "summary": f"{_count(len(rollouts), 'rollout')}, {_count(counts.total(), 'response token')}, "
-        + (f"mean reward {sum(judged) / len(judged):.2f}." if judged else "unjudged."),
+        + (f"mean reward {_decimal(sum(judged) / len(judged))}." if judged else "unjudged."),
         "meanings": _meanings(tau_low, tau_high),
         "filters": _filters(counts),
         "only": " ".join(name for name in REGIMES if name in regimes),
@@ -206,6 +212,7 @@ def _card(rollout: Rollout, codes: Sequence[int], thresholds: tuple[float, float
     tone = "good" if rollout.advantage > 0 else "bad" if rollout.advantage < 0 else "flat"
     step = "" if rollout.step is None else f"step {rollout.step}"
     heading = " · ".join(filter(None, (step, rollout.title)))
+    unjudged = rollout.reward is None or math.isnan(rollout.reward)
     title = f'<span class="title">{_escape(heading)}</span>' if heading else ""
     reference = (
         f"<details><summary>Reference solution, seen by the teacher only</summary>"
@@ -222,8 +229,8 @@ def _card(rollout: Rollout, codes: Sequence[int], thresholds: tuple[float, float
     counts = " ".join(str(codes.count(code)) for code in range(len(REGIMES)))
     return (
         f'<article><div class="facts">{title}'
-        f'<span class="pill {tone}">{"unjudged" if rollout.reward is None else f"reward {rollout.reward:.2f}"}</span>'
-        f'<span class="pill {tone}">advantage {_signed(rollout.advantage)}</span>'
+        f'<span class="pill {tone}">{"unjudged" if unjudged else f"reward {_decimal(rollout.reward)}"}</span>'
+        f'<span class="pill {tone}">advantage {_decimal(rollout.advantage, "+")}</span>'
         f'<span class="count" data-counts="{counts}">{_count(len(rollout.tokens), "token")}</span></div>'
         f'<pre class="prompt">{_escape(rollout.prompt)}</pre>{reference}'
         f'<div class="trace"></div><div class="tokens" tabindex="0" role="group" aria-describedby="tip" '
@@ -251,11 +258,13 @@ def _script_json(value: object) -> str:
 
 def _escape(text: str) -> str:
     # A lone surrogate, half of a split character, has no UTF-8 form.
-    return html.escape(text.encode("utf-8", "replace").decode("utf-8"), quote=True)
+    return html.escape(text.encode("utf-8", "replace").decode("utf-8"), quote=True).translate(CONTROL_PICTURES)
 
 
-def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")
+def _decimal(value: float, sign: str = "") -> str:
+    if math.isnan(value):
+        return "–"
+    return f"{value:{sign}.2f}".replace("-", "−").replace("inf", "∞")
 
 
 def _count(number: int, noun: str) -> str:

@@ -13,7 +13,7 @@ states of each response token into (B, T, D) tensors whose entries [b, t] belong
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -36,11 +36,8 @@ TWO_TURN: tuple[Message, ...] = (
 
 def teacher_messages(
     prompt: str | Sequence[Message], solution: str, template: Sequence[Message] = TWO_TURN
-) -> list[dict[str, Any]]:
+) -> list[dict[str, str]]:
     """The teacher's conversation: the student's prompt x, then the reference solution s* as ``template`` words it.
-
-    Where the prompt ends and the template begins with the same role, the two messages become one, with a blank line
-    between them: many chat templates want roles to alternate.
 
     The result is what ``tokenizer.apply_chat_template(..., add_generation_prompt=True)`` takes. Some chat templates
     drop the reasoning of earlier turns (Qwen3's drops ``<think>…</think>``): a solution in such tags would be lost,
@@ -49,26 +46,16 @@ def teacher_messages(
     Args:
         prompt: the user's message, or the conversation that ends with it.
         solution: s*, the privileged reference solution.
-        template: messages that follow the prompt, with ``{solution}`` where the solution goes.
+        template: messages that follow the prompt, with ``{solution}`` where the solution goes. Many chat templates
+            want roles to alternate: it then begins with the assistant's, behind a prompt that ends with the user's.
     """
     # replace, not str.format: solutions and templates are full of LaTeX braces.
     if not any("{solution}" in message["content"] for message in template):
         raise ValueError("template: expected '{solution}' in one of its messages; without it the teacher knows no more")
     conversation = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    messages = [dict(message) for message in conversation]
-    added = [{**message, "content": message["content"].replace("{solution}", solution)} for message in template]
-    last, first = messages[-1] if messages else {}, added[0]
-    if last.get("role") == first["role"] and last.get("content") is not None:
-        messages[-1] = {**last, "content": _joined(last["content"], first["content"])}
-        del added[0]
-    return messages + added
-
-
-def _joined(content: str | list[Any], text: str) -> str | list[Any]:
-    """One message's content, text or a list of parts, and ``text`` behind a blank line."""
-    if isinstance(content, str):
-        return f"{content}\n\n{text}"
-    return [*content, {"type": "text", "text": f"\n\n{text}"}]
+    return [dict(message) for message in conversation] + [
+        {**message, "content": message["content"].replace("{solution}", solution)} for message in template
+    ]
 
 
 @dataclass(frozen=True)

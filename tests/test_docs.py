@@ -79,9 +79,8 @@ def test_from_grpo(tmp_path, monkeypatch):
     steps = [(type(trainer).__name__, trainer.state.global_step) for trainer in trainers]
     assert steps == [("GRPOTrainer", 2), ("EGRSDTrainer", 2), ("EGRSDTrainer", 0)]
     assert (trainers[1].args.gamma, trainers[1].args.lookahead) == (0.3, 3)
-    (message,) = names["messages"]
-    assert "?\n\nA correct solution, for reference:\n" in message["content"]
-    assert trainers[1].train_dataset[0]["solution"] in message["content"]
+    assert names["messages"][1]["content"].startswith("A correct solution, for reference:\n")
+    assert trainers[1].train_dataset[0]["solution"] in names["messages"][1]["content"]
     assert names["rlsd"].gamma == 0 and names["rlsd"].clip_eps == 0.2
     assert names["reinforce"].clip_eps == 0 and names["reinforce"].advantage == "welford"
     assert names["grpo"].advantage == "group" and names["grpo"].length_beta == 0

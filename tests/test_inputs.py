@@ -47,6 +47,8 @@ def bounds(*values: int, dtype=torch.int32) -> torch.Tensor:
     return torch.tensor(values, dtype=dtype)
 
 
+ones = torch.ones(B, T)
+
 # (arguments, error, name of the argument, what the message says it got, what it says it expects)
 BAD = {
     # student_hidden
@@ -238,6 +240,41 @@ BAD = {
         "torch.int64",
         "floating-point",
     ),
+    # what no distribution has
+    "advantages, infinite": (
+        padded(advantages=torch.tensor([1.0, math.inf, 0.0])),
+        ValueError,
+        "advantages",
+        "inf in a torch.float32 tensor of shape (3,)",
+        "no infinity",
+    ),
+    "logp, positive": (given(teacher_logp=with_value(-ones, 0.1)), ValueError, "teacher_logp", "0.1", "at most 0"),
+    "logp, infinite": (given(teacher_logp=with_value(-ones, math.inf)), ValueError, "teacher_logp", "inf", "at most 0"),
+    "logp, NaN": (given(teacher_logp=with_value(-ones, NAN)), ValueError, "teacher_logp", "nan", "at most 0"),
+    "entropy, negative": (
+        given(teacher_entropy=with_value(ones, -0.5)),
+        ValueError,
+        "teacher_entropy",
+        "-0.5",
+        "at least 0",
+    ),
+    "entropy, NaN": (given(teacher_entropy=with_value(ones, NAN)), ValueError, "teacher_entropy", "nan", "finite"),
+    "entropy, infinite": (
+        given(teacher_entropy=with_value(ones, math.inf)),
+        ValueError,
+        "teacher_entropy",
+        "inf",
+        "finite",
+    ),
+    "bias without a teacher": (given(teacher_bias=zeros(V)), ValueError, "teacher_bias", "(61,)", "None"),
+    # as many sequences as tokens
+    "ambiguous": (
+        packed(cu_seqlens=bounds(0, *[5] * 5, *range(6, 15)), advantages=zeros(N)),
+        ValueError,
+        "advantages",
+        "shape (14,), as many as 14 sequences or 14 tokens",
+        "without empty sequences",
+    ),
 }
 
 SCALARS = {
@@ -255,6 +292,10 @@ SCALARS = {
         (torch.ones(1), ValueError),
         (torch.tensor(-1.0), ValueError),
         (torch.tensor(NAN), ValueError),
+        (torch.tensor(math.inf), ValueError),
+        (1e39, ValueError),  # infinite in float32
+        (torch.tensor(1e39, dtype=torch.float64), ValueError),
+        (torch.tensor(True), TypeError),
     ],
     "min_entropy_scale": [(0.0, ValueError), (-1.0, ValueError), (True, TypeError), ("1", TypeError)],
     "temperature": [(0, ValueError), (-1.0, ValueError), (math.inf, ValueError), (True, TypeError), (None, TypeError)],
@@ -268,7 +309,14 @@ SCALARS = {
         (torch.ones(2), ValueError),
         (torch.tensor(0), ValueError),
         (torch.tensor(NAN), ValueError),
+        (torch.tensor(math.inf), ValueError),
+        (1e39, ValueError),
+        (torch.tensor(1e39, dtype=torch.float64), ValueError),
+        (torch.tensor(True), TypeError),
+        (torch.tensor(1j), TypeError),
     ],
+    "return_stats": [(1, TypeError), ("yes", TypeError), (None, TypeError), (torch.tensor(True), TypeError)],
+    "grad_mode": [("Exact", ValueError), (None, ValueError), (["exact"], ValueError)],
     "data_group": [("world", TypeError), (0, TypeError)],
     "chunk_bytes": [(0, ValueError), (-5, ValueError), (2.0**20, TypeError), (True, TypeError), (None, TypeError)],
     "backend": [("cuda", ValueError), (None, ValueError), (1, ValueError), ("Triton", ValueError)],
@@ -366,6 +414,128 @@ def test_what_is_masked_is_not_checked():
         fused_egrsd_loss(**case)
     case["mask"][1, 2] = False
     assert fused_egrsd_loss(**case).isfinite()
+
+
+STRANGE = {
+    "sparse": (lambda x: x.to_sparse(), "a dense tensor", "torch.sparse_coo"),
+    "nested": (lambda x: torch.nested.nested_tensor([zeros(2), zeros(3)]), "a dense tensor", "a nested"),
+    "jagged": (
+        lambda x: torch.nested.nested_tensor([zeros(2), zeros(3)], layout=torch.jagged),
+        "a dense tensor",
+        "a nested",
+    ),
+    "quantised": (
+        lambda x: torch.quantize_per_tensor(x.float(), 1.0, 0, torch.quint8),
+        "a dense tensor",
+        "torch.quint8",
+    ),
+    "string": (lambda x: "abc", "a", "'abc'"),
+    "complex": (lambda x: x.to(torch.complex64), "", "torch.complex64"),
+    "float8": (lambda x: x.float().to(torch.float8_e4m3fn), "", "torch.float8_e4m3fn"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch's own, of quantised and nested tensors
+@pytest.mark.parametrize("kind", STRANGE)
+@pytest.mark.parametrize("precision", ["plain", "autocast"])
+def test_tensors_that_no_kernel_takes(kind, precision):
+    """One line for every tensor argument; also under autocast, which casts what it is given."""
+    change, expected, got = STRANGE[kind]
+    cases = [(padded(mask=ones), n) for n in ("student_hidden", "student_weight", "student_bias", "teacher_hidden")]
+    cases += [(padded(mask=ones), n) for n in ("target_ids", "advantages", "mask")]
+    cases += [(padded(teacher_weight=zeros(V, D)), "teacher_weight"), (packed(), "cu_seqlens")]
+    cases += [(given(), n) for n in ("teacher_logp", "teacher_entropy")]
+    cases += [(padded(normalizer=torch.tensor(2.0)), "normalizer")]
+    for case, name in cases:
+        case[name] = change(case[name])
+        with pytest.raises(TypeError) as caught, torch.autocast("cpu", enabled=precision == "autocast"):
+            fused_egrsd_loss(**case)
+        assert "\n" not in str(caught.value)
+        wanted = "" if isinstance(case[name], str) and name == "normalizer" else expected
+        check_message(caught.value, name, got, wanted)
+
+
+@pytest.mark.parametrize("name", ["student_hidden", "normalizer", "entropy_scale"])
+def test_a_tensor_on_meta(name):
+    values = {"student_hidden": zeros(B, T, D, device="meta"), "normalizer": torch.tensor(2.0, device="meta")}
+    values["entropy_scale"] = values["normalizer"]
+    with pytest.raises(ValueError) as caught:
+        fused_egrsd_loss(**padded(**{name: values[name]}))
+    check_message(caught.value, name, "on meta", "a tensor that holds values")
+
+
+def test_a_message_is_one_line_of_reasonable_length():
+    with pytest.raises(TypeError) as caught:
+        fused_egrsd_loss(**padded(student_hidden=[[0.0] * 1000] * 1000))
+    assert len(str(caught.value)) < 300
+    with pytest.raises(ValueError, match=r"^gamma: expected a finite number at least 0, got 1000.*…$"):
+        fused_egrsd_loss(**padded(gamma=10**400))
+    numpy = pytest.importorskip("numpy")
+    with pytest.raises(TypeError) as caught:
+        fused_egrsd_loss(**padded(advantages=numpy.zeros((3, 3))))
+    assert "\n" not in str(caught.value)
+    check_message(caught.value, "advantages", "array(", "a tensor")
+
+
+def test_as_many_sequences_as_tokens():
+    """One token each: both readings of the advantages are the same. One empty sequence less: no ambiguity either."""
+    case = packed(cu_seqlens=bounds(*range(N + 1)), advantages=torch.linspace(-1, 1, N))
+    assert fused_egrsd_loss(**case).isfinite()
+    with_empty = bounds(0, *[5] * 4, *range(6, 15))  # 13 sequences of 14 tokens
+    for count in (N, N - 1):
+        assert fused_egrsd_loss(**packed(cu_seqlens=with_empty, advantages=torch.linspace(-1, 1, count))).isfinite()
+
+
+def test_one_a_token_wins_where_values_cannot_be_seen(monkeypatch):
+    monkeypatch.setattr(inputs, "values_checked", lambda tensor: False)
+    advantages = torch.linspace(-1, 1, N)
+    case = packed(cu_seqlens=bounds(0, *[5] * 5, *range(6, 15)), advantages=advantages)
+    _, stats = fused_egrsd_loss(**case, return_stats=True)
+    assert torch.equal(stats.token_advantage.sign(), advantages.sign())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_what_rounding_leaves_is_accepted(dtype):
+    """z_y - logsumexp(z), in the dtype of logits of up to 50, of tokens with p = 1; and -inf, which a mask leaves."""
+    logits = torch.full((18, V), -50.0, dtype=dtype)
+    logits[:, 0] = torch.linspace(-50, 50, 18)
+    logits[:, 1] = logits[:, 0] - 6
+    logp = (logits[:, 0] - logits.float().logsumexp(1).to(dtype)).view(B, T)
+    rounding = torch.finfo(dtype).eps * 16
+    logp[0, :3] = torch.tensor([rounding, 1e-7, -math.inf])
+    entropy = torch.full((B, T), -rounding, dtype=dtype)
+    assert fused_egrsd_loss(**given(teacher_logp=logp, teacher_entropy=entropy)).isfinite()
+    with pytest.raises(ValueError, match=r"^teacher_logp: .*, got 0\.5"):
+        fused_egrsd_loss(**given(teacher_logp=with_value(logp, 0.5), teacher_entropy=entropy))
+    with pytest.raises(ValueError, match=r"^teacher_entropy: .*, got -0\.5"):
+        fused_egrsd_loss(**given(teacher_logp=logp, teacher_entropy=with_value(entropy, -0.5)))
+
+
+@pytest.mark.parametrize("size", [1.0, 30.0, 1000.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_statistics_of_the_package_are_accepted(size, dtype):
+    """Whatever token_statistics gives of its own inputs, logits of thousands included."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(64, 32, dtype=dtype), size * torch.randn(V, 32, dtype=dtype)
+    target = (hidden.float() @ weight.float().T).argmax(1)
+    logp, entropy, _ = token_statistics(hidden, weight, target)
+    arguments = {"teacher_logp": logp, "teacher_entropy": entropy}
+    assert fused_egrsd_loss(hidden, weight, None, target, torch.ones(64), **arguments).isfinite()
+
+
+def test_what_is_masked_may_hold_anything():
+    mask = torch.ones(B, T, dtype=torch.bool)
+    mask[-1, -1] = False
+    strange = {"teacher_logp": with_value(-ones, NAN), "teacher_entropy": with_value(ones, -3)}
+    strange["advantages"] = with_value(ones, math.inf)
+    assert fused_egrsd_loss(**given(mask=mask, **strange)).isfinite()
+
+
+@pytest.mark.parametrize("dtype", inputs.INTEGERS)
+def test_every_integer_dtype_is_one_of_ids_and_masks(dtype):
+    want = fused_egrsd_loss(**padded(mask=ones.bool()))
+    case = padded(mask=ones.to(dtype))
+    assert torch.equal(fused_egrsd_loss(**case | {"target_ids": case["target_ids"].to(dtype)}), want)
 
 
 def test_numpy_scalars_are_numbers():

@@ -486,6 +486,26 @@ def test_hostile_text_odd_numbers_and_nothing(browser, tmp_path):
     assert browser.run("return state(2)") == at(0, "mid", of=1)
 
 
+def test_markup_that_got_in_runs_and_loads_nothing(opened):
+    """Were a text ever to become markup, the page's policy stops what it asks for."""
+    blocked = opened.run("""
+        const found = [];
+        addEventListener("securitypolicyviolation", event => found.push(event.effectiveDirective));
+        const pixel = "data:image/gif;base64,R0lGODlhAQABAAAAACw=";
+        document.body.insertAdjacentHTML("beforeend", `<p onclick="document.title = 'owned'" style="color: red">x</p>
+          <img src="${pixel}"><iframe srcdoc="x" src="data:text/html,x"></iframe>`);
+        document.body.lastElementChild.previousElementSibling.previousElementSibling.click();
+        const script = document.createElement("script");
+        script.textContent = "document.title = 'owned'";
+        document.body.append(script);
+        await fetch("data:,x").catch(() => 0);
+        await new Promise(done => setTimeout(done, 100));
+        return found.sort();
+    """)
+    assert {"connect-src", "img-src", "script-src-attr", "script-src-elem", "style-src-attr"} <= set(blocked)
+    assert opened.run("return document.title") == "Sampled rollouts"
+
+
 def test_many_long_rollouts(browser, tmp_path):
     """200 rollouts of 1,000 tokens: a page of bounded size, made and opened in bounded time."""
     words = [f" w{index}" for index in range(1000)]

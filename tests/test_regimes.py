@@ -48,6 +48,45 @@ def test_no_valid_token():
     assert set(regime_shares(token_regimes(nothing, nothing)).values()) == {0.0}
 
 
+def test_a_nan_of_a_run_that_diverged_is_mid():
+    entropy = torch.tensor([float("nan"), 0.0])
+    assert token_regimes(entropy, entropy).tolist() == [Regime.MID, Regime.LOCK]
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"normalised_entropy": [0.0]}, TypeError, r"normalised_entropy: expected a tensor, got \[0.0\]"),
+        (
+            {"normalised_entropy": torch.zeros(3, dtype=torch.complex64)},
+            TypeError,
+            "normalised_entropy: expected .*real",
+        ),
+        ({"normalised_lookahead_entropy": "low"}, TypeError, "normalised_lookahead_entropy: .*, got 'low'"),
+        ({"normalised_lookahead_entropy": torch.zeros(3, device="meta")}, ValueError, "normalised_look.* on meta"),
+        ({"mask": [1, 1, 0]}, TypeError, r"mask: expected a tensor, got \[1, 1, 0\]"),
+        ({"mask": torch.tensor([0, 1, 2])}, ValueError, "mask: expected only 0 and 1"),
+        ({"tau_low": "low"}, TypeError, "tau_low: expected a number, got 'low'"),
+        ({"tau_low": float("nan")}, ValueError, "tau_low: expected a finite number, got nan"),
+        ({"tau_high": True}, TypeError, "tau_high: expected a number, got True"),
+    ],
+)
+def test_what_is_no_entropy_mask_or_threshold(changes, error, message):
+    arguments = {"normalised_entropy": torch.zeros(3), "normalised_lookahead_entropy": torch.zeros(3)}
+    with pytest.raises(error, match=f"^{message}"):
+        token_regimes(**arguments | changes)
+
+
+def test_what_is_no_regime():
+    assert regime_shares(torch.tensor([-1, 0, 3], dtype=torch.int8))["mid"] == 0.5
+    with pytest.raises(TypeError, match=r"^codes: expected a tensor, got \[0\]"):
+        regime_shares([0])
+    with pytest.raises(TypeError, match=r"^codes: expected an integer tensor.*, got a torch.float32"):
+        regime_shares(torch.zeros(2))
+    with pytest.raises(ValueError, match=r"^codes: expected codes of -1 to 3, got 4 in"):
+        regime_shares(torch.tensor([0, 4]))
+
+
 def test_bad_input_names_the_argument():
     entropy = torch.zeros(3)
     with pytest.raises(ValueError, match=r"^normalised_lookahead_entropy"):

@@ -1,3 +1,5 @@
+import base64
+import hashlib
 import html.parser
 import json
 import math
@@ -29,6 +31,13 @@ class Page(html.parser.HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
         self._script = dict(attrs).get("type", "code") if tag == "script" else ""
+
+    def policy(self) -> str:
+        """The one that is read before anything it could hold for."""
+        head = [tag for tag, _ in self.tags]
+        (index,) = (i for i, (_, a) in enumerate(self.tags) if a.get("http-equiv") == "Content-Security-Policy")
+        assert index < min(head.index("style"), head.index("script"), head.index("title"))
+        return self.tags[index][1]["content"]
 
     def handle_endtag(self, tag):
         self._script = ""
@@ -66,10 +75,43 @@ def test_every_text_is_escaped(tmp_path):
 
 def test_loads_nothing(tmp_path):
     text, page = write(tmp_path, rollout(["a"], reference="b"))
-    assert not re.search(r"https?:|//\w|@import|url\(", text)
+    policy = page.policy()
+    assert not re.search(r"https?:|//\w|@import|url\(", text.replace(policy, ""))
     assert not any({"src", "href"} & attributes.keys() for _, attributes in page.tags)
     assert not {"link", "img", "iframe"} & {tag for tag, _ in page.tags}
     assert not re.search(r"\{\{\w+\}\}", text)  # every placeholder is filled
+
+
+def test_the_policy_admits_this_style_and_this_script_alone(tmp_path):
+    text, page = write(tmp_path, rollout(["a"], reference="b"), title="{{policy}}")
+    policy = dict(part.split(" ", 1) for part in page.policy().split("; "))
+    assert policy["default-src"] == policy["base-uri"] == policy["form-action"] == "'none'"
+    for tag in ("style", "script"):
+        (code,) = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+        assert policy[f"{tag}-src"] == f"'sha256-{digest}'"
+    assert not any(name.startswith("on") or name == "style" for _, attributes in page.tags for name in attributes)
+
+
+def test_control_characters_are_seen(tmp_path):
+    told = "a\0b\x1b[0m\x7f\tc\nd"
+    text, page = write(tmp_path, rollout([told], prompt=told, reference=told, title=told), title=told)
+    assert not set(text) & {chr(code) for code in (*range(9), 11, 12, *range(14, 32), 127)}
+    assert page.text.count("a␀b␛[0m␡\tc\nd") == 5
+    assert page.cards[0]["tokens"] == [told]  # where the script shows U+0000
+
+
+@pytest.mark.parametrize(
+    "reward, shown",
+    [(None, "unjudged"), (math.nan, "unjudged"), (torch.tensor(math.nan), "unjudged"), (math.inf, "reward ∞"),
+     (-math.inf, "reward −∞"), (-0.5, "reward −0.50")],
+)  # fmt: skip
+def test_rewards_that_are_no_number(tmp_path, reward, shown):
+    text, page = write(tmp_path, rollout(["a"], reward=reward, advantage=math.nan), rollout(["a"], reward=1.5))
+    assert f'<span class="pill flat">{shown}</span><span class="pill flat">advantage –</span>' in text
+    assert f"2 response tokens, mean reward {'0.50' if reward == -0.5 else '1.50'}." in page.text
+    _, page = write(tmp_path, rollout(["a"], reward=reward))
+    assert ("1 response token, unjudged." in page.text) == (reward != -0.5)
 
 
 def test_tokens_carry_regime_and_numbers(tmp_path):

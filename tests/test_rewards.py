@@ -39,6 +39,17 @@ def test_correct_beats_wrong_and_short_beats_long(max_length, beta, data):
         (ValueError, "correct", (torch.tensor([float("nan")]), torch.tensor([1]), 4)),
         (ValueError, "max_length", (torch.tensor([True]), torch.tensor([0]), 0)),
         (ValueError, "beta", (torch.tensor([True]), torch.tensor([1]), 4, -0.1)),
+        (ValueError, "beta: .*got nan", (torch.tensor([True]), torch.tensor([1]), 4, float("nan"))),
+        (TypeError, "beta: .*got '0.5'", (torch.tensor([True]), torch.tensor([1]), 4, "0.5")),
+        (ValueError, "max_length: .*got inf", (torch.tensor([True]), torch.tensor([1]), float("inf"))),
+        (TypeError, "max_length: .*got None", (torch.tensor([True]), torch.tensor([1]), None)),
+        (TypeError, "max_length: .*got True", (torch.tensor([True]), torch.tensor([1]), True)),
+        (ValueError, "correct: .*0 for an answer that cannot be verified", (torch.tensor([2]), torch.tensor([1]), 4)),
+        (TypeError, "correct: .*torch.complex64", (torch.ones(1, dtype=torch.complex64), torch.tensor([1]), 4)),
+        (TypeError, "lengths: .*torch.complex64", (torch.tensor([1]), torch.ones(1, dtype=torch.complex64), 4)),
+        (TypeError, "correct: expected a dense", (torch.ones(1).to_sparse(), torch.tensor([1]), 4)),
+        (ValueError, "correct: .*on meta", (torch.ones(1, device="meta"), torch.tensor([1]), 4)),
+        (ValueError, "lengths: .*got nan", (torch.tensor([1]), torch.tensor([float("nan")]), 4)),
     ],
 )
 def test_bad_input_names_the_argument(error, name, arguments):

@@ -132,21 +132,8 @@ def test_template_and_conversation_can_be_given():
     conversation = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "x?"}]
     template = [{"role": "user", "content": r"Hint: \frac{1}{2} {solution}"}]
     messages = teacher_messages(conversation, r"\boxed{3} {solution}", template)
-    expected = "x?\n\n" + r"Hint: \frac{1}{2} \boxed{3} {solution}"
-    assert messages == [conversation[0], {"role": "user", "content": expected}]
-    assert messages[0] is not conversation[0] and conversation[1]["content"] == "x?"
-
-
-def test_one_role_in_a_row_is_one_message_where_prompt_and_template_meet():
-    template = [{"role": "user", "content": "Hint: {solution}"}, {"role": "user", "content": "Now."}]
-    assert teacher_messages("x?", "s", template) == [{"role": "user", "content": "x?\n\nHint: s"}, template[1]]
-    parts = [{"type": "text", "text": "x?"}]
-    assert teacher_messages([{"role": "user", "content": parts, "name": "a"}], "s", template[:1]) == [
-        {"role": "user", "content": [*parts, {"type": "text", "text": "\n\nHint: s"}], "name": "a"}
-    ]
-    assert len(parts) == 1
-    call = {"role": "assistant", "content": None, "tool_calls": [{}]}
-    assert teacher_messages([call], "s", TWO_TURN)[:2] == [call, {"role": "assistant", "content": "s"}]
+    assert messages == [*conversation, {"role": "user", "content": r"Hint: \frac{1}{2} \boxed{3} {solution}"}]
+    assert messages[0] is not conversation[0]
 
 
 @pytest.mark.parametrize(
@@ -165,3 +152,111 @@ def test_one_role_in_a_row_is_one_message_where_prompt_and_template_meet():
 def test_bad_input_says_what(name, call):
     with pytest.raises(ValueError, match=f"^{name}"):
         call()
+
+
+def align(**changes):
+    arguments = {"student_prompts": [[1]], "teacher_prompts": [[1, 2]], "responses": [[3]], "pad_token_id": PAD}
+    return align_responses(**arguments | changes)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [(3,)], torch.tensor([[3]]), [torch.tensor([3], dtype=torch.int32)], [[torch.tensor(3)]], [range(3, 4)],
+    ],
+)  # fmt: skip
+def test_what_holds_token_ids(ids):
+    assert align(responses=ids).target_ids.tolist() == [[3]]
+
+
+def test_arrays_hold_token_ids():
+    numpy = pytest.importorskip("numpy")
+    for ids in (numpy.array([[3]]), [numpy.array([3], dtype=numpy.uint8)], [[numpy.int64(3)]]):
+        assert align(responses=ids).target_ids.tolist() == [[3]]
+    assert align(responses=[numpy.array([])]).target_ids.shape == (1, 0)
+    for ids in (numpy.array([[3.0]]), [numpy.array([True])], [[numpy.float32(3)]]):
+        with pytest.raises(
+            TypeError, match=r"^responses: expected token ids, integers of at least 0, in sequence 0, got"
+        ):
+            align(responses=ids)
+
+
+@pytest.mark.parametrize("name", ["student_prompts", "teacher_prompts", "responses"])
+@pytest.mark.parametrize(
+    "ids, error, got",
+    [
+        ([[1.5]], TypeError, "1.5"),
+        ([[2.0]], TypeError, "2.0"),
+        ([[True]], TypeError, "True"),
+        ([[None]], TypeError, "None"),
+        ([["1"]], TypeError, "'1'"),
+        (["text"], TypeError, "'text'"),
+        ([b"text"], TypeError, "b'text'"),
+        ([3], TypeError, "3"),
+        ([[[3]]], TypeError, r"\[3\]"),
+        ([{"input_ids": [3]}], TypeError, "{'input_ids'"),
+        ("text", TypeError, "'text'"),
+        (None, TypeError, "None"),
+        (3, TypeError, "3"),
+        (torch.tensor([[3.0]]), TypeError, "3.0"),
+        (torch.ones(1, 1, dtype=torch.complex64), TypeError, r"\(1\+0j\)"),
+        (torch.ones(1, 1, dtype=torch.int64).to_sparse(), TypeError, "a torch.sparse_coo"),
+        ([[-1]], ValueError, "-1"),
+        ([[2**63]], ValueError, f"{2**63}"),
+        (torch.ones(1, 1, device="meta"), ValueError, "a torch.float32 tensor .* on meta"),
+        ([[torch.ones((), device="meta")]], ValueError, "a torch.float32 tensor .* on meta"),
+    ],
+)
+def test_what_is_no_token_id(name, ids, error, got):
+    with pytest.raises(error, match=rf"^{name}: expected .*, got {got}"):
+        align(**{name: ids})
+    if name == "responses":
+        with pytest.raises(error, match=rf"^sequences: expected .*, got {got}"):
+            pad_inputs(ids, PAD)
+
+
+M, L = torch.ones(2, 3), torch.tensor([1, 2])
+HIDDEN, POSITIONS = torch.zeros(2, 3, 4), torch.tensor([[0], [2]])
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: align(pad_token_id=None), TypeError, "pad_token_id: expected an integer, got None"),
+        (lambda: align(pad_token_id=1.0), TypeError, "pad_token_id: expected an integer, got 1.0"),
+        (lambda: align(pad_token_id=-100), ValueError, "pad_token_id: expected at least 0, got -100"),
+        (lambda: align(padding_side=["left"]), ValueError, "padding_side: expected 'left' or 'right'"),
+        (lambda: pad_inputs([], PAD), ValueError, "sequences: expected at least one"),
+        (lambda: response_positions([[1]], L), TypeError, "attention_mask: expected a tensor"),
+        (lambda: response_positions(M[0], L), ValueError, r"attention_mask: expected shape \(B, L\)"),
+        (lambda: response_positions(2 * M, L), ValueError, "attention_mask: expected only 0 and 1"),
+        (lambda: response_positions(-M / 0, L), ValueError, "attention_mask: expected only 0 and 1"),
+        (lambda: response_positions(M.to("meta"), L), ValueError, "attention_mask: .* on meta"),
+        (lambda: response_positions(M, [1, 2]), TypeError, r"response_lengths: expected a tensor, got \[1, 2\]"),
+        (lambda: response_positions(M, L.float()), TypeError, "response_lengths: expected an integer tensor"),
+        (lambda: response_positions(M, L[:1]), ValueError, r"response_lengths: expected shape \(2,\)"),
+        (lambda: response_positions(M, -L), ValueError, r"response_lengths: expected at least 0 .*got \[-1, -2\]"),
+        (lambda: response_positions(M[:0], L[:0]), ValueError, "attention_mask: expected .*B > 0, or a width"),
+        (lambda: response_positions(M, L, 1.5), TypeError, "width: expected an integer, got 1.5"),
+        (lambda: response_positions(M, L, -1), ValueError, "width: expected at least 0, got -1"),
+        (lambda: response_hidden("h", POSITIONS), TypeError, "hidden: expected a tensor, got 'h'"),
+        (lambda: response_hidden(HIDDEN.long(), POSITIONS), TypeError, "hidden: expected a floating-point"),
+        (lambda: response_hidden(HIDDEN.to_sparse(), POSITIONS), TypeError, "hidden: expected a dense tensor"),
+        (lambda: response_hidden(HIDDEN, [[0], [1]]), TypeError, "positions: expected a tensor"),
+        (lambda: response_hidden(HIDDEN, POSITIONS.float()), TypeError, "positions: expected an integer tensor"),
+        (lambda: response_hidden(HIDDEN, POSITIONS + 1), ValueError, r"positions: expected .* in \[0, 3\), got 3"),
+        (lambda: response_hidden(HIDDEN, POSITIONS - 1), ValueError, r"positions: expected .* in \[0, 3\), got -1"),
+        (lambda: response_hidden(HIDDEN, POSITIONS.to("meta")), ValueError, "positions: .* on meta"),
+    ],
+)
+def test_what_cannot_be_right_is_one_line(call, error, message):
+    with pytest.raises(error, match=f"^{message}") as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def test_positions_of_every_integer_dtype():
+    for dtype in (torch.int32, torch.uint8, torch.int16):
+        positions = response_positions(M.bool(), L.to(dtype), 2)
+        assert torch.equal(positions, response_positions(M, L))
+        assert torch.equal(response_hidden(HIDDEN, positions.to(dtype)), response_hidden(HIDDEN, positions))

@@ -7,9 +7,15 @@ import math
 
 import pytest
 import torch
+import torch.utils.flop_counter
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
-from egrsd_kernels import fused_egrsd_loss, linear_logp, token_statistics
+from egrsd_kernels import fused_egrsd_loss, inputs, linear_logp, token_statistics
+from egrsd_kernels.regimes import token_regimes
+from egrsd_kernels.rewards import length_shaped_reward
+from egrsd_kernels.teacher import response_hidden, response_positions
 from reference import egrsd_loss
 from tests.conftest import (
     CPU_COMBOS,
@@ -385,6 +391,91 @@ def test_compile(combo):
     assert torch.equal(eager, compiled)
     for x, y in zip(*(torch.autograd.grad(z, [*leaves.values()]) for z in (eager, compiled)), strict=True):
         assert torch.equal(x, y)
+
+
+# ------------------------------------------------------------------------------------------------ tracing
+
+
+def checked(hidden, ids, mask, advantages, logp, entropy, scale, lengths, attention, positions):
+    """Everything that looks at values, on values that are wrong."""
+    inputs.hidden_states("hidden", hidden)
+    flat, valid = inputs.targets(ids, hidden, 7, mask)
+    boundaries = inputs.boundaries(None, hidden)
+    sequence = inputs.sequence_of(boundaries, valid.numel())
+    per_token = inputs.token_advantages(advantages, hidden, valid, sequence, boundaries.numel() - 1)
+    statistics = inputs.teacher_statistic("teacher_logp", logp, ids, valid)
+    statistics = statistics + inputs.teacher_statistic("teacher_entropy", entropy, ids, valid)
+    scale = inputs.scalar("normalizer", scale, valid, torch.float32)
+    codes = token_regimes(entropy, entropy, mask=mask)
+    rewards = length_shaped_reward(mask[:, 0], lengths, 1)
+    rows = response_hidden(hidden, positions)
+    where = response_positions(attention, lengths, 2)
+    return sum(x.sum() for x in (flat, per_token, statistics, scale, codes, rewards, rows, where))
+
+
+def wrong_values() -> list[torch.Tensor]:
+    twos = torch.full((2, 4), 2)
+    return [
+        torch.zeros(2, 4, 5), torch.full((2, 4), 99), twos, torch.tensor([math.inf, 1.0]), torch.ones(2, 4),
+        -torch.ones(2, 4), torch.tensor(-1.0), torch.tensor([2, 3]), twos, torch.tensor([[1, 2], [0, 3]]),
+    ]  # fmt: skip
+
+
+def in_fake_mode():
+    with FakeTensorMode() as mode:
+        return checked(*(mode.from_tensor(x) for x in wrong_values()))
+
+
+class Checked(torch.nn.Module):
+    def forward(self, *arguments):
+        return checked(*arguments)
+
+
+@pytest.mark.parametrize(
+    "trace",
+    [
+        in_fake_mode,
+        lambda: make_fx(checked)(*wrong_values()),
+        lambda: make_fx(checked, tracing_mode="fake")(*wrong_values()),
+        lambda: torch.export.export(Checked(), tuple(wrong_values())),
+        lambda: torch.compile(checked, backend="eager", fullgraph=True)(*wrong_values()),
+        lambda: torch.compile(checked, backend="aot_eager", fullgraph=True)(*wrong_values()),
+        lambda: torch.func.functionalize(checked)(*wrong_values()),
+        lambda: torch.func.vmap(checked)(*(torch.stack([x, x]) for x in wrong_values())),
+        lambda: torch.func.vmap(lambda hidden: checked(hidden, *wrong_values()[1:]))(torch.zeros(3, 2, 4, 5)),
+        lambda: torch.func.grad(lambda hidden: checked(hidden, *wrong_values()[1:]))(wrong_values()[0]),
+    ],
+    ids=["fake", "make_fx", "make_fx fake", "export", "compile", "aot", "functionalize", "vmap", "one of vmap", "grad"],
+)
+@pytest.mark.parametrize("asked", [False, True])
+def test_no_value_is_looked_at_while_tracing(trace, asked, monkeypatch):
+    """What depends on values has no answer there; afterwards values are checked again."""
+    if asked:
+        monkeypatch.setenv("EGRSD_KERNELS_CHECK", "1")
+    trace()
+    with pytest.raises(ValueError, match=r"^mask: expected only 0 and 1"):
+        checked(*wrong_values())
+
+
+def test_where_values_are_looked_at(monkeypatch):
+    monkeypatch.delenv("EGRSD_KERNELS_CHECK", raising=False)
+    real = torch.ones(3)
+    fake = FakeTensorMode().from_tensor(real)
+    assert inputs.values_checked(real) and not inputs.values_checked(fake)
+    assert not inputs.values_checked(real.to("meta"))
+    with FakeTensorMode():
+        assert not inputs.values_checked(real)
+        fake_on_gpu = torch.empty(3, device="cuda")
+    assert not inputs.values_checked(fake_on_gpu)
+    monkeypatch.setenv("EGRSD_KERNELS_CHECK", "1")
+    assert inputs.values_checked(real)
+    assert not any(inputs.values_checked(x) for x in (fake, fake_on_gpu, real.to("meta")))
+    inside = []
+    torch.func.vmap(lambda x: inside.append([inputs.values_checked(x), inputs.values_checked(real)]) or x)(real)
+    torch.func.grad(lambda x: inside.append([inputs.values_checked(x), inputs.values_checked(real)]) or x.sum())(real)
+    assert inside == [[False, False]] * 2
+    with torch.utils.flop_counter.FlopCounterMode(display=False):  # a mode that traces nothing
+        assert inputs.values_checked(real)
 
 
 @few_combos

@@ -256,12 +256,12 @@ def test_plain_texts_of_ones_own_pass(tmp_path):
 
 
 def test_a_template_that_refuses_roles_is_found_at_construction(tmp_path):
-    words = [{"role": "assistant", "content": "{solution}"}, {"role": "assistant", "content": "Again."}]
+    words = [{"role": "user", "content": "Hint: {solution}"}]
     message = refusal(lambda: build(tmp_path, template=STRICT, teacher_template=words))
     assert message == (
         "train_dataset, row 0: teacher_template: the chat template refuses this conversation (Conversation roles must "
-        "alternate user/assistant/...); its roles are user, assistant, assistant: use roles, and an order of them, "
-        "that the template takes"
+        "alternate user/assistant/...); its roles are user, user: word it with roles, in an order, and "
+        "contents that the template takes"
     )
     system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
     message = refusal(lambda: build(tmp_path, template=STRICT, rows=changed(prompt=system)))
@@ -277,8 +277,9 @@ def test_the_template_of_the_docs_takes_strict_roles(tmp_path):
     exec(block.split("trainer = ")[0], names)
     run = build(tmp_path, template=STRICT, teacher_template=names["hint"])
     run.train()
-    (text,) = (message["content"] for message in run.teacher_prompt(row(1, 2)))
-    assert text == ("1+2?\n\nA correct solution, for reference:\n1 plus 2 is 3.\nNow solve the problem yourself.")
+    messages = run.teacher_prompt(row(1, 2))
+    assert [message["role"] for message in messages] == ["user", "assistant", "user"]
+    assert messages[1]["content"] == "A correct solution, for reference:\n1 plus 2 is 3."
 
 
 def test_the_default_template_takes_strict_roles(tmp_path):

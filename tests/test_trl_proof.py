@@ -70,6 +70,17 @@ def test_what_is_right_is_proved(kind, softcap, dtype):
     assert prove_head(build(kind, dtype)) == softcap
 
 
+@pytest.mark.parametrize("scale", [0.02, 0.1, 0.3])
+def test_weights_in_float32_under_autocast_are_right(scale):
+    """The head's product is rounded to bfloat16 there, and ours is not."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", **{**SIZES, "vocab_size": 500, "initializer_range": scale})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    hand_out_hidden_states(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert prove_head(model) is None
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_softcap_is_found_whatever_its_name(dtype):
     assert prove_head(altered(lambda z: 7.5 * (z / 7.5).tanh(), dtype)) == 7.5
@@ -133,6 +144,15 @@ def test_heads_that_are_more_than_a_weight_say_what_to_leave_out():
             model = get_peft_model(model, adapted)
         with pytest.raises(ValueError, match=r"^model: expected a plain nn.Linear as LM head, got \w+: leave the head"):
             prove_head(model)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_model_that_looks_ahead_is_refused(dtype):
+    model = tiny_model().to(dtype).eval()
+    model.model.norm.register_forward_hook(lambda module, arguments, out: out + 0.5 * out.roll(-1, 1))
+    hand_out_hidden_states(model)
+    with pytest.raises(ValueError, match=r"^model: Qwen3ForCausalLM: its hidden states depend on tokens that follow"):
+        prove_head(model)
 
 
 def test_encoder_decoders_are_refused():

@@ -384,7 +384,10 @@ def test_the_teachers_context(tmp_path):
 
     template = [{"role": "user", "content": "Hint. {solution}"}]
     run, _ = make(tmp_path, teacher_template=template, solution_column="answer")
-    assert run.teacher_prompt(row(1, 2)) == [{"role": "user", "content": "1+2?\n\nHint. 3"}]
+    assert run.teacher_prompt(row(1, 2)) == [
+        {"role": "user", "content": "1+2?"},
+        {"role": "user", "content": "Hint. 3"},
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------- rollouts

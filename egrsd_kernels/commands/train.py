@@ -41,6 +41,7 @@ def run(args: argparse.Namespace) -> None:
     config = read_config(find_config(args.config))
     try:
         from ..trl.checkpoint import CheckpointError
+        from ..trl.proof import ModelError
         from ..trl.rewards import RewardError
         from ..trl.run import find_checkpoint, make_trainer, train
         from ..trl.settings import parse_settings
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         train(trainer, checkpoint)
     # TRL's accuracy_reward asks for its packages when it is called.
-    except (CheckpointError, RewardError, ImportError) as error:
+    except (CheckpointError, ModelError, RewardError, ImportError) as error:
         raise CommandError(str(error)) from error
     if trainer.is_world_process_zero():
         print(f"{training.output_dir}: the model after step {trainer.state.global_step}")

@@ -19,7 +19,7 @@ REASONING = ("reasoning_content", "reasoning", "thinking")  # where messages kee
 
 def privileged_conversation(
     example: Mapping[str, Any], solution_column: str, template: Sequence[Message]
-) -> list[dict[str, Any]]:
+) -> list[dict[str, str]]:
     """The teacher's conversation for one row of the dataset, or a ValueError that names the column at fault."""
     for column in ("prompt", solution_column):
         if column not in example:
@@ -148,7 +148,7 @@ class Reader:
             roles = ", ".join(str(message.get("role")) for message in _messages(conversation))
             raise ValueError(
                 f"{name}: the chat template refuses this conversation ({reason}); its roles are {roles}: "
-                "use roles, and an order of them, that the template takes"
+                "word it with roles, in an order, and contents that the template takes"
             ) from error
 
     def _find_solution(self, example: Mapping[str, Any], conversation: Any, text: str) -> None:

@@ -4,7 +4,8 @@ A model may transform hidden states before its head, and scale, cap, mask or cut
 can know that of the next model, so the model is asked, with 16 tokens and three forwards:
 
 1. The head returns a ladder of chosen numbers, from tiny to huge of both signs. What the forward makes of them shows
-   the factor and the softcap behind the head.
+   the factor and the softcap behind the head. The last token is another one here: what enters the head before it may
+   not depend on that.
 2. The model's own logits.
 3. Our logits, from the hidden states that the loss will read.
 
@@ -14,8 +15,8 @@ and product. Float32 sums of D products in another order differ by 4 √D 2^-24 
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,12 @@ from egrsd_kernels import inputs
 
 TOKENS = 16
 ROUNDINGS = 4
+CAUSAL_ROUNDINGS = 64
 VOCABULARY_BLOCK = 8192  # entries of the head that are held in float32 at once
+
+
+class ModelError(ValueError):
+    """A model for which the loss would compute something else than the model does, or that could not learn from it."""
 
 
 class BehindHead(NamedTuple):
@@ -45,39 +51,44 @@ def prove_head(model: nn.Module) -> float | None:
             modes and random states are afterwards what they were.
 
     Raises:
-        ValueError: in one line, with the difference in nats or with what follows the head and is not supported.
+        ModelError: in one line, with the difference in nats or with what follows the head and is not supported.
     """
     base = model.get_base_model() if is_peft_model(model) else model
     name = type(base).__name__
     if base.config.is_encoder_decoder:
-        raise ValueError(f"model: {name} is an encoder-decoder: its encoder would read the answer that it is to write")
+        raise ModelError(f"model: {name} is an encoder-decoder: its encoder would read the answer that it is to write")
     head = base.get_output_embeddings()
-    if type(head) is not nn.Linear:
-        raise ValueError(
+    if getattr(type(head), "forward", None) is not nn.Linear.forward:  # which FSDP2's own class still has
+        raise ModelError(
             f"model: expected a plain nn.Linear as LM head, got {type(head).__name__}: leave the head out of "
             "modules_to_save, target_modules and quantisation"
         )
     try:
         with torch.no_grad(), evaluating(model), _random_adapters(model):
             arguments = _probe(base, head)
-            with _ladder_for(head):
-                ladder = model(**arguments).logits
+            ids = arguments["input_ids"]
+            other = arguments | {"input_ids": torch.cat([ids[:, :-1], ids[:, :1]], dim=1)}
+            with _ladder_for(head) as read:
+                ladder = model(**other).logits
             behind = behind_head(ladder.flatten(0, -2), head.out_features)
-            own = model(**arguments).logits
+            with _reading(head) as read_again:
+                own = model(**arguments).logits
+            roundoff = _roundoff(own, head)
+            _check_causal(read, read_again, roundoff)
             ours, error = model(**arguments, read_hidden=lambda *read: _logits(*read, behind.softcap))
     except torch.OutOfMemoryError:
         raise
     except ValueError as refusal:
-        raise ValueError(f"model: {name}: {_line(refusal)}") from refusal
+        raise ModelError(f"model: {name}: {_line(refusal)}") from refusal
     except Exception as failure:  # whatever a model's forward may raise
-        raise ValueError(
+        raise ModelError(
             f"model: {name}: its hidden states cannot be read: {type(failure).__name__}: {_line(failure)}"
         ) from failure
     if own.shape != ours.shape:
-        raise ValueError(f"model: {name}: its logits are {tuple(own.shape)}, those of its head {tuple(ours.shape)}")
-    off, allowed = difference(own.float(), ours, error, _roundoff(own, head))
+        raise ModelError(f"model: {name}: its logits are {tuple(own.shape)}, those of its head {tuple(ours.shape)}")
+    off, allowed = difference(own.float(), ours, error, roundoff)
     if not off <= allowed:  # NaN, too
-        raise ValueError(
+        raise ModelError(
             f"model: {name}: log p from its last hidden states is off by {off:.3g} nat where rounding allows "
             f"{allowed:.2g}: it does more between them and its logits than a linear head does, which is not supported"
         )
@@ -130,14 +141,15 @@ def difference(own: Tensor, ours: Tensor, error: Tensor, roundoff: float) -> tup
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> tuple[Tensor, Tensor]:
     """Our logits (..., V) in float32, and how far sums in another order may be from each of them."""
-    (hidden,) = inputs.autocast(hidden)
+    (hidden,) = inputs.autocast(hidden)  # the head's product would round its operands so, and its result, too
     hidden = hidden.float()
     order = 4 * math.sqrt(hidden.shape[-1]) * 2**-24 * hidden.norm(dim=-1, keepdim=True)
     logits, error = [], []
     for rows in weight.split(VOCABULARY_BLOCK):
         (rows,) = inputs.autocast(rows)
         rows = rows.float()
-        logits.append(functional.linear(hidden, rows))
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits.append(functional.linear(hidden, rows))
         error.append(order * rows.norm(dim=-1))
     logits, error = torch.cat(logits, -1), torch.cat(error, -1)
     if bias is not None:
@@ -167,17 +179,37 @@ def _probe(base: nn.Module, head: nn.Linear) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _ladder_for(head: nn.Linear) -> Iterator[None]:
-    """While this is entered the head returns the ladder. It stays float32: rounded numbers would fit nothing."""
+def _reading(
+    head: nn.Linear, replace: Callable[[Tensor], Tensor | None] = lambda logits: None
+) -> Iterator[list[Tensor]]:
+    """While this is entered, the list collects what enters the head, and ``replace`` may change what it returns."""
+    read: list[Tensor] = []
 
-    def replace(module: nn.Module, arguments: tuple, logits: Tensor) -> Tensor:
-        return ladder(logits.shape[-1], logits.device).expand(logits.shape).clone()
+    def hook(module: nn.Module, arguments: tuple[Tensor], logits: Tensor) -> Tensor | None:
+        read.append(arguments[0].detach())
+        return replace(logits)
 
-    handle = head.register_forward_hook(replace)
+    handle = head.register_forward_hook(hook)
     try:
-        yield
+        yield read
     finally:
         handle.remove()
+
+
+def _ladder_for(head: nn.Linear) -> AbstractContextManager[list[Tensor]]:
+    """The head returns the ladder. It stays float32: rounded numbers would fit nothing."""
+    return _reading(head, lambda logits: ladder(logits.shape[-1], logits.device).expand(logits.shape).clone())
+
+
+def _check_causal(read: Sequence[Tensor], other: Sequence[Tensor], roundoff: float) -> None:
+    """A ValueError where what the head has read before the last token depends on that token."""
+    for one, two in zip(read, other, strict=True):
+        if one.shape[1] == TOKENS:  # else the head has read something else than a row of tokens
+            one, two = one[:, :-1].float(), two[:, :-1].float()
+            off = ((one - two).norm(dim=-1) / two.norm(dim=-1)).max().item()
+            # Experts that meet other tokens may sum in another order, and a tie between two of them fall otherwise.
+            if off > CAUSAL_ROUNDINGS * roundoff:
+                raise ValueError(f"its hidden states depend on tokens that follow them (by {off:.2g} of their size)")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 
-from .proof import evaluating
+from .proof import ModelError, evaluating
 from .teacher import AdaptersOff, refuse_trained_teacher
 
 if TYPE_CHECKING:
@@ -15,23 +15,23 @@ if TYPE_CHECKING:
 
 PADDING, TOKENS = 16, 4
 # Readings of one row differ by a few roundings. What reads its padding is off by tenths.
-ROUNDINGS, NEGLIGIBLE = 8, 1e-3
+ROUNDINGS, NEGLIGIBLE = 4, 1e-3
 
 
 def check_trained(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """A ValueError where no weight of the model would be trained."""
+    """A ModelError where no weight of the model would be trained."""
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     if not trained:
         adapters = is_peft_model(model)
         remedy = (
             "PeftModel.from_pretrained needs is_trainable=True" if adapters else "unfreeze it, or pass a peft_config"
         )
-        raise ValueError(f"model: expected trainable weights, got none; {remedy}")
+        raise ModelError(f"model: expected trainable weights, got none; {remedy}")
     if optimizer is not None:
         held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
         if held.isdisjoint(map(id, trained)):
-            raise ValueError(
-                "optimizers: expected the model's trainable weights in it, got an optimizer with none of them"
+            raise ModelError(
+                "optimizers: expected an optimizer of the model's trainable weights, got one with none of them"
             )
 
 
@@ -42,7 +42,7 @@ def weights_at_hand(trainer: "EGRSDTrainer") -> bool:
 
 
 def check_roles(trainer: "EGRSDTrainer") -> None:
-    """A ValueError where the student trains nothing, or the teacher depends on what is trained or on padding."""
+    """A ModelError where the student trains nothing, or the teacher depends on what is trained or on padding."""
     if not trainer._sharded:  # a forward with gradients and no backward would disturb FSDP
         _check_weights(trainer)
     if _may_pad(trainer):
@@ -53,7 +53,7 @@ def _check_weights(trainer: "EGRSDTrainer") -> None:
     trained = {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad}
     with evaluating(trainer.model):
         if not _used(trainer, trained):
-            raise ValueError(
+            raise ModelError(
                 "model: expected trainable weights that its forward uses, got none; "
                 "its adapters are disabled, merged, or others than the active one"
             )
@@ -109,7 +109,7 @@ def _check_padding(trainer: "EGRSDTrainer") -> None:
             hook.remove()
     off = distance(padded, alone)
     if not off <= max(NEGLIGIBLE, ROUNDINGS * distance(rounded, alone)):
-        raise ValueError(
+        raise ModelError(
             f"model: reads a padded row differently from the same row alone (hidden states off by {off:.1%}); generate "
             "for one prompt at a time: per_device_train_batch_size * steps_per_generation and "
             "per_device_eval_batch_size must divide num_generations, without pad_to_multiple_of"
@@ -126,7 +126,8 @@ def _round_again(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
 def _row(trainer: "EGRSDTrainer", padding: int = 0) -> list[Tensor]:
     """What ``_read`` takes of a row of a few tokens; with padding, of a longer one below it too."""
     device, length = trainer.accelerator.device, padding + 1 + TOKENS
-    ids = (torch.arange(1, length + 1, device=device) * 31 % trainer._vocab_size).flip(0).expand(2, -1).clone()
+    vocabulary = min(trainer._vocab_size, len(trainer.processing_class))
+    ids = (torch.arange(length, device=device) * 31 % vocabulary).flip(0).expand(2, -1).clone()
     mask = torch.ones_like(ids)
     ids[0, :padding], mask[0, :padding] = trainer._pad_token_id, 0
     rows = slice(2 if padding else 1)

@@ -1,0 +1,554 @@
+"""Whether the package reads the head of every architecture right, beside each model's own logits.
+
+    python -m benchmarks.models --output benchmarks/results/models.json
+    python -m benchmarks.models gemma2 granite
+
+For every architecture of transformers' causal, image-text-to-text and sequence-to-sequence mappings it builds a tiny
+model with random weights, in float32, whose scales, caps, biases and windows have values that show. It asks the package
+for the head, as the trainer does at construction, reads log p and entropy of the last tokens of a left-padded batch
+through ``token_statistics``, and compares them with the softmax of the model's own logits. Outcomes:
+
+    right      log p and entropy agree to ``TOLERANCE`` nat
+    refused    the package raised a ValueError
+    WRONG      they differ, or a token's log p depends on the tokens after it
+    fails      the package raised anything else, or the process died after the model was built
+    not built  the tiny config, or the model's own forward, does not work here: nothing is known
+
+WRONG and fails end the command with status 1. The column ``padding`` says by how many nats a row's numbers change when
+it stands left-padded in a batch: some recurrent models read their padding.
+
+Every architecture has a forked process of its own, with limits on time and memory: one that hangs is a row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import multiprocessing
+import os
+import resource
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
+
+from benchmarks.measure import environment, write
+from egrsd_kernels import token_statistics
+from egrsd_kernels.trl.hidden import hand_out_hidden_states
+from egrsd_kernels.trl.proof import prove_head
+
+TOLERANCE = 1e-4  # nat: 26 roundings of a float32 logit of 100; a head that is read otherwise is off by 1e-2 and more
+SECONDS = 60.0  # for an architecture
+MEMORY = 4 << 30  # bytes
+PARAMETERS = 20_000_000  # more is not tiny: a setting that the config has under another name
+ROWS, LENGTH, WIDTH = 3, 24, 16  # the last WIDTH tokens of a row are its completion
+PADDING = (0, 3, 6)  # of each row, on the left
+VOCABULARY = 320
+ORDINARY = range(10, 75)  # token ids that no config has a special meaning for
+
+# ---------------------------------------------------------------------------------------------------------- settings
+
+# What shows in the logits when it is overlooked.
+TELLING = {
+    "final_logit_softcapping": 2.0,
+    "logits_soft_cap": 1.0,
+    "output_logit_soft_cap": 2.0,
+    "logit_scale": 0.25,
+    "logits_scaling": 8.0,
+    "output_multiplier": 0.25,
+    "lm_head_multiplier": 0.05,
+    "logits_mup_width_multiplier": 4.0,
+    "embedding_multiplier": 2.0,
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.25,
+    "dim_model_base": 16,
+    "unpadded_vocab_size": 300,
+    "lm_head_bias": True,
+    "decoder_bias": True,
+    "word_embed_proj_dim": 32,
+    "sliding_window": 8,
+}
+TEXT = TELLING | {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,  # so many that hybrids have a layer of either kind
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.15,
+    "is_decoder": True,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    # the same under other names
+    "d_model": 64,
+    "n_embd": 64,
+    "embedding_size": 64,
+    "attention_hidden_size": 64,
+    "n_inner": 64,
+    "ffn_dim": 64,
+    "ffn_hidden_size": 64,
+    "decoder_ffn_dim": 64,
+    "encoder_ffn_dim": 64,
+    "dim_ff": 64,
+    "dff": 64,
+    "d_inner": 64,
+    "d_ff": 64,
+    "intermediate_size_mlp": 64,
+    "shared_intermediate_size": 64,
+    "n_layer": 4,
+    "n_layers": 4,
+    "num_layers": 4,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "n_head": 4,
+    "n_heads": 4,
+    "num_heads": 4,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "n_positions": 512,
+    "n_ctx": 512,
+    "max_seq_len": 512,
+    "context_length": 512,
+    "rotary_dim": 8,
+    "projector_hidden_size": 64,
+    # mixtures of experts
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_k": 2,
+    "moe_topk": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "moe_shared_expert_intermediate_size": 32,
+    "expert_ffn_size": 32,
+    "expert_intermediate_size": 32,
+    "moe_num_shared_experts": 1,
+    "zero_expert_num": 0,
+    "num_dense_layers": 1,
+    "first_k_dense_replace": 1,
+    "moe_layer_start_index": 1,
+    # latent, linear and sparse attention, state spaces
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "index_topk": 8,
+    "index_n_heads": 2,
+    "index_head_dim": 16,
+    "linear_num_heads": 2,
+    "linear_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_state": 16,
+    "mamba_d_ssm": 128,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 8,
+    "use_mamba_kernels": False,
+    "max_window_layers": 1,
+    # per-layer embeddings
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "num_kv_shared_layers": 0,
+    "laurel_rank": 8,
+}
+# Sub-configs that are no language model: images, sound, what joins them to the text. They see no input here.
+SENSES = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_heads": 2,
+    "head_dim": 16,
+    "depth": 1,
+    "num_layers": 1,
+    "encoder_layers": 1,
+    "embed_dim": 32,
+    "d_model": 32,
+    "out_hidden_size": 64,
+    "encoder_hidden_size": 32,
+    "image_size": 28,
+    "patch_size": 14,
+    "num_channels": 3,
+    "in_channels": 3,
+    "latent_channels": 32,
+    "base_channels": 32,
+    "num_embeddings": 32,
+    "projection_dim": 64,
+    "image_token_embed_dim": 64,
+    "text_hidden_size": 64,
+    "mm_embed_dim": 32,
+    "mm_posemb_size": 16,
+    "output_proj_dims": 64,
+    "codebook_dim": 32,
+}
+
+MROPE = {  # the halves of a head's 16 columns
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+}
+IMAGE_TOKENS = {f"IMGIMG{c}Z": 280 + i for i, c in enumerate("ABCD")} | {"<image>": 290}
+# Per model type, sub-configs included: what the settings above leave unbuildable or large.
+OVERRIDES: dict[str, dict[str, Any]] = {
+    # positions in three dimensions
+    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text", "paddleocr_vl_text"), MROPE),
+    **dict.fromkeys(("glm4v_text", "glm46v_text", "glm_ocr_text", "glmga_text", "cosmos3_edge_text"), MROPE),
+    **dict.fromkeys(("hy_v4_vl_text", "hunyuan_vl_text"), MROPE),
+    "glm4v_moe_text": {
+        "rope_parameters": MROPE["rope_parameters"] | {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
+    },
+    # layers of several kinds
+    "bamba": {"attn_layer_indices": [1]},
+    "bailing_hybrid": {"layer_group_size": 2},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("sliding_attention", "full_attention")
+        },
+    },
+    "dory": {"n_input_layers": 1, "n_output_layers": 1},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 8},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 8},
+    "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "attention_hidden_size": 128,
+        "n_mamba_heads": 2,
+    },
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
+    # mixtures of experts
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
+    "dots1": {"n_shared_experts": 1},
+    "ernie4_5_vl_moe_text": {"moe_intermediate_size": [32, 32]},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+        "ngram_vocab_size_base": 64,
+    },
+    "zaya": {"num_experts_per_tok": 1},
+    # state spaces
+    "falcon_mamba": {"state_size": 8, "time_step_rank": 8},
+    "mamba": {"state_size": 8, "time_step_rank": 8},
+    "mamba2": {"num_heads": 8, "state_size": 16, "n_groups": 1, "chunk_size": 8},
+    "xlstm": {"chunk_size": 3, "mode": "train", "qk_dim_factor": 1.0},  # it divides the length of every row
+    # images
+    "chameleon": {"vocabulary_map": IMAGE_TOKENS},
+    "emu3": {"vocabulary_map": {"<|extra_200|>": 281, "<image>": 290, "<|visual token 000000|>": 282}},
+    "granite4_vision": {  # its projector has a head for every 64 columns
+        "vision_config": SENSES | {"model_type": "siglip_vision_model", "hidden_size": 64},
+        "deepstack_layer_map": [],
+        "downsample_rate": "1/2",
+        "spatial_target_layers": [],
+    },
+    "molmo2_vision": {"image_size": [28, 28]},
+    "muse_spark_audio": {"patch_sizes": [4], "hidden_sizes": [32], "depths": [1]},
+    # the rest
+    "xlm": {"causal": True},
+    "mistral4": {"qk_rope_head_dim": 8, "head_dim": 8},
+    "reformer": {"axial_pos_embds": False},
+    "rembert": {"output_embedding_size": 64, "input_embedding_size": 64},
+    "xmod": {"default_language": "en_XX"},
+}
+
+# ------------------------------------------------------------------------------------------------------------- build
+
+
+class Architecture(NamedTuple):
+    kind: str  # "causal", "vision-language" or "sequence-to-sequence"
+    model_type: str
+    class_name: str
+
+
+def architectures() -> Iterator[Architecture]:
+    """Each (config, model class) of the mappings once, under the config's own name where it has several."""
+    seen = set()
+    for kind, mapping in (
+        ("vision-language", MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
+        ("sequence-to-sequence", MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+        ("causal", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    ):
+        for model_type, names in sorted(
+            mapping.items(), key=lambda item: CONFIG_MAPPING[item[0]].model_type != item[0]
+        ):
+            class_name = names if isinstance(names, str) else names[0]
+            key = (CONFIG_MAPPING[model_type], class_name)
+            if key not in seen:
+                seen.add(key)
+                yield Architecture(kind, model_type, class_name)
+
+
+def tiny_config(config_class: type[PretrainedConfig], common: dict[str, Any] = TEXT) -> PretrainedConfig:
+    """A config of that class with the common settings that it knows, and its model type's overrides."""
+    overrides = OVERRIDES.get(config_class.model_type, {})
+    try:
+        default = config_class(**overrides)
+    except Exception:  # some are valid only as a whole
+        default = None
+    known = {*getattr(config_class, "__dataclass_fields__", ()), *getattr(config_class, "attribute_map", ())}
+    known |= set(default.to_dict()) if default is not None else set()
+    settings = {name: value for name, value in common.items() if name in known}
+    if "kv_lora_rank" in settings:  # latent attention has keys and values for every head
+        settings["num_key_value_heads"] = settings["num_attention_heads"]
+    for name, sub_class in config_class.sub_configs.items():
+        sub_default = getattr(default, name, None)
+        sub_class = type(sub_default) if isinstance(sub_default, PretrainedConfig) else sub_class
+        if hasattr(sub_class, "model_type"):  # not AutoConfig: the default has no such part
+            settings[name] = tiny_config(sub_class, TEXT if name in ("text_config", "decoder") else SENSES)
+    return config_class(**settings | overrides)
+
+
+def randomise(model: nn.Module) -> None:
+    """Biases and norms that are not 0 and 1, and weights wherever the initialisation left none."""
+    generator = torch.Generator().manual_seed(1)
+    state_space = ("A_log", "dt_bias", ".D")  # their initial values keep the recurrence stable
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if not p.is_floating_point():
+                continue
+            noise = torch.randn(p.shape, generator=generator)
+            usable = bool(p.isfinite().all()) and p.abs().max() < 50
+            if p.ndim == 1 and usable and not name.endswith(state_space):
+                p += 0.1 * noise
+            elif not usable or (p.ndim > 1 and p.std() < 1e-6):
+                p.copy_(0.15 * noise)
+
+
+def build(class_name: str, config: PretrainedConfig) -> nn.Module:
+    torch.manual_seed(0)
+    model_class = getattr(transformers, class_name)
+    for name, sub_class in config.sub_configs.items():  # a language model under the name of the whole
+        if model_class.config_class is sub_class:
+            config = getattr(config, name)
+    model = model_class(config).float().eval()
+    parameters = sum(p.numel() for p in model.parameters())
+    if parameters > PARAMETERS:
+        raise ValueError(f"{parameters / 1e6:.0f} M parameters: the tiny config is not tiny")
+    randomise(model)
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------------- compare
+
+
+class Numbers(NamedTuple):
+    logp: Tensor
+    entropy: Tensor
+
+    def off(self, other: Numbers) -> float:
+        """The largest difference in nats; a NaN is as wrong as can be."""
+        worst = torch.stack([(a - b).abs().max() for a, b in zip(self, other, strict=True)]).max().item()
+        return math.inf if math.isnan(worst) else worst
+
+
+def read_head(model: nn.Module) -> float | None:
+    """What the trainer does at construction, and the only call into it: the softcap, or a ValueError."""
+    hand_out_hidden_states(model)
+    return prove_head(model)
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    """(ids, mask) of left-padded rows (ROWS, LENGTH)."""
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(ORDINARY.start, ORDINARY.stop, (ROWS, LENGTH), generator=generator)
+    mask = (torch.arange(LENGTH) >= torch.tensor(PADDING)[:, None]).long()
+    return ids * mask, mask
+
+
+def inputs_of(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """What the trainer passes to the model."""
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+
+
+def own_logits(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    """(B, WIDTH, V) logits that predict the last tokens, as the model makes them."""
+    return model(**inputs_of(ids, mask)).logits[:, -WIDTH - 1 : -1].double()
+
+
+def numbers_of(logits: Tensor, ids: Tensor) -> Numbers:
+    log_p = logits.log_softmax(-1)
+    logp = log_p.gather(-1, ids[:, -WIDTH:, None]).squeeze(-1)
+    return Numbers(logp, -(log_p.exp() * log_p.clamp(min=-1e9)).sum(-1))  # 0, not NaN, where p = 0
+
+
+def our_numbers(model: nn.Module, ids: Tensor, mask: Tensor, softcap: float | None) -> Numbers:
+    """The same through the package, as the trainer reads them."""
+
+    def read(hidden: Tensor, weight: Tensor, bias: Tensor | None):
+        states = hidden[:, -WIDTH - 1 : -1]
+        return token_statistics(states, weight, ids[:, -WIDTH:], bias=bias, softcap=softcap, backend="torch")
+
+    out = model(**inputs_of(ids, mask), read_hidden=read)
+    return Numbers(out.logp.double(), out.entropy.double())
+
+
+def with_another_end(ids: Tensor) -> Tensor:
+    """The rows with another last token, from which nothing is predicted."""
+    ids = ids.clone()
+    ids[:, -1] = (ids[:, -1] + 1 - ORDINARY.start) % len(ORDINARY) + ORDINARY.start
+    return ids
+
+
+def own_numbers(model: nn.Module) -> tuple[Numbers, float]:
+    """log p and entropy by the model's own logits, and by how many nats a token's change with the tokens after it."""
+    ids, mask = batch()
+    logits = own_logits(model, ids, mask)
+    if logits.shape[:2] != (ROWS, WIDTH):
+        raise ValueError(f"its logits are {tuple(logits.shape)} where ({ROWS}, {WIDTH}, V) were asked for")
+    own = numbers_of(logits, ids)
+    if not all(x.isfinite().all() for x in own):
+        raise ValueError("its own log p is not finite")
+    return own, numbers_of(own_logits(model, with_another_end(ids), mask), ids).off(own)
+
+
+def compare(model: nn.Module, own: Numbers, seen: float) -> dict[str, Any]:
+    """The outcome for a model, beside its own numbers."""
+    ids, mask = batch()
+    try:
+        softcap = read_head(model)
+    except ValueError as error:
+        return {"outcome": "refused", "reason": one_line(error)}
+    ours = our_numbers(model, ids, mask, softcap)
+    alone = [our_numbers(model, ids[[i], n:], mask[[i], n:], softcap) for i, n in enumerate(PADDING)]
+    off = ours.off(own)
+    row = {"softcap": softcap, "off": off, "padding": ours.off(Numbers(*map(torch.cat, zip(*alone, strict=True))))}
+    if off > TOLERANCE:
+        return {"outcome": "WRONG", "reason": f"off by {off:.2g} nat", **row}
+    if seen > TOLERANCE:
+        return {"outcome": "WRONG", "reason": f"tokens after it change a token's log p by {seen:.2g} nat", **row}
+    return {"outcome": "right", **row}
+
+
+def one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or "no message"
+    return (text if type(error) is ValueError else f"{type(error).__name__}: {text}")[:200]
+
+
+@torch.no_grad()
+def judge(architecture: Architecture) -> dict[str, Any]:
+    """Build and compare one architecture, in this process."""
+    try:
+        model = build(architecture.class_name, tiny_config(CONFIG_MAPPING[architecture.model_type]))
+        own, seen = own_numbers(model)
+    except Exception as error:
+        return {"outcome": "not built", "reason": one_line(error)}
+    try:
+        return compare(model, own, seen)
+    except Exception as error:
+        return {"outcome": "fails", "reason": one_line(error)}
+
+
+# ---------------------------------------------------------------------------------------------------------- isolation
+
+
+def _child(pipe, function: Callable, argument: Any) -> None:
+    null = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(null, stream)
+    torch.set_num_threads(1)  # the processes share the cores, and a thread pool does not survive a fork
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    pipe.send(function(argument))
+
+
+def isolated(
+    function: Callable[[Any], dict], arguments: list, jobs: int, seconds: float
+) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """(argument, function(argument)) as they come, each from a forked process, so many at a time."""
+    context = multiprocessing.get_context("fork")
+    waiting, running = list(reversed(arguments)), {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            argument = waiting.pop()
+            pipe, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_child, args=(theirs, function, argument), daemon=True)
+            process.start()
+            theirs.close()
+            running[pipe] = argument, process, time.monotonic() + seconds
+        ready = wait(list(running), timeout=max(0, min(end for *_, end in running.values()) - time.monotonic()))
+        for pipe, (argument, process, end) in list(running.items()):
+            if pipe in ready:
+                try:
+                    found = pipe.recv()
+                except EOFError:
+                    process.join()
+                    found = {"outcome": "fails", "reason": f"its process died (exit code {process.exitcode})"}
+            elif time.monotonic() >= end:
+                process.kill()
+                found = {"outcome": "not built", "reason": f"took longer than {seconds:.0f} s"}
+            else:
+                continue
+            process.join()
+            pipe.close()
+            del running[pipe]
+            yield argument, found
+
+
+# -------------------------------------------------------------------------------------------------------------- print
+
+
+def line(row: dict[str, Any]) -> str:
+    figures = f"off by {row['off']:.1e}, padding {row['padding']:.1e} nat" if row["outcome"] == "right" else ""
+    return f"{row['kind']:<22}{row['model_type']:<28}{row['outcome']:<10}{row.get('reason', figures)}"
+
+
+def summary(rows: list[dict[str, Any]]) -> Iterator[str]:
+    for kind in sorted({row["kind"] for row in rows}):
+        counted = Counter(row["outcome"] for row in rows if row["kind"] == kind)
+        yield f"{kind}: " + ", ".join(f"{n} {outcome}" for outcome, n in counted.most_common())
+
+
+def main(argv: list[str] | None = None) -> int:
+    known = list(architectures())
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=__doc__.split("\n")[0])
+    parser.add_argument("model_types", nargs="*", metavar="MODEL_TYPE", help="as transformers names them; default: all")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for an architecture")
+    parser.add_argument("--all-rows", action="store_true", help="print those that are right as well")
+    parser.add_argument("--output", type=Path, help="a result file (JSON)")
+    args = parser.parse_args(argv)
+    if unknown := set(args.model_types) - {architecture.model_type for architecture in known}:
+        parser.error(f"MODEL_TYPE: expected one that transformers {transformers.__version__} maps, got {min(unknown)}")
+    chosen = [a for a in known if a.model_type in (args.model_types or {a.model_type})]
+    rows = []
+    for architecture, found in isolated(judge, chosen, args.jobs, args.seconds):
+        rows.append(architecture._asdict() | found)
+        if args.all_rows or found["outcome"] != "right":
+            print(line(rows[-1]), flush=True)
+    print(*summary(rows), sep="\n")
+    if args.output:
+        rows.sort(key=lambda row: (row["kind"], row["model_type"], row["class_name"]))
+        about = environment(torch.device("cpu"), ["transformers", "trl"])
+        write(args.output, {"environment": about, "tolerance": TOLERANCE, "rows": rows})
+    return int(any(row["outcome"] in ("WRONG", "fails") for row in rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
