@@ -304,7 +304,7 @@ def test_the_trainer_gets_what_the_file_says(config):
     path = config(teacher_template=template, dtype="bfloat16", reward_funcs=["rewards.odd", "think_format_reward"])
     trainer = make_trainer(*parse_settings(read_config(Path(path))))
     example = row(1, 2)
-    assert trainer.teacher_prompt(example)[-1]["content"] == "Known: 1 plus 2 is 3."
+    assert trainer.teacher_prompt(example)[-1]["content"].endswith("Known: 1 plus 2 is 3.")
     base = trainer.model.get_base_model()
     assert str(base.lm_head.weight.dtype) == "torch.bfloat16"
     assert [function.__name__ for function in trainer.reward_funcs] == ["odd", "think_format_reward"]
@@ -436,6 +436,7 @@ def test_a_bad_key_is_named_in_one_line(config, home, capsys, changes, says):
         datasets.Dataset.from_list([row(1, 2) | {"prompt": "1+2?"}] * 4).save_to_disk(str(home / "texts"))
         dataset(3).save_to_disk(str(home / "few"))
         dataset(3).select([]).save_to_disk(str(home / "empty"))
+        (home / "empty.json").write_text("[]")
         for name in ("empty.jsonl", "rows.csv", "rows.jsonl.gz"):
             (home / name).write_text("")
         (home / "exits.py").write_text("import sys\nsys.exit('no licence')")
