@@ -110,7 +110,7 @@ class EGRSDConfig(GRPOConfig):
         metadata={"help": '"welford": running statistics of all rewards; "group": TRL\'s, relative to the prompt.'},
     )
     welford_warmup_steps: int = field(
-        default=10, metadata={"help": "Generations with the fixed baseline 0.5 before the running statistics."}
+        default=10, metadata={"help": "Generations with a judged rollout that have the fixed baseline 0.5."}
     )
     length_beta: float = field(
         default=0.5,
