@@ -13,6 +13,8 @@ import torch
 
 pytest.importorskip("trl", reason="TRL is not installed")
 
+from transformers import TrainerCallback
+
 from egrsd_kernels.advantages import WelfordAdvantage
 from egrsd_kernels.trl.rewards import RewardError, checked, without_infinite
 from tests.trl_tiny import correct, dataset, exported, make, weights
@@ -278,7 +280,9 @@ def test_a_run_goes_on_where_rollouts_cannot_be_written(tmp_path, caplog, monkey
         monkeypatch.setattr("egrsd_kernels.rollouts.os.replace", full)
         reason = "No space left on device"
     else:
-        (tmp_path / "rollouts").write_text("")
+        blocked = TrainerCallback()  # after the start, which asks for a free folder
+        blocked.on_train_begin = lambda *args, **kwargs: (tmp_path / "rollouts").write_text("") and None
+        run.add_callback(blocked)
         reason = "File exists"
     with caplog.at_level(logging.WARNING, "egrsd_kernels"):
         run.train()
