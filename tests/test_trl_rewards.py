@@ -280,9 +280,12 @@ def test_a_run_goes_on_where_rollouts_cannot_be_written(tmp_path, caplog, monkey
         monkeypatch.setattr("egrsd_kernels.rollouts.os.replace", full)
         reason = "No space left on device"
     else:
-        blocked = TrainerCallback()  # after the start, which asks for a free folder
-        blocked.on_train_begin = lambda *args, **kwargs: (tmp_path / "rollouts").write_text("") and None
-        run.add_callback(blocked)
+
+        class InTheWay(TrainerCallback):  # after the start, which asks for a free folder
+            def on_train_begin(self, *args, **kwargs):
+                (tmp_path / "rollouts").write_text("")
+
+        run.add_callback(InTheWay())
         reason = "File exists"
     with caplog.at_level(logging.WARNING, "egrsd_kernels"):
         run.train()
