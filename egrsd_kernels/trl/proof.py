@@ -244,7 +244,7 @@ def _held(parameter: nn.Parameter) -> Tensor:
     """What this process holds of a parameter: all of it, or its shard under FSDP2 or ZeRO-3."""
     if hasattr(parameter, "to_local"):
         return parameter.to_local()
-    return getattr(parameter, "ds_tensor", None) if not parameter.numel() else parameter.data
+    return parameter.data if parameter.numel() else getattr(parameter, "ds_tensor", parameter.data)
 
 
 def _line(error: Exception) -> str:
