@@ -55,7 +55,7 @@ from .context import Reader, check_columns, check_rows, context_window, privileg
 from .export import rollout_file, rollouts_of
 from .hidden import hand_out_hidden_states
 from .metrics import peak_memory_gib, token_metrics
-from .proof import prove_head
+from .proof import evaluating, prove_head
 from .rewards import LARGEST, checked, excerpt, without_infinite
 from .roles import check_roles, check_trained, weights_at_hand
 from .teacher import MoveTeacher, make_teacher, pad_prompts
@@ -254,13 +254,9 @@ class EGRSDTrainer(GRPOTrainer):
 
     @contextmanager
     def _as_teacher(self) -> Iterator[None]:
-        training = self.model.training
-        self.model.eval()  # no dropout, no gradient checkpointing
-        try:
-            with self.teacher.active():
-                yield
-        finally:
-            self.model.train(training)
+        """The model with the teacher's weights, without dropout and gradient checkpointing."""
+        with evaluating(self.model), self.teacher.active():
+            yield
 
     def _read(self, model, prompt_ids, prompt_mask, completion_ids, completion_mask, function: Callable) -> Any:
         """function(hidden, weight, bias), with the (B, T, D) hidden states that predict the completion's tokens."""
