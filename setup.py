@@ -20,7 +20,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["egrsd_kernels", "egrsd_kernels.*"]),
-    package_data={"egrsd_kernels.trl": ["presets/*.yaml"]},
+    package_data={"egrsd_kernels.presets": ["*.yaml"], "egrsd_kernels.rollouts": ["page.*"]},
     entry_points={"console_scripts": ["egrsd = egrsd_kernels.cli:main"]},
     python_requires=">=3.10",
     install_requires=INSTALL,

@@ -15,7 +15,8 @@ import torch
 from benchmarks.data import VOCABULARY
 from benchmarks.problem import Problem
 from egrsd_kernels import TokenStats, fused_egrsd_loss, linear_logp, token_statistics
-from egrsd_kernels.problem import Options, Rows
+from egrsd_kernels.credit import CreditOptions, Lookahead
+from egrsd_kernels.rows import Rows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -99,20 +100,18 @@ def test_trained(timed, problem):
 @pytest.mark.parametrize("n", [4096, 65536])
 def test_token_credit(timed, n):
     """The lookahead minimum, then magnitude, gate and token advantage: what the method adds to log p and entropy."""
-    from egrsd_kernels import triton_backend
+    from egrsd_kernels.backends import triton as triton_backend
 
     generator = torch.Generator(DEVICE).manual_seed(n)
     entropy, teacher_logp, logp, advantages = torch.rand(4, n, device=DEVICE, generator=generator)
     valid = torch.ones(n, dtype=torch.bool, device=DEVICE)
     rows, end = Rows.build(valid, valid), torch.full((n,), n - 1, dtype=torch.int32, device=DEVICE)
-    options = Options(0.3, 0.1, 3, 0.2, "batch_max", 1.0, 1 << 30)
+    options, window = CreditOptions(gamma=0.3, gate_floor=0.1, clip_eps=0.2), Lookahead(3)
     scale, made = torch.ones((), device=DEVICE), torch.empty(6, n, device=DEVICE)
 
     def run() -> None:
-        lookahead = triton_backend.lookahead_entropy(entropy, valid, end, 3)
+        lookahead = triton_backend.lookahead_entropy(entropy, valid, end, window)
         stats = TokenStats(logp, teacher_logp, entropy, lookahead, *made[:4])
-        triton_backend.token_credit(
-            rows, 0, n, advantages, teacher_logp, logp, lookahead, scale, options, stats, made[4]
-        )
+        triton_backend.token_credit(rows, 0, n, advantages, scale, options, stats, made[4])
 
     timed("token credit", run)

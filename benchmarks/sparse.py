@@ -25,20 +25,23 @@ from benchmarks.data import GENERATORS
 from benchmarks.measure import command, environment, interleaved, timer_of, write
 from benchmarks.peers import egrsd_step
 from benchmarks.problem import Problem, relative
-from egrsd_kernels import triton_backend
-from egrsd_kernels.problem import DEFAULT_CHUNK_BYTES, Head, Rows, Sparse
+from egrsd_kernels.backends import DEFAULT_CHUNK_BYTES, Needs, Sparse
+from egrsd_kernels.backends import triton as triton_backend
+from egrsd_kernels.head import Head
+from egrsd_kernels.rows import Rows
 
 FIGURES = {"frozen": False, "trained": True}
 
 
-def collect(p: Problem, tolerance: float) -> None:
-    """The student's pass as far as it goes without gradients, each token's dL/dlogp its credit."""
+def collect(p: Problem, tolerance: float) -> Sparse:
+    """The student's pass as far as it goes without gradients, each token's dL/dlogp its credit; what it left out."""
     rows = Rows.build(torch.ones_like(p.targets, dtype=torch.bool), p.credit != 0)
-    logp, none = torch.zeros_like(p.advantages), (False, False, False)
+    logp, sparse = torch.zeros_like(p.advantages), Sparse.of(tolerance, p.targets)
     triton_backend.student_pass(
-        Head(p.weight, None, None, 1.0), p.hidden[None], p.targets, rows, logp, lambda *_: p.credit, none,
-        DEFAULT_CHUNK_BYTES, Sparse.of(tolerance, p.targets),
+        Head(p.weight), 1.0, p.hidden[None], p.targets, rows, logp, lambda *_: p.credit, Needs(False, False, False),
+        DEFAULT_CHUNK_BYTES, sparse,
     )  # fmt: skip
+    return sparse
 
 
 def kernels_ms(p: Problem, tolerance: float) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """Fused Triton kernels for entropy-guided reinforced self-distillation (EGRSD, CL-EGRSD; arXiv 2605.13255)."""
 
+from .credit import TokenStats
 from .logp import linear_logp
 from .loss import fused_egrsd_loss
-from .problem import TokenStats
 from .statistics import TokenStatistics, token_statistics
 
 __version__ = "0.1.0"

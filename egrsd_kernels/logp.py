@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
-from . import inputs
-from .problem import (
+from . import checks
+from .backends import (
     DEFAULT_CHUNK_BYTES,
     DEFAULT_SPARSE_TOL,
-    Head,
-    Rows,
+    Backend,
+    Needs,
     Sparse,
-    compute_dtype,
+    choose,
     exceeding,
     power_of_two,
 )
+from .head import Head, compute_dtype
+from .rows import Rows
+
+
+class _Options(NamedTuple):
+    head: Head
+    temperature: float
+    backend: Backend
+    chunk_bytes: int
+    needs: Needs
+    sparse_tol: float | None
 
 
 class _LinearLogp(torch.autograd.Function):
@@ -25,35 +37,34 @@ class _LinearLogp(torch.autograd.Function):
     The head's gradient needs dL/dlogp before its product, so there the exponentials are made again, chunk by chunk.
 
     A sparse direction is made before anyone knows dL/dlogp = c, so with every c = 1, within half of the tolerance. What
-    that says of other c is known once they are there: Σ |c| dropped <= sparse_tol Σ |c| mass either holds, as it does
-    unless |c| goes up with what was dropped, or all tokens that drop more than sparse_tol of their own mass are made
-    again, exactly, and then it holds token by token.
+    that says of other c is known once they are there. Σ |c| dropped <= sparse_tol Σ |c| mass mostly holds, unless |c|
+    goes up with what was dropped. Else all tokens that drop more than sparse_tol of their own mass are made again,
+    exactly, and then it holds token by token.
     """
 
     @staticmethod
-    def forward(
-        ctx, hidden, weight, bias, softcap, temperature, target_ids, valid, backend, chunk_bytes, needs, sparse_tol
-    ):
-        ctx.arguments = softcap, temperature, backend, chunk_bytes, needs, sparse_tol
-        problem = Head(weight, bias, softcap, temperature), hidden, target_ids, Rows.build(valid, valid)
-        if needs == (True, False, False):
+    def forward(ctx, hidden, weight, bias, target_ids, valid, options: _Options):
+        ctx.options = options
+        head, temperature, backend, chunk_bytes, needs, sparse_tol = options
+        problem = head, temperature, hidden, target_ids, Rows.build(valid, valid)
+        if needs.hidden and not needs.head:
             logp, ones = (new(valid, dtype=compute_dtype(hidden.dtype)) for new in (torch.zeros_like, torch.ones_like))
             sparse = None if sparse_tol is None else Sparse.of(sparse_tol / 2, target_ids)
-            direction, *_ = backend.student_pass(*problem, logp, lambda *_: ones, needs, chunk_bytes, sparse)(None)
+            finish = backend.student_pass(*problem, logp, lambda *_: ones, needs, chunk_bytes, sparse)
             again = () if sparse is None else (hidden, weight, bias, target_ids, sparse.dropped, sparse.mass)
-            ctx.save_for_backward(direction, *again)
+            ctx.save_for_backward(finish(None).hidden, *again)
             return logp
         ctx.save_for_backward(hidden, weight, bias, target_ids, valid)
         return backend.statistics(*problem, chunk_bytes)[0]
 
     @staticmethod
     def backward(ctx, d_logp):
-        inputs.refuse_second_derivative("linear_logp")
-        softcap, temperature, backend, chunk_bytes, needs, sparse_tol = ctx.arguments
+        checks.refuse_second_derivative("linear_logp")
+        head, temperature, backend, chunk_bytes, needs, sparse_tol = ctx.options
         d_logp = d_logp.contiguous()
 
-        def student_pass(hidden, weight, bias, target_ids, needed, sparse=None):
-            problem = Head(weight, bias, softcap, temperature), hidden, target_ids, Rows.build(needed, needed)
+        def gradients(hidden, weight, bias, target_ids, needed, sparse=None):
+            problem = head.of(weight, bias), temperature, hidden, target_ids, Rows.build(needed, needed)
             logp, gradient, power = torch.zeros_like(d_logp), d_logp, None
             if hidden.dtype == torch.float16 and d_logp.numel():
                 # The head's product has dL/dlogp times hidden as an operand: a loss scale would leave float16's range.
@@ -61,7 +72,7 @@ class _LinearLogp(torch.autograd.Function):
                 gradient = d_logp / power
             return backend.student_pass(*problem, logp, lambda *_: gradient, needs, chunk_bytes, sparse)(power)
 
-        if needs == (True, False, False):
+        if needs.hidden and not needs.head:
             direction, *again = ctx.saved_tensors
             factor = d_logp.reshape(*direction.shape[:-1], 1)
             d_hidden = torch.mul(direction, factor, out=torch.empty_like(direction))
@@ -70,28 +81,28 @@ class _LinearLogp(torch.autograd.Function):
             if again:
                 *problem, dropped, mass = again
                 beyond = exceeding(dropped, mass, d_logp, sparse_tol)
-                d_hidden.masked_fill_(beyond.view(factor.shape), 0).add_(student_pass(*problem, beyond)[0])
-            return d_hidden, *(None,) * 10
+                d_hidden.masked_fill_(beyond.view(factor.shape), 0).add_(gradients(*problem, beyond).hidden)
+            return d_hidden, *(None,) * 5
         *problem, valid = ctx.saved_tensors
         sparse = None if sparse_tol is None else Sparse.of(sparse_tol, problem[-1])
-        return *student_pass(*problem, valid & (d_logp != 0), sparse), *(None,) * 8
+        return *gradients(*problem, valid & (d_logp != 0), sparse), *(None,) * 3
 
 
 @torch.compiler.disable
 def linear_logp(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    target_ids: torch.Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target_ids: Tensor,
     *,
-    bias: torch.Tensor | None = None,
-    mask: torch.Tensor | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
     backend: Literal["auto", "triton", "torch"] = "auto",
-    grad_mode: Literal["exact", "sparse", "auto"] = "exact",
+    grad_mode: Literal["exact", "sparse"] = "exact",
     sparse_tol: float = DEFAULT_SPARSE_TOL,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
-) -> torch.Tensor:
+) -> Tensor:
     """log p(y) = z_y - logsumexp(z), in nats, differentiable in hidden, weight and bias.
 
     z = softcap · tanh((h Wᵀ + b) / softcap) / temperature. Nothing logits-sized is kept between forward and backward.
@@ -115,18 +126,17 @@ def linear_logp(
         TypeError, ValueError: naming the argument, what it got and what it expects. Values of target_ids and mask are
             checked where :func:`egrsd_kernels.fused_egrsd_loss` checks values.
     """
-    inputs.hidden_states("hidden", hidden)
-    hidden, weight = inputs.autocast(hidden, weight)
-    head = inputs.head("", "hidden", hidden, weight, bias, softcap, temperature)
-    flat_targets, valid = inputs.targets(target_ids, hidden, weight.shape[0], mask)
-    chunk_bytes = inputs.integer("chunk_bytes", chunk_bytes, low=1)
-    ops = inputs.backend(backend, hidden)
-    hidden = inputs.batched(hidden)
-    needs = inputs.needs_grad(hidden, head.weight, head.bias)
-    tolerance = ops.sparse_tolerance(*inputs.gradients(grad_mode, sparse_tol), head, needs)
+    checks.hidden_states("hidden", hidden)
+    hidden, weight = checks.autocast(hidden, weight)
+    head = checks.head("", "hidden", hidden, weight, bias, softcap)
+    temperature = checks.number("temperature", temperature, low=0, strict=True)
+    flat_targets, valid = checks.targets(target_ids, hidden, weight.shape[0], mask)
+    chunk_bytes = checks.integer("chunk_bytes", chunk_bytes, low=1)
+    ops = choose(backend, hidden)
+    sparse_tolerance = checks.sparse_tolerance(grad_mode, sparse_tol)
+    hidden = checks.batched(hidden)
+    needs = Needs.of(hidden, head.weight, head.bias)
+    options = _Options(head, temperature, ops, chunk_bytes, needs, sparse_tolerance)
     with torch.cuda.device_of(hidden):
-        logp = _LinearLogp.apply(
-            hidden, head.weight, head.bias, head.softcap, head.temperature, flat_targets, valid, ops, chunk_bytes,
-            needs, tolerance,
-        )  # fmt: skip
+        logp = _LinearLogp.apply(hidden, head.weight, head.bias, flat_targets, valid, options)
     return logp.view(target_ids.shape)

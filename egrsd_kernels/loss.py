@@ -4,155 +4,143 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from types import ModuleType
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from . import inputs
-from .inputs import expect, number
-from .problem import (
+from . import checks
+from .backends import (
     DEFAULT_CHUNK_BYTES,
     DEFAULT_SPARSE_TOL,
-    Head,
-    Options,
-    Rows,
+    Backend,
+    Finish,
+    Needs,
     Sparse,
-    TokenStats,
-    compute_dtype,
+    choose,
     power_of_two,
 )
+from .checks import expect, number
+from .credit import ENTROPY_SCALES, FILTERS, CreditOptions, EntropyScale, Filter, Lookahead, TokenStats, batch_max
+from .head import Head, compute_dtype
+from .rows import Rows
 
 
 @dataclass(frozen=True)
-class _Credit:
-    """What the student pass needs beside the student: (N,) tensors in the callers' order, and the method's options."""
+class _Minibatch:
+    """What the student's pass works on beside its hidden states and head: (N,) tensors in the callers' order."""
 
-    backend: ModuleType
-    target_ids: torch.Tensor
+    backend: Backend
+    target_ids: Tensor
     rows: Rows
-    advantages: torch.Tensor
-    teacher_logp: torch.Tensor
-    teacher_entropy: torch.Tensor
-    lookahead_entropy: torch.Tensor
-    scale: torch.Tensor  # 0-d, nats: what entropies are divided by
-    normalizer: torch.Tensor  # 0-d
-    options: Options
-    sparse_tol: float | None  # of sparse gradients; None for exact ones
+    advantages: Tensor
+    teacher_logp: Tensor
+    teacher_entropy: Tensor
+    lookahead_entropy: Tensor
+    scale: Tensor  # 0-d, nats: what entropies are divided by
+    normalizer: Tensor  # 0-d
+    options: CreditOptions
+    temperature: float
+    chunk_bytes: int
+    sparse_tol: float | None  # None: exact gradients
 
     @cached_property
-    def power(self) -> torch.Tensor:
+    def power(self) -> Tensor:
         """The power of two in the normaliser (0-d).
 
-        The forward pass leaves it out of the gradients: a token's hidden gradient is then of the head's own size, which
-        float16 can hold, and to divide by it in the backward pass rounds nothing.
+        The forward pass leaves it out of the gradients. A token's hidden gradient is then of the head's own size, which
+        float16 can hold. The backward pass divides by it, which rounds nothing.
         """
         return power_of_two(self.normalizer)
 
-    def student(self, head: Head, hidden: torch.Tensor, needs: tuple[bool, bool, bool]):
-        """(loss, stats, what finishes the gradients of loss · :attr:`power` for hidden, weight and bias)."""
-        logp, loss, magnitude, gate, token_advantage, bound = (torch.zeros_like(self.advantages) for _ in range(6))
+    def loss(self, head: Head, hidden: Tensor, needs: Needs) -> tuple[Tensor, TokenStats, Finish | None]:
+        """(loss, stats, what finishes the gradients of loss · :attr:`power`)."""
+        logp, magnitude, gate, token_advantage, bound, terms = (torch.zeros_like(self.advantages) for _ in range(6))
         stats = TokenStats(
             logp, self.teacher_logp, self.teacher_entropy, self.lookahead_entropy, magnitude, gate, token_advantage,
             bound,
         )  # fmt: skip
+        sign_and_share = -self.power / self.normalizer
 
-        unit = -self.power / self.normalizer
-
-        def credit(first_row: int, chunk: int) -> torch.Tensor:
+        def credit(first_row: int, n_rows: int) -> Tensor:
             self.backend.token_credit(
-                self.rows, first_row, chunk, self.advantages, self.teacher_logp, logp, self.lookahead_entropy,
-                self.scale, self.options, stats, loss,
-            )  # fmt: skip
-            return token_advantage * unit
+                self.rows, first_row, n_rows, self.advantages, self.scale, self.options, stats, terms
+            )
+            return token_advantage * sign_and_share
 
-        arguments = head, hidden, self.target_ids, self.rows
+        problem = head, self.temperature, hidden, self.target_ids, self.rows
+        finish = None
         if any(needs):
             sparse = None if self.sparse_tol is None else Sparse.of(self.sparse_tol, self.target_ids)
-            finish = self.backend.student_pass(*arguments, logp, credit, needs, self.options.chunk_bytes, sparse)
+            finish = self.backend.student_pass(*problem, logp, credit, needs, self.chunk_bytes, sparse)
             if sparse is not None:
                 bound.copy_(sparse.error_bound(token_advantage))
         else:
-            logp.copy_(self.backend.statistics(*arguments, self.options.chunk_bytes)[0])
+            logp.copy_(self.backend.statistics(*problem, self.chunk_bytes)[0])
             credit(0, logp.numel())
-            finish = None
-        return loss.sum() / self.normalizer, stats, finish
+        return terms.sum() / self.normalizer, stats, finish
 
 
 class _FusedLoss(torch.autograd.Function):
     """The loss with its gradients made in the forward pass, while each chunk's exponentials are there."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, softcap, temperature, credit: _Credit, needs):
-        loss, stats, ctx.finish = credit.student(Head(weight, bias, softcap, temperature), hidden, needs)
+    def forward(ctx, hidden, weight, bias, head: Head, minibatch: _Minibatch, needs: Needs):
+        loss, stats, ctx.finish = minibatch.loss(head, hidden, needs)
         ctx.save_for_backward(hidden, weight, bias)
-        ctx.arguments = softcap, temperature, credit, needs
+        ctx.arguments = head, minibatch, needs
         ctx.mark_non_differentiable(*stats)
         ctx.set_materialize_grads(False)
         return loss, *stats
 
     @staticmethod
     def backward(ctx, d_loss, *_):
-        inputs.refuse_second_derivative("fused_egrsd_loss")
+        checks.refuse_second_derivative("fused_egrsd_loss")
         if d_loss is None:
-            return (None,) * 7
-        softcap, temperature, credit, needs = ctx.arguments
+            return (None,) * 6
+        head, minibatch, needs = ctx.arguments
         hidden, weight, bias = ctx.saved_tensors
         finish, ctx.finish = ctx.finish, None
         if finish is None:
             # A second backward: the first one scaled its gradients in place and gave them away. They are made again.
-            finish = credit.student(Head(weight, bias, softcap, temperature), hidden, needs)[2]
-        return *finish(d_loss / credit.power), *(None,) * 4
+            finish = minibatch.loss(head.of(weight, bias), hidden, needs)[2]
+        return *finish(d_loss / minibatch.power), *(None,) * 3
 
 
-def _entropy_scale(options: Options, entropy, lookahead_entropy, group) -> torch.Tensor:
-    """The normaliser of Ĥ (0-d, nats): the batch maximum (Eq. 8) or the given scale, and at least min_entropy_scale."""
-    scale = options.entropy_scale
-    if isinstance(scale, str):
-        # Masked tokens hold 0 and no entropy is below that, so they change no maximum.
-        source = entropy if scale == "batch_max" else lookahead_entropy
-        scale = source.max() if source.numel() else source.new_zeros(())
-        if group is not None:
-            torch.distributed.all_reduce(scale, op=torch.distributed.ReduceOp.MAX, group=group)
-    return scale.clamp(min=options.min_entropy_scale)
+def _entropy_scale(
+    value: EntropyScale | Tensor, least: float, entropy: Tensor, lookahead_entropy: Tensor, group
+) -> Tensor:
+    """What entropies are divided by (0-d, nats): the batch maximum (Eq. 8) or the given one, at least ``least``."""
+    if isinstance(value, str):
+        value = batch_max(entropy if value == "batch_max" else lookahead_entropy, group)
+    return value.clamp(min=least)
 
 
-def _options(
-    gamma, gate_floor, lookahead, clip_eps, entropy_scale, min_entropy_scale, chunk_bytes, like, dtype
-) -> Options:
-    if isinstance(entropy_scale, str):
-        expected = '"batch_max", "batch_max_lookahead" or nats'
-        expect(entropy_scale in ("batch_max", "batch_max_lookahead"), "entropy_scale", entropy_scale, expected)
-    else:
-        entropy_scale = inputs.scalar("entropy_scale", entropy_scale, like, dtype)
-    return Options(
-        gamma=number("gamma", gamma, low=0),
-        gate_floor=number("gate_floor", gate_floor, low=0, high=1),
-        lookahead=inputs.integer("lookahead", lookahead, low=0),
-        clip_eps=number("clip_eps", clip_eps, low=0, high=1),
-        entropy_scale=entropy_scale,
-        min_entropy_scale=number("min_entropy_scale", min_entropy_scale, low=0, strict=True),
-        chunk_bytes=inputs.integer("chunk_bytes", chunk_bytes, low=1),
-    )
+def _lookahead(window: object, filter: object, decay: object) -> Lookahead:
+    known = isinstance(filter, str) and filter in FILTERS
+    expect(known, "lookahead_filter", filter, " or ".join(f'"{name}"' for name in FILTERS))
+    decay = number("lookahead_decay", decay, low=0, high=1, strict=True)
+    expect(decay == 1 or filter == "discounted", "lookahead_decay", decay, '1, since lookahead_filter is "minimum"')
+    return Lookahead(checks.integer("lookahead", window, low=0), filter, decay)
 
 
-def _teacher(teacher_hidden, teacher_weight, teacher_bias, student_hidden, student: Head) -> tuple[torch.Tensor, Head]:
+def _teacher(teacher_hidden, teacher_weight, teacher_bias, student_hidden, student: Head) -> tuple[Tensor, Head]:
     """The teacher's hidden states and head: its own, or the student's."""
     leading = tuple(student_hidden.shape[:-1])
     same = tuple(teacher_hidden.shape[:-1]) == leading
     expect(same, "teacher_hidden", teacher_hidden, f"shape {(*leading, 'D')}, like student_hidden")
     if teacher_weight is None:
         weight, why = student.weight, "of the student's head, since teacher_weight is not given"
-        (teacher_hidden,) = inputs.autocast(teacher_hidden)
+        (teacher_hidden,) = checks.autocast(teacher_hidden)
         fits = teacher_hidden.shape[-1] == weight.shape[1]
         expect(fits, "teacher_hidden", teacher_hidden, f"the hidden size {weight.shape[1]} {why}")
         fits = teacher_hidden.dtype == weight.dtype
         expect(fits, "teacher_hidden", teacher_hidden, f"the dtype {weight.dtype} {why}", TypeError)
         bias = student.bias if teacher_bias is None else teacher_bias
     else:
-        teacher_hidden, weight = inputs.autocast(teacher_hidden, teacher_weight)
+        teacher_hidden, weight = checks.autocast(teacher_hidden, teacher_weight)
         bias = teacher_bias
-    head = inputs.head("teacher_", "teacher_hidden", teacher_hidden, weight, bias, student.softcap, student.temperature)
+    head = checks.head("teacher_", "teacher_hidden", teacher_hidden, weight, bias, student.softcap)
     vocabulary = student.weight.shape[0]
     expect(weight.shape[0] == vocabulary, "teacher_weight", weight, f"the student's vocabulary, {vocabulary} rows")
     return teacher_hidden, head.detach()
@@ -160,42 +148,45 @@ def _teacher(teacher_hidden, teacher_weight, teacher_bias, student_hidden, stude
 
 @torch.compiler.disable
 def fused_egrsd_loss(
-    student_hidden: torch.Tensor,
-    student_weight: torch.Tensor,
-    teacher_hidden: torch.Tensor | None,
-    target_ids: torch.Tensor,
-    advantages: torch.Tensor,
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None,
+    target_ids: Tensor,
+    advantages: Tensor,
     *,
-    teacher_weight: torch.Tensor | None = None,
-    student_bias: torch.Tensor | None = None,
-    teacher_bias: torch.Tensor | None = None,
-    mask: torch.Tensor | None = None,
-    cu_seqlens: torch.Tensor | None = None,
-    teacher_logp: torch.Tensor | None = None,
-    teacher_entropy: torch.Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    teacher_logp: Tensor | None = None,
+    teacher_entropy: Tensor | None = None,
     gamma: float = 0.3,
     gate_floor: float = 0.1,
     lookahead: int = 0,
+    lookahead_filter: Filter = "minimum",
+    lookahead_decay: float = 1.0,
     clip_eps: float = 0.2,
-    entropy_scale: Literal["batch_max", "batch_max_lookahead"] | float | torch.Tensor = "batch_max",
+    entropy_scale: EntropyScale | float | Tensor = "batch_max",
     min_entropy_scale: float = 1.0,
     temperature: float = 1.0,
     softcap: float | None = None,
-    normalizer: float | torch.Tensor | None = None,
+    normalizer: float | Tensor | None = None,
     data_group: torch.distributed.ProcessGroup | None = None,
     backend: Literal["auto", "triton", "torch"] = "auto",
-    grad_mode: Literal["exact", "sparse", "auto"] = "exact",
+    grad_mode: Literal["exact", "sparse"] = "exact",
     sparse_tol: float = DEFAULT_SPARSE_TOL,
     return_stats: bool = False,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
-) -> torch.Tensor | tuple[torch.Tensor, TokenStats]:
+) -> Tensor | tuple[Tensor, TokenStats]:
     """The EGRSD loss, or CL-EGRSD's with ``lookahead`` > 0 (arXiv 2605.13255), without full logits.
 
     L = -(1/Σm) Σ_t m_t Â_t log p_S(y_t), where Â = A · w · ω is a constant (no gradient):
 
     - magnitude w = clip(exp(sign(A) · δ), 1 - clip_eps, 1 + clip_eps), δ = log p_T(y) - log p_S(y);
     - gate ω = clip(1 - gamma · Ĥ, gate_floor, 1), Ĥ = H^CL / max(scale, min_entropy_scale) (Eq. 8);
-    - H^CL_t = the minimum of the teacher's entropy H over valid j in [t, min(t + lookahead, end of the sequence)].
+    - H^CL_t = the minimum of the teacher's entropy H over valid j in [t, min(t + lookahead, end of the sequence)], or
+      with lookahead_filter "discounted" of lookahead_decay^-(j - t) · H_j there.
 
     gamma = 0 is RLSD's loss; gamma = 0 with clip_eps = 0 is REINFORCE with the given advantages.
 
@@ -220,6 +211,8 @@ def fused_egrsd_loss(
             log p is at most 0 and may be -inf; entropies are finite and at least 0; both but for rounding.
         gamma, gate_floor, lookahead, clip_eps: γ, the gate's floor, W and ε above. Numbers; γ is at least 0, the floor
             and ε in [0, 1], W an integer of at least 0.
+        lookahead_filter, lookahead_decay: how the window is filtered: "minimum", or "discounted" by λ in (0, 1], with
+            which a later token counts the less the further it is. λ = 1 is the minimum.
         entropy_scale: what H^CL is divided by, in nats: "batch_max", the maximum of the valid tokens' raw H (Eq. 8);
             "batch_max_lookahead", the maximum of H^CL (Algorithm 1's order); or a number or 0-d tensor, of an integer
             or one of those dtypes, on any device: positive, and finite in the loss's dtype.
@@ -229,10 +222,10 @@ def fused_egrsd_loss(
         normalizer: instead of Σm, the number of valid tokens: a number or 0-d tensor, as entropy_scale.
         data_group: the torch.distributed group over which the minibatch is spread; the batch maximum is the group's.
         backend: "triton", "torch" (plain PyTorch), or "auto": Triton on a GPU where it runs, else PyTorch.
-        grad_mode: "exact"; "sparse", which leaves out vocabulary entries that carry little of the gradient: what that
-            changes in dL/d(h Wᵀ) is certified to be at most sparse_tol of its L1 norm, on any input, and tokens whose
-            gradient is not sparse are made exactly; or "auto", sparse as long as earlier calls found it to pay. The
-            PyTorch backend's gradients are always exact.
+        grad_mode: "exact"; or, experimental, "sparse", which leaves out vocabulary entries that carry little of the
+            gradient. What that changes in dL/d(h Wᵀ) is certified to be at most sparse_tol of its L1 norm, on any
+            input; tokens whose gradient is not sparse are made exactly. It pays on large models that are mostly sure of
+            their next token. The PyTorch backend's gradients are always exact.
         sparse_tol: that tolerance, Σ_t |c_t| dropped_t <= sparse_tol · Σ_t |c_t| ‖p_t - e_y‖₁ with c_t = dL/dlog p_t
             and dropped_t the probability mass left out (both times tanh's derivative, under a softcap); a token's share
             of it is TokenStats.gradient_error_bound. A number in (0, 1].
@@ -258,30 +251,38 @@ def fused_egrsd_loss(
             tensors, and on a GPU when EGRSD_KERNELS_CHECK=1; never under torch.compile, FakeTensorMode or torch.func.
             Unchecked, such a target makes its log p and the loss NaN.
     """
-    inputs.hidden_states("student_hidden", student_hidden)
+    checks.hidden_states("student_hidden", student_hidden)
     if teacher_hidden is not None:
-        inputs.hidden_states("teacher_hidden", teacher_hidden, like=student_hidden)
+        checks.hidden_states("teacher_hidden", teacher_hidden, like=student_hidden)
     if data_group is not None:
         is_group = torch.distributed.is_available() and isinstance(data_group, torch.distributed.ProcessGroup)
         expect(is_group, "data_group", data_group, "a torch.distributed.ProcessGroup or None", TypeError)
-    inputs.flag("return_stats", return_stats)
-    student_hidden, student_weight = inputs.autocast(student_hidden, student_weight)
-    student = inputs.head(
-        "student_", "student_hidden", student_hidden, student_weight, student_bias, softcap, temperature
-    )
-    target_ids_flat, valid = inputs.targets(target_ids, student_hidden, student_weight.shape[0], mask)
+    checks.flag("return_stats", return_stats)
+    student_hidden, student_weight = checks.autocast(student_hidden, student_weight)
+    student = checks.head("student_", "student_hidden", student_hidden, student_weight, student_bias, softcap)
+    temperature = number("temperature", temperature, low=0, strict=True)
+    flat_targets, valid = checks.targets(target_ids, student_hidden, student_weight.shape[0], mask)
     n, dtype = valid.numel(), compute_dtype(student_hidden.dtype)
-    boundaries = inputs.boundaries(cu_seqlens, student_hidden)
-    sequence = inputs.sequence_of(boundaries, n)
-    flat_advantages = inputs.token_advantages(advantages, student_hidden, valid, sequence, boundaries.numel() - 1)
+    boundaries = checks.boundaries(cu_seqlens, student_hidden)
+    sequence = checks.sequence_of(boundaries, n)
+    flat_advantages = checks.token_advantages(advantages, student_hidden, valid, sequence, boundaries.numel() - 1)
     flat_advantages = flat_advantages.to(dtype)
-    options = _options(
-        gamma, gate_floor, lookahead, clip_eps, entropy_scale, min_entropy_scale, chunk_bytes, valid, dtype
+    if isinstance(entropy_scale, str):
+        expected = '"batch_max", "batch_max_lookahead" or nats'
+        expect(entropy_scale in ENTROPY_SCALES, "entropy_scale", entropy_scale, expected)
+    else:
+        entropy_scale = checks.scalar("entropy_scale", entropy_scale, valid, dtype)
+    options = CreditOptions(
+        gamma=number("gamma", gamma, low=0),
+        gate_floor=number("gate_floor", gate_floor, low=0, high=1),
+        clip_eps=number("clip_eps", clip_eps, low=0, high=1),
     )
-    ops = inputs.backend(backend, *(x for x in (student_hidden, teacher_hidden) if x is not None))
-    hidden = inputs.batched(student_hidden)
-    needs = inputs.needs_grad(hidden, student.weight, student.bias)
-    tolerance = ops.sparse_tolerance(*inputs.gradients(grad_mode, sparse_tol), student, needs)
+    window = _lookahead(lookahead, lookahead_filter, lookahead_decay)
+    min_entropy_scale = number("min_entropy_scale", min_entropy_scale, low=0, strict=True)
+    chunk_bytes = checks.integer("chunk_bytes", chunk_bytes, low=1)
+    ops = choose(backend, *(x for x in (student_hidden, teacher_hidden) if x is not None))
+    sparse_tolerance = checks.sparse_tolerance(grad_mode, sparse_tol)
+    hidden = checks.batched(student_hidden)
 
     with torch.cuda.device_of(student_hidden), torch.no_grad():
         rows = Rows.build(valid, flat_advantages != 0)
@@ -289,30 +290,29 @@ def fused_egrsd_loss(
             for name, unused in (("teacher_weight", teacher_weight), ("teacher_bias", teacher_bias)):
                 expect(unused is None, name, unused, "None, since teacher_hidden is None")
             given = {"teacher_logp": teacher_logp, "teacher_entropy": teacher_entropy}
-            logp_t, entropy = (inputs.teacher_statistic(name, x, target_ids, valid) for name, x in given.items())
+            logp, entropy = (checks.teacher_statistic(name, x, target_ids, valid) for name, x in given.items())
         else:
             unused = teacher_logp if teacher_logp is not None else teacher_entropy
             expect(unused is None, "teacher_logp, teacher_entropy", unused, "None beside teacher_hidden")
             teacher_hidden, teacher = _teacher(teacher_hidden, teacher_weight, teacher_bias, student_hidden, student)
-            logp_t, entropy, _ = ops.statistics(
-                teacher, inputs.batched(teacher_hidden), target_ids_flat, rows, chunk_bytes
+            logp, entropy, _ = ops.statistics(
+                teacher, temperature, checks.batched(teacher_hidden), flat_targets, rows, chunk_bytes
             )
-        logp_t, entropy = logp_t.to(dtype), entropy.to(dtype)
+        logp, entropy = logp.to(dtype), entropy.to(dtype)
         end_of_sequence = (boundaries[1:] - 1)[sequence].clamp(max=n - 1).to(torch.int32)
-        lookahead_entropy = ops.lookahead_entropy(entropy, valid, end_of_sequence, lookahead)
-        scale = _entropy_scale(options, entropy, lookahead_entropy, data_group)
-        tokens = rows.counts[0].to(dtype)
-        divisor = tokens if normalizer is None else inputs.scalar("normalizer", normalizer, valid, dtype)
-        divisor = torch.where(tokens == 0, 1, divisor)
-        credit = _Credit(
-            ops, target_ids_flat, rows, flat_advantages, logp_t, entropy, lookahead_entropy, scale, divisor, options,
-            tolerance,
+        lookahead_entropy = ops.lookahead_entropy(entropy, valid, end_of_sequence, window)
+        scale = _entropy_scale(entropy_scale, min_entropy_scale, entropy, lookahead_entropy, data_group)
+        n_valid = rows.counts[0].to(dtype)
+        divisor = n_valid if normalizer is None else checks.scalar("normalizer", normalizer, valid, dtype)
+        divisor = torch.where(n_valid == 0, 1, divisor)
+        minibatch = _Minibatch(
+            ops, flat_targets, rows, flat_advantages, logp, entropy, lookahead_entropy, scale, divisor, options,
+            temperature, chunk_bytes, sparse_tolerance,
         )  # fmt: skip
 
     with torch.cuda.device_of(student_hidden):
-        loss, *stats = _FusedLoss.apply(
-            hidden, student.weight, student.bias, student.softcap, student.temperature, credit, needs
-        )
+        needs = Needs.of(hidden, student.weight, student.bias)
+        loss, *stats = _FusedLoss.apply(hidden, student.weight, student.bias, student, minibatch, needs)
     if not return_stats:
         return loss
     return loss, TokenStats(*(x.view(target_ids.shape) for x in stats))

@@ -5,28 +5,30 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
-from . import inputs
-from .problem import DEFAULT_CHUNK_BYTES, Rows
+from . import checks
+from .backends import DEFAULT_CHUNK_BYTES, choose
+from .rows import Rows
 
 
 class TokenStatistics(NamedTuple):
     """float32 tensors shaped like ``target_ids`` (float64 for float64 input), in nats, 0 where masked."""
 
-    logp: torch.Tensor
-    entropy: torch.Tensor
-    logsumexp: torch.Tensor
+    logp: Tensor
+    entropy: Tensor
+    logsumexp: Tensor
 
 
 @torch.compiler.disable
 @torch.no_grad()
 def token_statistics(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    target_ids: torch.Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target_ids: Tensor,
     *,
-    bias: torch.Tensor | None = None,
-    mask: torch.Tensor | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
     backend: Literal["auto", "triton", "torch"] = "auto",
@@ -47,13 +49,14 @@ def token_statistics(
         TypeError, ValueError: naming the argument, what it got and what it expects. Values of target_ids and mask are
             checked where :func:`egrsd_kernels.fused_egrsd_loss` checks values.
     """
-    inputs.hidden_states("hidden", hidden)
-    hidden, weight = inputs.autocast(hidden, weight)
-    head = inputs.head("", "hidden", hidden, weight, bias, softcap, temperature)
-    flat_targets, valid = inputs.targets(target_ids, hidden, weight.shape[0], mask)
-    chunk_bytes = inputs.integer("chunk_bytes", chunk_bytes, low=1)
-    ops = inputs.backend(backend, hidden)
+    checks.hidden_states("hidden", hidden)
+    hidden, weight = checks.autocast(hidden, weight)
+    head = checks.head("", "hidden", hidden, weight, bias, softcap)
+    temperature = checks.number("temperature", temperature, low=0, strict=True)
+    flat_targets, valid = checks.targets(target_ids, hidden, weight.shape[0], mask)
+    chunk_bytes = checks.integer("chunk_bytes", chunk_bytes, low=1)
+    ops = choose(backend, hidden)
     with torch.cuda.device_of(hidden):
         rows = Rows.build(valid, valid)
-        out = ops.statistics(head, inputs.batched(hidden), flat_targets, rows, chunk_bytes)
+        out = ops.statistics(head, temperature, checks.batched(hidden), flat_targets, rows, chunk_bytes)
     return TokenStatistics(*(x.view(target_ids.shape) for x in out))

@@ -26,12 +26,17 @@ import torch
 from torch import Tensor, nn
 
 from egrsd_kernels import fused_egrsd_loss
-from egrsd_kernels.advantages import WelfordAdvantage
+from egrsd_kernels.credit import regime_shares, token_regimes
 from egrsd_kernels.extras import how_to_install
-from egrsd_kernels.regimes import regime_shares, token_regimes
-from egrsd_kernels.report import Rollout, write_token_report
-from egrsd_kernels.rewards import length_shaped_reward
-from egrsd_kernels.teacher import align_responses, pad_inputs, response_hidden, teacher_messages
+from egrsd_kernels.rl import (
+    WelfordAdvantage,
+    align_responses,
+    length_shaped_reward,
+    pad_inputs,
+    response_hidden,
+    teacher_messages,
+)
+from egrsd_kernels.rollouts import Rollout, write_token_report
 
 try:
     import matplotlib

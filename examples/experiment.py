@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.measure import command, environment, write
-from egrsd_kernels.commands.sweep import TRAIN, train_all
+from egrsd_kernels.cli.sweep import TRAIN, train_all
 from examples import demo
 
 MAX_RESPONSE = 128  # L_max, tokens

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from egrsd_kernels.advantages import WelfordAdvantage
+from egrsd_kernels.rl import WelfordAdvantage
 
 REWARDS = st.lists(st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=7), min_size=2, max_size=25)
 

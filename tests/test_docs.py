@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from egrsd_kernels import fused_egrsd_loss, token_statistics
-from egrsd_kernels.regimes import REGIMES
+from egrsd_kernels.credit import REGIMES
 from tests.doc_examples import ROOT, blocks, language_model
 
 PAGES = sorted(page.name for page in (ROOT / "docs").glob("*.md"))

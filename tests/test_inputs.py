@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from egrsd_kernels import fused_egrsd_loss, inputs, linear_logp, token_statistics
+from egrsd_kernels import checks, fused_egrsd_loss, linear_logp, token_statistics
 from tests.conftest import INTERPRETED, Combo, all_combos, make_case
 
 CPU = Combo("torch", "cpu", torch.float32)
@@ -487,7 +487,7 @@ def test_as_many_sequences_as_tokens():
 
 
 def test_one_a_token_wins_where_values_cannot_be_seen(monkeypatch):
-    monkeypatch.setattr(inputs, "values_checked", lambda tensor: False)
+    monkeypatch.setattr(checks, "values_checked", lambda tensor: False)
     advantages = torch.linspace(-1, 1, N)
     case = packed(cu_seqlens=bounds(0, *[5] * 5, *range(6, 15)), advantages=advantages)
     _, stats = fused_egrsd_loss(**case, return_stats=True)
@@ -531,7 +531,7 @@ def test_what_is_masked_may_hold_anything():
     assert fused_egrsd_loss(**given(mask=mask, **strange)).isfinite()
 
 
-@pytest.mark.parametrize("dtype", inputs.INTEGERS)
+@pytest.mark.parametrize("dtype", checks.INTEGERS)
 def test_every_integer_dtype_is_one_of_ids_and_masks(dtype):
     want = fused_egrsd_loss(**padded(mask=ones.bool()))
     case = padded(mask=ones.to(dtype))
@@ -554,7 +554,7 @@ def test_numpy_scalars_are_numbers():
 def test_a_target_outside_the_vocabulary_is_nan_where_nobody_checks(combo, monkeypatch):
     """As on a GPU: no read outside the head, log p NaN for that token alone, and a loss that shows it."""
     monkeypatch.delenv("EGRSD_KERNELS_CHECK", raising=False)
-    monkeypatch.setattr(inputs, "values_checked", lambda tensor: False)
+    monkeypatch.setattr(checks, "values_checked", lambda tensor: False)
     case = make_case(combo, bias=True, teacher="own head", lookahead=2)
     for bad in (61, -1, 2**31 - 1, -(2**31), 2**40):
         case["target_ids"][1, 3] = bad

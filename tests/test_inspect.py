@@ -13,8 +13,14 @@ import torch
 pytest.importorskip("rich")
 
 from egrsd_kernels import cli
-from egrsd_kernels.report import Rollout, write_token_report
-from egrsd_kernels.rollouts import append_rollouts, find_rollout_files, read_rollouts, write_rollouts
+from egrsd_kernels.rollouts import (
+    Rollout,
+    append_rollouts,
+    find_rollout_files,
+    read_rollouts,
+    write_rollouts,
+    write_token_report,
+)
 from tests import chromium
 
 EVIL = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"><!--&lt;\\u003c"

@@ -11,9 +11,12 @@ import math
 import pytest
 import torch
 
-from egrsd_kernels import triton_backend
-from egrsd_kernels.kernels import gradient, tuning
-from egrsd_kernels.problem import Head, Rows
+from egrsd_kernels.backends import Needs
+from egrsd_kernels.backends import triton as triton_backend
+from egrsd_kernels.backends.triton import gradient, tuning
+from egrsd_kernels.credit import Lookahead
+from egrsd_kernels.head import Head
+from egrsd_kernels.rows import Rows
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
@@ -50,14 +53,15 @@ def dtype(request):
 class Case:
     """Random operands on the device, and their float64 softmax."""
 
-    def __init__(self, n, d, v, dtype, *, bias=False, softcap=None, temperature=1.0, scale=1.0, seed=0):
-        g = torch.Generator().manual_seed(seed + 1000 * n + d)
+    def __init__(self, n, d, v, dtype, *, bias=False, softcap=None, temperature=1.0, logit_scale=1.0, scale=1.0):
+        g = torch.Generator().manual_seed(1000 * n + d)
 
         def normal(*shape):
             return torch.randn(*shape, generator=g).to(dtype).to(DEVICE)
 
         self.hidden = normal(1, n, d) * scale
-        self.head = Head(normal(v, d) * (3 / math.sqrt(d)), normal(v) if bias else None, softcap, temperature)
+        self.head = Head(normal(v, d) * (3 / math.sqrt(d)), normal(v) if bias else None, logit_scale, softcap)
+        self.temperature = temperature
         self.targets = torch.randint(0, v, (n,), generator=g).to(DEVICE)
         self.valid = (torch.rand(n, generator=g) < 0.8).to(DEVICE)
         self.gradient = torch.randn(n, generator=g).to(DEVICE)
@@ -72,17 +76,17 @@ class Case:
             leaves.append(self.head.bias.double().requires_grad_())
             product = product + leaves[2]
         product.retain_grad()
-        z = product
+        z = product * self.head.logit_scale
         if self.head.softcap is not None:
             z = self.head.softcap * torch.tanh(z / self.head.softcap)
-        z = z / self.head.temperature
+        z = z / self.temperature
         log_p = z.log_softmax(-1)
         logp = log_p.gather(1, self.targets[:, None]).squeeze(1)
         p = log_p.exp()
         entropy = -torch.where(p > 0, p * log_p, 0).sum(-1)
         (logp * self.gradient)[self.valid].sum().backward()
         # A float32 accumulation over D terms errs by a few units in the last place of the largest partial sums.
-        size = (leaves[0][0].abs() @ leaves[1].abs().t()).max() / self.head.temperature
+        size = (leaves[0][0].abs() @ leaves[1].abs().t()).max() / self.temperature
         self.tolerance = 4 * 2.0**-24 * float(size.detach()) * math.sqrt(self.hidden.shape[-1]) + 4e-6
         if CUDA:  # tensor cores truncate where an FMA rounds
             self.tolerance *= 4
@@ -90,19 +94,23 @@ class Case:
             # dL/d(product) errs by its own rounding, by the one that the row's factor undoes for the target, and by the
             # scaled row's; and each p by as much as its logit does.
             unit = UNIT[self.hidden.dtype]
-            weighed = (self.gradient.abs() * self.valid)[:, None] * p / self.head.temperature
+            weighed = (self.gradient.abs() * self.valid)[:, None] * p / self.temperature
             error = 3 * unit * product.grad.abs() + 2 * self.tolerance * weighed
             bounds = [(error @ leaves[1].abs())[None], error.t() @ leaves[0][0].abs(), error.sum(0)]
             gradients = [x.grad for x in leaves]
             self.bounds = [b + unit * g.abs() + 1e-7 for b, g in zip(bounds, gradients, strict=False)]
         return logp.detach(), entropy.detach(), z.logsumexp(-1).detach(), gradients
 
+    def statistics(self):
+        return triton_backend.statistics(self.head, self.temperature, self.hidden, self.targets, self.rows, CHUNK_BYTES)
+
     def student_pass(self, needs=(True, True, True), chunk_bytes=CHUNK_BYTES, factor=None):
         logp = torch.zeros(self.targets.numel(), device=DEVICE)
-        needs = (*needs[:2], needs[2] and self.head.bias is not None)
+        needs = Needs(*needs[:2], needs[2] and self.head.bias is not None)
         finish = triton_backend.student_pass(
-            self.head, self.hidden, self.targets, self.rows, logp, lambda *_: self.gradient, needs, chunk_bytes
-        )
+            self.head, self.temperature, self.hidden, self.targets, self.rows, logp, lambda *_: self.gradient, needs,
+            chunk_bytes,
+        )  # fmt: skip
         return logp, finish(factor)
 
 
@@ -113,21 +121,21 @@ def relative(actual, expected):
 SHAPES = [(1, 16, 1), (3, 17, 33), (140, 40, 300), (261, 72, 515)]
 if CUDA:
     SHAPES += [(1000, 1000, 5003), (300, 5120, 2049), (2049, 256, 32_003)]
-TRANSFORMS = [{}, {"bias": True, "softcap": 4.0, "temperature": 0.7}]
+TRANSFORMS = [{}, {"bias": True, "softcap": 4.0, "temperature": 0.7, "logit_scale": 1.6}]
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "bias-softcap-temperature"])
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "bias-scale-softcap-temperature"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_statistics(shape, transform, dtype, family):
     case = Case(*shape, dtype, **transform)
     expected = case.reference()
-    actual = triton_backend.statistics(case.head, case.hidden, case.targets, case.rows, CHUNK_BYTES)
+    actual = case.statistics()
     for name, a, e in zip(("logp", "entropy", "logsumexp"), actual, expected, strict=False):
         assert (a - e)[case.valid].abs().max() <= case.tolerance, name
         assert (a[~case.valid] == 0).all(), name
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "bias-softcap-temperature"])
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "bias-scale-softcap-temperature"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_student_pass(shape, transform, dtype, family):
     case = Case(*shape, dtype, **transform)
@@ -148,7 +156,7 @@ def test_student_pass(shape, transform, dtype, family):
     assert (gradients[0][0][untouched] == 0).all()
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "bias-softcap-temperature"])
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "bias-scale-softcap-temperature"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_one_chunk(shape, transform, dtype, family):
     """All rows in one chunk: the head's product waits for the factor, and is rounded once."""
@@ -165,7 +173,7 @@ def test_one_chunk(shape, transform, dtype, family):
         assert ((a / factor.double() - e).abs() <= bound + again + 1e-7).all(), name
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "bias-softcap-temperature"])
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "bias-scale-softcap-temperature"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_slices_of_the_vocabulary(shape, transform, dtype, family):
     """Without gradients of the head, one vocabulary tile at a time; and never the whole vocabulary by default."""
@@ -199,7 +207,7 @@ def test_logits_of_minus_infinity(dtype, family):
     case.head.bias[100:600] = -math.inf
     case.targets = torch.where((case.targets >= 100) & (case.targets < 600), 5, case.targets)
     expected, expected_entropy, *_, expected_gradients = case.reference()
-    logp, entropy, _ = triton_backend.statistics(case.head, case.hidden, case.targets, case.rows, CHUNK_BYTES)
+    logp, entropy, _ = case.statistics()
     assert (entropy - expected_entropy)[case.valid].abs().max() <= case.tolerance
     assert (logp - expected)[case.valid].abs().max() <= case.tolerance
     student_logp, gradients = case.student_pass()
@@ -208,7 +216,7 @@ def test_logits_of_minus_infinity(dtype, family):
         assert relative(a, e.nan_to_num()) <= GRADIENT_ERROR[dtype]
     first = int(case.valid.nonzero()[0])
     case.targets[first] = 300
-    logp, *_ = triton_backend.statistics(case.head, case.hidden, case.targets, case.rows, CHUNK_BYTES)
+    logp, *_ = case.statistics()
     assert logp[first] == -math.inf
     student_logp, gradients = case.student_pass()
     assert student_logp[first] == -math.inf
@@ -230,7 +238,7 @@ def test_target_outside_the_vocabulary_is_nan(dtype, family):
     valid = case.valid.nonzero().squeeze(1)
     for row, target in ((valid[0], -1), (valid[1], 300), (valid[2], 2**40)):
         case.targets[row] = target
-    logp, entropy, _ = triton_backend.statistics(case.head, case.hidden, case.targets, case.rows, CHUNK_BYTES)
+    logp, entropy, _ = case.statistics()
     student_logp, (hidden, *_) = case.student_pass(needs=(True, False, False))
     for values in (logp, student_logp):
         assert values[valid[:3]].isnan().all() and values[valid[3:]].isfinite().all()
@@ -290,14 +298,14 @@ def test_lookahead_entropy(lookahead):
     for t in range(n):
         window = [entropy[j] for j in range(t, min(t + lookahead, int(ends[t])) + 1) if valid[j]]
         expected[t] = min(window) if valid[t] else 0
-    arguments = entropy.to(DEVICE), valid.to(DEVICE), ends.to(torch.int32).to(DEVICE), lookahead
+    arguments = entropy.to(DEVICE), valid.to(DEVICE), ends.to(torch.int32).to(DEVICE), Lookahead(lookahead)
     assert torch.equal(triton_backend.lookahead_entropy(*arguments).cpu(), expected)
 
 
 def test_lookahead_keeps_nan():
     entropy = torch.tensor([1.0, math.nan, 2.0, 3.0], device=DEVICE)
     ends = torch.full((4,), 3, dtype=torch.int32, device=DEVICE)
-    out = triton_backend.lookahead_entropy(entropy, torch.ones(4, dtype=torch.bool, device=DEVICE), ends, 1)
+    out = triton_backend.lookahead_entropy(entropy, torch.ones(4, dtype=torch.bool, device=DEVICE), ends, Lookahead(1))
     assert out.isnan().tolist() == [True, True, False, False]
 
 

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from egrsd_kernels import fused_egrsd_loss, triton_backend
+from egrsd_kernels import fused_egrsd_loss
+from egrsd_kernels.backends import triton as triton_backend
 from tests.conftest import (
     CPU_COMBOS,
     LEARNED,

@@ -6,21 +6,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from egrsd_kernels.kernels.common import ROW_TILE, Configs, Machine
-from egrsd_kernels.kernels.plan import (
-    DENSE_COST,
+from egrsd_kernels.backends import Needs
+from egrsd_kernels.backends.triton.common import ROW_TILE, Configs, Machine
+from egrsd_kernels.backends.triton.plan import (
     FROZEN_BYTES,
     LISTED_ENTRIES,
-    SPARSE_COST,
-    break_even,
     ceil_div,
     chunk_plan,
     sparse_plan,
 )
-from egrsd_kernels.kernels.tuning import FLOAT32, HALF, configs
+from egrsd_kernels.backends.triton.tuning import FLOAT32, HALF, configs
 
 H100 = Machine(132, True, configs(torch.bfloat16, torch.device("cpu"), True, 232_448))
-FROZEN, TRAINED = (True, False, False), (True, True, False)
+FROZEN, TRAINED = Needs(True, False, False), Needs(True, True, False)
 V = 151_936
 
 
@@ -35,7 +33,7 @@ def held(plan, size: int, how: Machine, needs, itemsize: int = 2) -> int:
     tokens=st.integers(1, 70_000),
     size=st.integers(2, 700).map(lambda x: 8 * x),
     budget=st.integers(1, 2 << 30),
-    needs=st.sampled_from([FROZEN, TRAINED, (False, True, False), (True, False, True)]),
+    needs=st.sampled_from([FROZEN, TRAINED, Needs(False, True, False), Needs(True, False, True)]),
     config=st.sampled_from([*HALF, FLOAT32]),
     programs=st.integers(1, 200),
 )
@@ -107,13 +105,3 @@ def test_sparse_plans_are_within_their_memory():
                     if tokens > plan.rows:  # two tiles of rows more would not fit
                         share = 3 if needs[1] else 2
                         assert used(plan, needs) + 2 * share * ROW_TILE * V * itemsize > 0.95 * allowed
-
-
-def test_break_even():
-    """There a dense row costs what all rows would, less the attempt; narrow hidden states are not worth one."""
-    for size in (1024, 4096):
-        for trained, products in ((False, 1), (True, 2)):
-            share = break_even(size, trained)
-            assert 0 < share < 1
-            assert abs(SPARSE_COST / size + share * DENSE_COST * products - products) < 1e-12
-    assert break_even(512, False) == 0 < break_even(512, True)

@@ -46,7 +46,7 @@ def test_example_with_trl(tmp_path, monkeypatch):
 def test_commands_are_understood(tmp_path, monkeypatch):
     pytest.importorskip("trl", reason="TRL is not installed")
     from egrsd_kernels import cli
-    from egrsd_kernels.commands.train import find_config, read_config
+    from egrsd_kernels.cli.train import find_config, read_config
     from egrsd_kernels.trl.settings import parse_settings
 
     monkeypatch.chdir(tmp_path)

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from egrsd_kernels.regimes import Regime, regime_shares, token_regimes
+from egrsd_kernels.credit import Regime, regime_shares, token_regimes
 
 LOW, HIGH = 0.01, 0.17
 ENTROPIES = st.one_of(st.floats(0, 1, width=32), st.sampled_from([0.0, 0.01, 0.17, 1.0]))

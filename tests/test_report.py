@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from egrsd_kernels import TokenStats
-from egrsd_kernels.report import Rollout, write_token_report
+from egrsd_kernels.rollouts import Rollout, write_token_report
 
 EVIL = "<script>alert('x')</script>\"'&{{cards}}{{title}}\\1"
 

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from egrsd_kernels.rewards import length_shaped_reward
+from egrsd_kernels.rl import length_shaped_reward
 
 
 def test_worked_example():

@@ -1,4 +1,4 @@
-"""Sparse gradients: the certified bound on adversarial logits, what overflows, what is given up, and "auto".
+"""Sparse gradients: the certified bound on adversarial logits, what overflows, and what is given up.
 
 With the identity as head, hidden states are the logits and the hidden gradient is dL/dlogits: every entry that was left
 out shows. As in test_kernels.py fresh buffers are NaN, so that reading what no kernel wrote shows too.
@@ -13,12 +13,14 @@ import weakref
 import pytest
 import torch
 
-from egrsd_kernels import fused_egrsd_loss, linear_logp, triton_backend
-from egrsd_kernels.automatic import PROBE_EVERY, Automatic
-from egrsd_kernels.kernels.common import device_limits
-from egrsd_kernels.kernels.plan import SparsePlan
-from egrsd_kernels.kernels.sparse import list_kernel, mark_kernel
-from egrsd_kernels.problem import Head, Rows, Sparse
+from egrsd_kernels import fused_egrsd_loss, linear_logp
+from egrsd_kernels.backends import Needs, Sparse
+from egrsd_kernels.backends import triton as triton_backend
+from egrsd_kernels.backends.triton.common import device_limits
+from egrsd_kernels.backends.triton.plan import SparsePlan
+from egrsd_kernels.backends.triton.sparse import list_kernel, mark_kernel
+from egrsd_kernels.head import Head
+from egrsd_kernels.rows import Rows
 from tests.conftest import Combo, Draw, draw_head, draw_hidden, draw_targets, make_case, package_result
 
 CUDA = torch.cuda.is_available()
@@ -58,12 +60,12 @@ class Result:
         z, y, self.g = z.to(DEVICE, dtype), y.to(DEVICE), g.to(DEVICE)
         n, size = z.shape
         weight, bias = torch.eye(size, dtype=dtype, device=DEVICE), torch.zeros(size, dtype=dtype, device=DEVICE)
-        head = Head(weight, bias, softcap, temperature)
+        head = Head(weight, bias, softcap=softcap)
         rows = Rows.build(torch.ones(n, dtype=torch.bool, device=DEVICE), self.g != 0)
         self.sparse = Sparse.of(tolerance, y)
         self.logp = torch.zeros(n, device=DEVICE)
         finish = triton_backend.student_pass(
-            head, z[None], y, rows, self.logp, lambda *_: self.g, (True, True, True), 1 << 30,
+            head, temperature, z[None], y, rows, self.logp, lambda *_: self.g, Needs(True, True, True), 1 << 30,
             None if exact else self.sparse,
         )  # fmt: skip
         self.gradients = finish(None)
@@ -200,8 +202,8 @@ def test_rows_whose_target_is_all_but_certain(tolerance, height, transform, monk
     weight, y, hidden = weight.to(DEVICE), y.to(DEVICE), hidden.to(DEVICE)
     ones = torch.ones(n, device=DEVICE)
     rows, sparse = Rows.build(ones > 0, ones > 0), Sparse.of(tolerance, y) if tolerance else None
-    head = Head(weight, None, transform.get("softcap"), 1.0)
-    _, (d_hidden, *_) = student_pass(head, hidden, y, ones, rows, sparse)
+    head = Head(weight, softcap=transform.get("softcap"))
+    _, (d_hidden, *_) = student_pass(head, 1.0, hidden, y, ones, rows, sparse)
     product = hidden.double() @ weight.double().T
     cap = transform.get("softcap")
     x = -(product if cap is None else cap * torch.tanh(product / cap)).softmax(-1)
@@ -293,7 +295,7 @@ def test_nothing_is_dropped_beyond_the_tolerance_of_rows_alone(monkeypatch):
 
 def test_a_failed_check_makes_the_chunk_exact(monkeypatch):
     """Whatever the thresholds are worth: here they drop everything off the targets' tiles, and then it is put right."""
-    from egrsd_kernels.kernels import sparse
+    from egrsd_kernels.backends.triton import sparse
 
     def everything(self, counts, share, out):
         out.fill_(0.5)
@@ -333,16 +335,17 @@ def random_problem(dtype, n, size, vocabulary, *, transform, seed=0):
         bias[7::5] = -math.inf
         targets = torch.where((targets >= 7) & (targets % 5 == 2), 0, targets)
     weight, hidden = (x.to(DEVICE, dtype) for x in (weight, hidden))
-    head = Head(weight, None if bias is None else bias.to(DEVICE, dtype), **transform)
+    head = Head(weight, None if bias is None else bias.to(DEVICE, dtype), softcap=transform.get("softcap"))
     targets, g, valid = (x.to(DEVICE) for x in (targets, g, valid))
-    return head, hidden, targets, g, Rows.build(valid, g != 0), valid
+    problem = head, transform.get("temperature", 1.0), hidden, targets, g, Rows.build(valid, g != 0)
+    return *problem, valid
 
 
-def student_pass(head, hidden, targets, g, rows, sparse, chunk_bytes=1 << 30):
+def student_pass(head, temperature, hidden, targets, g, rows, sparse, chunk_bytes=1 << 30):
     logp = torch.zeros(len(targets), device=DEVICE)
-    needs = (True, True, head.bias is not None)
+    needs = Needs(True, True, head.bias is not None)
     finish = triton_backend.student_pass(
-        head, hidden[None], targets, rows, logp, lambda *_: g, needs, chunk_bytes, sparse
+        head, temperature, hidden[None], targets, rows, logp, lambda *_: g, needs, chunk_bytes, sparse
     )
     return logp, finish(None)
 
@@ -357,11 +360,11 @@ def test_against_exact_gradients(transform, family, dtype, monkeypatch):
     monkeypatch.setenv("EGRSD_KERNELS_TMA", "1" if family == "tma" else "0")
     tolerance = 0.02
     plan_of(monkeypatch, entries=32)
-    head, hidden, targets, g, rows, valid = random_problem(dtype, 140, 40, 500, transform=transform)
+    head, temperature, hidden, targets, g, rows, valid = random_problem(dtype, 140, 40, 500, transform=transform)
     hidden[~valid], targets[~valid] = math.nan, 10**9
     sparse = Sparse.of(tolerance, targets)
-    logp, got = student_pass(head, hidden, targets, g, rows, sparse)
-    exact_logp, want = student_pass(head, hidden, targets, g, rows, None)
+    logp, got = student_pass(head, temperature, hidden, targets, g, rows, sparse)
+    exact_logp, want = student_pass(head, temperature, hidden, targets, g, rows, None)
     assert (logp - exact_logp).abs().nan_to_num(0).max() <= 1e-4 and not logp[~valid].any()
     c = g.double().abs() * valid
     assert 0 < sparse.dense.sum() < c.count_nonzero() and sparse.dropped.any(), "the case shows nothing"
@@ -383,7 +386,7 @@ def test_against_exact_gradients(transform, family, dtype, monkeypatch):
         assert a is b is None or (a - b).double().norm() <= bound + unit * b.double().norm()
     if not transform:
         again = Sparse.of(tolerance, targets)
-        again_logp, others = student_pass(head, hidden, targets, g, rows, again)
+        again_logp, others = student_pass(head, temperature, hidden, targets, g, rows, again)
         assert torch.equal(again_logp, logp) and torch.equal(again.dropped, sparse.dropped)
         assert all(a is b is None or torch.equal(a, b) for a, b in zip(others, got, strict=True))
 
@@ -393,14 +396,14 @@ def test_against_exact_gradients(transform, family, dtype, monkeypatch):
 def test_dense_rows_of_several_chunks_gather_in_the_reserve(dense, reserve, monkeypatch):
     """They are made when there is no more room for a chunk's, and after the last chunk."""
     plan_of(monkeypatch, entries=16, reserve=reserve)
-    head, hidden, targets, g, rows, _ = random_problem(torch.float32, 500, 16, 200, transform={})
+    head, temperature, hidden, targets, g, rows, _ = random_problem(torch.float32, 500, 16, 200, transform={})
     g.sign_()
     scale = {"none": 40.0, "some": 0.1, "all": 0.01}[dense]
     hidden[::2] *= scale
     hidden[1::2] *= 40.0 if dense == "some" else scale
     sparse = Sparse.of(2.0**-10, targets)
-    logp, got = student_pass(head, hidden, targets, g, rows, sparse)
-    exact_logp, want = student_pass(head, hidden, targets, g, rows, None)
+    logp, got = student_pass(head, temperature, hidden, targets, g, rows, sparse)
+    exact_logp, want = student_pass(head, temperature, hidden, targets, g, rows, None)
     found, active = (sparse.dense > 0).sum(), rows.counts[1]
     assert active > 2 * 128 and {"none": found == 0, "some": 128 < found < active, "all": found == active}[dense]
     assert (logp - exact_logp).abs().max() <= 1e-4
@@ -422,12 +425,14 @@ def test_what_waits_for_the_factor_holds_no_exponentials(monkeypatch):
 
     monkeypatch.setattr(triton_backend, "SparseGradients", Watched)
     plan_of(monkeypatch, entries=16)
-    head, hidden, targets, g, rows, _ = random_problem(torch.float32, 60, 16, 200, transform={"bias": True})
-    arguments = head, hidden[None], targets, rows, torch.zeros(len(targets), device=DEVICE), lambda *_: g
-    finish = triton_backend.student_pass(*arguments, (True, True, True), 1 << 30, Sparse.of(0.02, targets))
+    head, temperature, hidden, targets, g, rows, _ = random_problem(
+        torch.float32, 60, 16, 200, transform={"bias": True}
+    )
+    arguments = head, temperature, hidden[None], targets, rows, torch.zeros(len(targets), device=DEVICE), lambda *_: g
+    finish = triton_backend.student_pass(*arguments, Needs(True, True, True), 1 << 30, Sparse.of(0.02, targets))
     gc.collect()
     assert [watched() for watched in made] == [None]
-    _, want = student_pass(head, hidden, targets, g, rows, Sparse.of(0.02, targets))
+    _, want = student_pass(head, temperature, hidden, targets, g, rows, Sparse.of(0.02, targets))
     for a, b in zip(finish(torch.full((), 0.5, device=DEVICE)), want, strict=True):
         assert torch.equal(a, b / 2)
 
@@ -473,43 +478,10 @@ def test_logp_holds_the_bound_for_any_incoming_gradient(incoming, monkeypatch):
         assert not hidden.grad.any()
 
 
-def test_automatic_goes_by_what_it_saw():
-    automatic, counts = Automatic(), lambda dense, rows: torch.tensor([dense, rows], device=DEVICE)
-
-    def see(key, dense, rows):
-        automatic.observe(key, counts(dense, rows))
-        if CUDA:
-            torch.cuda.synchronize()
-
-    assert automatic.sparse("a", 0.4) and not automatic.sparse("b", 0.0)
-    see("a", 3, 10)
-    assert automatic.sparse("a", 0.4)
-    see("a", 5, 10)
-    assert not automatic.sparse("a", 0.4) and automatic.sparse("b", 0.4)
-    see("a", 0, 0)  # says nothing
-    tries = [automatic.sparse("a", 0.4) for _ in range(2 * PROBE_EVERY)]
-    assert sum(tries) == 2
-    see("a", 1, 10)
-    assert automatic.sparse("a", 0.4)
-
-
-def test_auto_mode(monkeypatch):
-    monkeypatch.setattr(triton_backend, "AUTOMATIC", Automatic())
-    plan_of(monkeypatch, entries=100)
+def test_automatic_mode_is_exact_and_said_to_go():
     case = make_case(COMBO, vocabulary=200, kind="peaked", per_token=True)
-    assert not package_result(case, COMBO, grad_mode="auto", sparse_tol=0.03).stats.gradient_error_bound.any()
-    # So narrow hidden states are not worth it; as if they were:
-    monkeypatch.setattr(triton_backend, "break_even", lambda *_: 0.8)
-    flat, peaked = (make_case(COMBO, vocabulary=200, kind=kind, per_token=True) for kind in ("flat", "peaked"))
-    for case in (flat, peaked):
-        case["advantages"] = case["advantages"].sign()
-    bounds = []
-    for case in (peaked, flat, peaked):
-        bounds.append(package_result(case, COMBO, grad_mode="auto", sparse_tol=0.03).stats.gradient_error_bound)
-        if CUDA:
-            torch.cuda.synchronize()
-    first, tried, last = ((bound > 0).float().mean() for bound in bounds)
-    assert first > 0.5 and tried < 0.5 and last == 0
+    with pytest.warns(FutureWarning, match="grad_mode"):
+        assert not package_result(case, COMBO, grad_mode="auto", sparse_tol=0.03).stats.gradient_error_bound.any()
 
 
 @pytest.mark.parametrize(
@@ -532,7 +504,7 @@ def test_bad_arguments_are_named(options, message):
 def test_pytorch_is_exact_in_every_mode():
     case = make_case(COMBO)
     torch_backend = COMBO._replace(backend="torch")
-    exact, *others = (package_result(case, torch_backend, grad_mode=mode) for mode in ("exact", "sparse", "auto"))
+    exact, *others = (package_result(case, torch_backend, grad_mode=mode) for mode in ("exact", "sparse"))
     for other in others:
         assert not other.stats.gradient_error_bound.any()
         assert torch.equal(other.gradients["student_hidden"], exact.gradients["student_hidden"])

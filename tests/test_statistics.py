@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from egrsd_kernels import token_statistics, triton_backend
+from egrsd_kernels import token_statistics
+from egrsd_kernels.backends import triton as triton_backend
 from reference import entropy, log_prob, logits
 from tests.conftest import (
     Combo,

@@ -14,8 +14,8 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 import yaml
 
 from egrsd_kernels import cli
-from egrsd_kernels.commands import sweep
-from egrsd_kernels.sweeps import Cell, draw, final_value, read_cell, table
+from egrsd_kernels.cli import sweep
+from egrsd_kernels.cli.cells import Cell, draw, final_value, read_cell, table
 
 # Logs reward = γ + W / 10 + seed for ten steps with one outlier at the start. γ = 9 fails; γ = 8 fails the first time
 # and leaves a checkpoint behind.

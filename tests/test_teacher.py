@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from egrsd_kernels.teacher import (
+from egrsd_kernels.rl import (
     TWO_TURN,
     align_responses,
     pad_inputs,

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from egrsd_kernels import fused_egrsd_loss, linear_logp, token_statistics, torch_backend
+from egrsd_kernels import fused_egrsd_loss, linear_logp, token_statistics
+from egrsd_kernels.backends import torch as torch_backend
 from reference import egrsd_loss
 
 

@@ -12,10 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
-from egrsd_kernels import fused_egrsd_loss, inputs, linear_logp, token_statistics
-from egrsd_kernels.regimes import token_regimes
-from egrsd_kernels.rewards import length_shaped_reward
-from egrsd_kernels.teacher import response_hidden, response_positions
+from egrsd_kernels import checks, fused_egrsd_loss, linear_logp, token_statistics
+from egrsd_kernels.credit import token_regimes
+from egrsd_kernels.rl import length_shaped_reward, response_hidden, response_positions
 from reference import egrsd_loss
 from tests.conftest import (
     CPU_COMBOS,
@@ -398,14 +397,14 @@ def test_compile(combo):
 
 def checked(hidden, ids, mask, advantages, logp, entropy, scale, lengths, attention, positions):
     """Everything that looks at values, on values that are wrong."""
-    inputs.hidden_states("hidden", hidden)
-    flat, valid = inputs.targets(ids, hidden, 7, mask)
-    boundaries = inputs.boundaries(None, hidden)
-    sequence = inputs.sequence_of(boundaries, valid.numel())
-    per_token = inputs.token_advantages(advantages, hidden, valid, sequence, boundaries.numel() - 1)
-    statistics = inputs.teacher_statistic("teacher_logp", logp, ids, valid)
-    statistics = statistics + inputs.teacher_statistic("teacher_entropy", entropy, ids, valid)
-    scale = inputs.scalar("normalizer", scale, valid, torch.float32)
+    checks.hidden_states("hidden", hidden)
+    flat, valid = checks.targets(ids, hidden, 7, mask)
+    boundaries = checks.boundaries(None, hidden)
+    sequence = checks.sequence_of(boundaries, valid.numel())
+    per_token = checks.token_advantages(advantages, hidden, valid, sequence, boundaries.numel() - 1)
+    statistics = checks.teacher_statistic("teacher_logp", logp, ids, valid)
+    statistics = statistics + checks.teacher_statistic("teacher_entropy", entropy, ids, valid)
+    scale = checks.scalar("normalizer", scale, valid, torch.float32)
     codes = token_regimes(entropy, entropy, mask=mask)
     rewards = length_shaped_reward(mask[:, 0], lengths, 1)
     rows = response_hidden(hidden, positions)
@@ -461,21 +460,21 @@ def test_where_values_are_looked_at(monkeypatch):
     monkeypatch.delenv("EGRSD_KERNELS_CHECK", raising=False)
     real = torch.ones(3)
     fake = FakeTensorMode().from_tensor(real)
-    assert inputs.values_checked(real) and not inputs.values_checked(fake)
-    assert not inputs.values_checked(real.to("meta"))
+    assert checks.values_checked(real) and not checks.values_checked(fake)
+    assert not checks.values_checked(real.to("meta"))
     with FakeTensorMode():
-        assert not inputs.values_checked(real)
+        assert not checks.values_checked(real)
         fake_on_gpu = torch.empty(3, device="cuda")
-    assert not inputs.values_checked(fake_on_gpu)
+    assert not checks.values_checked(fake_on_gpu)
     monkeypatch.setenv("EGRSD_KERNELS_CHECK", "1")
-    assert inputs.values_checked(real)
-    assert not any(inputs.values_checked(x) for x in (fake, fake_on_gpu, real.to("meta")))
+    assert checks.values_checked(real)
+    assert not any(checks.values_checked(x) for x in (fake, fake_on_gpu, real.to("meta")))
     inside = []
-    torch.func.vmap(lambda x: inside.append([inputs.values_checked(x), inputs.values_checked(real)]) or x)(real)
-    torch.func.grad(lambda x: inside.append([inputs.values_checked(x), inputs.values_checked(real)]) or x.sum())(real)
+    torch.func.vmap(lambda x: inside.append([checks.values_checked(x), checks.values_checked(real)]) or x)(real)
+    torch.func.grad(lambda x: inside.append([checks.values_checked(x), checks.values_checked(real)]) or x.sum())(real)
     assert inside == [[False, False]] * 2
     with torch.utils.flop_counter.FlopCounterMode(display=False):  # a mode that traces nothing
-        assert inputs.values_checked(real)
+        assert checks.values_checked(real)
 
 
 @few_combos

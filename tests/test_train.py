@@ -21,7 +21,7 @@ import yaml
 from safetensors.torch import load_file
 
 from egrsd_kernels import cli
-from egrsd_kernels.commands.train import find_config, read_config
+from egrsd_kernels.cli.train import find_config, read_config
 from egrsd_kernels.trl import PRESETS
 from egrsd_kernels.trl.run import last_checkpoint, load_reward, load_splits, make_trainer
 from egrsd_kernels.trl.settings import parse_settings

@@ -95,7 +95,7 @@ def test_a_context_beyond_the_window_is_refused(tmp_path, learned):
 
 
 def _teachers(example):
-    from egrsd_kernels.teacher import teacher_messages
+    from egrsd_kernels.rl import teacher_messages
 
     return teacher_messages(example["prompt"], example["solution"])
 

@@ -15,7 +15,7 @@ pytest.importorskip("trl", reason="TRL is not installed")
 
 from transformers import TrainerCallback
 
-from egrsd_kernels.advantages import WelfordAdvantage
+from egrsd_kernels.rl import WelfordAdvantage
 from egrsd_kernels.trl.rewards import RewardError, checked, without_infinite
 from tests.trl_tiny import correct, dataset, exported, make, weights
 
@@ -277,7 +277,7 @@ def test_a_run_goes_on_where_rollouts_cannot_be_written(tmp_path, caplog, monkey
             if "step000003" not in str(target):
                 raise fault
 
-        monkeypatch.setattr("egrsd_kernels.rollouts.os.replace", full)
+        monkeypatch.setattr("egrsd_kernels.rollouts.files.os.replace", full)
         reason = "No space left on device"
     else:
 

@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from egrsd_kernels.advantages import WelfordAdvantage
-from egrsd_kernels.report import write_token_report
+from egrsd_kernels.rl import WelfordAdvantage
+from egrsd_kernels.rollouts import write_token_report
 from egrsd_kernels.trl import EGRSDConfig, EGRSDTrainer
 from reference.egrsd import egrsd_loss
 from tests.trl_tiny import (

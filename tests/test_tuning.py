@@ -8,9 +8,9 @@ import json
 import pytest
 import torch
 
-from egrsd_kernels import triton_backend
-from egrsd_kernels.kernels import tuning
-from egrsd_kernels.kernels.common import Configs, Machine
+from egrsd_kernels.backends import triton as triton_backend
+from egrsd_kernels.backends.triton import tuning
+from egrsd_kernels.backends.triton.common import Configs, Machine
 from tests.test_kernels import CHUNK_BYTES, CUDA, DEVICE, GRADIENT_ERROR, Case, relative
 
 HALF_DTYPE = torch.bfloat16 if CUDA else torch.float16

@@ -19,8 +19,7 @@ from peft import LoraConfig
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 
-from egrsd_kernels.report import Rollout
-from egrsd_kernels.rollouts import find_rollout_files, read_rollouts
+from egrsd_kernels.rollouts import Rollout, find_rollout_files, read_rollouts
 from egrsd_kernels.trl import EGRSDConfig, EGRSDTrainer
 
 # So small a model gains nothing from two threads, and loses twentyfold where they have to share a core.

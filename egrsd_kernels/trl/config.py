@@ -8,9 +8,9 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from egrsd_kernels.inputs import expect, integer, number
-from egrsd_kernels.problem import DEFAULT_SPARSE_TOL
-from egrsd_kernels.regimes import TAU_HIGH, TAU_LOW
+from egrsd_kernels.backends import DEFAULT_SPARSE_TOL
+from egrsd_kernels.checks import expect, integer, number
+from egrsd_kernels.credit import TAU_HIGH, TAU_LOW
 
 CHOICES = {
     "advantage": ("welford", "group"),

@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from egrsd_kernels.teacher import Message, teacher_messages
+from egrsd_kernels.rl import Message, teacher_messages
 
 BATCH = 512  # rows that are tokenised in one call
 # No tokenizer makes more tokens of a byte, so that short texts need not be counted.

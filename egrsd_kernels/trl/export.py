@@ -1,4 +1,4 @@
-"""From a batch of the trainer to :class:`egrsd_kernels.report.Rollout`."""
+"""From a batch of the trainer to :class:`egrsd_kernels.rollouts.Rollout`."""
 
 import math
 from pathlib import Path
@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from egrsd_kernels import TokenStats
-from egrsd_kernels.report import Rollout
+from egrsd_kernels.rollouts import Rollout
 
 
 def rollout_file(output_dir: str, step: int) -> Path:

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from egrsd_kernels.regimes import Regime, regime_shares, token_regimes
+from egrsd_kernels import credit
+from egrsd_kernels.credit import Regime, regime_shares, token_regimes
 
 BINS = 10
 LEAST_ENTROPY = 0.01  # nats
@@ -80,7 +81,7 @@ def token_metrics(
             metrics[f"abs_log_ratio/entropy_decile_{index}"] = part.mean()
 
     codes = token_regimes(entropy / log_vocab, lookahead / log_vocab, tau_low, tau_high)
-    restored = gate - (1 - gamma * entropy / scale).clamp(gate_floor, 1)
+    restored = gate - credit.gate(entropy, scale, gamma, gate_floor)
     shares = regime_shares(codes)
     for name, share in shares.items():
         if share:

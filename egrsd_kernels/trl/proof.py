@@ -24,7 +24,7 @@ from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from torch.nn import functional
 
-from egrsd_kernels import inputs
+from egrsd_kernels import checks
 
 TOKENS = 16
 ROUNDINGS = 4
@@ -141,12 +141,12 @@ def difference(own: Tensor, ours: Tensor, error: Tensor, roundoff: float) -> tup
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> tuple[Tensor, Tensor]:
     """Our logits (..., V) in float32, and how far sums in another order may be from each of them."""
-    (hidden,) = inputs.autocast(hidden)  # the head's product would round its operands so, and its result, too
+    (hidden,) = checks.autocast(hidden)  # the head's product would round its operands so, and its result, too
     hidden = hidden.float()
     order = 4 * math.sqrt(hidden.shape[-1]) * 2**-24 * hidden.norm(dim=-1, keepdim=True)
     logits, error = [], []
     for rows in weight.split(VOCABULARY_BLOCK):
-        (rows,) = inputs.autocast(rows)
+        (rows,) = checks.autocast(rows)
         rows = rows.float()
         with torch.autocast(hidden.device.type, enabled=False):
             logits.append(functional.linear(hidden, rows))

@@ -17,8 +17,8 @@ from transformers import AutoConfig
 from transformers.integrations import get_reporting_integration_callbacks
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from egrsd_kernels.inputs import integer
-from egrsd_kernels.teacher import TWO_TURN, Message
+from egrsd_kernels.checks import integer
+from egrsd_kernels.rl import TWO_TURN, Message
 
 from .checkpoint import Finished, check_start, last_checkpoint, step_of
 from .config import EGRSDConfig

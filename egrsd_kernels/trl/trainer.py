@@ -33,12 +33,9 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from egrsd_kernels import TokenStats, fused_egrsd_loss, token_statistics
-from egrsd_kernels.advantages import WelfordAdvantage
-from egrsd_kernels.report import Rollout
-from egrsd_kernels.rewards import length_shaped_reward
-from egrsd_kernels.rollouts import write_rollouts
-from egrsd_kernels.teacher import TWO_TURN, Message
-from egrsd_kernels.torch_backend import lookahead_entropy
+from egrsd_kernels.credit import Lookahead, lookahead_entropy
+from egrsd_kernels.rl import TWO_TURN, Message, WelfordAdvantage, length_shaped_reward
+from egrsd_kernels.rollouts import Rollout, write_rollouts
 
 from .checkpoint import (
     EndAtMaxSteps,
@@ -367,7 +364,7 @@ class EGRSDTrainer(GRPOTrainer):
         elif scale == "batch_max_lookahead":
             rows, width = mask.shape
             last = torch.arange(rows, device=mask.device).repeat_interleave(width) * width + width - 1
-            peak = lookahead_entropy(entropy.flatten(), mask.flatten(), last, self.args.lookahead).max()
+            peak = lookahead_entropy(entropy.flatten(), mask.flatten(), last, Lookahead(self.args.lookahead)).max()
         else:
             peak = entropy.new_tensor(math.log(self._vocab_size) if scale == "log_vocab" else scale)
         dr_grpo = self.args.loss_type == "dr_grpo"

@@ -1,0 +1,47 @@
+"""What does the work: the choice of a backend, each a module that fulfils :class:`~.protocol.Backend`.
+
+:mod:`.torch` is plain PyTorch, for CPUs and float64; :mod:`.triton` holds the kernels.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+from torch import Tensor
+
+from egrsd_kernels.checks import describe, expect
+
+from .protocol import DEFAULT_CHUNK_BYTES, Backend, Credit, Finish, Gradients, Needs
+from .scaling import power_of_two
+from .sparsity import DEFAULT_SPARSE_TOL, Sparse, exceeding
+
+__all__ = [
+    "DEFAULT_CHUNK_BYTES", "DEFAULT_SPARSE_TOL", "Backend", "Credit", "Finish", "Gradients", "Needs", "Sparse",
+    "choose", "exceeding", "power_of_two",
+]  # fmt: skip
+
+
+def choose(name: object, *hidden: Tensor) -> Backend:
+    """The backend that works on these hidden states.
+
+    Raises:
+        ValueError: ``name`` is none of "auto", "triton", "torch", or "triton" does not take the hidden states.
+        ModuleNotFoundError: "triton" is asked for and not installed.
+    """
+    known = isinstance(name, str) and name in ("auto", "triton", "torch")
+    expect(known, "backend", name, '"auto", "triton" or "torch"')
+    from . import torch as in_torch
+
+    if name == "torch" or (name == "auto" and hidden[0].device.type != "cuda"):
+        return in_torch
+    if importlib.util.find_spec("triton") is None:
+        if name == "auto":
+            return in_torch
+        raise ModuleNotFoundError('backend: "triton" needs the package triton; install it or use backend="torch"')
+    from . import triton as in_triton
+
+    refused = [x for x in hidden if not in_triton.takes(x)]
+    if refused and name == "triton":
+        needs = "bfloat16, float16 or float32 tensors on a GPU (or on a CPU with TRITON_INTERPRET=1)"
+        raise ValueError(f'backend: "triton" needs {needs}, got {describe(refused[0])}')
+    return in_torch if refused else in_triton

@@ -1,0 +1,104 @@
+"""A chunk: rows gathered out of the full hidden states, with the logit of each row's target token."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from egrsd_kernels.head import Head
+
+from .common import LOG2E, NEG, Machine, TensorDescriptor, chunk_rows, logits_of
+
+
+@triton.jit
+def gather_kernel(
+    hidden, stride_hb, stride_ht, stride_hd, length, weight, stride_wv, stride_wd, bias, target_ids, order, counts,
+    out_hidden, out_logit, out_damping, out_offset, out_target, live, first_row, chunk, D, V, softcap, scale,
+    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    slot = tl.program_id(0)
+    n_rows = chunk_rows(counts, 0, first_row, chunk)
+    if slot == 0:
+        tl.store(live, n_rows)
+        tl.store(live + 1, chunk_rows(counts, 1, first_row, chunk))
+        tl.store(live + 4, 0)
+        tl.store(live + 5, 0)
+    if slot < n_rows:
+        row = tl.load(order + first_row + slot).to(tl.int64)
+        target = tl.load(target_ids + row).to(tl.int64)
+        inside = (target >= 0) & (target < V)
+        head = weight + tl.where(inside, target, 0) * stride_wv
+        states = hidden + (row // length) * stride_hb + (row % length) * stride_ht
+        total = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, D, BLOCK):
+            d = start + tl.arange(0, BLOCK)
+            h = tl.load(states + d.to(tl.int64) * stride_hd, mask=d < D, other=0.0)
+            w = tl.load(head + d.to(tl.int64) * stride_wd, mask=d < D, other=0.0)
+            tl.store(out_hidden + slot.to(tl.int64) * D + d, h, mask=d < D)
+            total += h.to(tl.float32) * w.to(tl.float32)
+        product = tl.sum(total, 0)
+        if BIAS:
+            product += tl.load(bias + tl.where(inside, target, 0)).to(tl.float32)
+        z, damping = logits_of(product, softcap, scale, SOFTCAP)
+        z = tl.where(z == float("-inf"), NEG, z)
+        z = tl.where(inside, z, float("nan"))
+        tl.store(out_logit + slot, z)
+        tl.store(out_damping + slot, damping)
+        tl.store(out_offset + slot, z)
+        tl.store(out_target + slot, tl.where(inside, target, -1).to(tl.int32))
+
+
+class Chunk:
+    """Up to ``rows`` rows (whole tiles) at work, in the order that a :class:`~egrsd_kernels.rows.Rows` gives.
+
+    Attributes:
+        hidden: (rows, D). logit: (rows,) float32, of the target, in units of ln 2; NaN for a target outside the
+            vocabulary, whose ``target`` (rows,) int32 is -1. damping: (rows,) float32, what its softcap leaves of its
+            gradient.
+        offset: (rows,) float32, what exponentials are relative to: the target's logit, or what replaces it.
+        live: how many leading rows are valid, and how many of those have a gradient, int32 on the device.
+        retry: the same two numbers for a second attempt: 0 until the first one sets them.
+
+    Rows past the live ones hold anything.
+    """
+
+    def __init__(self, head: Head, temperature: float, rows: int, machine: Machine):
+        self.head, self.rows = head, rows
+        self.softcap, self.temperature = head.cap_and_temperature(temperature)
+        self.programs, self.tma, self.configs = machine
+        self.V, self.D = head.weight.shape
+        device = head.weight.device
+        self.hidden = torch.empty(rows, self.D, dtype=head.weight.dtype, device=device)
+        self.logit, self.damping, self.offset = self.floats(3, rows)
+        self.target = torch.empty(rows, dtype=torch.int32, device=device)
+        # 16 bytes apart: Triton compiles a kernel again for a pointer that is less aligned.
+        self.live, self.retry = torch.empty(8, dtype=torch.int32, device=device).split(4)
+
+    def floats(self, *shape: int) -> torch.Tensor:
+        return torch.empty(*shape, dtype=torch.float32, device=self.hidden.device)
+
+    def tiled(self, matrix: torch.Tensor, rows: int, cols: int):
+        """What the kernels read and write tiles of rows x cols through: a descriptor, or without TMA the matrix."""
+        return TensorDescriptor.from_tensor(matrix, [rows, cols]) if self.tma else matrix
+
+    @property
+    def logit_scale(self) -> float:
+        """What a product is multiplied by to become a logit in units of ln 2."""
+        return LOG2E.value / self.temperature
+
+    def gather(self, hidden: torch.Tensor, target_ids: torch.Tensor, rows, first_row: int) -> None:
+        """Fill the chunk with the rows from ``first_row`` of the order on, out of hidden states (B, T, D).
+
+        The target's dot product is accumulated in float32 from the operands as they are. A target outside the
+        vocabulary is never used as an address.
+        """
+        head = self.head
+        gather_kernel[(self.rows,)](
+            hidden, *hidden.stride(), hidden.shape[1], head.weight, head.weight.stride(0), head.weight.stride(1),
+            head.bias, target_ids, rows.order, rows.counts,
+            self.hidden, self.logit, self.damping, self.offset, self.target, self.live, first_row, self.rows,
+            self.D, self.V, self.softcap or 0.0, self.logit_scale,
+            BIAS=head.bias is not None, SOFTCAP=self.softcap is not None,
+            BLOCK=min(1024, triton.next_power_of_2(self.D)), num_warps=4,
+        )  # fmt: skip

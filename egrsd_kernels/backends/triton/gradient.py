@@ -1,0 +1,359 @@
+"""Gradients from stored exponentials.
+
+A row's softmax gradient is dlogp_y/dz = 1_y - e/S with e = e^(z - offset) and S = sum e. The stored matrix E has a 0
+for the target, whose entry is kept apart: it is R/S, with R the sum of the others, and not 1 - e_y/S, which would lose
+p_y near 1 to cancellation. The rest is matrix products. With factor = -(dL/dlogp) / (S temperature):
+
+    dhidden = factor * (E W - R W_y)
+    dW = E^T (factor * hidden)    dbias = E^T factor     where E has -R for the target
+
+Under a softcap each entry of E, and R here, is damped by dz/d(product) / scale <= 1.
+
+dhidden needs factor, hence S, only at the end, so a slice of the vocabulary is stored, multiplied and forgotten: its
+memory does not grow with the vocabulary. dW needs factor before the product, so all of a chunk's E has to be there.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import PRECISION, interpreted, load_tile
+from .gather import Chunk
+from .plan import MAX_SPLITS, PARTIAL_STEPS, Plan
+from .vocab import VocabPass
+
+REDUCE_ROWS = 8
+SLOTS = 128
+
+
+@triton.jit
+def split_count(tiles, steps, limit, PROGRAMS: tl.constexpr, MAX_SPLITS: tl.constexpr, PARTIAL_STEPS: tl.constexpr):
+    """Into how many parts to cut a sum of ``steps`` steps, so that ``tiles`` output tiles fill the device.
+
+    Time in steps: rounds of the persistent grid, and PARTIAL_STEPS for each partial tile written and read.
+    """
+    best = 1
+    best_cost = 1 << 30
+    most = tl.maximum(limit, tiles)  # one part always fits
+    for splits in range(1, MAX_SPLITS + 1):
+        units = tiles * splits
+        cost = tl.cdiv(units, PROGRAMS) * tl.cdiv(steps, splits) + units * PARTIAL_STEPS // PROGRAMS
+        better = (cost < best_cost) & (units <= most)
+        best = tl.where(better, splits, best)
+        best_cost = tl.where(better, cost, best_cost)
+    return best
+
+
+@triton.jit
+def partial_tile(partial, unit, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Where a unit's tile begins: partial tiles may have more than 2^31 elements."""
+    return partial + unit * tl.full([], ROWS * COLS, tl.int64)
+
+
+@triton.jit(do_not_specialize=["first_col", "width"])
+def hidden_kernel(
+    exponentials, stride_e, weight, stride_wv, stride_wd, partial, live, first_col, width, chunk, D, V, limit,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, PROGRAMS: tl.constexpr, MAX_SPLITS: tl.constexpr,
+    PARTIAL_STEPS: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, ACCUMULATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    row_tiles = tl.cdiv(tl.load(live + 1), ROWS)
+    tiles = row_tiles * tl.cdiv(D, COLS)
+    # From the width that all slices but the last have, so that every slice adds to the same partial tiles.
+    splits = split_count(tiles, tl.cdiv(width, DEPTH), limit, PROGRAMS, MAX_SPLITS, PARTIAL_STEPS)
+    width = tl.minimum(width, V - first_col)
+    length = tl.cdiv(tl.cdiv(width, DEPTH), splits) * DEPTH
+    # The programs of one round work on the same part of the vocabulary, in step, and share its tiles through L2.
+    for unit in tl.range(tl.program_id(0), tiles * splits, PROGRAMS):
+        tile = unit % tiles
+        row = (tile % row_tiles) * ROWS
+        col = (tile // row_tiles) * COLS
+        first = (unit // tiles) * length
+        product = tl.zeros([ROWS, COLS], tl.float32)
+        for v in range(first, tl.minimum(first + length, width), DEPTH):
+            e = load_tile(exponentials, row, v, chunk, V, stride_e, 1, ROWS, DEPTH, TMA, True, True)
+            w = load_tile(weight, first_col + v, col, V, D, stride_wv, stride_wd, DEPTH, COLS, TMA, EVEN, False)
+            product = tl.dot(e, w, product, input_precision=PRECISION)
+        inner = tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
+        at = partial_tile(partial, unit, ROWS, COLS) + inner
+        if ACCUMULATE:
+            product += tl.load(at)
+        tl.store(at, product)
+
+
+@triton.jit
+def factor_kernel(
+    exponentials, stride_e, damping, others, total, target, gradient, order, live, factor, entry, head_factor, chunk,
+    temperature, unit, HEAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ours = slot < tl.load(live + 1)
+    t = tl.load(order + slot, mask=ours, other=0)
+    s = tl.load(total + slot, mask=ours, other=1.0)
+    e = -tl.load(others + slot, mask=ours, other=0.0) * tl.load(damping + slot, mask=ours, other=0.0)
+    f = tl.where(ours, -tl.load(gradient + t, mask=ours, other=0.0) / (s * temperature), 0.0)
+    inside = slot < chunk
+    tl.store(factor + slot, f, mask=inside)
+    tl.store(entry + slot, e, mask=inside)
+    if HEAD:
+        y = tl.load(target + slot, mask=ours, other=-1)
+        rounded = e.to(exponentials.dtype.element_ty)
+        tl.store(exponentials + slot.to(tl.int64) * stride_e + y, rounded, mask=ours & (y >= 0))
+        # The target's entry is the row's largest, unless a softcap damps it. A factor that undoes its rounding leaves
+        # the others no worse than theirs, which holds for normal numbers.
+        least: tl.constexpr = 2.0**-14 if exponentials.dtype.element_ty == tl.float16 else 2.0**-126
+        undo = tl.where(tl.abs(rounded.to(tl.float32)) < least, 1.0, e / rounded.to(tl.float32))
+        tl.store(head_factor + slot, f * undo / unit, mask=inside)
+
+
+@triton.jit
+def finish_hidden_kernel(
+    partial, factor, entry, target, weight, stride_wv, stride_wd, order, live, out, width, D, limit,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, PROGRAMS: tl.constexpr, MAX_SPLITS: tl.constexpr,
+    PARTIAL_STEPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    n = tl.load(live + 1)
+    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    col = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    if tl.program_id(0) * BLOCK < n:
+        row_tiles = tl.cdiv(n, ROWS)
+        tiles = row_tiles * tl.cdiv(D, COLS)
+        splits = split_count(tiles, tl.cdiv(width, DEPTH), limit, PROGRAMS, MAX_SPLITS, PARTIAL_STEPS)
+        tile = tl.program_id(1) * row_tiles + tl.program_id(0) * BLOCK // ROWS
+        inner = (slot % ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
+        product = tl.zeros([BLOCK, COLS], tl.float32)
+        for split in range(0, splits):
+            product += tl.load(partial_tile(partial, split * tiles + tile, ROWS, COLS) + inner)
+        ours = slot < n
+        y = tl.load(target + slot, mask=ours, other=-1).to(tl.int64)
+        inside = ours[:, None] & (col < D)[None, :]
+        w = tl.load(
+            weight + y[:, None] * stride_wv + col.to(tl.int64)[None, :] * stride_wd,
+            mask=inside & (y >= 0)[:, None], other=0.0,
+        )  # fmt: skip
+        product += tl.load(entry + slot, mask=ours, other=0.0)[:, None] * w.to(tl.float32)
+        product *= tl.load(factor + slot, mask=ours, other=0.0)[:, None]
+        row = tl.load(order + slot, mask=ours, other=0).to(tl.int64)
+        tl.store(out + row[:, None] * D + col[None, :], product.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def scale_rows_kernel(matrix, factor, live, D, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    if tl.load(live + 1) > 0:  # with nothing to do, rows that wait for their turn stay as they are
+        s = tl.load(factor + row)
+        for start in range(0, D, BLOCK):
+            d = start + tl.arange(0, BLOCK)
+            at = matrix + row.to(tl.int64) * D + d
+            scaled = tl.load(at, mask=d < D, other=0.0).to(tl.float32) * s
+            # Chosen, not multiplied: a row past the last may hold anything, NaN included.
+            tl.store(at, tl.where(s == 0, 0.0, scaled).to(matrix.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def put_tile(out, row, col, tile, ADD: tl.constexpr, REDUCE: tl.constexpr):
+    """Store a tile through its descriptor, or add it to what is there: each element once a launch, in launch order."""
+    if not ADD:
+        out.store([row, col], tile.to(out.dtype))
+    elif REDUCE:
+        out.atomic_add([row, col], tile)
+    else:
+        out.store([row, col], out.load([row, col]) + tile)
+
+
+@triton.jit
+def head_kernel(
+    exponentials, stride_e, hidden, out, factor, live, chunk, width, D, V, unit,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
+    TMA: tl.constexpr, EVEN: tl.constexpr, SCALED: tl.constexpr, ACCUMULATE: tl.constexpr, REDUCE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    n = tl.load(live + 1)
+    if SCALED:
+        unit *= tl.load(factor)
+    row_tiles = tl.cdiv(V, ROWS)
+    col_tiles = tl.cdiv(D, COLS)
+    group_tiles = GROUP * col_tiles
+    tiles = row_tiles * col_tiles
+    # Without rows, there is nothing to add; but zeros to store, unless it says -1.
+    tiles = tl.where(n > 0 if ACCUMULATE else n >= 0, tiles, 0)
+    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=TMA):
+        group = tile // group_tiles
+        group_rows = tl.minimum(row_tiles - group * GROUP, GROUP)
+        row = (group * GROUP + (tile % group_tiles) % group_rows) * ROWS
+        col = ((tile % group_tiles) // group_rows) * COLS
+        product = tl.zeros([ROWS, COLS], tl.float32)
+        # The chunk is whole tiles of rows; past the n that count, those of ``exponentials`` and ``hidden`` are zero.
+        for r in range(0, n, DEPTH):
+            e = load_tile(exponentials, r, row, chunk, width, stride_e, 1, DEPTH, ROWS, TMA, True, EVEN)
+            h = load_tile(hidden, r, col, chunk, D, D, 1, DEPTH, COLS, TMA, True, False)
+            product = tl.dot(e.T, h, product, input_precision=PRECISION)
+        product *= unit
+        if TMA:
+            # Two halves, so that the tile's way out fits into shared memory beside the operands of the next one.
+            left, right = product.reshape(ROWS, 2, COLS // 2).permute(0, 2, 1).split()
+            put_tile(out, row, col, left, ACCUMULATE, REDUCE)
+            put_tile(out, row, col + COLS // 2, right, ACCUMULATE, REDUCE)
+        else:
+            v = row + tl.arange(0, ROWS)
+            d = col + tl.arange(0, COLS)
+            at = out + v.to(tl.int64)[:, None] * D + d[None, :]
+            inside = (v < V)[:, None] & (d < D)[None, :]
+            if ACCUMULATE:
+                product += tl.load(at, mask=inside, other=0.0)
+            tl.store(at, product.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def bias_kernel(
+    exponentials, stride_e, factor, out, live, chunk, V, unit,
+    ROWS: tl.constexpr, COLS: tl.constexpr, ACCUMULATE: tl.constexpr,
+):  # fmt: skip
+    n = tl.load(live + 1)
+    v = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    total = tl.zeros([COLS], tl.float32)
+    for start in range(0, n, ROWS):
+        r = start + tl.arange(0, ROWS)
+        e = load_tile(exponentials, start, tl.program_id(0) * COLS, n, V, stride_e, 1, ROWS, COLS, False, False, False)
+        total += tl.sum(e.to(tl.float32) * tl.load(factor + r, mask=r < n, other=0.0)[:, None], 0)
+    total *= unit
+    if ACCUMULATE:
+        total += tl.load(out + v, mask=v < V, other=0.0)
+    tl.store(out + v, total, mask=v < V)
+
+
+@triton.jit
+def multiply_kernel(source, factor, out, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(source + i, mask=i < n, other=0.0).to(tl.float32) * tl.load(factor)
+    tl.store(out + i, x.to(out.dtype.element_ty), mask=i < n)
+
+
+def multiply(source: torch.Tensor, factor: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """out = source * factor (a 0-d float32 tensor), in float32 and rounded once; ``out`` may be ``source``."""
+    n = source.numel()
+    multiply_kernel[(triton.cdiv(n, 1024),)](source, factor, out, n, BLOCK=1024)
+    return out
+
+
+class HeadProduct:
+    """dW = E^T (factor * hidden) of a chunk, whose E and hidden states, then scaled, are kept for it."""
+
+    def __init__(self, chunk: Chunk, exponentials: torch.Tensor, unit: float):
+        self.chunk, self.exponentials, self.unit = chunk, exponentials, unit
+        c = self.config = chunk.configs.head
+        self.operands = chunk.tiled(exponentials, c.depth, c.rows), chunk.tiled(chunk.hidden, c.depth, c.cols)
+
+    def scale_hidden(self, factor: torch.Tensor) -> None:
+        block = min(1024, triton.next_power_of_2(self.chunk.D))
+        chunk = self.chunk
+        scale_rows_kernel[(chunk.rows,)](chunk.hidden, factor, chunk.live, chunk.D, BLOCK=block)
+
+    def __call__(self, out: torch.Tensor, accumulate: bool = False, factor: torch.Tensor | None = None, live=None):
+        """out (V, D) = the product times ``factor`` (0-d float32, or 1), in its dtype; or add to float32.
+
+        live: instead of the chunk's; -1 for nothing to be done, not even zeros to be stored.
+        """
+        chunk, c, e = self.chunk, self.config, self.exponentials
+        live = chunk.live if live is None else live
+        head_kernel[(chunk.programs,)](
+            self.operands[0], e.stride(0), self.operands[1], chunk.tiled(out, c.rows, c.cols // 2), factor, live,
+            chunk.rows, e.shape[1], chunk.D, chunk.V, self.unit, GROUP=8, PROGRAMS=chunk.programs, TMA=chunk.tma,
+            EVEN=e.shape[1] % c.rows == 0, SCALED=factor is not None, ACCUMULATE=accumulate,
+            REDUCE=not interpreted(head_kernel), PRECISION=PRECISION, **c.tile, **c.launch,
+        )  # fmt: skip
+
+    def rounded(self, factor: torch.Tensor | None) -> torch.Tensor:
+        """The product times ``factor`` (V, D), in the head's dtype."""
+        weight = self.chunk.head.weight
+        out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+        self(out, factor=factor)
+        return out
+
+
+class ChunkGradients:
+    """Log p and gradients of one chunk after another.
+
+    plan: how much of the vocabulary is stored at a time, all of it for ``head``; and room for parts of dhidden.
+    out_hidden: (N, D) in the hidden states' dtype, filled at the rows with a gradient, or None.
+    head: whether the head's gradients are asked for. They come after each chunk's backward pass, from
+        :attr:`head_product` and :meth:`bias`.
+    """
+
+    def __init__(self, chunk: Chunk, plan: Plan, out_hidden, head: bool):
+        self.chunk, self.configs, self.out_hidden = chunk, chunk.configs, out_hidden
+        weight = chunk.head.weight
+        # float16 cannot hold small probabilities: there E is in units of 2^-15, taken back in float32 at the end.
+        self.shift = 15.0 if weight.dtype == torch.float16 else 0.0
+        self.unit = 2.0**-self.shift
+        self.vocab = VocabPass(chunk, plan.slice_tiles)
+        e = self.exponentials = self.vocab.exponentials
+        self.others, self.total, self.factor, self.entry, self.head_factor = chunk.floats(5, chunk.rows)
+        if out_hidden is not None:
+            c = self.configs.hidden
+            self.limit = plan.partial_tiles
+            self.partial = chunk.floats(self.limit * c.rows * c.cols)
+            self.hidden_operands = chunk.tiled(e, c.rows, c.depth), chunk.tiled(weight, c.depth, c.cols)
+        self.head_product = HeadProduct(chunk, e, self.unit) if head else None
+
+    def forward(self, order: torch.Tensor, logp: torch.Tensor) -> None:
+        """Write log p (nats) of row i at order[i] of ``logp`` (N,), and leave E, S and the products E W behind.
+
+        The target's logit is the first choice of offset, known before the pass: e^(z - z_y) sums to 1/p_y, which a
+        sampled token keeps far from float32's and bfloat16's largest number. Should a row reach 2^100 all the same, the
+        chunk is done again with the exact logsumexp as offset; whether that happens is decided on the device. float16
+        has no room for 1/p_y, so there the stored value is always p * 2^shift.
+        """
+        chunk = self.chunk
+        exact = chunk.live
+        if chunk.hidden.dtype != torch.float16:
+            self._attempt(chunk.live, order, logp, retry=chunk.retry)
+            exact = chunk.retry
+        self.vocab.exact_offset(exact, self.shift)
+        self._attempt(exact, order, logp)
+
+    def _attempt(self, live, order, logp, retry=None) -> None:
+        for first_tile in self.vocab.slices():
+            self.vocab.store(live, first_tile)
+            if self.out_hidden is not None:
+                self.hidden_product(live, first_tile * self.configs.vocab.cols)
+        self.vocab.combine_sums(live, order, self.others, self.total, logp, retry)
+
+    def hidden_product(self, live, first_col: int) -> None:
+        """partial += E W for the stored slice of the vocabulary, without the targets' entries."""
+        chunk, e, weight = self.chunk, self.exponentials, self.chunk.head.weight
+        c = self.configs.hidden
+        hidden_kernel[(chunk.programs,)](
+            self.hidden_operands[0], e.stride(0), self.hidden_operands[1], *weight.stride(), self.partial, live,
+            first_col, e.shape[1], chunk.rows, chunk.D, chunk.V, self.limit, PROGRAMS=chunk.programs,
+            MAX_SPLITS=MAX_SPLITS, PARTIAL_STEPS=PARTIAL_STEPS, TMA=chunk.tma, EVEN=chunk.V % c.depth == 0,
+            ACCUMULATE=first_col > 0, PRECISION=PRECISION, **c.tile, **c.launch,
+        )  # fmt: skip
+
+    def backward(self, order: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Turn dL/dlogp, ``gradient`` (N,) float32, into the chunk's hidden gradients, and E into the head's."""
+        chunk, e, weight = self.chunk, self.exponentials, self.chunk.head.weight
+        factor_kernel[(triton.cdiv(chunk.rows, SLOTS),)](
+            e, e.stride(0), chunk.damping, self.others, self.total, chunk.target, gradient, order, chunk.live,
+            self.factor, self.entry, self.head_factor, chunk.rows, chunk.temperature, self.unit,
+            HEAD=self.head_product is not None, BLOCK=SLOTS,
+        )  # fmt: skip
+        if self.out_hidden is not None:
+            c = self.configs.hidden
+            finish_hidden_kernel[(triton.cdiv(chunk.rows, REDUCE_ROWS), triton.cdiv(chunk.D, c.cols))](
+                self.partial, self.factor, self.entry, chunk.target, weight, *weight.stride(), order, chunk.live,
+                self.out_hidden, e.shape[1], chunk.D, self.limit, PROGRAMS=chunk.programs,
+                MAX_SPLITS=MAX_SPLITS, PARTIAL_STEPS=PARTIAL_STEPS, BLOCK=REDUCE_ROWS, **c.tile,
+            )  # fmt: skip
+        if self.head_product is not None:
+            self.head_product.scale_hidden(self.head_factor)
+
+    def bias(self, out: torch.Tensor, accumulate: bool) -> None:
+        """out (V,) float32 = E^T factor, or add it."""
+        chunk, e = self.chunk, self.exponentials
+        bias_kernel[(triton.cdiv(chunk.V, 128),)](
+            e, e.stride(0), self.head_factor, out, chunk.live, chunk.rows, chunk.V, self.unit,
+            ROWS=32, COLS=128, ACCUMULATE=accumulate,
+        )  # fmt: skip

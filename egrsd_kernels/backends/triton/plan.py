@@ -1,0 +1,215 @@
+"""How many rows a chunk has, and how much of the vocabulary is stored at a time: by a model of the products' shapes.
+
+A persistent kernel takes as long as its fullest multiprocessor: a product of 80 tiles on 132 multiprocessors takes as
+long as one of 132. The model counts these rounds, in steps of the inner loop, and adds what tiles and launches cost
+besides. The factors are an H100's; only their ratios matter.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..protocol import Needs
+from .common import ROW_TILE, Config, Machine
+
+MAX_SPLITS = 16
+# In steps of the inner loop (0.85 us on an H100): reading and writing a float32 tile; what of that is left where TMA
+# adds a tile behind the next one's back; storing a tile of exponentials; a launch.
+PARTIAL_STEPS = 16
+REDUCE_STEPS = 10
+STORE_STEPS = 3
+LAUNCH_STEPS = 4
+# How many bytes of the head all multiprocessors together read from memory during a step.
+STEP_BYTES = 2.5e6
+LAUNCHES = {"chunk": 12, "slice": 6}
+# With these limits on the memory of a chunk, more buys no speed where the head is frozen.
+MOST_ROWS = 4352
+FROZEN_BYTES = 350 << 20
+# Sparse gradients: the most entries that a row may keep. Twice as many rows of the head to gather take almost as long
+# as the row's product, and lists take memory from chunks; with a trained head, each entry is sorted, too.
+MOST_ENTRIES = {False: 256, True: 128}
+# Entries that wait to be sorted and added to the head's gradient, which takes as long as reading and writing all of it;
+# and the bytes that one takes then.
+LISTED_ENTRIES = 9 << 19
+SORT_BYTES = 48
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A chunk: its ``rows``; ``slice_tiles``, the width of a stored slice of the vocabulary, in tiles of its pass; and
+    ``partial_tiles``, room for tiles of dhidden, or for parts of their sums."""
+
+    rows: int
+    slice_tiles: int
+    partial_tiles: int
+
+
+@dataclass(frozen=True)
+class SparsePlan:
+    """A chunk with sparse gradients: its ``rows``; the most vocabulary ``entries`` that a row may keep; ``listed``, the
+    rows that they are listed of at a time; room for ``reserve`` dense rows that wait, and for tiles of dhidden, as in
+    :class:`Plan`. ``found``: how many entries there is room for to choose a row's from."""
+
+    rows: int
+    entries: int
+    listed: int
+    reserve: int
+    partial_tiles: int
+
+    @property
+    def found(self) -> int:
+        return 4 << (self.entries - 1).bit_length()
+
+
+def ceil_div(a: int, b: int) -> int:
+    """triton.cdiv without its wrapper, which costs 20 times as much: a plan divides thousands of times."""
+    return -(-a // b)
+
+
+def output_tiles(config: Config, rows: int, hidden_size: int) -> int:
+    """Tiles of dhidden for so many rows."""
+    return ceil_div(rows, config.rows) * ceil_div(hidden_size, config.cols)
+
+
+def least_partial_tiles(config: Config, rows: int, hidden_size: int, programs: int) -> int:
+    """Room for the tiles of dhidden, or for parts of their sums where they are too few to fill the device."""
+    tiles = output_tiles(config, rows, hidden_size)
+    return tiles if tiles >= programs else 2 * programs
+
+
+def _product_steps(tiles: int, steps: int, most: int, programs: int) -> int:
+    """Steps of the hidden gradient's product, its sum cut as ``split_count`` of the kernel cuts it."""
+    return min(
+        ceil_div(tiles * splits, programs) * ceil_div(steps, splits) + tiles * splits * PARTIAL_STEPS // programs
+        for splits in range(1, MAX_SPLITS + 1)
+        if splits == 1 or tiles * splits <= most
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def chunk_plan(
+    row_tiles: int, vocabulary: int, hidden_size: int, itemsize: int, machine: Machine, budget: int,
+    needs: Needs,
+) -> Plan:  # fmt: skip
+    """The fastest plan by the model, among those whose buffers stay within ``budget`` bytes (or are the smallest).
+
+    The gradient of a head in float32, which chunks add up in, is beside that budget.
+
+    row_tiles: rows to work on, in tiles of ROW_TILE. needs: gradients of (hidden, weight, bias).
+    """
+    programs, tma, configs = machine
+    c = configs.vocab
+    col_tiles = ceil_div(vocabulary, c.cols)
+    whole = needs.head
+    if not whole:
+        budget = min(budget, FROZEN_BYTES)
+    head_bytes_steps = vocabulary * hidden_size * itemsize / STEP_BYTES
+
+    def rooms(tiles: int) -> tuple[int, ...]:
+        """Numbers of partial tiles worth a look. The rows of a whole chunk are few: cut sums fill its rounds."""
+        least = least_partial_tiles(configs.hidden, tiles * ROW_TILE, hidden_size, programs)
+        return (least, 2 * least) if whole and needs.hidden else (least,)
+
+    def chunk_steps(tiles: int, width: int, room: int) -> float:
+        """Time of a chunk of so many row tiles, over slices of so many column tiles."""
+        total = LAUNCHES["chunk"] * LAUNCH_STEPS
+        depth = ceil_div(hidden_size, c.depth) + STORE_STEPS
+        h = configs.hidden
+        outputs = output_tiles(h, tiles * ROW_TILE, hidden_size)
+        full, rest = divmod(col_tiles, width)
+        for count, cols in ((full, width), (1, rest)):
+            if cols and count:
+                read = head_bytes_steps * cols / col_tiles
+                steps = max(ceil_div(tiles * cols, programs) * depth, read) + LAUNCHES["slice"] * LAUNCH_STEPS
+                if needs.hidden:
+                    # Steps of the two products are alike in time: a tile has as many elements in both.
+                    product = _product_steps(outputs, ceil_div(cols * c.cols, h.depth), room, programs)
+                    steps += max(product, read)
+                total += count * steps
+        if needs.weight:
+            o = configs.head
+            outputs = ceil_div(vocabulary, o.rows) * ceil_div(hidden_size, o.cols)
+            depth = ceil_div(tiles * ROW_TILE, o.depth)
+            steps = max(depth + REDUCE_STEPS, PARTIAL_STEPS) if tma else depth + PARTIAL_STEPS
+            total += ceil_div(outputs, programs) * steps
+        return total
+
+    def buffers(tiles: int, room: int) -> int:
+        """Bytes beside the exponentials: gathered rows, row sums of the vocabulary pass, and tiles of dhidden."""
+        rows = tiles * ROW_TILE
+        partial = room * configs.hidden.rows * configs.hidden.cols
+        return rows * (hidden_size * itemsize + 4 * col_tiles + 32) + 4 * partial * needs.hidden
+
+    def widths(tiles: int, room: int, budget: int) -> set[int]:
+        """Slice widths worth a look: equal slices, and ones that end with a full round of the vocabulary pass."""
+        tile_bytes = tiles * ROW_TILE * c.cols * itemsize
+        left = budget - buffers(tiles, room)
+        if left < 12 * col_tiles * tiles * ROW_TILE:  # maxima and sums of tiles, which share the exponentials' memory
+            return set()
+        most = min(col_tiles, left // tile_bytes)
+        if whole:
+            return {col_tiles} if most == col_tiles else set()
+        if most < 1:
+            return set()
+        fewest = ceil_div(col_tiles, most)
+        equal = {ceil_div(col_tiles, slices) for slices in range(fewest, min(fewest + 3, col_tiles) + 1)}
+        return equal | {cols for cols in range(max(1, most - programs), most + 1) if tiles * cols % programs == 0}
+
+    def steps(tiles: int, width: int, room: int) -> float:
+        """Time of all rows, in chunks of so many row tiles."""
+        full, rest = divmod(row_tiles, tiles)
+        return full * chunk_steps(tiles, width, room) + (chunk_steps(rest, width, room) if rest else 0)
+
+    def options(tiles: int, budget: int) -> Iterator[tuple[int, int, int]]:
+        return ((tiles, width, room) for room in rooms(tiles) for width in widths(tiles, room, budget))
+
+    # One chunk needs no float32 gradient of the head, to add up in and to convert; what that spares it may take.
+    spared = vocabulary * hidden_size * max(0, 4 - itemsize)
+    found = list(options(row_tiles, budget + spared)) if needs.weight else []
+    if not found:
+        most_tiles = row_tiles if whole else min(row_tiles, MOST_ROWS // ROW_TILE)
+        found = [option for tiles in range(1, most_tiles + 1) for option in options(tiles, budget)]
+    smallest = (1, col_tiles if whole else 1, rooms(1)[0])
+    tiles, width, room = min(found, key=lambda option: steps(*option), default=smallest)
+    return Plan(tiles * ROW_TILE, width, room)
+
+
+@functools.lru_cache(maxsize=1024)
+def sparse_plan(
+    row_tiles: int, vocabulary: int, hidden_size: int, itemsize: int, machine: Machine, budget: int,
+    needs: Needs,
+) -> SparsePlan:  # fmt: skip
+    """The largest chunks within ``budget`` bytes (or the smallest), and the reserve that goes with them.
+
+    The gradient of a head in float32, which chunks add up in, is beside that budget; and what it will take in a 16-bit
+    dtype, once they are done, is theirs until then. needs: gradients of (hidden, weight, bias).
+    """
+    programs, _, configs = machine
+    trained = needs.head
+    entries, cols = MOST_ENTRIES[trained], configs.vocab.cols
+    col_tiles = ceil_div(vocabulary, cols)
+    if needs.weight and itemsize < 4:
+        budget += vocabulary * hidden_size * itemsize
+
+    def plan(tiles: int) -> SparsePlan:
+        rows = tiles * ROW_TILE
+        # Whenever the reserve is made exactly, all of the head's gradient is read and written: the less often the
+        # better. The sums of dhidden may then be cut, to fill the device however full the reserve is.
+        reserve = min(2 * tiles, row_tiles) * ROW_TILE if trained else rows
+        most_listed = min(LISTED_ENTRIES, budget // (4 * SORT_BYTES))
+        listed = rows * max(1, most_listed // (rows * entries)) if trained else rows
+        room = max(2 * programs, 3 * output_tiles(configs.hidden, rows, hidden_size))
+        return SparsePlan(rows, entries, min(listed, ceil_div(row_tiles, tiles) * rows), reserve, room)
+
+    def buffers(plan: SparsePlan) -> int:
+        """Bytes: exponentials, hidden states and tile sums of the chunk and of the reserve; lists; tiles of dhidden."""
+        stored = (col_tiles * cols + hidden_size) * itemsize + 4 * col_tiles
+        found = 4 * col_tiles + col_tiles * cols // 8 + 4 * plan.found + 4 * 128 + 256
+        kept = (SORT_BYTES if trained else 8) * plan.listed * entries
+        partial = 4 * plan.partial_tiles * configs.hidden.rows * configs.hidden.cols
+        return (plan.rows + plan.reserve) * stored + plan.rows * found + kept + partial
+
+    most = min(row_tiles, budget // (2 * ROW_TILE * vocabulary * itemsize))
+    return next((found for found in map(plan, range(most, 1, -1)) if buffers(found) <= budget), plan(1))

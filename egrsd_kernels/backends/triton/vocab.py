@@ -1,0 +1,228 @@
+"""One pass over the vocabulary, hidden x head fused with the softmax: the logits of a tile stay on chip in float32.
+
+Two uses of one kernel. ``statistics``: each (row, vocabulary tile) leaves its maximum m, S = sum e^(z-m) and
+U = sum e^(z-m) (z-m); combined over the tiles they give logsumexp and entropy. ``exponentials``: the tile e^(z-offset)
+is stored in the operands' dtype, and its float32 row sum kept, so that the gradient is a plain matrix product later.
+Both leave the target out, whose logit the gather has made: a sum is then what 1 - p_y is made of, without a difference,
+and log p compares the target with the others by the same two numbers in both, so that teacher and student of the same
+weights agree to the last bits.
+All logits here are in units of ln 2, because exp2 and log2 are what the hardware has.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import LN2, NEG, PRECISION, load_tile, logits_of
+from .gather import Chunk
+
+# Row tiles that share their pass over the vocabulary, so that a tile of the head is read from L2 by all of them.
+GROUP = 16
+# Above this sum of exponentials the products with the head could leave float32; the row's offset is then unsuited.
+SUM_LIMIT = tl.constexpr(2.0**100)
+# Rows of a program that goes through all tiles of its rows, so many at a time.
+ROW_BLOCK = 8
+TILE_BLOCK = 128
+
+
+@triton.jit(do_not_specialize=["first_tile", "n_tiles"])
+def vocab_kernel(
+    hidden, weight, stride_wv, stride_wd, bias, exponentials, stride_e, offset, target, partial, live,
+    first_tile, n_tiles, chunk, V, softcap, scale,
+    D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    PROGRAMS: tl.constexpr, TMA: tl.constexpr, STORE: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    # The chunk's buffers are whole tiles of rows: what a tile holds past n_rows is computed and never used.
+    n_rows = tl.load(live)
+    n_active = tl.load(live + 1)
+    row_tiles = tl.cdiv(n_rows, ROWS)
+    width = GROUP * n_tiles
+    for tile in tl.range(tl.program_id(0), row_tiles * n_tiles, PROGRAMS, flatten=TMA):
+        group = tile // width
+        group_rows = tl.minimum(row_tiles - group * GROUP, GROUP)
+        row_tile = group * GROUP + (tile % width) % group_rows
+        slice_tile = (tile % width) // group_rows
+        col_tile = first_tile + slice_tile
+        product = tl.zeros([ROWS, COLS], tl.float32)
+        for d in range(0, D, DEPTH):
+            h = load_tile(hidden, row_tile * ROWS, d, chunk, D, D, 1, ROWS, DEPTH, TMA, True, D % DEPTH == 0)
+            w = load_tile(
+                weight, col_tile * COLS, d, V, D, stride_wv, stride_wd, COLS, DEPTH, TMA, False, D % DEPTH == 0
+            )
+            product = tl.dot(h, w.T, product, input_precision=PRECISION)
+        r = row_tile * ROWS + tl.arange(0, ROWS)
+        v = col_tile * COLS + tl.arange(0, COLS)
+        if BIAS:
+            product += tl.load(bias + v, mask=v < V, other=0.0).to(tl.float32)[None, :]
+        z, damping = logits_of(product, softcap, scale, SOFTCAP)
+        if BIAS:  # -inf is a legitimate bias; as NEG it keeps 0 * -inf out of the sums
+            z = tl.where(z == float("-inf"), NEG, z)
+        counts = (v < V)[None, :] & (v[None, :] != tl.load(target + r)[:, None])
+        at = partial + col_tile * chunk + r
+        if STORE:
+            e = tl.where(counts, tl.exp2(z - tl.load(offset + r)[:, None]), 0.0)
+            tl.store(at, tl.sum(e, 1))
+            # Rows without gradient become zeros: the products that sum over rows then need no mask.
+            e = tl.where((r < n_active)[:, None], e * damping, 0.0)
+            if TMA:
+                exponentials.store([row_tile * ROWS, slice_tile * COLS], e.to(exponentials.dtype))
+            else:
+                column = slice_tile * COLS + tl.arange(0, COLS)
+                pointers = exponentials + r.to(tl.int64)[:, None] * stride_e + column[None, :]
+                tl.store(pointers, e.to(exponentials.dtype.element_ty))
+        else:
+            z = tl.where(counts, z, NEG)
+            m = tl.max(z, 1)
+            z -= m[:, None]
+            e = tl.exp2(z)
+            plane = tl.cdiv(V, COLS) * chunk
+            tl.store(at, m)
+            tl.store(at + plane, tl.sum(e, 1))
+            tl.store(at + 2 * plane, tl.sum(e * z, 1))
+
+
+@triton.jit
+def combine_statistics_kernel(
+    partial, logit, order, live, offset, logp, entropy, logsumexp, chunk, col_tiles, shift,
+    OFFSET: tl.constexpr, ROW_BLOCK: tl.constexpr, TILE_BLOCK: tl.constexpr,
+):  # fmt: skip
+    n_rows = tl.load(live)
+    r = tl.program_id(0) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
+    ours = r < n_rows
+    if tl.program_id(0) * ROW_BLOCK < n_rows:
+        plane = col_tiles * chunk
+        top = tl.full([ROW_BLOCK], 2 * NEG, tl.float32)
+        s = tl.zeros([ROW_BLOCK], tl.float32)
+        u = tl.zeros([ROW_BLOCK], tl.float32)
+        for start in range(0, col_tiles, TILE_BLOCK):
+            tile = start + tl.arange(0, TILE_BLOCK)
+            at = partial + tile[:, None] * chunk + r[None, :]
+            inside = (tile < col_tiles)[:, None] & ours[None, :]
+            m = tl.load(at, mask=inside, other=2 * NEG)
+            peak = tl.maximum(top, tl.max(m, 0))
+            # U is about each tile's own maximum; moving it to the common one keeps every term a difference of logits.
+            drop = m - peak[None, :]
+            factor = tl.exp2(drop)
+            old = top - peak
+            tile_s = tl.load(at + plane, mask=inside, other=0.0)
+            tile_u = tl.load(at + 2 * plane, mask=inside, other=0.0)
+            u = tl.exp2(old) * (u + old * s) + tl.sum(factor * (tile_u + drop * tile_s), 0)
+            s = tl.exp2(old) * s + tl.sum(factor * tile_s, 0)
+            top = peak
+        z = tl.load(logit + r, mask=ours, other=0.0)
+        own = tl.where(z == z, z, 2 * NEG)  # a NaN is a target outside the vocabulary
+        peak = tl.maximum(top, own)
+        old, drop = top - peak, own - peak
+        u = tl.exp2(old) * (u + old * s) + tl.exp2(drop) * drop
+        s = tl.exp2(old) * s + tl.exp2(drop)
+        top = peak
+        log_s = tl.log2(s)
+        if OFFSET:
+            tl.store(offset + r, top + log_s - shift, mask=ours)
+        else:
+            row = tl.load(order + r, mask=ours, other=0)
+            z = tl.where(z == NEG, float("-inf"), z)
+            tl.store(logp + row, (z - top - log_s) * LN2, mask=ours)
+            tl.store(entropy + row, (log_s - u / s) * LN2, mask=ours)
+            tl.store(logsumexp + row, (top + log_s) * LN2, mask=ours)
+
+
+@triton.jit
+def combine_sums_kernel(
+    partial, logit, offset, order, live, retry, others, total, logp, chunk, col_tiles,
+    RETRY: tl.constexpr, ROW_BLOCK: tl.constexpr, TILE_BLOCK: tl.constexpr,
+):  # fmt: skip
+    n_rows = tl.load(live)
+    r = tl.program_id(0) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
+    ours = r < n_rows
+    if tl.program_id(0) * ROW_BLOCK < n_rows:
+        s = tl.zeros([ROW_BLOCK], tl.float32)
+        for start in range(0, col_tiles, TILE_BLOCK):
+            tile = start + tl.arange(0, TILE_BLOCK)
+            inside = (tile < col_tiles)[:, None] & ours[None, :]
+            s += tl.sum(tl.load(partial + tile[:, None] * chunk + r[None, :], mask=inside, other=0.0), 0)
+        tl.store(others + r, s, mask=ours)
+        z = tl.load(logit + r, mask=ours, other=0.0)
+        relative = z - tl.load(offset + r, mask=ours, other=0.0)
+        s += tl.exp2(relative)
+        tl.store(total + r, s, mask=ours)
+        row = tl.load(order + r, mask=ours, other=0)
+        value = (relative - tl.log2(s)) * LN2
+        tl.store(logp + row, tl.where(z == NEG, float("-inf"), value), mask=ours)
+        if RETRY:  # a NaN target logit is a target outside the vocabulary: no offset would help
+            unsuited = tl.max(tl.where(s < SUM_LIMIT, 0, (ours & (z == z)).to(tl.int32)), 0)
+            # Every program that has such a row stores the same two numbers.
+            tl.store(retry, n_rows, mask=unsuited > 0)
+            tl.store(retry + 1, tl.load(live + 1), mask=unsuited > 0)
+
+
+class VocabPass:
+    """Passes over the vocabulary for the rows of a :class:`~.gather.Chunk`.
+
+    slice_tiles: how many tiles of the vocabulary to have room for in ``exponentials`` (chunk.rows, whole tiles), in the
+    operands' dtype.
+    """
+
+    def __init__(self, chunk: Chunk, slice_tiles: int = 0):
+        self.chunk, self.slice_tiles = chunk, slice_tiles
+        c = self.config = chunk.configs.vocab
+        self.col_tiles = triton.cdiv(chunk.V, c.cols)
+        self.operands = chunk.tiled(chunk.hidden, c.rows, c.depth), chunk.tiled(chunk.head.weight, c.cols, c.depth)
+        self.exponentials = self.stored = None
+        # Maxima and sums of the tiles are combined before exponentials are stored, so they share that memory.
+        dtype, floats, room = chunk.hidden.dtype, 3 * self.col_tiles * chunk.rows, slice_tiles * c.cols * chunk.rows
+        buffer = torch.empty(max(4 * floats, room * dtype.itemsize), dtype=torch.uint8, device=chunk.hidden.device)
+        self.partial = buffer[: 4 * floats].view(torch.float32)
+        if slice_tiles:
+            self.exponentials = buffer[: room * dtype.itemsize].view(dtype).view(chunk.rows, slice_tiles * c.cols)
+            self.stored = chunk.tiled(self.exponentials, c.rows, c.cols)
+            self.sums = chunk.floats(self.col_tiles, chunk.rows)
+
+    def _launch(self, live, first_tile: int, n_tiles: int, store: bool) -> None:
+        chunk, head = self.chunk, self.chunk.head
+        vocab_kernel[(chunk.programs,)](
+            *self.operands, *head.weight.stride(), head.bias,
+            self.stored if store else None, self.exponentials.stride(0) if store else 0,
+            chunk.offset if store else None, chunk.target, self.sums if store else self.partial, live,
+            first_tile, n_tiles, chunk.rows, chunk.V, chunk.softcap or 0.0, chunk.logit_scale,
+            D=chunk.D, GROUP=GROUP, PROGRAMS=chunk.programs, TMA=chunk.tma, STORE=store, BIAS=head.bias is not None,
+            SOFTCAP=chunk.softcap is not None, PRECISION=PRECISION, **self.config.tile, **self.config.launch,
+        )  # fmt: skip
+
+    def _statistics(self, live, order=None, offset=None, shift=0.0, out=(None,) * 3) -> None:
+        self._launch(live, 0, self.col_tiles, store=False)
+        combine_statistics_kernel[(triton.cdiv(self.chunk.rows, ROW_BLOCK),)](
+            self.partial, self.chunk.logit, order, live, offset, *out, self.chunk.rows, self.col_tiles, shift,
+            OFFSET=offset is not None, ROW_BLOCK=ROW_BLOCK, TILE_BLOCK=TILE_BLOCK,
+        )  # fmt: skip
+
+    def statistics(self, order, logp, entropy, logsumexp) -> None:
+        """Write log p(target), entropy and logsumexp (nats) of row i at order[i] of the (N,) float32 tensors."""
+        self._statistics(self.chunk.live, order=order, out=(logp, entropy, logsumexp))
+
+    def exact_offset(self, live, shift: float) -> None:
+        """Make the chunk's offset logsumexp - shift, in units of ln 2."""
+        self._statistics(live, offset=self.chunk.offset, shift=shift)
+
+    def slices(self) -> range:
+        """The first tile of each slice of the vocabulary."""
+        return range(0, self.col_tiles, self.slice_tiles)
+
+    def store(self, live, first_tile: int) -> None:
+        """Store e^(z - offset) of the slice from ``first_tile`` on, 0 for the targets, and keep its row sums."""
+        self._launch(live, first_tile, min(self.slice_tiles, self.col_tiles - first_tile), store=True)
+
+    def combine_sums(self, live, order, others, total, logp, retry=None) -> None:
+        """After the last slice: total (rows,) = Σ e^(z - offset), others (rows,) the same without the target, and log p
+        (nats) of row i at order[i] of ``logp``.
+
+        A row whose total reaches 2^100 sets ``retry``, where that is given.
+        """
+        chunk = self.chunk
+        combine_sums_kernel[(triton.cdiv(chunk.rows, ROW_BLOCK),)](
+            self.sums, chunk.logit, chunk.offset, order, live, retry, others, total, logp, chunk.rows, self.col_tiles,
+            RETRY=retry is not None, ROW_BLOCK=ROW_BLOCK, TILE_BLOCK=TILE_BLOCK,
+        )  # fmt: skip

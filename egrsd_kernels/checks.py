@@ -1,0 +1,314 @@
+"""What users pass, refused in one line or brought into the flat (N,) form that the backends work on.
+
+Checks of shape, dtype, layout and device always run. Checks of values run where :func:`values_checked` allows.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from numbers import Integral, Real
+
+import torch
+from torch._subclasses import FakeTensor
+
+from .head import Head
+
+IGNORE_INDEX = -100  # transformers' mark for a position without a target
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+INTEGERS = (
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
+)  # fmt: skip
+FLOAT_TENSOR = "a floating-point tensor (bfloat16, float16, float32 or float64)"
+DESCRIBED_CHARACTERS = 200  # of a value in a message: enough to recognise it by
+# The modes in which PyTorch traces a program: no tensor holds the values of a call there.
+TRACING = (
+    torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY,
+    torch._C._TorchDispatchModeKey.FUNCTIONAL,
+)  # fmt: skip
+
+
+def describe(value: object) -> str:
+    """One line, whatever the value is."""
+    if isinstance(value, torch.Tensor):
+        if value.is_nested:  # has no shape that could be read
+            return f"a nested {value.dtype} tensor on {value.device}"
+        layout = "" if value.layout == torch.strided else f"{value.layout} "
+        return f"a {layout}{value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= DESCRIBED_CHARACTERS else text[: DESCRIBED_CHARACTERS - 1] + "…"
+
+
+def expect(condition: bool, name: str, got: object, expected: str, error: type[Exception] = ValueError) -> None:
+    """Raise ``error`` naming the argument, what it got and what it expects, unless ``condition``."""
+    if not condition:
+        raise error(f"{name}: expected {expected}, got {describe(got)}")
+
+
+def values_checked(tensor: torch.Tensor) -> bool:
+    """Whether values may be looked at: on a CPU, and on any device when EGRSD_KERNELS_CHECK is 1.
+
+    Never while PyTorch traces (torch.compile, torch.export, FakeTensorMode, make_fx) or transforms (torch.func): what
+    depends on values fails there. On a GPU to look at them would make the host wait.
+    """
+    if torch.compiler.is_compiling():  # first: what follows cannot be compiled
+        return False
+    if tensor.device.type != "cpu" and (tensor.is_meta or os.environ.get("EGRSD_KERNELS_CHECK") != "1"):
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return not isinstance(tensor, FakeTensor) and all(torch._C._get_dispatch_mode(key) is None for key in TRACING)
+
+
+def tensor(name: str, value: object, *, shape: tuple | None = None, like: torch.Tensor | None = None) -> torch.Tensor:
+    """A dense tensor with values."""
+    expect(isinstance(value, torch.Tensor), name, value, "a tensor", TypeError)
+    dense = value.layout == torch.strided and not value.is_nested and not value.is_quantized
+    expect(dense, name, value, "a dense tensor, neither sparse nor nested nor quantised", TypeError)
+    if shape is not None:
+        expect(tuple(value.shape) == tuple(shape), name, value, f"shape {tuple(shape)}")
+    if like is not None:
+        expect(value.device == like.device, name, value, f"a tensor on {like.device}")
+    expect(value.device.type != "meta", name, value, "a tensor that holds values, on a CPU or GPU")
+    return value
+
+
+def mask_of(
+    name: str, value: object, *, shape: tuple | None = None, like: torch.Tensor | None = None, why: str = ""
+) -> torch.Tensor:
+    """A mask as bools: bool, or 0/1 in any dtype of numbers."""
+    tensor(name, value, shape=shape, like=like)
+    if value.dtype == torch.bool:
+        return value
+    expect(value.dtype in (*INTEGERS, *FLOATS), name, value, "a bool or 0/1 tensor", TypeError)
+    if values_checked(value):
+        expect(bool(((value == 0) | (value == 1)).all()), name, value, "only 0 and 1" + why)
+    return value != 0
+
+
+def flag(name: str, value: object) -> bool:
+    expect(isinstance(value, bool), name, value, "True or False", TypeError)
+    return value
+
+
+def number(name: str, value: object, *, low: float = -math.inf, high: float = math.inf, strict: bool = False) -> float:
+    """A finite real number in [low, high], or in (low, high] with ``strict``."""
+    expect(isinstance(value, Real) and not isinstance(value, bool), name, value, "a number", TypeError)
+    try:
+        real = float(value)
+    except OverflowError:  # an integer or a fraction beyond float64
+        real = math.inf
+    fits = low <= real <= high and math.isfinite(real) and not (strict and real == low)
+    bounds = f"{'above' if strict else 'at least'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
+    expect(fits, name, value, "a finite number" + (f" {bounds}" if (low, high) != (-math.inf, math.inf) else ""))
+    return real
+
+
+def integer(name: str, value: object, *, low: int) -> int:
+    fits = isinstance(value, Integral) and not isinstance(value, bool)
+    expect(fits, name, value, "an integer", TypeError)
+    expect(value >= low, name, value, f"at least {low}")
+    return int(value)
+
+
+def scalar(name: str, value: object, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A number or a 0-d tensor, as a 0-d tensor of ``dtype`` beside ``like``.
+
+    Positive and finite in that dtype, where that can be checked: an infinite divisor would make a 0 of everything.
+    """
+    if not isinstance(value, torch.Tensor):
+        value = number(name, value, low=0, high=torch.finfo(dtype).max, strict=True)
+        return torch.full((), value, dtype=dtype, device=like.device)
+    tensor(name, value)
+    expect(value.ndim == 0, name, value, "a number or a 0-d tensor")
+    expect(value.dtype in (*INTEGERS, *FLOATS), name, value, "a 0-d tensor of a real number", TypeError)
+    value = value.detach()
+    if values_checked(value):
+        rounded = value.to(dtype)
+        expect(bool((rounded > 0) & rounded.isfinite()), name, value.item(), f"a positive number, finite in {dtype}")
+        if value.device.type == "cpu":  # a copy would wait for the device
+            return torch.full((), value.item(), dtype=dtype, device=like.device)
+    return value.to(device=like.device, dtype=dtype)
+
+
+def head(prefix: str, hidden_name: str, hidden, weight, bias, softcap) -> Head:
+    """The LM head that belongs to ``hidden``; prefix: "student_", "teacher_" or ""."""
+    name = f"{prefix}weight"
+    tensor(name, weight, like=hidden)
+    expect(weight.ndim == 2 and weight.shape[0] > 0, name, weight, "shape (V, D) with V > 0")
+    fits = weight.shape[1] == hidden.shape[-1]
+    expect(fits, name, weight, f"{hidden.shape[-1]} columns, the hidden size of {hidden_name}")
+    expect(weight.dtype == hidden.dtype, name, weight, f"the dtype of {hidden_name}, {hidden.dtype}", TypeError)
+    if bias is not None:
+        tensor(f"{prefix}bias", bias, shape=(weight.shape[0],), like=hidden)
+        expect(bias.dtype in FLOATS, f"{prefix}bias", bias, FLOAT_TENSOR, TypeError)
+        bias = bias.contiguous()
+    if softcap is not None:
+        softcap = number("softcap", softcap, low=0, strict=True)
+    return Head(weight, bias, softcap=softcap)
+
+
+def hidden_states(name: str, value: object, like: torch.Tensor | None = None) -> torch.Tensor:
+    tensor(name, value, like=like)
+    expect(value.dtype in FLOATS, name, value, FLOAT_TENSOR, TypeError)
+    expect(value.ndim in (2, 3) and value.shape[-1] > 0, name, value, "shape (B, T, D) or packed (N, D), D > 0")
+    return value
+
+
+def autocast(*tensors: object) -> tuple:
+    """The tensors as a linear layer would take them: in autocast's dtype where autocast is on.
+
+    What is no tensor of a dtype that the package takes stays as it is, to be refused by what checks it.
+    """
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype in FLOATS else x for x in tensors)
+
+
+def batched(hidden: torch.Tensor) -> torch.Tensor:
+    """(B, T, D) as it is; packed (N, D) as one batch (1, N, D). Never a copy."""
+    return hidden if hidden.ndim == 3 else hidden.unsqueeze(0)
+
+
+def targets(value: object, hidden: torch.Tensor, vocabulary: int, mask: object) -> tuple[torch.Tensor, torch.Tensor]:
+    """(target_ids, valid), both flat (N,): valid is mask and not -100."""
+    tensor("target_ids", value, shape=hidden.shape[:-1], like=hidden)
+    expect(value.dtype in INTEGERS, "target_ids", value, "an integer tensor", TypeError)
+    value = value.long()  # in a narrow dtype -100 and the vocabulary's size could wrap around to valid ids
+    valid = value != IGNORE_INDEX
+    if mask is not None:
+        valid = valid & mask_of("mask", mask, shape=value.shape, like=hidden)
+    if values_checked(value):
+        outside = valid & ((value < 0) | (value >= vocabulary))
+        if outside.any():
+            raise ValueError(f"target_ids: expected ids in [0, {vocabulary}), got {int(value[outside][0])}")
+    return value.reshape(-1).contiguous(), valid.reshape(-1).contiguous()
+
+
+def boundaries(cu_seqlens: object, hidden: torch.Tensor) -> torch.Tensor:
+    """Sequence boundaries (S + 1,) on the flat layout: given for packed input, every T tokens for padded."""
+    if hidden.ndim == 3:
+        expect(cu_seqlens is None, "cu_seqlens", cu_seqlens, "None with padded (B, T, D) hidden states")
+        b, t = hidden.shape[:2]
+        return torch.arange(b + 1, device=hidden.device) * t
+    n = hidden.shape[0]
+    if cu_seqlens is None:
+        return torch.arange(2, device=hidden.device) * n
+    tensor("cu_seqlens", cu_seqlens, like=hidden)
+    integer = cu_seqlens.dtype in (torch.int32, torch.int64)
+    expect(integer, "cu_seqlens", cu_seqlens, "an int32 or int64 tensor", TypeError)
+    expect(cu_seqlens.ndim == 1 and cu_seqlens.numel() >= 2, "cu_seqlens", cu_seqlens, "shape (S + 1,), S >= 1")
+    if values_checked(cu_seqlens):
+        ends = int(cu_seqlens[0]) == 0 and int(cu_seqlens[-1]) == n
+        expect(ends, "cu_seqlens", cu_seqlens.tolist(), f"boundaries from 0 to N = {n}")
+        expect(bool((cu_seqlens.diff() >= 0).all()), "cu_seqlens", cu_seqlens.tolist(), "ascending boundaries")
+    return cu_seqlens.long()
+
+
+def sequence_of(cu_seqlens: torch.Tensor, n: int) -> torch.Tensor:
+    """The sequence (N,) that each token belongs to."""
+    position = torch.arange(n, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens[1:], position, right=True).clamp_(max=cu_seqlens.numel() - 2)
+
+
+def refuse(name: str, value: torch.Tensor, flat: torch.Tensor, refused: torch.Tensor, expected: str) -> None:
+    """Raise with the first element of ``flat``, made of ``value``, where ``refused``; where ``values_checked``."""
+    if refused.any():
+        raise ValueError(f"{name}: expected {expected}, got {flat[refused][0].item()} in {describe(value)}")
+
+
+def token_advantages(
+    value: object, hidden: torch.Tensor, valid: torch.Tensor, sequence: torch.Tensor, sequences: int
+) -> torch.Tensor:
+    """A (N,): one advantage a token, from one a token or one a sequence."""
+    tensor("advantages", value, like=hidden)
+    expect(value.dtype in FLOATS, "advantages", value, FLOAT_TENSOR, TypeError)
+    per_token, per_sequence = tuple(hidden.shape[:-1]), (sequences,)
+    fits = tuple(value.shape) in (per_token, per_sequence)
+    expect(fits, "advantages", value, f"one a sequence, shape {per_sequence}, or one a token, shape {per_token}")
+    value = value.detach()
+    if per_token == per_sequence and values_checked(sequence):
+        # As many sequences as tokens are one token each, where both readings are one, unless there are empty ones.
+        each = torch.equal(sequence, torch.arange(sequences, device=sequence.device))
+        remedy = "(drop them, and what advantages holds for them)"
+        ambiguous = f"as many as {sequences} sequences or {sequences} tokens may have"
+        if not each:
+            raise ValueError(
+                f"advantages: expected cu_seqlens without empty sequences {remedy}, got shape {per_token}, {ambiguous}"
+            )
+    flat = (value.reshape(-1) if tuple(value.shape) == per_token else value[sequence]).contiguous()
+    if values_checked(value):
+        refuse("advantages", value, flat, valid & ~flat.isfinite(), "no NaN and no infinity at a valid position")
+    return flat
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """How far log p may come out above 0, and an entropy below it, by rounding alone (nats).
+
+    Both are differences, of a logit or a mean of logits and their logsumexp, so that they are off by what a logit is:
+    64 u in 16-bit logits of up to 64 with u the dtype's unit roundoff, and less than 2^-7 in float32 for logits of up
+    to 10^4. A negated log p, a probability or an entropy with its sign turned is beyond that at once.
+    """
+    return max(2.0**-7, 32 * torch.finfo(dtype).eps)
+
+
+def teacher_statistic(name: str, value: object, target_ids: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """``teacher_logp`` or ``teacher_entropy`` (N,), computed earlier: 0 where masked."""
+    expect(value is not None, name, value, "a tensor, since teacher_hidden is None")
+    tensor(name, value, shape=target_ids.shape, like=target_ids)
+    expect(value.dtype in FLOATS, name, value, FLOAT_TENSOR, TypeError)
+    flat = value.detach().reshape(-1)
+    if values_checked(flat):
+        if name == "teacher_logp":  # -inf is one: a token that the teacher excludes
+            possible, expected = flat <= _rounding(flat.dtype), "log probabilities, at most 0,"
+        else:
+            possible, expected = (flat >= -_rounding(flat.dtype)) & (flat < math.inf), "finite entropies of at least 0"
+        refuse(name, value, flat, valid & ~possible, f"{expected} at valid positions")
+    return torch.where(valid, flat, 0)
+
+
+def token_ids(name: str, value: object) -> list[list[int]]:
+    """Sequences of token ids as lists: sequences of integers, or arrays or tensors of them."""
+    return [_token_ids(name, index, row) for index, row in enumerate(_items(name, value, "sequences of token ids"))]
+
+
+def _token_ids(name: str, index: int, row: object) -> list[int]:
+    expected = f"token ids, integers of at least 0, in sequence {index}"
+    ids = _items(name, row, expected)
+    ids = [tensor(name, x).tolist() if isinstance(x, torch.Tensor) else x for x in ids]  # of 0-d tensors, integers
+    for x in ids:
+        # int first, as nearly all are: isinstance asks Integral's registry.
+        whole = type(x) is int or (isinstance(x, Integral) and not isinstance(x, bool))
+        expect(whole, name, x, expected, TypeError)
+        expect(0 <= x < 2**63, name, x, expected)
+    return ids
+
+
+def _items(name: str, value: object, expected: str) -> list:
+    if isinstance(value, torch.Tensor):
+        value = tensor(name, value).tolist()
+    elif hasattr(value, "tolist"):  # numpy's arrays
+        value = value.tolist()
+    fits = isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
+    expect(fits, name, value, expected, TypeError)
+    return list(value)
+
+
+def sparse_tolerance(grad_mode: object, sparse_tol: object) -> float | None:
+    """What sparse gradients may leave out; None for exact ones."""
+    known = isinstance(grad_mode, str) and grad_mode in ("exact", "sparse", "auto")
+    expect(known, "grad_mode", grad_mode, '"exact" or "sparse"')
+    if grad_mode == "auto":
+        warnings.warn('grad_mode: "auto" is deprecated and means "exact" now', FutureWarning, stacklevel=4)
+    tolerance = number("sparse_tol", sparse_tol, low=0, high=1, strict=True)
+    return tolerance if grad_mode == "sparse" else None
+
+
+def refuse_second_derivative(function: str) -> None:
+    """To be called in a backward pass: under create_graph=True its result would silently lack a graph of its own."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{function} is differentiable once only; its gradient has no gradient (create_graph=True)")
