@@ -16,6 +16,7 @@ import pytest
 pytest.register_assert_rewrite("tests.support")  # before its first import
 
 from tests.support.devices import INTERPRETED, interpreter_fault  # noqa: E402
+from tests.support.selection import COLLECTED, mark_slow_cases, slow_ones  # noqa: E402
 
 with contextlib.suppress(ImportError):  # the tests that need it say so
     import hypothesis
@@ -38,7 +39,10 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:overflow encountered in reduce:RuntimeWarning")
 
 
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(tryfirst=True)  # before -m chooses among the tests
+def pytest_collection_modifyitems(config, items):
+    mark_slow_cases(items)
+    config.stash[COLLECTED] = slow_ones(items)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda"):

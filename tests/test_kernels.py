@@ -18,7 +18,7 @@ from egrsd_kernels.head import Head
 from egrsd_kernels.rows import Rows
 from tests.support.kernel_case import CHUNK_BYTES, CUDA, DEVICE, DTYPES, GRADIENT_ERROR, UNIT, Case, relative
 
-pytestmark = [pytest.mark.cuda] if CUDA else []
+pytestmark = pytest.mark.cuda if CUDA else pytest.mark.heavy
 
 
 @pytest.fixture(autouse=True)

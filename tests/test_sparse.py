@@ -33,7 +33,7 @@ SIZE = {torch.float32: 200, torch.float16: 800, torch.bfloat16: 800}  # vocabula
 UNIT = {torch.float32: 2.0**-20, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 N = 24
 
-pytestmark = [pytest.mark.cuda] if CUDA else []
+pytestmark = pytest.mark.cuda if CUDA else pytest.mark.heavy
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ HALF_DTYPE = torch.bfloat16 if CUDA else torch.float16
 @pytest.mark.parametrize("tma", [True, False], ids=["tma", "pointer"])
 @pytest.mark.parametrize("config", tuning.HALF, ids=lambda c: f"{c.rows}x{c.cols}x{c.depth}")
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
-@(pytest.mark.cuda if CUDA else lambda test: test)
+@(pytest.mark.cuda if CUDA else pytest.mark.heavy)
 def test_every_configuration(config, trained, tma, monkeypatch):
     """Other GPUs choose other tiles than the one that the remaining tests run on."""
     monkeypatch.setattr(triton_backend, "machine", lambda weight: Machine(5, tma, Configs(config, config, config)))

@@ -41,7 +41,7 @@ def _parameter(backend: str, device: str, dtype: torch.dtype):
     marks = [pytest.mark.cuda] if device == "cuda" else []
     if where == "interpreter":
         reason = "a GPU is there: set TRITON_INTERPRET=1 to run Triton's interpreter instead"
-        marks.append(pytest.mark.skipif(not INTERPRETED, reason=reason))
+        marks += [pytest.mark.skipif(not INTERPRETED, reason=reason), pytest.mark.heavy]
     return pytest.param(Combo(backend, device, dtype), marks=marks, id=f"{backend}-{where}-{str(dtype)[6:]}")
 
 
