@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from egrsd_kernels import checks, fused_egrsd_loss, linear_logp, token_statistics
-from tests.conftest import INTERPRETED, Combo, all_combos, make_case
+from tests.support.cases import make_case
+from tests.support.devices import INTERPRETED, Combo, all_combos
 
 CPU = Combo("torch", "cpu", torch.float32)
 B, T, N, D, V = 3, 6, 14, 16, 61

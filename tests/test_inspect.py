@@ -21,7 +21,7 @@ from egrsd_kernels.rollouts import (
     write_rollouts,
     write_token_report,
 )
-from tests import chromium
+from tests.support import chromium
 
 EVIL = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"><!--&lt;\\u003c"
 

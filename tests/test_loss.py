@@ -9,24 +9,16 @@ import torch
 
 from egrsd_kernels import fused_egrsd_loss
 from egrsd_kernels.backends import triton as triton_backend
-from tests.conftest import (
-    CPU_COMBOS,
+from tests.support.cases import SPARSE, Draw, draw_head, make_case
+from tests.support.devices import CPU_COMBOS, Combo, all_combos, cuda_combos, few_combos, sparse_combos
+from tests.support.tolerances import (
     LEARNED,
-    SPARSE,
-    Combo,
-    Draw,
-    all_combos,
     assert_gradient,
     check_parity,
-    cuda_combos,
-    draw_head,
-    few_combos,
     gradient_tolerance,
     loss_scale,
-    make_case,
     package_result,
     reference_result,
-    sparse_combos,
 )
 
 LN61 = math.log(61)

@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from egrsd_kernels.extras import how_to_install
-from tests.conftest import interpreter_fault
-from tests.doc_examples import ROOT
+from tests.support.devices import interpreter_fault
+from tests.support.doc_examples import ROOT
 
 TEXTS = ("*.py", "*.md", "*.yaml", "*.toml", "Makefile")
 

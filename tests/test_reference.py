@@ -31,7 +31,7 @@ from reference import (
     normalised_entropy,
     token_advantage,
 )
-from tests.oracle import egrsd_oracle
+from tests.support.oracle import egrsd_oracle
 
 INF, NAN = math.inf, math.nan
 

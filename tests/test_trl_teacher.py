@@ -20,7 +20,7 @@ from trl.trainer.utils import add_fused_lm_head
 from egrsd_kernels.trl import roles
 from egrsd_kernels.trl.hidden import hand_out_hidden_states
 from egrsd_kernels.trl.teacher import AdaptersOff, make_teacher
-from tests.trl_tiny import LORA, make, tiny_model, tokenizer, weights
+from tests.support.trl_tiny import LORA, make, tiny_model, tokenizer, weights
 
 IDS = torch.arange(6, 15)[None]
 
