@@ -5,7 +5,9 @@
 # make test-cuda  the CUDA parity tests, with the Python and torch that the machine already has
 # make memcheck   the kernels at odd shapes under compute-sanitizer, every allocation its own
 # make bench      every peer beside the bare matrix products, with the Python and torch that a GPU machine has
-# make table      the README's performance section, from the committed result files
+# make table      the figures of README.md and benchmarks/README.md, from the committed result files
+# make docs       the site, in build/site, with warnings as errors
+# make types      mypy
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -14,13 +16,13 @@ CUDA_PYTHON ?= python3
 WORKERS ?= 2
 CUDA_WORKERS ?= 4
 
-# The lower ends of what setup.py and TRL 1.15 ask for.
+# The lower ends of what pyproject.toml and TRL 1.15 ask for.
 OLDEST = trl==1.15.0 transformers==4.56.2 accelerate==1.4.0 peft==0.17.1 datasets==4.7.0
 
-.PHONY: demo test test-oldest test-deepspeed test-cuda memcheck bench table lint
+.PHONY: demo test test-oldest test-deepspeed test-cuda memcheck bench table lint docs types
 .DEFAULT_GOAL := test
 
-$(VENV)/ready: setup.py Makefile
+$(VENV)/ready: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet "$(TORCH)"
 	$(VENV)/bin/python -m pip install --quiet --editable ".[all]"
@@ -38,7 +40,7 @@ lint: $(VENV)/ready
 test: lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS)
 
-$(VENV)-oldest/ready: setup.py Makefile
+$(VENV)-oldest/ready: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --quiet "$(TORCH)"
 	$(VENV)-oldest/bin/python -m pip install --quiet --editable ".[test]" $(OLDEST)
@@ -68,3 +70,21 @@ bench:
 
 table: $(VENV)/ready
 	$(VENV)/bin/python -m benchmarks.table
+
+# The extra's packages alone: the reference is read off the sources, so the site needs no torch.
+DOCS = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")
+
+$(VENV)-docs/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-docs
+	$(PYTHON) -c '$(DOCS)' | xargs -d '\n' $(VENV)-docs/bin/python -m pip install --quiet
+	touch $@
+
+docs: $(VENV)-docs/ready
+	$(VENV)-docs/bin/mkdocs build --strict
+
+$(VENV)/types: $(VENV)/ready
+	$(VENV)/bin/python -m pip install --quiet --editable ".[types]"
+	touch $@
+
+types: $(VENV)/types
+	$(VENV)/bin/mypy

@@ -1,7 +1,7 @@
-"""The README's performance section, from the committed result files.
+"""The figures in README.md and benchmarks/README.md, from the committed result files.
 
-python -m benchmarks.table            # rewrites README.md between its performance markers
-python -m benchmarks.table --check    # fails where that would change it
+python -m benchmarks.table            # rewrites both between their performance markers
+python -m benchmarks.table --check    # fails where that would change one
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
 OURS = "ours"
 DETAILED = {(4096, 16384), (2560, 16384)}  # (D, N) with every peer; the next ones with ours alone
 OURS_ALONE = {(4096, 4096), (2560, 4096)}
+SUMMARY = (4096, 16384)  # (D, N) of the README's rows
 HEADINGS = ("statistics", "frozen head", "trained head", "peak, MiB", "log p, nat", "gradient", "cannot")
 
 
@@ -81,11 +82,16 @@ def peer_tables(shapes: dict[tuple[int, int], dict]) -> list[str]:
     return blocks + ([table(["egrsd_kernels", *HEADINGS], alone)] if alone else [])
 
 
+def _fastest(rows: Iterable[dict], figure: str, per_token: bool) -> dict | None:
+    """The fastest other package, among those that take a weight for each token, or that do not."""
+    others = (row for row in rows if row["per_token"] == per_token and not row["peer"].startswith(OURS))
+    return min((row for row in others if "ms" in row.get(figure, {})), key=lambda row: row[figure]["ms"], default=None)
+
+
 def _lead(rows: dict[str, dict], figure: str, per_token: bool) -> str:
-    """The fastest other package's time over ours, among those that take a weight for each token, or that do not."""
-    others = (row for row in rows.values() if row["per_token"] == per_token and not row["peer"].startswith(OURS))
-    times = [row[figure]["ms"] for row in others if "ms" in row.get(figure, {})]
-    return f"{min(times) / rows[OURS][figure]['ms']:.2f}" if times else "–"
+    """That package's time over ours."""
+    fastest = _fastest(rows.values(), figure, per_token)
+    return f"{fastest[figure]['ms'] / rows[OURS][figure]['ms']:.2f}" if fastest else "–"
 
 
 def _overview_cell(entry: dict | None) -> str:
@@ -124,8 +130,7 @@ def provenance(report: dict, path: Path) -> list[str]:
         versions |= {name: found for name, found in run["packages"].items() if name != "egrsd-kernels"}
     listed = ", ".join(f"{name} {found}" for name, found in versions.items() if found)
     return [
-        f"{listed}; {commits_of(report['runs'])}. "
-        f"All figures: [{path.name}](benchmarks/results/{path.name}). To rerun:",
+        f"{listed}; {commits_of(report['runs'])}. All figures: [{path.name}](results/{path.name}). To rerun:",
         commands_of(report["runs"], path),
     ]
 
@@ -153,7 +158,7 @@ def compare_section(path: Path) -> list[str]:
             "`fused_egrsd_loss` at every size, with a frozen / trained head: its step over the floor; the step of the "
             "fastest other package that takes a weight for each token, over ours; and that of the faster of Liger's "
             "and quack's losses with one weight for all tokens, the bare product as their teacher, over ours. "
-            "[Where targets were missed, and why](benchmarks/README.md).",
+            "[Where targets were missed, and why](#targets-that-were-missed).",
             overview(shapes),
         ]
     if flat := by_data.get("flat"):
@@ -199,31 +204,60 @@ def end_to_end_section(path: Path) -> list[str]:
 
 
 def section(results: Path) -> str:
-    """The text between the markers; the same result files give the same text."""
+    """What stands in benchmarks/README.md; the same result files give the same text."""
     blocks = [block for path in sorted(results.glob("compare-*.json")) for block in compare_section(path)]
     blocks += [block for path in sorted(results.glob("end_to_end-*.json")) for block in end_to_end_section(path)]
-    return "\n\n".join([BEGIN, *blocks, END])
+    return "\n\n".join(blocks)
 
 
-def replaced(readme: str, text: str) -> str:
+def summary(results: Path) -> str:
+    """What stands in README.md: ours, the fastest other package that can do the same, and full logits."""
+    for path in sorted(results.glob("compare-*.json")):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        for entry in report.get("shapes", ()):
+            if (entry["hidden_size"], entry["tokens"], entry["data"]) != (*SUMMARY, "peaked"):
+                continue
+            rows = {row["peer"]: row for row in entry["rows"]}
+            fastest = _fastest(rows.values(), "frozen", per_token=True)
+            found = {row["peer"]: row for row in (rows.get(OURS), fastest, rows.get("eager")) if row}
+            cells = [_cells(f"**{r['name']}**" if r["peer"] == OURS else r["name"], r)[:-1] for r in found.values()]
+            return "\n\n".join(
+                [
+                    table([f"{model(SUMMARY[0])}, N = {SUMMARY[1]:,}", *HEADINGS[:-1]], cells),
+                    f"One {report['runs'][-1]['device']}, {entry['dtype']}, V = {entry['vocabulary']:,}. "
+                    "× is the time over the bare cuBLAS products of the same run; the peak is memory above the inputs, "
+                    "for a frozen / trained head; errors are against float64. The second row is the fastest other "
+                    "package that takes a weight for each token. [All peers and sizes, and how to rerun them]"
+                    "(benchmarks/README.md#figures).",
+                ]
+            )
+    return ""
+
+
+PLACES = {"README.md": summary, "benchmarks/README.md": section}
+
+
+def replaced(text: str, new: str) -> str:
+    """``text`` with ``new`` between its markers."""
     pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
-    if len(re.findall(pattern, readme, re.DOTALL)) != 1:
+    if len(re.findall(pattern, text, re.DOTALL)) != 1:
         raise ValueError(f"expected one section between {BEGIN} and {END}")
-    return re.sub(pattern, lambda _: text, readme, flags=re.DOTALL)
+    return re.sub(pattern, lambda _: "\n\n".join(filter(None, (BEGIN, new, END))), text, flags=re.DOTALL)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--root", type=Path, default=ROOT, help="the folder that holds " + " and ".join(PLACES))
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--check", action="store_true", help="change nothing; fail where the section is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail where a section is out of date")
     args = parser.parse_args(argv)
-    readme = args.readme.read_text(encoding="utf-8")
-    new = replaced(readme, section(args.results))
-    if not args.check:
-        args.readme.write_text(new, encoding="utf-8")
-    elif new != readme:
-        sys.exit(f"{args.readme.name} is out of date: run python -m benchmarks.table")
+    for name, made in PLACES.items():
+        text = (args.root / name).read_text(encoding="utf-8")
+        new = replaced(text, made(args.results))
+        if not args.check:
+            (args.root / name).write_text(new, encoding="utf-8")
+        elif new != text:
+            sys.exit(f"{name} is out of date: run python -m benchmarks.table")
 
 
 if __name__ == "__main__":

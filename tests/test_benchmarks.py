@@ -341,28 +341,49 @@ def results(tmp_path):
     return folder
 
 
-def test_table(tmp_path, results):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"# before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
-    options = ["--readme", str(readme), "--results", str(results)]
-    with pytest.raises(SystemExit, match="out of date"):
+@pytest.fixture
+def pages(tmp_path):
+    """A README.md and a benchmarks/README.md with markers, by their names."""
+    pages = {name: tmp_path / name for name in table.PLACES}
+    for page in pages.values():
+        page.parent.mkdir(exist_ok=True)
+        page.write_text(f"# before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+    return pages
+
+
+def test_table(tmp_path, results, pages):
+    options = ["--root", str(tmp_path), "--results", str(results)]
+    with pytest.raises(SystemExit, match="^README.md is out of date"):
         table.main([*options, "--check"])
     table.main(options)
-    text = readme.read_text()
+    first = {name: page.read_text() for name, page in pages.items()}
     table.main([*options, "--check"])
     table.main(options)
-    assert readme.read_text() == text
-    assert text.startswith("# before\n") and text.endswith("after\n") and "old" not in text
-    assert "| **egrsd_kernels** | 1.10 ms, 1.10 × | 3.30 ms, 1.10 × | 4.40 ms, 1.10 × | 1,100 / 1,100 |" in text
+    assert first == {name: page.read_text() for name, page in pages.items()}
+    for text in first.values():
+        assert text.startswith("# before\n") and text.endswith("after\n") and "old" not in text
+        assert "| **egrsd_kernels** | 1.10 ms, 1.10 × | 3.30 ms, 1.10 × | 4.40 ms, 1.10 × | 1,100 / 1,100 |" in text
+        assert "One GPU" in text
+    text = first["benchmarks/README.md"]
     assert "PyTorch eager, full logits (out of memory)" in text
     # The fastest with a weight for each token is torch.compile; Liger's mean, without, stands apart.
     assert "| 8B (D = 4096) | 1.10 / 1.10; 1.82 / 1.82; 1.09 / 1.09 | 1.10 / 1.10; 1.82 / 1.82; 1.09 / 1.09 |" in text
-    for fact in ("One GPU", "torch 2.11", "driver 1.2", "verl 0.9.1", "commit 0123456"):
+    for fact in ("torch 2.11", "driver 1.2", "verl 0.9.1", "commit 0123456", "(results/compare-gpu.json)"):
         assert fact in text
     assert "python -m benchmarks.compare --output benchmarks/results/compare-gpu.json" in text
-    (results / "compare-gpu.json").write_text(json.dumps(synthetic(tokens=(4096,))))
-    with pytest.raises(SystemExit, match="out of date"):
+
+    pages["benchmarks/README.md"].write_text(text.replace("2.00 ×", "1.00 ×"))
+    with pytest.raises(SystemExit, match="^benchmarks/README.md is out of date"):
         table.main([*options, "--check"])
+
+
+def test_the_readme_has_three_rows_of_figures(results):
+    rows = [line.split(" | ")[0] for line in table.summary(results).splitlines() if line.startswith("| ")]
+    assert rows[0] == "| 8B (D = 4096), N = 16,384"
+    assert rows[2:] == ["| **egrsd_kernels**", f"| {PEERS['compile'].name}", f"| {PEERS['eager'].name}"]
+    assert "(benchmarks/README.md#figures)" in table.summary(results)
+    (results / "compare-gpu.json").write_text(json.dumps(synthetic(tokens=(4096,))))
+    assert table.summary(results) == ""
 
 
 def test_table_of_other_shapes_and_end_to_end(results):
@@ -378,7 +399,7 @@ def test_table_of_other_shapes_and_end_to_end(results):
     assert "python -m benchmarks.end_to_end --output benchmarks/results/end_to_end-gpu.json" in text
 
 
-def test_readme_without_markers_is_refused():
+def test_a_page_without_markers_is_refused():
     with pytest.raises(ValueError, match="performance: begin"):
         table.replaced("# no markers", "text")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,17 @@ def run(page: str, names: dict[str, Any]) -> dict[str, Any]:
     return names
 
 
-def test_every_page_is_tested_and_linked():
-    assert PAGES == ["experiment.md", "from-grpo.md", "own-loop.md", "tuning.md"]
+def test_every_page_is_linked_and_in_the_navigation():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert all(f"(docs/{page})" in readme for page in PAGES)
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert [page for page in PAGES if page != "index.md" and f"(docs/{page})" not in readme] == []
+    assert [page for page in PAGES if not re.search(rf"^ *- .*: {page}$", site, re.MULTILINE)] == []
+
+
+def test_every_page_with_examples_is_tested():
+    """By a test below, that is."""
+    assert [page for page in PAGES if blocks(f"docs/{page}")] == ["from-grpo.md", "own-loop.md", "tuning.md"]
+    assert [page for page in PAGES if blocks(f"docs/{page}", "yaml")] == ["command-line.md"]
 
 
 # ------------------------------------------------------------------------------------------------------- from-grpo.md
@@ -198,3 +206,27 @@ def test_tuning():
     entropy = token_statistics(names["teacher_hidden"], head, names["target_ids"], mask=mask).entropy[mask]
     assert 1 < names["scale"] < entropy.max()
     torch.testing.assert_close(names["gate"], 1 - 0.3 * names["stats"].lookahead_entropy[mask] / names["scale"])
+
+
+# ---------------------------------------------------------------------------------------------------- command-line.md
+
+
+def test_commands_are_understood(tmp_path, monkeypatch):
+    pytest.importorskip("trl", reason="TRL is not installed")
+    from egrsd_kernels import cli
+    from egrsd_kernels.cli.train import find_config, read_config
+    from egrsd_kernels.trl.settings import parse_settings
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("egrsd_kernels.trl.EGRSDConfig.world_size", 8)
+    (config,) = blocks("docs/command-line.md", "yaml")
+    (shell,) = (block for block in blocks("docs/command-line.md", "sh") if "egrsd train" in block)
+    Path("config.yaml").write_text(config)
+    settings = []
+    for line in shell.splitlines():
+        words = re.sub(r"^(egrsd|accelerate launch -m egrsd_kernels) ", "", line)
+        args, overrides = cli.build_parser().parse_known_args(shlex.split(words, comments=True))
+        settings.append(parse_settings(read_config(find_config(args.config)), [*overrides, "--use_cpu"]))
+    assert [training.lookahead for _, training, _ in settings] == [3, 3, 3, 3]
+    assert settings[0][1].learning_rate == 1e-5
+    assert all(arguments.reward_funcs == ["rewards.py:correct"] for arguments, _, _ in settings)

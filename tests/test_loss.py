@@ -23,6 +23,7 @@ from tests.support.tolerances import (
 
 LN61 = math.log(61)
 MIXED = {"layout": "packed", "lengths": (1, 6, 0, 1, 9)}  # sequences of length 1 and 0 among others
+DISCOUNTED = {"lookahead_filter": "discounted", "lookahead_decay": 0.7}
 
 CASES = {
     # lookahead and layout
@@ -38,6 +39,8 @@ CASES = {
     "packed, W 7": dict(**MIXED, lookahead=7, entropy_scale="batch_max_lookahead"),
     "packed, W 8": dict(**MIXED, lookahead=8),
     "packed, W 10^9": dict(**MIXED, lookahead=10**9, mask="holes"),
+    "packed, W 3, discounted": dict(**MIXED, lookahead=3, **DISCOUNTED, mask="holes", gamma=1.0),
+    "padded, W 50, discounted": {"lookahead": 50, **DISCOUNTED, "entropy_scale": "batch_max_lookahead", "gamma": 1.0},
     "one sequence, W 3": {"layout": "one sequence", "lengths": (13,), "lookahead": 3},
     "sequences of length 1, W 2": {"lengths": (1,) * 5, "lookahead": 2},
     "one token": {"lengths": (1,)},

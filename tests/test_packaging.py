@@ -1,4 +1,4 @@
-"""What an sdist holds, and that no text sends anyone to a package index for this package."""
+"""What an sdist and a wheel hold, and that no text sends anyone to a package index for this package."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from egrsd_kernels.extras import how_to_install
+from egrsd_kernels.presets import PRESETS
 from tests.support.devices import interpreter_fault
 from tests.support.doc_examples import ROOT
 
@@ -27,6 +28,19 @@ def test_the_sdist_is_a_whole_checkout(tmp_path):
     expected = {name for name in tracked if not name.startswith(".") and (ROOT / name).exists()}
     assert expected <= set(packed)
     assert not [name for name in packed if "__pycache__" in name]
+
+
+def test_a_wheel_holds_what_the_package_reads(tmp_path):
+    pytest.importorskip("setuptools")
+    folders = ["egg_info", "--egg-base", str(tmp_path), "build_py", "--build-lib", str(tmp_path / "lib")]
+    subprocess.run([sys.executable, "setup.py", "-q", *folders], cwd=ROOT, capture_output=True, check=True)
+    package = ROOT / "egrsd_kernels"
+    read = {path.relative_to(ROOT) for path in package.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    packed = {path.relative_to(tmp_path / "lib") for path in (tmp_path / "lib").rglob("*") if path.is_file()}
+    assert packed == read
+    pages = {f"rollouts/page.{kind}" for kind in ("html", "css", "js")}
+    assert {str(path.relative_to("egrsd_kernels")) for path in packed} > pages
+    assert {path.stem for path in packed if path.parent.name == "presets" and path.suffix == ".yaml"} == set(PRESETS)
 
 
 def test_no_hint_names_a_package_that_no_index_has():

@@ -1,18 +1,16 @@
-"""The README's examples run: the loss as it stands, the trainer with settings for a tiny model on a CPU.
-
-Of the command line, the config and the options are parsed.
-"""
+"""The README's examples run: the loss as it stands, the trainer with settings for a tiny model on a CPU. Links lead on."""
 
 from __future__ import annotations
 
 import re
-import shlex
-from pathlib import Path
 
 import pytest
 
-from tests.support.doc_examples import blocks, language_model
+from tests.support.doc_examples import ROOT, blocks, language_model
 
+PAGES = sorted(
+    str(page.relative_to(ROOT)) for folder in ("", "docs", "benchmarks") for page in (ROOT / folder).glob("*.md")
+)
 LOSS, WITH_TRL = blocks("README.md")
 
 
@@ -43,22 +41,34 @@ def test_example_with_trl(tmp_path, monkeypatch):
     assert len(find_rollout_files("run")) == options["max_steps"]
 
 
-def test_commands_are_understood(tmp_path, monkeypatch):
-    pytest.importorskip("trl", reason="TRL is not installed")
-    from egrsd_kernels import cli
-    from egrsd_kernels.cli.train import find_config, read_config
-    from egrsd_kernels.trl.settings import parse_settings
+def test_it_is_short_and_its_map_is_of_what_is_there():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 120
+    (source_map,) = re.findall(r"^## Source map\n\n```\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    named, folders = set(), []
+    for line in source_map.splitlines():
+        indent = (len(line) - len(line.lstrip())) // 2
+        names = re.match(r" *((?:[\w/.]+  ?)+)", line)[1].split()
+        folder = "".join(folders[:indent])
+        named |= {folder + name for name in names}
+        folders[indent:] = names[-1:]
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+    package = {f"egrsd_kernels/{path.name}" for path in (ROOT / "egrsd_kernels").iterdir()}
+    plumbing = {"__init__.py", "__main__.py", "__pycache__", "extras.py", "py.typed"}
+    assert package - {name.rstrip("/") for name in named} == {f"egrsd_kernels/{name}" for name in plumbing} & package
 
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("egrsd_kernels.trl.EGRSDConfig.world_size", 8)
-    (config,) = blocks("README.md", "yaml")
-    (shell,) = (block for block in blocks("README.md", "sh") if "egrsd train" in block)
-    Path("config.yaml").write_text(config)
-    settings = []
-    for line in shell.splitlines():
-        words = re.sub(r"^(egrsd|accelerate launch -m egrsd_kernels) ", "", line)
-        args, overrides = cli.build_parser().parse_known_args(shlex.split(words, comments=True))
-        settings.append(parse_settings(read_config(find_config(args.config)), [*overrides, "--use_cpu"]))
-    assert [training.lookahead for _, training, _ in settings] == [3, 3, 3, 3]
-    assert settings[0][1].learning_rate == 1e-5
-    assert all(arguments.reward_funcs == ["rewards.py:correct"] for arguments, _, _ in settings)
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    """Within the repository; anchors, too, as GitHub and the site make them of headings."""
+    text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?:|mailto:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / name if name else ROOT / page
+        assert target.exists(), f"{page}: {link}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in slugs, f"{page}: {link}"

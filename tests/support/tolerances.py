@@ -182,7 +182,12 @@ def assert_result(
         scale = source.max() if source.numel() else 0.0
     scale = max(float(scale), case.get("min_entropy_scale", 1.0))
     normalised = s.lookahead_entropy / scale
-    d_gate = case.get("gamma", 0.3) * (peak(d_entropy) / scale * (1 + normalised) + 4 * u * normalised) + 4 * u
+    # A minimum is off by at most as much as what it is taken of: λ^-j H_j, where λ^-j is itself off by 16 u.
+    reach = min(case.get("lookahead", 0), case["target_ids"].shape[-1])
+    discount = case.get("lookahead_decay", 1.0) ** -reach
+    d_lookahead = discount * peak(d_entropy) + (16 * u * peak(s.lookahead_entropy) if discount > 1 else 0)
+    d_gate = d_lookahead / scale * (1 + normalised) + 4 * u * normalised
+    d_gate = case.get("gamma", 0.3) * d_gate + 4 * u
     eps = case.get("clip_eps", 0.2)
     d_magnitude = ((1 + eps) * (d_logp_s + d_logp_t)).clamp(max=2 * eps) + 4 * u
     a = case["advantages"].cpu().double()
@@ -194,7 +199,7 @@ def assert_result(
             lengths = torch.tensor([valid.numel()]) if bounds is None else bounds.cpu().long().diff()
             a = a.repeat_interleave(lengths)
     d_credit = a.abs() * (d_magnitude * s.gate + s.magnitude * d_gate + 4 * u)
-    bounds = d_logp_s, d_logp_t, d_entropy, peak(d_entropy), d_magnitude, d_gate, d_credit
+    bounds = d_logp_s, d_logp_t, d_entropy, d_lookahead, d_magnitude, d_gate, d_credit
     for name, bound in zip(s._fields, bounds, strict=True):
         assert_within(name, getattr(got.stats, name), getattr(s, name), bound)
 
