@@ -45,6 +45,7 @@ def config(**options) -> EGRSDConfig:
         ({"entropy_scale": 0}, "entropy_scale: expected a finite number above 0, got 0"),
         ({"min_entropy_scale": 0}, "min_entropy_scale: "),
         ({"loss_type": "grpo"}, "loss_type: expected one of dapo, dr_grpo, got 'grpo'"),
+        ({"loss_type": None}, "loss_type: expected one of dapo, dr_grpo, got None"),
         ({"advantage": "rank"}, "advantage: expected one of welford, group, got 'rank'"),
         ({"scale_rewards": "batch"}, "scale_rewards: expected 'group' unless advantage is \"group\", got 'batch'"),
         ({"welford_warmup_steps": 0}, "welford_warmup_steps: expected at least 1, got 0"),
@@ -206,7 +207,7 @@ def test_former_names_are_taken_with_a_warning(former, present, says):
 
 
 def test_sparse_gradients_are_no_longer_chosen_by_themselves():
-    with pytest.warns(FutureWarning, match=r'^grad_mode="auto": deprecated, write grad_mode="exact"$'):
+    with pytest.warns(FutureWarning, match=r"^grad_mode='auto': deprecated, write grad_mode='exact'$"):
         assert config(grad_mode="auto").grad_mode == "exact"
 
 

@@ -1,7 +1,7 @@
-"""Which run goes on, and what it needs beside TRL's own checkpoint to go on bit for bit.
+"""Which run may go on, and what it needs beside TRL's own checkpoint to go on bit for bit.
 
-That is one small file for each process. It holds the settings of its run too: a run of other settings does not go on
-from it unless told to, and none begins in a folder that holds another one's.
+Each process writes one small file into a checkpoint. The file holds the run's settings too: a run of other settings is
+refused unless resume_changed is set. A new run is refused in a folder that holds another run.
 """
 
 import hashlib
@@ -174,7 +174,7 @@ def _traces(config: EGRSDConfig) -> list[Path]:
 
 
 def _make_room(config: EGRSDConfig, checkpoint: str | None) -> None:
-    """Remove what another run, or this one under other settings, has left; it has been agreed to."""
+    """Remove what another run, or this one under other settings, has left. :func:`check_start` saw that it may go."""
     if not _own(config, checkpoint):
         old = _traces(config)
     elif config.resume_changed:  # what comes after the checkpoint was done under other settings

@@ -58,8 +58,8 @@ NOT_OURS = (
 GROUP_ONLY = ("multi_objective_aggregation", "scale_rewards")
 PARALLEL = {"tp_size": "tensor", "cp_size": "context", "sp_size": "sequence"}
 
-# What makes a run another one: all settings of ours but these, and these of TRL's and of transformers'. Not how long it
-# is, nor what it logs, saves and writes.
+# A run is told by all settings of ours but SAME_RUN, and by OTHER_RUN of TRL's and transformers'. Its length may
+# change, and what it logs, saves and writes.
 SAME_RUN = ("backend", "chunk_mib", "rollout_steps", "tau_low", "tau_high", "overwrite_output_dir", "resume_changed")
 OTHER_RUN = (
     "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "chat_template_kwargs", "data_seed", "fp16",
@@ -69,7 +69,7 @@ OTHER_RUN = (
     "per_device_train_batch_size", "repetition_penalty", "reward_weights", "scale_rewards", "seed", "shuffle_dataset",
     "steps_per_generation", "temperature", "top_k", "top_p", "warmup_ratio", "warmup_steps", "weight_decay",
 )  # fmt: skip
-# Which teacher, with the defaults. They tell runs apart where the teacher moves; of another kind the checkpoint knows.
+# Which teacher, with the defaults. A run is told by them where its teacher moves; the checkpoint knows the other kinds.
 TEACHER = {"teacher_model_kind": "base", "teacher_update_rate": 0.001, "teacher_sync_steps": 1}
 
 
@@ -216,7 +216,12 @@ class EGRSDConfig(GRPOConfig):
 
     def _take_former_names(self) -> None:
         """Say by their present names what is given by former ones."""
+        if self.grad_mode == "auto":
+            self.grad_mode = "exact"
+            _deprecated("grad_mode='auto'", "grad_mode='exact'")
         former = {name: getattr(self, name) for name in RENAMED if getattr(self, name) is not None}
+        if not former:
+            return
         check_former(former)
         present = in_present_words(former)
         words = " and ".join(f"{name}={value!r}" for name, value in former.items())
@@ -226,22 +231,17 @@ class EGRSDConfig(GRPOConfig):
             setattr(self, name, value)
         for name in former:
             setattr(self, name, None)
-        changes = {words: ", ".join(f"{name}={value!r}" for name, value in present.items())} if former else {}
-        if self.grad_mode == "auto":
-            self.grad_mode = "exact"
-            changes['grad_mode="auto"'] = 'grad_mode="exact"'
-        for old, new in changes.items():
-            warnings.warn(f"{old}: deprecated, write {new}", FutureWarning, stacklevel=4)  # who made the config
+        _deprecated(words, ", ".join(f"{name}={value!r}" for name, value in present.items()))
 
     def _check_values(self) -> None:
         """Each setting by itself, and what only settings of ours say of one another."""
-        theirs = {f.name for f in fields(GRPOConfig)}
+        optional = {f.name for f in fields(GRPOConfig)}.difference(CHOICES)  # TRL says what None means there
         checks = [(integer, name, {"low": low}) for name, low in AT_LEAST.items()]
         checks += [(number, name, {"low": 0} | bounds) for name, bounds in BOUNDS.items()]
         checks += [(_one_of, name, {"allowed": allowed}) for name, allowed in CHOICES.items()]
         for check, name, bounds in checks:
             value = getattr(self, name)
-            if value is not None or name not in theirs:  # what None means there is for TRL to say
+            if value is not None or name not in optional:
                 setattr(self, name, check(name, value, **bounds))
         expect(self.tau_low < self.tau_high, "tau_low", self.tau_low, f"less than tau_high = {self.tau_high}")
         fits = self.lookahead_decay == 1 or self.lookahead_filter == "discounted"
@@ -293,6 +293,11 @@ class EGRSDConfig(GRPOConfig):
         if self.gamma_schedule == "cosine":
             done = (1 - math.cos(math.pi * done)) / 2
         return self.gamma + (self.gamma_end - self.gamma) * done
+
+
+def _deprecated(old: str, new: str) -> None:
+    """Warn where the config is made: below this are _take_former_names, __post_init__ and __init__."""
+    warnings.warn(f"{old}: deprecated, write {new}", FutureWarning, stacklevel=5)
 
 
 def _one_of(name: str, value: object, allowed: Sequence[str]) -> str:

@@ -117,7 +117,8 @@ def make_teacher(model: nn.Module, kind: str, sharded: bool, update_rate: float 
     if kind == "adapters_off":
         if not adapters:
             raise ValueError("teacher_model_kind: 'adapters_off' expects a model with PEFT adapters")
-        if sharded:  # by name, as PEFT tells what it trains; elsewhere by what a forward uses
+        if sharded:
+            # Names tell, as they tell PEFT what it trains. Of other models roles.py asks what a forward uses.
             owned = (getattr(model.base_model, "prefix", "prompt_encoder"), "modules_to_save.", "trainable_tokens_")
             trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
             refuse_trained_teacher([name for name in trained if not any(part in name for part in owned)])

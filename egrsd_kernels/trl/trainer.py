@@ -331,7 +331,7 @@ class EGRSDTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs):
         if not self._proved:  # weights that were elsewhere at construction
             self._prove()
-        # Before generating: rows of a stream are seen here first.
+        # A stream's rows are seen here first, so they are checked before anything is generated.
         conversations = self._reader.read([(row_name(f"{self._mode}_dataset", example), example) for example in inputs])
         output = super()._generate_and_score_completions(inputs)
         start = self.accelerator.process_index * len(inputs)
