@@ -130,8 +130,7 @@ def provenance(report: dict, path: Path) -> list[str]:
         versions |= {name: found for name, found in run["packages"].items() if name != "egrsd-kernels"}
     listed = ", ".join(f"{name} {found}" for name, found in versions.items() if found)
     return [
-        f"{listed}; {commits_of(report['runs'])}. "
-        f"All figures: [{path.name}](results/{path.name}). To rerun:",
+        f"{listed}; {commits_of(report['runs'])}. All figures: [{path.name}](results/{path.name}). To rerun:",
         commands_of(report["runs"], path),
     ]
 
