@@ -39,9 +39,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-import reference
-from benchmarks.measure import command, environment, version, write
-from egrsd_kernels import fused_egrsd_loss
+from benchmarks.measure import Stopwatch, command, environment, write
+from benchmarks.peers import GAMMA, HEADS, LOOKAHEAD, LossHead
 
 SHAPES = {
     "4b": {"hidden_size": 2560, "intermediate_size": 9728, "tie_word_embeddings": True},
@@ -56,9 +55,6 @@ SHARED_SHAPE = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
 }
 LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-GAMMA, LOOKAHEAD = 0.3, 3
-TEACHER_CHUNK = 1024  # rows of teacher logits at a time, where they are made in chunks
-TEACHER = f"the teacher from eager logits, {TEACHER_CHUNK} rows at a time"
 WARM_UP_STEPS = 2
 OUT_OF_MEMORY = "out of memory"
 MIB = 2**20
@@ -161,150 +157,12 @@ def build_policy(
     return policy
 
 
-# --------------------------------------------------------------------------------------------------------- loss heads
-
-
-class LossHead(NamedTuple):
-    """Two halves, so that a head may be done with the teacher before the student's activations exist."""
-
-    teacher: Callable[[Tensor, nn.Linear, Tensor], object]  # (hidden, head, target_ids) -> what the loss needs of it
-    loss: Callable[[Tensor, nn.Linear, Batch, object], Tensor]
-    note: str | None = None
-
-
-def weighted_loss(logp: Tensor, teacher: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
-    """The CL-EGRSD loss of log p_S, and the teacher's log p and entropy, all (B, T) or (N,) and in nats."""
-    shape = batch.target_ids.shape
-    with torch.no_grad():
-        teacher_logp, entropy = (x.float().flatten() for x in teacher)
-        advantages = batch.advantages.repeat_interleave(shape[1])
-        valid = torch.ones_like(entropy, dtype=torch.bool)
-        end = torch.arange(1, shape[0] + 1, device=entropy.device).repeat_interleave(shape[1]) * shape[1] - 1
-        ahead = reference.lookahead_entropy(entropy, valid, end, LOOKAHEAD)
-        scale = entropy.max().clamp(min=1.0)
-        magnitude = reference.magnitude(advantages, teacher_logp, logp.flatten())
-        weight = reference.token_advantage(advantages, magnitude, reference.gate(ahead / scale, GAMMA))
-    return -(weight * logp.flatten()).mean()
-
-
-def eager_statistics(hidden: Tensor, head: nn.Linear, target_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """log p and entropy, in nats, of full logits; temporaries are let go as soon as a careful user would."""
-    logp = head(hidden).log_softmax(-1, dtype=torch.float32)
-    chosen = logp.gather(-1, target_ids[..., None]).squeeze(-1)
-    return chosen, logp.exp().mul_(logp).sum(-1).neg_()
-
-
-def chunked_statistics(hidden: Tensor, head: nn.Linear, target_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The same for TEACHER_CHUNK rows at a time: (N,) each."""
-    chunks = zip(hidden.flatten(0, 1).split(TEACHER_CHUNK), target_ids.flatten().split(TEACHER_CHUNK), strict=True)
-    logp, entropy = zip(*(eager_statistics(h, head, y) for h, y in chunks), strict=True)
-    return torch.cat(logp), torch.cat(entropy)
-
-
-def eager() -> LossHead:
-    def loss(hidden: Tensor, head: nn.Linear, batch: Batch, teacher: object) -> Tensor:
-        logp = head(hidden).log_softmax(-1, dtype=torch.float32)
-        return weighted_loss(logp.gather(-1, batch.target_ids[..., None]).squeeze(-1), teacher, batch)
-
-    return LossHead(eager_statistics, loss, "logits of the response positions only, as with logits_to_keep")
-
-
-def _liger() -> str:
-    return f"liger-kernel {version('liger-kernel')}; "
-
-
-def liger() -> LossHead:
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-    nll = LigerFusedLinearCrossEntropyLoss(reduction="none")
-
-    def loss(hidden: Tensor, head: nn.Linear, batch: Batch, teacher: object) -> Tensor:
-        return weighted_loss(-nll(head.weight, hidden.flatten(0, 1), batch.target_ids.flatten()), teacher, batch)
-
-    note = f"{_liger()}the student by reduction='none', which takes token weights; it gives no entropy: {TEACHER}"
-    return LossHead(chunked_statistics, loss, note)
-
-
-def liger_mean() -> LossHead:
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-    mean = LigerFusedLinearCrossEntropyLoss()
-
-    def loss(hidden: Tensor, head: nn.Linear, batch: Batch, teacher: object) -> Tensor:
-        return mean(head.weight, hidden.flatten(0, 1), batch.target_ids.flatten())
-
-    return LossHead(
-        chunked_statistics, loss, f"{_liger()}another loss, a uniform mean without token weights; {TEACHER}"
-    )
-
-
-def liger_scaled() -> LossHead:
-    if torch.cuda.is_available() and importlib.util.find_spec("cutlass") is None:  # only then does its Hopper path run
-        raise ModuleNotFoundError(name="nvidia-cutlass-dsl")
-    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as Scaled
-
-    def teacher(hidden: Tensor, head: nn.Linear, target_ids: Tensor) -> tuple[Tensor, Tensor]:
-        nll, entropy = Scaled.apply(hidden.flatten(0, 1), head.weight, target_ids.flatten(), return_entropy=True)
-        return -nll, entropy
-
-    def loss(hidden: Tensor, head: nn.Linear, batch: Batch, teacher: object) -> Tensor:
-        return weighted_loss(
-            -Scaled.apply(hidden.flatten(0, 1), head.weight, batch.target_ids.flatten()), teacher, batch
-        )
-
-    return LossHead(teacher, loss, f"{_liger()}teacher and student through the fused kernel; bfloat16 entropy")
-
-
-def ours() -> LossHead:
-    def loss(hidden: Tensor, head: nn.Linear, batch: Batch, teacher_hidden: object) -> Tensor:
-        return fused_egrsd_loss(
-            hidden, head.weight, teacher_hidden, batch.target_ids, batch.advantages, gamma=GAMMA, lookahead=LOOKAHEAD
-        )
-
-    return LossHead(lambda hidden, head, target_ids: hidden, loss)
-
-
-VARIANTS: dict[str, Callable[[], LossHead]] = {
-    "eager": eager,
-    "liger": liger,
-    "liger-mean": liger_mean,
-    "liger-scaled": liger_scaled,
-    "ours": ours,
-}
-
-
 # -------------------------------------------------------------------------------------------------------------- a step
 
 
-class Stopwatch:
-    """Named moments: of the GPU's stream, which they do not hold up, or of the CPU."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.moments: dict[str, object] = {}
-
-    def mark(self, name: str) -> None:
-        if self.device.type == "cuda":
-            self.moments[name] = torch.cuda.Event(enable_timing=True)
-            self.moments[name].record()
-        else:
-            self.moments[name] = time.perf_counter()
-
-    def ms(self, start: str, end: str) -> float:
-        first, last = self.moments[start], self.moments[end]
-        if self.device.type == "cuda":
-            last.synchronize()
-            return first.elapsed_time(last)
-        return (last - first) * 1e3
-
-    @property
-    def step_ms(self) -> float:
-        return self.ms("start", "end")
-
-    @property
-    def head_ms(self) -> float:
-        """The loss head alone: the teacher's half, the student's, and the backward pass down to the hidden states."""
-        return self.ms("teacher hidden", "teacher") + self.ms("student hidden", "head backward")
+def head_ms(watch: Stopwatch) -> float:
+    """The loss head alone: the teacher's half, the student's, and the backward pass down to the hidden states."""
+    return watch.ms("teacher hidden", "teacher") + watch.ms("student hidden", "head backward")
 
 
 def compute_loss(policy: Policy, head: LossHead, batch: Batch, watch: Stopwatch) -> Tensor:
@@ -314,12 +172,12 @@ def compute_loss(policy: Policy, head: LossHead, batch: Batch, watch: Stopwatch)
     with torch.no_grad(), policy.model.disable_adapter():
         teacher = policy.hidden(batch.teacher_ids, response)
         watch.mark("teacher hidden")
-        teacher = head.teacher(teacher, policy.head, batch.target_ids)
+        teacher = head.teacher(teacher, policy.head.weight, batch.target_ids)
         watch.mark("teacher")
     hidden = policy.hidden(batch.student_ids, response)
     hidden.register_hook(lambda gradient: watch.mark("head backward"))
     watch.mark("student hidden")
-    return head.loss(hidden, policy.head, batch, teacher)
+    return head.loss(hidden, policy.head.weight, batch.target_ids, batch.advantages, teacher)
 
 
 def training_step(
@@ -432,7 +290,7 @@ def measure(
         return Batch.random(policy.head.out_features, size, lengths, str(device))
 
     def run() -> None:
-        head = VARIANTS[variant]()
+        head = HEADS[variant]()
         row["note"] = head.note
         policy.reset()
         optimizer = torch.optim.AdamW(policy.adapters, lr=5e-6, fused=on_gpu)
@@ -449,13 +307,13 @@ def measure(
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()  # weights, optimizer, token ids
-        step_ms, head_ms = [], []
+        of_steps, of_heads = [], []
         for _ in range(steps):
             training_step(policy, head, batch, optimizer, watch)
-            step_ms.append(watch.step_ms)
-            head_ms.append(watch.head_ms)
-        low, median, high = statistics.quantiles(step_ms, n=4, method="inclusive")
-        row.update(step_ms=median, low=low, high=high, head_ms=statistics.median(head_ms))
+            of_steps.append(watch.ms("start", "end"))
+            of_heads.append(head_ms(watch))
+        low, median, high = statistics.quantiles(of_steps, n=4, method="inclusive")
+        row.update(step_ms=median, low=low, high=high, head_ms=statistics.median(of_heads))
         row["tokens_per_second"] = row["tokens"] / median * 1e3
         if on_gpu:
             peak = torch.cuda.max_memory_allocated()
@@ -508,7 +366,7 @@ def merge(report: dict[str, object], earlier: dict[str, object] | None) -> dict[
         raise ValueError(f"rows measured with another {', '.join(differing)}: give another output file")
 
     def place(row: dict[str, object]) -> tuple[object, ...]:
-        return row["model"], row["layers"], list(VARIANTS).index(row["variant"])
+        return row["model"], row["layers"], list(HEADS).index(row["variant"])
 
     rows = {place(row): row for row in [*earlier["rows"], *report["rows"]]}
     return {**report, "rows": [rows[key] for key in sorted(rows)]}
@@ -534,7 +392,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="JSON; rows of other variants in it are kept")
     parser.add_argument("--models", default="4b,8b", help=f"comma-separated, of {', '.join(SHAPES)}")
-    parser.add_argument("--variants", default="eager,liger,ours", help=f"comma-separated, of {', '.join(VARIANTS)}")
+    parser.add_argument("--variants", default="eager,liger,ours", help=f"comma-separated, of {', '.join(HEADS)}")
     parser.add_argument("--layers", type=int, default=None, help="default: all 36")
     parser.add_argument("--rollouts", type=int, default=4)
     parser.add_argument("--steps", type=int, default=5, help="timed steps, after the warm-up; at least 2")
@@ -550,7 +408,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--commit", default=None, help="recorded in the result; default: git's HEAD")
     args = parser.parse_args(argv)
     args.command = command("benchmarks.end_to_end", parser, args)
-    for name, known in (("models", SHAPES), ("variants", VARIANTS)):
+    for name, known in (("models", SHAPES), ("variants", HEADS)):
         chosen = getattr(args, name).split(",")
         if unknown := set(chosen) - set(known):
             parser.error(f"--{name}: unknown {', '.join(sorted(unknown))}")

@@ -91,6 +91,28 @@ def timer_of(device: torch.device) -> Timer:
     return CudaTimer() if device.type == "cuda" else HostTimer()
 
 
+class Stopwatch:
+    """Named moments of a step: of the GPU's stream, which they do not hold up, or of the CPU."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.moments: dict[str, object] = {}
+
+    def mark(self, name: str) -> None:
+        if self.device.type == "cuda":
+            self.moments[name] = torch.cuda.Event(enable_timing=True)
+            self.moments[name].record()
+        else:
+            self.moments[name] = time.perf_counter()
+
+    def ms(self, start: str, end: str) -> float:
+        first, last = self.moments[start], self.moments[end]
+        if self.device.type == "cuda":
+            last.synchronize()
+            return first.elapsed_time(last)
+        return (last - first) * 1e3
+
+
 def failure(error: Exception) -> str:
     """What went wrong, in one short line."""
     if isinstance(error, torch.OutOfMemoryError):

@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from numbers import Integral, Real
+from typing import Any, TypeVar
 
 import torch
 from torch._subclasses import FakeTensor
@@ -47,6 +48,16 @@ def expect(condition: bool, name: str, got: object, expected: str, error: type[E
         raise error(f"{name}: expected {expected}, got {describe(got)}")
 
 
+T = TypeVar("T")
+
+
+def instance(name: str, value: object, kind: type[T], expected: str) -> T:
+    """``value``, which is of that type."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
+    return value
+
+
 def values_checked(tensor: torch.Tensor) -> bool:
     """Whether values may be looked at: on a CPU, and on any device when EGRSD_KERNELS_CHECK is 1.
 
@@ -62,9 +73,11 @@ def values_checked(tensor: torch.Tensor) -> bool:
     return not isinstance(tensor, FakeTensor) and all(torch._C._get_dispatch_mode(key) is None for key in TRACING)
 
 
-def tensor(name: str, value: object, *, shape: tuple | None = None, like: torch.Tensor | None = None) -> torch.Tensor:
+def tensor(
+    name: str, value: object, *, shape: tuple[int, ...] | None = None, like: torch.Tensor | None = None
+) -> torch.Tensor:
     """A dense tensor with values."""
-    expect(isinstance(value, torch.Tensor), name, value, "a tensor", TypeError)
+    value = instance(name, value, torch.Tensor, "a tensor")
     dense = value.layout == torch.strided and not value.is_nested and not value.is_quantized
     expect(dense, name, value, "a dense tensor, neither sparse nor nested nor quantised", TypeError)
     if shape is not None:
@@ -76,10 +89,10 @@ def tensor(name: str, value: object, *, shape: tuple | None = None, like: torch.
 
 
 def mask_of(
-    name: str, value: object, *, shape: tuple | None = None, like: torch.Tensor | None = None, why: str = ""
+    name: str, value: object, *, shape: tuple[int, ...] | None = None, like: torch.Tensor | None = None, why: str = ""
 ) -> torch.Tensor:
     """A mask as bools: bool, or 0/1 in any dtype of numbers."""
-    tensor(name, value, shape=shape, like=like)
+    value = tensor(name, value, shape=shape, like=like)
     if value.dtype == torch.bool:
         return value
     expect(value.dtype in (*INTEGERS, *FLOATS), name, value, "a bool or 0/1 tensor", TypeError)
@@ -89,15 +102,14 @@ def mask_of(
 
 
 def flag(name: str, value: object) -> bool:
-    expect(isinstance(value, bool), name, value, "True or False", TypeError)
-    return value
+    return instance(name, value, bool, "True or False")
 
 
 def number(name: str, value: object, *, low: float = -math.inf, high: float = math.inf, strict: bool = False) -> float:
     """A finite real number in [low, high], or in (low, high] with ``strict``."""
-    expect(isinstance(value, Real) and not isinstance(value, bool), name, value, "a number", TypeError)
+    expect(not isinstance(value, bool), name, value, "a number", TypeError)
     try:
-        real = float(value)
+        real = float(instance(name, value, Real, "a number"))
     except OverflowError:  # an integer or a fraction beyond float64
         real = math.inf
     fits = low <= real <= high and math.isfinite(real) and not (strict and real == low)
@@ -107,10 +119,10 @@ def number(name: str, value: object, *, low: float = -math.inf, high: float = ma
 
 
 def integer(name: str, value: object, *, low: int) -> int:
-    fits = isinstance(value, Integral) and not isinstance(value, bool)
-    expect(fits, name, value, "an integer", TypeError)
-    expect(value >= low, name, value, f"at least {low}")
-    return int(value)
+    expect(not isinstance(value, bool), name, value, "an integer", TypeError)
+    whole = int(instance(name, value, Integral, "an integer"))
+    expect(whole >= low, name, value, f"at least {low}")
+    return whole
 
 
 def scalar(name: str, value: object, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -121,7 +133,7 @@ def scalar(name: str, value: object, like: torch.Tensor, dtype: torch.dtype) -> 
     if not isinstance(value, torch.Tensor):
         value = number(name, value, low=0, high=torch.finfo(dtype).max, strict=True)
         return torch.full((), value, dtype=dtype, device=like.device)
-    tensor(name, value)
+    value = tensor(name, value)
     expect(value.ndim == 0, name, value, "a number or a 0-d tensor")
     expect(value.dtype in (*INTEGERS, *FLOATS), name, value, "a 0-d tensor of a real number", TypeError)
     value = value.detach()
@@ -133,16 +145,16 @@ def scalar(name: str, value: object, like: torch.Tensor, dtype: torch.dtype) -> 
     return value.to(device=like.device, dtype=dtype)
 
 
-def head(prefix: str, hidden_name: str, hidden, weight, bias, softcap) -> Head:
+def head(prefix: str, hidden_name: str, hidden: torch.Tensor, weight: object, bias: object, softcap: object) -> Head:
     """The LM head that belongs to ``hidden``; prefix: "student_", "teacher_" or ""."""
     name = f"{prefix}weight"
-    tensor(name, weight, like=hidden)
+    weight = tensor(name, weight, like=hidden)
     expect(weight.ndim == 2 and weight.shape[0] > 0, name, weight, "shape (V, D) with V > 0")
     fits = weight.shape[1] == hidden.shape[-1]
     expect(fits, name, weight, f"{hidden.shape[-1]} columns, the hidden size of {hidden_name}")
     expect(weight.dtype == hidden.dtype, name, weight, f"the dtype of {hidden_name}, {hidden.dtype}", TypeError)
     if bias is not None:
-        tensor(f"{prefix}bias", bias, shape=(weight.shape[0],), like=hidden)
+        bias = tensor(f"{prefix}bias", bias, shape=(weight.shape[0],), like=hidden)
         expect(bias.dtype in FLOATS, f"{prefix}bias", bias, FLOAT_TENSOR, TypeError)
         bias = bias.contiguous()
     if softcap is not None:
@@ -151,13 +163,13 @@ def head(prefix: str, hidden_name: str, hidden, weight, bias, softcap) -> Head:
 
 
 def hidden_states(name: str, value: object, like: torch.Tensor | None = None) -> torch.Tensor:
-    tensor(name, value, like=like)
+    value = tensor(name, value, like=like)
     expect(value.dtype in FLOATS, name, value, FLOAT_TENSOR, TypeError)
     expect(value.ndim in (2, 3) and value.shape[-1] > 0, name, value, "shape (B, T, D) or packed (N, D), D > 0")
     return value
 
 
-def autocast(*tensors: object) -> tuple:
+def autocast(*tensors: Any) -> tuple[Any, ...]:
     """The tensors as a linear layer would take them: in autocast's dtype where autocast is on.
 
     What is no tensor of a dtype that the package takes stays as it is, to be refused by what checks it.
@@ -176,7 +188,7 @@ def batched(hidden: torch.Tensor) -> torch.Tensor:
 
 def targets(value: object, hidden: torch.Tensor, vocabulary: int, mask: object) -> tuple[torch.Tensor, torch.Tensor]:
     """(target_ids, valid), both flat (N,): valid is mask and not -100."""
-    tensor("target_ids", value, shape=hidden.shape[:-1], like=hidden)
+    value = tensor("target_ids", value, shape=hidden.shape[:-1], like=hidden)
     expect(value.dtype in INTEGERS, "target_ids", value, "an integer tensor", TypeError)
     value = value.long()  # in a narrow dtype -100 and the vocabulary's size could wrap around to valid ids
     valid = value != IGNORE_INDEX
@@ -198,7 +210,7 @@ def boundaries(cu_seqlens: object, hidden: torch.Tensor) -> torch.Tensor:
     n = hidden.shape[0]
     if cu_seqlens is None:
         return torch.arange(2, device=hidden.device) * n
-    tensor("cu_seqlens", cu_seqlens, like=hidden)
+    cu_seqlens = tensor("cu_seqlens", cu_seqlens, like=hidden)
     integer = cu_seqlens.dtype in (torch.int32, torch.int64)
     expect(integer, "cu_seqlens", cu_seqlens, "an int32 or int64 tensor", TypeError)
     expect(cu_seqlens.ndim == 1 and cu_seqlens.numel() >= 2, "cu_seqlens", cu_seqlens, "shape (S + 1,), S >= 1")
@@ -225,7 +237,7 @@ def token_advantages(
     value: object, hidden: torch.Tensor, valid: torch.Tensor, sequence: torch.Tensor, sequences: int
 ) -> torch.Tensor:
     """A (N,): one advantage a token, from one a token or one a sequence."""
-    tensor("advantages", value, like=hidden)
+    value = tensor("advantages", value, like=hidden)
     expect(value.dtype in FLOATS, "advantages", value, FLOAT_TENSOR, TypeError)
     per_token, per_sequence = tuple(hidden.shape[:-1]), (sequences,)
     fits = tuple(value.shape) in (per_token, per_sequence)
@@ -259,7 +271,7 @@ def _rounding(dtype: torch.dtype) -> float:
 def teacher_statistic(name: str, value: object, target_ids: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """``teacher_logp`` or ``teacher_entropy`` (N,), computed earlier: 0 where masked."""
     expect(value is not None, name, value, "a tensor, since teacher_hidden is None")
-    tensor(name, value, shape=target_ids.shape, like=target_ids)
+    value = tensor(name, value, shape=target_ids.shape, like=target_ids)
     expect(value.dtype in FLOATS, name, value, FLOAT_TENSOR, TypeError)
     flat = value.detach().reshape(-1)
     if values_checked(flat):
@@ -288,7 +300,7 @@ def _token_ids(name: str, index: int, row: object) -> list[int]:
     return ids
 
 
-def _items(name: str, value: object, expected: str) -> list:
+def _items(name: str, value: Any, expected: str) -> list[Any]:
     if isinstance(value, torch.Tensor):
         value = tensor(name, value).tolist()
     elif hasattr(value, "tolist"):  # numpy's arrays

@@ -70,7 +70,9 @@ class TokenStats(NamedTuple):
 # ------------------------------------------------------------------------------------------------------- the lookahead
 
 
-def _sliding(entropy: Tensor, valid: Tensor, seq_end: Tensor, window: int, ahead: Callable[[Tensor, Tensor], Tensor]):
+def _sliding(
+    entropy: Tensor, valid: Tensor, seq_end: Tensor, window: int, ahead: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
     """min over valid j in [t, min(t + window, seq_end_t)] of ahead(H_j, j − t), for an ``ahead`` with
     ahead(ahead(H, a), b) = ahead(H, a + b); a NaN in the window is kept.
 
@@ -138,7 +140,8 @@ def batch_max(entropy: Tensor, group: torch.distributed.ProcessGroup | None = No
 
 def gate(lookahead_entropy: Tensor, scale: Tensor | float, gamma: float, gate_floor: float) -> Tensor:
     """ω = clip(1 − γ H^CL / scale, gate_floor, 1)."""
-    return (1 - gamma * (lookahead_entropy / scale)).clamp(gate_floor, 1)
+    normalised = lookahead_entropy / scale
+    return (1 - gamma * normalised).clamp(gate_floor, 1)
 
 
 def magnitude(advantages: Tensor, log_ratio: Tensor, clip_eps: float) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -22,11 +24,12 @@ class Head:
     softcap: float | None = None
 
     def detach(self) -> Head:
-        return self.of(self.weight.detach(), None if self.bias is None else self.bias.detach())
+        return self.frame(self.weight.detach(), None if self.bias is None else self.bias.detach())
 
-    def of(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Head:
-        """The same head with other tensors."""
-        return replace(self, weight=weight, bias=bias)
+    @property
+    def frame(self) -> Callable[[torch.Tensor, torch.Tensor | None], Head]:
+        """Makes the same head of another (weight, bias), and holds on to neither of this one."""
+        return partial(Head, logit_scale=self.logit_scale, softcap=self.softcap)
 
     def cap_and_temperature(self, temperature: float) -> tuple[float | None, float]:
         """(c, T) with z / temperature = c · tanh(x / c) / T for x = h Wᵀ + b; x / T where c is None."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from .backends import (
     DEFAULT_CHUNK_BYTES,
     DEFAULT_SPARSE_TOL,
     Backend,
+    Gradients,
     Needs,
     Sparse,
     choose,
@@ -23,7 +24,6 @@ from .rows import Rows
 
 
 class _Options(NamedTuple):
-    head: Head
     temperature: float
     backend: Backend
     chunk_bytes: int
@@ -43,9 +43,18 @@ class _LinearLogp(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target_ids, valid, options: _Options):
-        ctx.options = options
-        head, temperature, backend, chunk_bytes, needs, sparse_tol = options
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: Head,
+        target_ids: Tensor,
+        valid: Tensor,
+        options: _Options,
+    ) -> Tensor:
+        ctx.frame, ctx.options = head.frame, options
+        temperature, backend, chunk_bytes, needs, sparse_tol = options
         problem = head, temperature, hidden, target_ids, Rows.build(valid, valid)
         if needs.hidden and not needs.head:
             logp, ones = (new(valid, dtype=compute_dtype(hidden.dtype)) for new in (torch.zeros_like, torch.ones_like))
@@ -58,13 +67,17 @@ class _LinearLogp(torch.autograd.Function):
         return backend.statistics(*problem, chunk_bytes)[0]
 
     @staticmethod
-    def backward(ctx, d_logp):
+    def backward(ctx: Any, d_logp: Tensor) -> tuple[Tensor | None, ...]:
         checks.refuse_second_derivative("linear_logp")
-        head, temperature, backend, chunk_bytes, needs, sparse_tol = ctx.options
+        options: _Options = ctx.options
+        temperature, backend, chunk_bytes, needs, sparse_tol = options
         d_logp = d_logp.contiguous()
 
-        def gradients(hidden, weight, bias, target_ids, needed, sparse=None):
-            problem = head.of(weight, bias), temperature, hidden, target_ids, Rows.build(needed, needed)
+        def gradients(
+            hidden: Tensor, weight: Tensor, bias: Tensor | None, target_ids: Tensor, needed: Tensor,
+            sparse: Sparse | None,
+        ) -> Gradients:  # fmt: skip
+            problem = ctx.frame(weight, bias), temperature, hidden, target_ids, Rows.build(needed, needed)
             logp, gradient, power = torch.zeros_like(d_logp), d_logp, None
             if hidden.dtype == torch.float16 and d_logp.numel():
                 # The head's product has dL/dlogp times hidden as an operand: a loss scale would leave float16's range.
@@ -78,14 +91,16 @@ class _LinearLogp(torch.autograd.Function):
             d_hidden = torch.mul(direction, factor, out=torch.empty_like(direction))
             # Chosen, not multiplied: the direction of a target outside the vocabulary is NaN.
             d_hidden.masked_fill_(factor == 0, 0)
-            if again:
-                *problem, dropped, mass = again
+            if sparse_tol is not None:
+                hidden, weight, bias, target_ids, dropped, mass = again
                 beyond = exceeding(dropped, mass, d_logp, sparse_tol)
-                d_hidden.masked_fill_(beyond.view(factor.shape), 0).add_(gradients(*problem, beyond).hidden)
-            return d_hidden, *(None,) * 5
-        *problem, valid = ctx.saved_tensors
-        sparse = None if sparse_tol is None else Sparse.of(sparse_tol, problem[-1])
-        return *gradients(*problem, valid & (d_logp != 0), sparse), *(None,) * 3
+                exact = gradients(hidden, weight, bias, target_ids, beyond, None).hidden
+                assert exact is not None  # since needs.hidden
+                d_hidden = d_hidden.masked_fill_(beyond.view(factor.shape), 0).add_(exact)
+            return d_hidden, *(None,) * 6
+        hidden, weight, bias, target_ids, valid = ctx.saved_tensors
+        sparse = None if sparse_tol is None else Sparse.of(sparse_tol, target_ids)
+        return *gradients(hidden, weight, bias, target_ids, valid & (d_logp != 0), sparse), *(None,) * 4
 
 
 @torch.compiler.disable
@@ -136,7 +151,7 @@ def linear_logp(
     sparse_tolerance = checks.sparse_tolerance(grad_mode, sparse_tol)
     hidden = checks.batched(hidden)
     needs = Needs.of(hidden, head.weight, head.bias)
-    options = _Options(head, temperature, ops, chunk_bytes, needs, sparse_tolerance)
+    options = _Options(temperature, ops, chunk_bytes, needs, sparse_tolerance)
     with torch.cuda.device_of(hidden):
-        logp = _LinearLogp.apply(hidden, head.weight, head.bias, flat_targets, valid, options)
+        logp: Tensor = _LinearLogp.apply(hidden, head.weight, head.bias, head, flat_targets, valid, options)
     return logp.view(target_ids.shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -85,30 +85,36 @@ class _FusedLoss(torch.autograd.Function):
     """The loss with its gradients made in the forward pass, while each chunk's exponentials are there."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, head: Head, minibatch: _Minibatch, needs: Needs):
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, minibatch: _Minibatch, needs: Needs
+    ) -> tuple[Tensor, ...]:
         loss, stats, ctx.finish = minibatch.loss(head, hidden, needs)
         ctx.save_for_backward(hidden, weight, bias)
-        ctx.arguments = head, minibatch, needs
+        ctx.arguments = head.frame, minibatch, needs
         ctx.mark_non_differentiable(*stats)
         ctx.set_materialize_grads(False)
         return loss, *stats
 
     @staticmethod
-    def backward(ctx, d_loss, *_):
+    def backward(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         checks.refuse_second_derivative("fused_egrsd_loss")
         if d_loss is None:
             return (None,) * 6
-        head, minibatch, needs = ctx.arguments
+        frame, minibatch, needs = ctx.arguments
         hidden, weight, bias = ctx.saved_tensors
         finish, ctx.finish = ctx.finish, None
         if finish is None:
             # A second backward: the first one scaled its gradients in place and gave them away. They are made again.
-            finish = minibatch.loss(head.of(weight, bias), hidden, needs)[2]
+            finish = minibatch.loss(frame(weight, bias), hidden, needs)[2]
         return *finish(d_loss / minibatch.power), *(None,) * 3
 
 
 def _entropy_scale(
-    value: EntropyScale | Tensor, least: float, entropy: Tensor, lookahead_entropy: Tensor, group
+    value: EntropyScale | Tensor,
+    least: float,
+    entropy: Tensor,
+    lookahead_entropy: Tensor,
+    group: torch.distributed.ProcessGroup | None,
 ) -> Tensor:
     """What entropies are divided by (0-d, nats): the batch maximum (Eq. 8) or the given one, at least ``least``."""
     if isinstance(value, str):
@@ -116,7 +122,7 @@ def _entropy_scale(
     return value.clamp(min=least)
 
 
-def _lookahead(window: object, filter: object, decay: object) -> Lookahead:
+def _lookahead(window: object, filter: Any, decay: object) -> Lookahead:
     known = isinstance(filter, str) and filter in FILTERS
     expect(known, "lookahead_filter", filter, " or ".join(f'"{name}"' for name in FILTERS))
     decay = number("lookahead_decay", decay, low=0, high=1, strict=True)
@@ -124,7 +130,9 @@ def _lookahead(window: object, filter: object, decay: object) -> Lookahead:
     return Lookahead(checks.integer("lookahead", window, low=0), filter, decay)
 
 
-def _teacher(teacher_hidden, teacher_weight, teacher_bias, student_hidden, student: Head) -> tuple[Tensor, Head]:
+def _teacher(
+    teacher_hidden: Tensor, teacher_weight: object, teacher_bias: object, student_hidden: Tensor, student: Head
+) -> tuple[Tensor, Head]:
     """The teacher's hidden states and head: its own, or the student's."""
     leading = tuple(student_hidden.shape[:-1])
     same = tuple(teacher_hidden.shape[:-1]) == leading
@@ -312,6 +320,7 @@ def fused_egrsd_loss(
 
     with torch.cuda.device_of(student_hidden):
         needs = Needs.of(hidden, student.weight, student.bias)
+        loss: Tensor
         loss, *stats = _FusedLoss.apply(hidden, student.weight, student.bias, student, minibatch, needs)
     if not return_stats:
         return loss

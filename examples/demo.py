@@ -7,289 +7,102 @@
 A small Qwen3 model learns sums such as 13-8+1. A short supervised warm-up lets it imitate a careless student, who
 chatters half of the time and forgets most carries. Then comes the method: the model samples its own answers, a checker
 rewards the right ones, short ones more, and the same backbone with its LoRA adapters disabled, which has read a
-reference solution, says how much each token should count.
+reference solution, says how much each token should count. The method is ``train``; the sums, the tokenizer and the
+warm-up are in examples/task.py.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
 import math
 import random
-import re
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from egrsd_kernels import fused_egrsd_loss
+from egrsd_kernels import TokenStats, fused_egrsd_loss
 from egrsd_kernels.credit import regime_shares, token_regimes
 from egrsd_kernels.extras import how_to_install
-from egrsd_kernels.rl import (
-    WelfordAdvantage,
-    align_responses,
-    length_shaped_reward,
-    pad_inputs,
-    response_hidden,
-    teacher_messages,
-)
+from egrsd_kernels.rl import WelfordAdvantage, align_responses, response_hidden
 from egrsd_kernels.rollouts import Rollout, write_token_report
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a script finds its neighbours only, and not examples.task
+
+from examples.task import LORA_MODULES, Classroom, Problem, build_model, build_tokenizer, sample_problems, warm_up
 
 try:
     import matplotlib
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig, get_peft_model
     from rich.console import Console, Group
     from rich.live import Live
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
     from rich.text import Text
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    from transformers import PreTrainedTokenizerFast
 except ImportError as error:
     raise ImportError(f"the demo needs {error.name}: {how_to_install('train')}") from error
 
-MAX_RESPONSE = 56  # L_max, tokens
 HELD_OUT = 256  # problems that no training sees
 SHOWN = 4  # rollouts on the page from the first, the middle and the last step
 
-# ---------------------------------------------------------------------------------------------------------------- task
-
-PAUSES = ["hmm", "well", "okay", "now", "then", "so"]
-CHATTER_RATE = 0.5  # share of the warm-up's demonstrations that are in words
-SLIP_RATE = 0.8  # share of their carries that are forgotten
-LARGEST = 29  # number that can turn up: the largest total is 20, and a forgotten borrow makes it ten more
+# ---------------------------------------------------------------------------------------------------- the method itself
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A sum of signed terms whose running total stays within 0..20."""
+def train(
+    classroom: Classroom, rng: random.Random, exclude: frozenset[Problem], args: argparse.Namespace
+) -> Iterator[Step]:
+    """Entropy-guided reinforced self-distillation of the LoRA adapters; the backbone and the head stay frozen."""
+    model, tokenizer, device = classroom.model, classroom.tokenizer, classroom.device
+    base = model.get_base_model()
+    backbone, head = base.model, base.lm_head.weight
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
+    advantage = WelfordAdvantage()
 
-    terms: tuple[int, ...]
+    for _ in range(args.steps):
+        start = time.perf_counter()
+        # Rollouts: the model answers, and the checker rewards it.
+        problems = sample_problems(rng, args.batch, exclude)
+        student_prompts = [classroom.student_prompt(problem) for problem in problems]
+        teacher_prompts = [classroom.teacher_prompt(problem) for problem in problems]
+        responses = classroom.answer(student_prompts, sample=True)
+        correct, lengths, rewards = classroom.grade(problems, responses)
+        advantages = advantage(rewards)
 
-    @property
-    def question(self) -> str:
-        return _sum(self.terms)
+        # The teacher is the frozen backbone, whose prompt has the reference solution. Both read the same answers.
+        batch = align_responses(student_prompts, teacher_prompts, responses, tokenizer.pad_token_id).to(device)
+        with torch.no_grad(), model.disable_adapter():
+            teacher_hidden = response_hidden(backbone(**batch.teacher).last_hidden_state, batch.teacher_positions)
+        student_hidden = response_hidden(backbone(**batch.student).last_hidden_state, batch.student_positions)
 
-    @property
-    def answer(self) -> int:
-        return sum(self.terms)
-
-    def solution(self, chatter: random.Random | None = None, slips: random.Random | None = None) -> str:
-        """The working, step by step: terse (``=15-4=11``), or with ``chatter`` in words and with pauses for thought.
-
-        With ``slips`` it is the careless student's: most carries and borrows are forgotten, the work goes on with the
-        wrong number, and so arrives at a wrong answer.
-        """
-        lines, rest = [], list(self.terms)
-        while len(rest) > 1:
-            first, second, *others = rest
-            total = first + second
-            if slips is not None and total // 10 != first // 10 and slips.random() < SLIP_RATE:
-                slipped = total + (10 if second < 0 else -10)
-                if all(0 <= later <= LARGEST for later in accumulate([slipped, *others])):
-                    total = slipped
-            rest = [total, *others]
-            if chatter is None:
-                lines.append(f"={_sum(rest)}")
-            else:
-                pause = " ".join(chatter.choices(PAUSES, k=chatter.randint(2, 6)))
-                lines.append(f"{pause} {first}{second:+d}={total}\nleaves {_sum(rest)}\n")
-        return "".join(lines) + ("" if chatter is None else f"the answer is {rest[0]}")
-
-    def accepts(self, response: str) -> bool:
-        """The verifier: the number at the end alone counts, in whatever style."""
-        found = re.search(r"(?:=|is )(\d+)$", response)
-        return found is not None and int(found[1]) == self.answer
-
-
-def _sum(terms: Sequence[int]) -> str:
-    return str(terms[0]) + "".join(f"{term:+d}" for term in terms[1:])
-
-
-def sample_problems(
-    rng: random.Random, count: int, exclude: frozenset[Problem] = frozenset(), additions: Sequence[int] = (2, 3)
-) -> list[Problem]:
-    """Problems with one of ``additions`` as the number of signs, none of them in ``exclude``."""
-    problems: list[Problem] = []
-    while len(problems) < count:
-        terms = [rng.randint(1, 20)]
-        for _ in range(rng.choice(additions)):
-            terms.append(rng.choice([term for term in range(-9, 10) if term and 0 <= sum(terms) + term <= 20]))
-        if Problem(tuple(terms)) not in exclude:
-            problems.append(Problem(tuple(terms)))
-    return problems
-
-
-# -------------------------------------------------------------------------------------------------- tokenizer and model
-
-SPECIAL = ["<pad>", "<end>", "<user>", "<assistant>"]
-WORDS = [*(f"{word} " for word in [*PAUSES, "leaves", "the", "answer", "is"]), "again"]
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<{{ message.role }}>{{ message.content }}<end>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-# The teacher's two turns in the words this model knows; a pretrained model takes the default of teacher_messages.
-TEACHER_TEMPLATE = ({"role": "assistant", "content": "{solution}"}, {"role": "user", "content": "again"})
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each word, number and signed term."""
-    numbers = [str(number) for number in range(LARGEST + 1)]
-    terms = [f"{term:+d}" for term in range(-9, 10) if term]
-    vocabulary = [*SPECIAL, *WORDS, *numbers, *terms, "=", "\n"]
-    tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(vocabulary)}, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[a-z]+ ?|[+-]?\d+|[\s\S]"), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<end>",
-        additional_special_tokens=SPECIAL[2:],
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def build_model(tokenizer: PreTrainedTokenizerFast, width: int = 128, layers: int = 3) -> Qwen3ForCausalLM:
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=3 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 32,
-        num_key_value_heads=width // 64,
-        head_dim=32,
-        max_position_embeddings=256,
-        initializer_range=0.06,  # near 1/sqrt(hidden_size); the default 0.02 suits wide models and learns slowly here
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    return Qwen3ForCausalLM(config)
-
-
-# --------------------------------------------------------------------------------------------------- prompts, responses
-
-
-class Classroom:
-    """A model with its tokenizer: writes prompts for student and teacher, and lets the model answer them."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel | PeftModel,
-        tokenizer: PreTrainedTokenizerFast,
-        device: torch.device,
-        max_response: int = MAX_RESPONSE,
-    ):
-        self.model, self.tokenizer, self.device, self.max_response = model, tokenizer, device, max_response
-
-    def _prompt(self, messages: list[dict[str, str]]) -> list[int]:
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return self.tokenizer.encode(text)
-
-    def student_prompt(self, problem: Problem) -> list[int]:
-        return self._prompt([{"role": "user", "content": problem.question}])
-
-    def teacher_prompt(self, problem: Problem) -> list[int]:
-        return self._prompt(teacher_messages(problem.question, problem.solution(), TEACHER_TEMPLATE))
-
-    def response(self, text: str) -> list[int]:
-        return [*self.tokenizer.encode(text), self.tokenizer.eos_token_id]
-
-    @torch.no_grad()
-    def answer(self, prompts: Sequence[list[int]], sample: bool) -> list[list[int]]:
-        """Responses of the model as token ids, up to and with <end>."""
-        inputs = pad_inputs(prompts, self.tokenizer.pad_token_id, padding_side="left")
-        # top_k = 0: sampling from the full softmax, the distribution that the loss differentiates.
-        how = {"do_sample": True, "top_k": 0} if sample else {"do_sample": False}
-        output = self.model.generate(
-            input_ids=inputs["input_ids"].to(self.device),
-            attention_mask=inputs["attention_mask"].to(self.device),
-            max_new_tokens=self.max_response,
-            **how,
+        # The loss: each token's log-probability, weighted with its credit. The logits are never stored.
+        loss, stats = fused_egrsd_loss(
+            student_hidden,
+            head,
+            teacher_hidden,
+            batch.target_ids,
+            advantages.to(device),
+            mask=batch.mask,
+            gamma=args.gamma,
+            lookahead=args.lookahead,
+            return_stats=True,
         )
-        end = self.tokenizer.eos_token_id
-        rows = output[:, inputs["input_ids"].shape[1] :].tolist()
-        return [row[: row.index(end) + 1] if end in row else row for row in rows]
-
-    def grade(self, problems: Sequence[Problem], responses: Sequence[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
-        """(B,) each: correct (bool), lengths in tokens, rewards. A response that was cut off is wrong."""
-        end = self.tokenizer.eos_token_id
-        correct = torch.tensor(
-            [
-                response[-1] == end and problem.accepts(self.tokenizer.decode(response[:-1]))
-                for problem, response in zip(problems, responses, strict=True)
-            ]
-        )
-        lengths = torch.tensor([len(response) for response in responses])
-        return correct, lengths, length_shaped_reward(correct, lengths, self.max_response)
-
-    def evaluate(self, problems: Sequence[Problem], teacher: bool = False) -> dict[str, float]:
-        """Greedy accuracy, mean reward and mean length; ``teacher`` puts the reference solution in the prompt."""
-        prompt = self.teacher_prompt if teacher else self.student_prompt
-        correct, lengths, rewards = self.grade(problems, self.answer([prompt(p) for p in problems], sample=False))
-        return {
-            "accuracy": correct.float().mean().item(),
-            "reward": rewards.mean().item(),
-            "length": lengths.float().mean().item(),
-        }
-
-
-# --------------------------------------------------------------------------------------------------- supervised warm-up
-
-
-def warm_up(
-    classroom: Classroom,
-    rng: random.Random,
-    exclude: frozenset[Problem],
-    steps: int,
-    additions: Sequence[int] = (2, 3),
-    chatter_rate: float = CHATTER_RATE,
-    teacher_chatter_rate: float = CHATTER_RATE,
-) -> Iterator[float]:
-    """Imitate the careless student's demonstrations; yields the loss (nats a token) of each step.
-
-    The first eighth drills single additions, which the longer sums are made of. After it every third batch has the
-    teacher's format and no slips, so the model learns to profit from a reference solution where it has one.
-    """
-    model, tokenizer = classroom.model, classroom.tokenizer
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 20, 1.0) * (1 - 0.9 * step / steps)
-    )
-    for step in range(steps):
-        drill, privileged = step < steps // 8, step % 3 == 2
-        if drill:
-            problems = sample_problems(rng, 256, additions=(1,))
-            demonstrations = [problem.solution(slips=rng) for problem in problems]
-            prompts = [classroom.student_prompt(problem) for problem in problems]
-        else:
-            problems = sample_problems(rng, 32, exclude, additions)
-            rate = teacher_chatter_rate if privileged else chatter_rate
-            demonstrations = [
-                problem.solution(rng if rng.random() < rate else None, slips=None if privileged else rng)
-                for problem in problems
-            ]
-            prompts = [
-                classroom.teacher_prompt(problem) if privileged else classroom.student_prompt(problem)
-                for problem in problems
-            ]
-        responses = [classroom.response(demonstration) for demonstration in demonstrations]
-        batch = align_responses(prompts, prompts, responses, tokenizer.pad_token_id).to(classroom.device)
-        hidden = response_hidden(model.model(**batch.student).last_hidden_state, batch.student_positions)
-        loss = nn.functional.cross_entropy(model.lm_head(hidden).flatten(0, 1), batch.target_ids.flatten())
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        schedule.step()
-        yield loss.item()
 
-
-# ---------------------------------------------------------------------------------------------------- the method itself
+        yield Step(
+            problems, responses, correct, lengths, rewards, advantages, batch.mask, stats, loss.item(),
+            seconds=time.perf_counter() - start,
+        )  # fmt: skip
 
 
 METRICS = (
@@ -309,77 +122,49 @@ METRICS = (
 
 @dataclass(frozen=True)
 class Step:
-    """One step of :func:`train`: its ``METRICS`` (entropy in nats) and the rollouts behind them."""
+    """What one step of :func:`train` saw and did. (B,) each, but for the mask and the statistics, which are (B, T)."""
 
-    metrics: dict[str, float]
-    rollouts: list[Rollout]
+    problems: list[Problem]
+    responses: list[list[int]]
+    correct: Tensor
+    lengths: Tensor
+    rewards: Tensor
+    advantages: Tensor
+    mask: Tensor
+    stats: TokenStats
+    loss: float
+    seconds: float
 
-
-def train(
-    classroom: Classroom, rng: random.Random, exclude: frozenset[Problem], args: argparse.Namespace
-) -> Iterator[Step]:
-    """Entropy-guided reinforced self-distillation of the LoRA adapters; the backbone and the head stay frozen."""
-    model, tokenizer, device = classroom.model, classroom.tokenizer, classroom.device
-    base = model.get_base_model()
-    backbone, head = base.model, base.lm_head.weight
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
-    advantage = WelfordAdvantage()
-
-    for _ in range(args.steps):
-        start = time.perf_counter()
-        problems = sample_problems(rng, args.batch, exclude)
-        student_prompts = [classroom.student_prompt(problem) for problem in problems]
-        teacher_prompts = [classroom.teacher_prompt(problem) for problem in problems]
-        responses = classroom.answer(student_prompts, sample=True)
-        correct, lengths, rewards = classroom.grade(problems, responses)
-        advantages = advantage(rewards)
-
-        batch = align_responses(student_prompts, teacher_prompts, responses, tokenizer.pad_token_id).to(device)
-        with torch.no_grad(), model.disable_adapter():  # the frozen backbone, which sees the reference solution
-            teacher_hidden = response_hidden(backbone(**batch.teacher).last_hidden_state, batch.teacher_positions)
-        student_hidden = response_hidden(backbone(**batch.student).last_hidden_state, batch.student_positions)
-        loss, stats = fused_egrsd_loss(
-            student_hidden,
-            head,
-            teacher_hidden,
-            batch.target_ids,
-            advantages.to(device),
-            mask=batch.mask,
-            gamma=args.gamma,
-            lookahead=args.lookahead,
-            return_stats=True,
-        )
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-
-        scale = math.log(len(tokenizer))
-        regimes = token_regimes(stats.teacher_entropy / scale, stats.lookahead_entropy / scale, mask=batch.mask)
-        metrics = {
-            "reward": rewards.mean().item(),
-            "accuracy": correct.float().mean().item(),
-            "length": lengths.float().mean().item(),
-            "entropy": stats.teacher_entropy[batch.mask].mean().item(),
-            "gate": stats.gate[batch.mask].mean().item(),
-            "loss": loss.item(),
+    def metrics(self, vocabulary: int) -> dict[str, float]:
+        """The ``METRICS``; entropy in nats."""
+        stats, scale = self.stats, math.log(vocabulary)
+        regimes = token_regimes(stats.teacher_entropy / scale, stats.lookahead_entropy / scale, mask=self.mask)
+        return {
+            "reward": self.rewards.mean().item(),
+            "accuracy": self.correct.float().mean().item(),
+            "length": self.lengths.float().mean().item(),
+            "entropy": stats.teacher_entropy[self.mask].mean().item(),
+            "gate": stats.gate[self.mask].mean().item(),
+            "loss": self.loss,
             **regime_shares(regimes),
-            "tokens_per_second": lengths.sum().item() / (time.perf_counter() - start),
+            "tokens_per_second": self.lengths.sum().item() / self.seconds,
         }
-        rollouts = [
+
+    def rollouts(self, tokenizer: PreTrainedTokenizerFast, title: str) -> list[Rollout]:
+        """The first ``SHOWN`` of them, for the page."""
+        return [
             Rollout.from_stats(
-                stats,
+                self.stats,
                 row,
+                title=title,
                 prompt=problem.question,
-                tokens=[tokenizer.decode([token]) for token in responses[row]],
-                reward=rewards[row].item(),
-                advantage=advantages[row].item(),
+                tokens=[tokenizer.decode([token]) for token in self.responses[row]],
+                reward=self.rewards[row].item(),
+                advantage=self.advantages[row].item(),
                 reference=problem.solution(),
             )
-            for row, problem in enumerate(problems[:SHOWN])
+            for row, problem in enumerate(self.problems[:SHOWN])
         ]
-        yield Step(metrics, rollouts)
 
 
 # -------------------------------------------------------------------------------------------------------------- results
@@ -448,8 +233,6 @@ def smooth(values: Sequence[float], half_life: float = 3.0) -> list[float]:
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
-
-LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -537,13 +320,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         advance = display.track("training", args.steps)
         for index, step in enumerate(train(classroom, rng, exclude, args)):
-            for name, value in step.metrics.items():
+            metrics = step.metrics(len(tokenizer))
+            for name, value in metrics.items():
                 curves[name].append(value)
             if index in {0, args.steps // 2, args.steps - 1}:
-                shown += [replace(rollout, title=f"step {index + 1}") for rollout in step.rollouts]
+                shown += step.rollouts(tokenizer, title=f"step {index + 1}")
             advance(
                 "reward {reward:.2f}  acc {accuracy:.0%}  len {length:.1f}  H {entropy:.2f}  gate {gate:.2f}  "
-                "loss {loss:+.2f}  {tokens_per_second:.0f} tok/s".format(**step.metrics)
+                "loss {loss:+.2f}  {tokens_per_second:.0f} tok/s".format(**metrics)
             )
         after = classroom.evaluate(held_out)
 

@@ -36,7 +36,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.measure import command, environment, write
 from egrsd_kernels.cli.sweep import TRAIN, train_all
-from examples import demo
+from examples import task
 
 MAX_RESPONSE = 128  # L_max, tokens
 ADDITIONS = (3, 4, 5)
@@ -68,15 +68,15 @@ def pretrain(folder: Path, args: argparse.Namespace) -> None:
     """The common checkpoint, its tokenizer, and the problems: ``model``, ``train.jsonl``, ``held_out.json``."""
     torch.manual_seed(0)
     rng = random.Random(0)
-    held_out = demo.sample_problems(rng, HELD_OUT, additions=ADDITIONS)
+    held_out = task.sample_problems(rng, HELD_OUT, additions=ADDITIONS)
     exclude = frozenset(held_out)
-    tokenizer = demo.build_tokenizer()
-    model = demo.build_model(tokenizer, args.width, args.layers).to(args.device)
-    classroom = demo.Classroom(model, tokenizer, torch.device(args.device), MAX_RESPONSE)
-    losses = demo.warm_up(classroom, rng, exclude, args.pretrain_steps, ADDITIONS, CHATTER_RATE, TEACHER_CHATTER_RATE)
+    tokenizer = task.build_tokenizer()
+    model = task.build_model(tokenizer, args.width, args.layers).to(args.device)
+    classroom = task.Classroom(model, tokenizer, torch.device(args.device), MAX_RESPONSE)
+    losses = task.warm_up(classroom, rng, exclude, args.pretrain_steps, ADDITIONS, CHATTER_RATE, TEACHER_CHATTER_RATE)
     for loss in track(losses, "pre-training", total=args.pretrain_steps, transient=True):
         last = loss
-    problems = demo.sample_problems(rng, PROBLEMS, exclude, ADDITIONS)
+    problems = task.sample_problems(rng, PROBLEMS, exclude, ADDITIONS)
     rows = (
         {
             "prompt": [{"role": "user", "content": problem.question}],
@@ -102,10 +102,10 @@ def config(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         "use_peft": True,
         "lora_r": 16,
         "lora_alpha": 32,
-        "lora_target_modules": demo.LORA_MODULES,
+        "lora_target_modules": task.LORA_MODULES,
         "dataset_name": str(folder / "train.jsonl"),
         "reward_funcs": ["examples.experiment.correct"],
-        "teacher_template": list(demo.TEACHER_TEMPLATE),
+        "teacher_template": list(task.TEACHER_TEMPLATE),
         "per_device_train_batch_size": args.batch,
         "num_generations": 8,
         "max_completion_length": MAX_RESPONSE,
@@ -144,15 +144,15 @@ def run_all(folder: Path, args: argparse.Namespace) -> dict[Path, tuple[str, int
 def evaluate(folder: Path, runs: dict[Path, tuple[str, int]], args: argparse.Namespace) -> dict[str, Any]:
     """Accuracy and mean length on the held-out problems, of the common checkpoint and of every one of each run."""
     device = torch.device(args.device)
-    held_out = [demo.Problem(tuple(terms)) for terms in json.loads((folder / "held_out.json").read_text("utf-8"))]
-    tokenizer = demo.build_tokenizer()
+    held_out = [task.Problem(tuple(terms)) for terms in json.loads((folder / "held_out.json").read_text("utf-8"))]
+    tokenizer = task.build_tokenizer()
 
     def measure(checkpoint: Path | None, greedy: bool = False, teacher: bool = False) -> dict[str, float]:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).to(device)
         if checkpoint is not None:
             model = PeftModel.from_pretrained(model, checkpoint)
-        classroom = demo.Classroom(model.eval(), tokenizer, device, MAX_RESPONSE)
+        classroom = task.Classroom(model.eval(), tokenizer, device, MAX_RESPONSE)
         prompt = classroom.teacher_prompt if teacher else classroom.student_prompt
         answers = classroom.answer([prompt(problem) for problem in held_out], sample=not greedy)
         right, lengths, _ = classroom.grade(held_out, answers)

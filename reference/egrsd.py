@@ -70,18 +70,24 @@ def magnitude(advantages: Tensor, teacher_logp: Tensor, student_logp: Tensor, cl
     return torch.where(d == 0, 1.0, w)
 
 
-def lookahead_entropy(entropy: Tensor, mask: Tensor, seq_end: Tensor, lookahead: int) -> Tensor:
+def lookahead_entropy(
+    entropy: Tensor, mask: Tensor, seq_end: Tensor, lookahead: int, filter: str = "minimum", decay: float = 1.0
+) -> Tensor:
     """H^CL_t = min H_j over the valid j in [t, min(t + W, end of t's sequence)], in nats;  0 where t is not valid.
 
     entropy (N,) and mask (N,) bool hold the sequences one after another, and seq_end (N,) the index of the last
     position of each position's own sequence. An invalid position in the window is skipped; a NaN entropy is not.
+    "discounted": min λ^−(j − t) · H_j.
     """
     h = torch.where(mask, entropy, torch.inf)  # the identity of min, so that invalid positions are never chosen
     position = torch.arange(len(h), device=h.device)
     h_cl = h
     for step in range(1, min(lookahead, len(h) - 1) + 1):
         inside = position + step <= seq_end
-        h_cl = torch.where(inside, torch.minimum(h_cl, h.roll(-step)), h_cl)
+        ahead = h.roll(-step)
+        if filter == "discounted":
+            ahead = torch.where(ahead > 0, ahead / decay**step, ahead)  # 0 stays 0
+        h_cl = torch.where(inside, torch.minimum(h_cl, ahead), h_cl)
     return torch.where(mask, h_cl, 0.0)
 
 
@@ -146,6 +152,8 @@ def egrsd_loss(
     gamma: float = 0.3,
     gate_floor: float = 0.1,
     lookahead: int = 0,
+    lookahead_filter: str = "minimum",
+    lookahead_decay: float = 1.0,
     clip_eps: float = 0.2,
     entropy_scale: str | float | Tensor = "batch_max",
     min_entropy_scale: float = 1.0,
@@ -199,7 +207,7 @@ def egrsd_loss(
             log_p_t, h = log_prob(z, y), spread(entropy(z))
         else:
             log_p_t, h = select(teacher_logp), spread(select(teacher_entropy))
-        h_cl = lookahead_entropy(h, valid, seq_end, lookahead)
+        h_cl = lookahead_entropy(h, valid, seq_end, lookahead, lookahead_filter, lookahead_decay)
         omega = gate(normalised_entropy(h, h_cl, valid, entropy_scale, min_entropy_scale), gamma, gate_floor)[rows]
         w = magnitude(advantages[rows], log_p_t, student_logp, clip_eps)
         a_hat = token_advantage(advantages[rows], w, omega)

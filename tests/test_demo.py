@@ -12,7 +12,7 @@ pytest.importorskip("peft")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from examples import demo
+from examples import demo, task
 
 DEMO = Path(demo.__file__)
 
@@ -48,9 +48,9 @@ def test_figures_make_sense(outcome):
     assert all(len(values) == 2 and all(map(math.isfinite, values)) for values in curves.values())
     for step in range(2):
         assert sum(curves[name][step] for name in ("lock", "fork", "pivot", "mid")) == pytest.approx(1.0)
-        assert 0 < curves["entropy"][step] <= math.log(len(demo.build_tokenizer())) + 1e-4
+        assert 0 < curves["entropy"][step] <= math.log(len(task.build_tokenizer())) + 1e-4
         assert 0.1 <= curves["gate"][step] < 1
-        assert 0 < curves["length"][step] <= demo.MAX_RESPONSE
+        assert 0 < curves["length"][step] <= task.MAX_RESPONSE
     assert record["held_out"].keys() == {"before", "after", "teacher"}
     assert record["settings"]["lookahead"] == 3
 
@@ -70,27 +70,27 @@ def test_bad_flags_are_refused(capsys):
 
 def test_solutions_are_right_unless_they_slip():
     rng = random.Random(0)
-    problems = demo.sample_problems(rng, 300)
-    tokenizer = demo.build_tokenizer()
+    problems = task.sample_problems(rng, 300)
+    tokenizer = task.build_tokenizer()
     for problem in problems:
         for text in (problem.solution(), problem.solution(chatter=rng)):
             assert problem.accepts(text)
             ids = tokenizer.encode(text)
             assert tokenizer.decode(ids) == text and tokenizer.pad_token_id not in ids
-            assert len(ids) < demo.MAX_RESPONSE
+            assert len(ids) < task.MAX_RESPONSE
     slipped = sum(not problem.accepts(problem.solution(slips=rng)) for problem in problems)
     assert 0.3 < slipped / len(problems) < 0.6
 
 
 @pytest.mark.parametrize("response", ["", "=", "the answer is ", "=12-5=7=", "7", "=17", "=7 "])
 def test_the_verifier_refuses(response):
-    assert not demo.Problem((12, -5)).accepts(response)
+    assert not task.Problem((12, -5)).accepts(response)
 
 
 def test_held_out_problems_are_held_out():
     rng = random.Random(1)
-    held_out = frozenset(demo.sample_problems(rng, 50))
-    assert not held_out & set(demo.sample_problems(rng, 2000, exclude=held_out))
+    held_out = frozenset(task.sample_problems(rng, 50))
+    assert not held_out & set(task.sample_problems(rng, 2000, exclude=held_out))
 
 
 def test_smoothing_keeps_a_constant_and_starts_at_the_first_value():

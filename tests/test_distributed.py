@@ -8,7 +8,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from egrsd_kernels import fused_egrsd_loss
-from tests.conftest import CPU_COMBOS, LEARNED, Combo, make_case, reference_result, relative_error
+from tests.support.cases import make_case
+from tests.support.devices import CPU_COMBOS, Combo
+from tests.support.tolerances import LEARNED, reference_result, relative_error
 
 if not dist.is_available():
     pytest.skip("torch.distributed is not available", allow_module_level=True)

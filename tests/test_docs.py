@@ -16,7 +16,7 @@ import torch
 import egrsd_kernels
 from egrsd_kernels import fused_egrsd_loss, token_statistics
 from egrsd_kernels.credit import REGIMES
-from tests.doc_examples import ROOT, blocks, language_model
+from tests.support.doc_examples import ROOT, blocks, language_model
 
 PAGES = sorted(page.name for page in (ROOT / "docs").glob("*.md"))
 
@@ -62,7 +62,7 @@ def test_the_diff_turns_the_grpo_script_into_the_egrsd_script():
 
 def tiny(config: type) -> type:
     """``config`` with what a tiny model on a CPU needs, whatever an example asks for."""
-    from tests import trl_tiny
+    from tests.support import trl_tiny
 
     fields = config.__dataclass_fields__
     settings = {key: value for key, value in trl_tiny.OPTIONS.items() if key not in ("gamma", "lookahead")}
@@ -80,7 +80,7 @@ def test_from_grpo(tmp_path, monkeypatch):
     trl = pytest.importorskip("trl", reason="TRL is not installed")
 
     import egrsd_kernels.trl
-    from tests import trl_tiny
+    from tests.support import trl_tiny
 
     monkeypatch.chdir(tmp_path)
     trl_tiny.tiny_model().save_pretrained("Qwen/Qwen3-4B")
@@ -187,7 +187,7 @@ def test_own_loop(one_process):
 def test_the_metrics_of_the_page_are_logged(tmp_path):
     """Every name with a slash, where … stands for any ending."""
     pytest.importorskip("trl", reason="TRL is not installed")
-    from tests import trl_tiny
+    from tests.support import trl_tiny
 
     trainer, logs = trl_tiny.make(tmp_path, max_steps=1)
     trainer.train()

@@ -9,8 +9,10 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from benchmarks import end_to_end
-from benchmarks.end_to_end import VARIANTS, Batch, Lengths, Stopwatch, build_policy, largest_batch, merge, qwen3_config
+from benchmarks import end_to_end, peers
+from benchmarks.end_to_end import Batch, Lengths, build_policy, largest_batch, merge, qwen3_config
+from benchmarks.measure import Stopwatch
+from benchmarks.peers import HEADS
 
 TINY = {
     "vocab_size": 500,
@@ -44,7 +46,7 @@ def loss_and_gradients(policy, variant):
     policy.reset()
     policy.model.zero_grad()
     batch = Batch.random(TINY["vocab_size"], 3, LENGTHS, "cpu")
-    loss = end_to_end.compute_loss(policy, VARIANTS[variant](), batch, Stopwatch(CPU))
+    loss = end_to_end.compute_loss(policy, HEADS[variant](), batch, Stopwatch(CPU))
     loss.backward()
     return loss.detach(), [parameter.grad for parameter in policy.adapters]
 
@@ -82,12 +84,12 @@ def test_the_eager_logits_are_those_of_transformers(policy):
 
 
 def test_chunks_of_teacher_logits_change_nothing(policy, monkeypatch):
-    monkeypatch.setattr(end_to_end, "TEACHER_CHUNK", 4)
+    monkeypatch.setattr(peers, "CHUNK", 4)
     batch = Batch.random(TINY["vocab_size"], 2, LENGTHS, "cpu")
     with torch.no_grad():
         hidden = policy.hidden(batch.teacher_ids, LENGTHS.response)
-        expected = end_to_end.eager_statistics(hidden, policy.head, batch.target_ids)
-        chunked = end_to_end.chunked_statistics(hidden, policy.head, batch.target_ids)
+        expected = peers.eager_statistics(hidden, policy.head.weight, batch.target_ids)
+        chunked = peers.chunked_statistics(hidden, policy.head.weight, batch.target_ids)
     for got, wanted in zip(chunked, expected, strict=True):
         torch.testing.assert_close(got, wanted.flatten())
 
@@ -99,16 +101,16 @@ def test_a_step_moves_the_adapters_alone(policy):
     optimizer = torch.optim.AdamW(policy.adapters, lr=1e-3)
     batch = Batch.random(TINY["vocab_size"], 2, LENGTHS, "cpu")
     watch = Stopwatch(CPU)
-    end_to_end.training_step(policy, VARIANTS["ours"](), batch, optimizer, watch)
+    end_to_end.training_step(policy, HEADS["ours"](), batch, optimizer, watch)
     for name, parameter in policy.model.named_parameters():
         assert torch.equal(parameter, before[name]) != ("lora_" in name), name
-    assert 0 < watch.head_ms < watch.step_ms
+    assert 0 < end_to_end.head_ms(watch) < watch.ms("start", "end")
 
 
 @pytest.mark.parametrize("variant", ["eager", "ours"])
 def test_a_probe_leaves_no_gradients(policy, variant):
     policy.model.zero_grad()
-    end_to_end.peak_step(policy, VARIANTS[variant](), Batch.random(TINY["vocab_size"], 2, LENGTHS, "cpu"))
+    end_to_end.peak_step(policy, HEADS[variant](), Batch.random(TINY["vocab_size"], 2, LENGTHS, "cpu"))
     assert all(parameter.grad is None for parameter in policy.adapters)
 
 
@@ -148,7 +150,7 @@ def test_a_variant_that_fails_costs_the_others_nothing(tiny, tmp_path, monkeypat
     def broken():
         raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")
 
-    monkeypatch.setitem(VARIANTS, "broken", broken)
+    monkeypatch.setitem(HEADS, "broken", broken)
     output = tmp_path / "end_to_end.json"
     end_to_end.main([*tiny, "--output", str(output), "--variants", "broken,ours"])
     first, second = json.loads(output.read_text())["rows"]

@@ -12,14 +12,14 @@ pytest.importorskip("trl", reason="TRL is not installed")
 pytest.importorskip("matplotlib")
 
 from egrsd_kernels.trl.settings import parse_settings
-from examples import demo, experiment
+from examples import experiment, task
 
 SMALL = ["--steps=1", "--batch=8", "--seeds=0", "--pretrain-steps=8", "--width=64", "--layers=1", "--device=cpu"]
 
 
 def test_reward_is_the_demos_verifier():
     rng = random.Random(0)
-    for problem in demo.sample_problems(rng, 200, additions=experiment.ADDITIONS):
+    for problem in task.sample_problems(rng, 200, additions=experiment.ADDITIONS):
         for text in (problem.solution(rng, slips=rng), problem.solution(), "=", "is", "the answer is 7 ", "=7"):
             completion = [{"role": "assistant", "content": text}]
             assert experiment.correct([completion], [problem.answer]) == [float(problem.accepts(text))]
@@ -60,7 +60,7 @@ def test_from_pretraining_to_picture(tmp_path, monkeypatch, capsys):
     rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     assert len(rows) == 32
     for row in rows:
-        problem = demo.Problem(tuple(int(term) for term in row["prompt"][0]["content"].replace("-", "+-").split("+")))
+        problem = task.Problem(tuple(int(term) for term in row["prompt"][0]["content"].replace("-", "+-").split("+")))
         assert problem.terms not in held_out and problem.accepts(row["solution"]) and problem.answer == row["answer"]
 
     # Called again, it trains nothing anew.

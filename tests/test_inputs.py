@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from egrsd_kernels import checks, fused_egrsd_loss, linear_logp, token_statistics
-from tests.conftest import INTERPRETED, Combo, all_combos, make_case
+from tests.support.cases import make_case
+from tests.support.devices import INTERPRETED, Combo, all_combos
 
 CPU = Combo("torch", "cpu", torch.float32)
 B, T, N, D, V = 3, 6, 14, 16, 61
@@ -138,6 +139,16 @@ BAD = {
         "no NaN",
     ),
     "advantages, device": (padded(advantages=zeros(B, device="meta")), ValueError, "advantages", "meta", "cpu"),
+    "filter": (padded(lookahead_filter="mean"), ValueError, "lookahead_filter", "'mean'", '"minimum"'),
+    "filter, None": (padded(lookahead_filter=None), ValueError, "lookahead_filter", "None", '"discounted"'),
+    "decay of a minimum": (padded(lookahead_decay=0.5), ValueError, "lookahead_decay", "0.5", "1"),
+    "decay": (
+        padded(lookahead_filter="discounted", lookahead_decay=0),
+        ValueError,
+        "lookahead_decay",
+        "0",
+        "above 0 and at most 1",
+    ),
     # cu_seqlens
     "boundaries, padded": (padded(cu_seqlens=bounds(0, 6, 12, 18)), ValueError, "cu_seqlens", "(4,)", "None"),
     "boundaries, list": (packed(cu_seqlens=[0, 14]), TypeError, "cu_seqlens", "[0, 14]", "a tensor"),

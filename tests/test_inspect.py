@@ -21,7 +21,7 @@ from egrsd_kernels.rollouts import (
     write_rollouts,
     write_token_report,
 )
-from tests import chromium
+from tests.support import chromium
 
 EVIL = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"><!--&lt;\\u003c"
 
@@ -252,7 +252,7 @@ def test_bad_arguments(tmp_path, capsys, monkeypatch, arguments, says):
 
 def test_runs_as_a_module(tmp_path):
     append_rollouts(tmp_path / "rollouts.jsonl", [rollout()])
-    root = Path(cli.__file__).parents[1]
+    root = Path(cli.__file__).parents[2]
     finished = subprocess.run(
         [sys.executable, "-m", "egrsd_kernels", "inspect", tmp_path],
         capture_output=True,

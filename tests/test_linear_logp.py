@@ -10,24 +10,16 @@ import torch
 from egrsd_kernels import linear_logp, token_statistics
 from egrsd_kernels.backends import triton as triton_backend
 from reference import log_prob, logits
-from tests.conftest import (
+from tests.support.cases import SPARSE, Draw, draw_head, draw_hidden, draw_targets
+from tests.support.devices import Combo, all_combos, cuda_combos, few_combos, sparse_combos
+from tests.support.tolerances import (
     LOGP_TOLERANCE,
     OURS,
-    SPARSE,
-    Combo,
-    Draw,
-    all_combos,
     assert_gradient,
     assert_within,
-    cuda_combos,
-    draw_head,
-    draw_hidden,
-    draw_targets,
-    few_combos,
     gradient_tolerance,
     logit_error,
     logp_error,
-    sparse_combos,
 )
 
 NAMES = ("hidden", "weight", "bias")

@@ -9,28 +9,21 @@ import torch
 
 from egrsd_kernels import fused_egrsd_loss
 from egrsd_kernels.backends import triton as triton_backend
-from tests.conftest import (
-    CPU_COMBOS,
+from tests.support.cases import SPARSE, Draw, draw_head, make_case
+from tests.support.devices import CPU_COMBOS, Combo, all_combos, cuda_combos, few_combos, sparse_combos
+from tests.support.tolerances import (
     LEARNED,
-    SPARSE,
-    Combo,
-    Draw,
-    all_combos,
     assert_gradient,
     check_parity,
-    cuda_combos,
-    draw_head,
-    few_combos,
     gradient_tolerance,
     loss_scale,
-    make_case,
     package_result,
     reference_result,
-    sparse_combos,
 )
 
 LN61 = math.log(61)
 MIXED = {"layout": "packed", "lengths": (1, 6, 0, 1, 9)}  # sequences of length 1 and 0 among others
+DISCOUNTED = {"lookahead_filter": "discounted", "lookahead_decay": 0.7}
 
 CASES = {
     # lookahead and layout
@@ -46,6 +39,8 @@ CASES = {
     "packed, W 7": dict(**MIXED, lookahead=7, entropy_scale="batch_max_lookahead"),
     "packed, W 8": dict(**MIXED, lookahead=8),
     "packed, W 10^9": dict(**MIXED, lookahead=10**9, mask="holes"),
+    "packed, W 3, discounted": dict(**MIXED, lookahead=3, **DISCOUNTED, mask="holes", gamma=1.0),
+    "padded, W 50, discounted": {"lookahead": 50, **DISCOUNTED, "entropy_scale": "batch_max_lookahead", "gamma": 1.0},
     "one sequence, W 3": {"layout": "one sequence", "lengths": (13,), "lookahead": 3},
     "sequences of length 1, W 2": {"lengths": (1,) * 5, "lookahead": 2},
     "one token": {"lengths": (1,)},

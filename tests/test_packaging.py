@@ -1,4 +1,4 @@
-"""What an sdist holds, what the metadata says, and that no text sends anyone to a package index for this package."""
+"""What sdist and wheel hold, what the metadata says, and that no text sends anyone to an index for this package."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 
 import egrsd_kernels
 from egrsd_kernels.extras import how_to_install
-from tests.conftest import interpreter_fault
-from tests.doc_examples import ROOT
+from egrsd_kernels.presets import PRESETS
+from tests.support.devices import interpreter_fault
+from tests.support.doc_examples import ROOT
 
 TEXTS = ("*.py", "*.md", "*.yaml", "*.toml", "Makefile")
 
@@ -46,6 +47,19 @@ def test_the_version_and_the_extras_have_one_source(metadata):
     assert {"train", "trl", "bench", "test-core", "test", "all", "docs", "types"} == set(extras)
     named = {name for line in said.get_all("Requires-Dist") for name in re.findall(r"egrsd-kernels\[([^]]*)\]", line)}
     assert {extra for names in named for extra in names.split(",")} <= set(extras)
+
+
+def test_a_wheel_holds_what_the_package_reads(tmp_path):
+    pytest.importorskip("setuptools")
+    folders = ["egg_info", "--egg-base", str(tmp_path), "build_py", "--build-lib", str(tmp_path / "lib")]
+    subprocess.run([sys.executable, "setup.py", "-q", *folders], cwd=ROOT, capture_output=True, check=True)
+    package = ROOT / "egrsd_kernels"
+    read = {path.relative_to(ROOT) for path in package.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    packed = {path.relative_to(tmp_path / "lib") for path in (tmp_path / "lib").rglob("*") if path.is_file()}
+    assert packed == read
+    pages = {f"rollouts/page.{kind}" for kind in ("html", "css", "js")}
+    assert {str(path.relative_to("egrsd_kernels")) for path in packed} > pages
+    assert {path.stem for path in packed if path.parent.name == "presets" and path.suffix == ".yaml"} == set(PRESETS)
 
 
 def test_no_hint_names_a_package_that_no_index_has():

@@ -10,7 +10,7 @@ import re
 
 import pytest
 
-from tests.doc_examples import ROOT, blocks, language_model
+from tests.support.doc_examples import ROOT, blocks, language_model
 
 PAGES = sorted(
     str(page.relative_to(ROOT)) for folder in ("", "docs", "benchmarks") for page in (ROOT / folder).glob("*.md")
@@ -31,7 +31,7 @@ def test_example_trains_the_adapters():
 def test_example_with_trl(tmp_path, monkeypatch):
     pytest.importorskip("trl", reason="TRL is not installed")
     from egrsd_kernels.rollouts import find_rollout_files
-    from tests import trl_tiny
+    from tests.support import trl_tiny
 
     monkeypatch.chdir(tmp_path)
     options = {name: value for name, value in trl_tiny.OPTIONS.items() if name not in ("gamma", "lookahead")}

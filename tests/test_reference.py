@@ -31,7 +31,7 @@ from reference import (
     normalised_entropy,
     token_advantage,
 )
-from tests.oracle import egrsd_oracle
+from tests.support.oracle import egrsd_oracle
 
 INF, NAN = math.inf, math.nan
 
@@ -297,6 +297,7 @@ def test_gradient_of_one_token_by_hand():
     teacher=st.sampled_from(["shared head", "other head", "statistics"]),
     bias=st.booleans(),
     lookahead=st.one_of(st.integers(0, 8), st.just(100)),
+    window=st.sampled_from([("minimum", 1.0), ("discounted", 1.0), ("discounted", 0.9), ("discounted", 0.4)]),
     gamma=st.sampled_from([0.0, 0.3, 1.0, 3.0]),
     gate_floor=st.sampled_from([0.1, 0.4]),
     clip_eps=st.sampled_from([0.0, 0.2, 0.9]),
@@ -306,8 +307,9 @@ def test_gradient_of_one_token_by_hand():
     softcap=st.sampled_from([None, 2.0]),
     normalizer=st.sampled_from([None, 7.5, torch.tensor(40)]),
 )
-def test_matches_oracle(scale, **spec):
-    check_against_oracle(make_case(**spec, entropy_scale=scale))
+def test_matches_oracle(scale, window, **spec):
+    filtered = dict(zip(("lookahead_filter", "lookahead_decay"), window, strict=True))
+    check_against_oracle(make_case(**spec, **filtered, entropy_scale=scale))
 
 
 @pytest.mark.parametrize("scale", ["batch_max", "batch_max_lookahead"])

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from egrsd_kernels import TokenStats
+from egrsd_kernels.credit import REGIMES
 from egrsd_kernels.rollouts import Rollout, write_token_report
 
 EVIL = "<script>alert('x')</script>\"'&{{cards}}{{title}}\\1"
@@ -161,6 +162,16 @@ def test_counts(tmp_path):
         ("pivot", "0"),
         ("mid", "3"),
     ]
+
+
+def test_the_regimes_are_the_methods(tmp_path):
+    """A regime that credit.py had more of would be on the page, and would need its look."""
+    text, _ = write(tmp_path, rollout(["a"]))
+    style, script = text.split("</style>")[0], text.rpartition("<script>")[2]
+    for name in REGIMES:
+        assert f'<span class="t {name} sample">{name}</span>' in text
+        assert f".t.{name} " in style and f".bars .{name} " in style and f"[data-only~={name}])" in style
+        assert not re.search(rf"\b{name}\b", script)
 
 
 def test_opens_with_the_chosen_regimes(tmp_path):

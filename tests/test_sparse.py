@@ -21,7 +21,9 @@ from egrsd_kernels.backends.triton.plan import SparsePlan
 from egrsd_kernels.backends.triton.sparse import list_kernel, mark_kernel
 from egrsd_kernels.head import Head
 from egrsd_kernels.rows import Rows
-from tests.conftest import Combo, Draw, draw_head, draw_hidden, draw_targets, make_case, package_result
+from tests.support.cases import Draw, draw_head, draw_hidden, draw_targets, make_case
+from tests.support.devices import Combo
+from tests.support.tolerances import package_result
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")

@@ -10,20 +10,9 @@ import torch
 from egrsd_kernels import token_statistics
 from egrsd_kernels.backends import triton as triton_backend
 from reference import entropy, log_prob, logits
-from tests.conftest import (
-    Combo,
-    Draw,
-    all_combos,
-    assert_within,
-    cuda_combos,
-    draw_head,
-    draw_hidden,
-    draw_targets,
-    entropy_error,
-    few_combos,
-    logit_error,
-    logp_error,
-)
+from tests.support.cases import Draw, draw_head, draw_hidden, draw_targets
+from tests.support.devices import Combo, all_combos, cuda_combos, few_combos
+from tests.support.tolerances import assert_within, entropy_error, logit_error, logp_error
 
 
 def make_operands(

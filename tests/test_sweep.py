@@ -210,7 +210,7 @@ def test_the_picture_says_what_the_cells_are(tmp_path, monkeypatch):
 
 
 def test_real_trainings(tmp_path, monkeypatch):
-    from tests.trl_tiny import OPTIONS, dataset, tiny_model, tokenizer
+    from tests.support.trl_tiny import OPTIONS, dataset, tiny_model, tokenizer
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parents[1]))

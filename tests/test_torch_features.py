@@ -16,20 +16,15 @@ from egrsd_kernels import checks, fused_egrsd_loss, linear_logp, token_statistic
 from egrsd_kernels.credit import token_regimes
 from egrsd_kernels.rl import length_shaped_reward, response_hidden, response_positions
 from reference import egrsd_loss
-from tests.conftest import (
-    CPU_COMBOS,
-    CUDA_COMBOS,
+from tests.support.cases import make_case
+from tests.support.devices import CPU_COMBOS, CUDA_COMBOS, Combo, all_combos, few_combos, two_gpus
+from tests.support.tolerances import (
     LEARNED,
-    Combo,
-    all_combos,
     assert_gradient,
     check_parity,
-    few_combos,
     gradient_tolerance,
-    make_case,
     package_result,
     reference_result,
-    two_gpus,
 )
 
 

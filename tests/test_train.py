@@ -25,9 +25,9 @@ from egrsd_kernels.cli.train import find_config, read_config
 from egrsd_kernels.trl import PRESETS
 from egrsd_kernels.trl.run import last_checkpoint, load_reward, load_splits, make_trainer
 from egrsd_kernels.trl.settings import parse_settings
-from tests.conftest import two_gpus
-from tests.fsdp_on_cpu import SHARDED
-from tests.trl_tiny import OPTIONS, dataset, row, tiny_model, tokenizer
+from tests.support.devices import two_gpus
+from tests.support.fsdp_on_cpu import SHARDED
+from tests.support.trl_tiny import OPTIONS, dataset, row, tiny_model, tokenizer
 
 REWARDS = '''
 def odd(completions, answer, **_):
@@ -147,7 +147,7 @@ def test_trains_on_two_processes(config, home, tmp_path, device):
     layers = {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"]}
     fsdp = saved | {"fsdp": "full_shard auto_wrap", "fsdp_config": layers, "output_dir": str(sharded)}
     for options in ([], [f"--resume_from_checkpoint={sharded / 'checkpoint-1'}"]):
-        said = on_two_processes(home, "tests.fsdp_on_cpu", config(**fsdp), *options)
+        said = on_two_processes(home, "tests.support.fsdp_on_cpu", config(**fsdp), *options)
         counts = re.findall(f"{SHARDED} (\\d+) of (\\d+)", said)
         assert len(counts) == 2 and all(some == every != "0" for some, every in counts)
         check_the_same(sharded, run, rounding)

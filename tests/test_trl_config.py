@@ -7,7 +7,7 @@ pytest.importorskip("trl", reason="TRL is not installed")
 from trl import ModelConfig, TrlParser
 
 from egrsd_kernels.trl import PRESETS, EGRSDConfig
-from tests.trl_tiny import OPTIONS
+from tests.support.trl_tiny import OPTIONS
 
 BASE = {name: OPTIONS[name] for name in ("use_cpu", "bf16", "report_to", "num_generations", "max_steps")}
 

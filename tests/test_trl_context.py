@@ -16,8 +16,8 @@ from transformers import BloomConfig, FalconConfig, GPT2Config, GPT2LMHeadModel,
 
 from egrsd_kernels.trl import EGRSDConfig, EGRSDTrainer
 from egrsd_kernels.trl.context import Reader, context_window
-from tests.doc_examples import blocks
-from tests.trl_tiny import CHAT, OPTIONS, Dataset, correct, dataset, make, row, tiny_model, tokenizer
+from tests.support.doc_examples import blocks
+from tests.support.trl_tiny import CHAT, OPTIONS, Dataset, correct, dataset, make, row, tiny_model, tokenizer
 
 STRICT = (
     "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"

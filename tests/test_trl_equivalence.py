@@ -40,7 +40,7 @@ import reference
 from egrsd_kernels import TokenStats
 from egrsd_kernels.statistics import TokenStatistics
 from egrsd_kernels.trl import trainer
-from tests.trl_tiny import make, tiny_model, weights
+from tests.support.trl_tiny import make, tiny_model, weights
 
 STEPS = 100
 SETTINGS = {

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 from egrsd_kernels.trl.hidden import hand_out_hidden_states
 from egrsd_kernels.trl.proof import TOKENS, behind_head, ladder, prove_head
-from tests.trl_tiny import LORA, make, tiny_model, tokenizer
+from tests.support.trl_tiny import LORA, make, tiny_model, tokenizer
 
 SIZES = {
     "vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from egrsd_kernels.trl.checkpoint import CheckpointError, Finished
-from tests.trl_tiny import correct, dataset, make, row, tiny_model, weights
+from tests.support.trl_tiny import correct, dataset, make, row, tiny_model, weights
 
 # Twelve prompts, four a generation: epochs end after steps 3 and 6. With two passes over the rollouts of two steps a
 # generation serves four steps.

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from egrsd_kernels.rl import WelfordAdvantage
 from egrsd_kernels.trl.rewards import RewardError, checked, without_infinite
-from tests.trl_tiny import correct, dataset, exported, make, weights
+from tests.support.trl_tiny import correct, dataset, exported, make, weights
 
 INF, NAN = math.inf, math.nan
 

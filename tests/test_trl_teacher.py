@@ -17,10 +17,9 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch.optim.swa_utils import AveragedModel
 from trl.trainer.utils import add_fused_lm_head
 
-from egrsd_kernels.trl import roles
 from egrsd_kernels.trl.hidden import hand_out_hidden_states
 from egrsd_kernels.trl.teacher import AdaptersOff, make_teacher
-from tests.trl_tiny import LORA, make, tiny_model, tokenizer, weights
+from tests.support.trl_tiny import LORA, make, tiny_model, tokenizer, weights
 
 IDS = torch.arange(6, 15)[None]
 
@@ -405,7 +404,7 @@ def test_others_are_taken(tmp_path, name, dtype):
 
 
 def test_what_cannot_be_read_at_construction_is_checked_before_the_first_teacher(tmp_path, monkeypatch):
-    monkeypatch.setattr("egrsd_kernels.trl.trainer.weights_at_hand", lambda trainer: False)
+    monkeypatch.setattr("egrsd_kernels.trl.trainer.weights_at_hand", lambda *_: False)
     run, _ = make(tmp_path, peft=False, model=recurrent())
     with pytest.raises(ValueError, match=REFUSED):
         run.train()
@@ -419,7 +418,7 @@ def test_the_check_leaves_no_trace(tmp_path):
     model = run.model.train()
     flags = {name: weight.requires_grad for name, weight in model.named_parameters()}
     rng, before = torch.get_rng_state(), logits(copy.deepcopy(model))
-    roles.check_roles(run)
+    run._check_roles()
     assert torch.equal(torch.get_rng_state(), rng) and model.training
     assert {name: weight.requires_grad for name, weight in model.named_parameters()} == flags
     assert all(weight.grad is None for weight in model.parameters())

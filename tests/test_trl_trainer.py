@@ -21,7 +21,7 @@ from egrsd_kernels.rl import WelfordAdvantage
 from egrsd_kernels.rollouts import write_token_report
 from egrsd_kernels.trl import EGRSDConfig, EGRSDTrainer
 from reference.egrsd import egrsd_loss
-from tests.trl_tiny import (
+from tests.support.trl_tiny import (
     LORA,
     OPTIONS,
     SPECIAL,

@@ -11,7 +11,7 @@ import torch
 from egrsd_kernels.backends import triton as triton_backend
 from egrsd_kernels.backends.triton import tuning
 from egrsd_kernels.backends.triton.common import Configs, Machine
-from tests.test_kernels import CHUNK_BYTES, CUDA, DEVICE, GRADIENT_ERROR, Case, relative
+from tests.support.kernel_case import CHUNK_BYTES, CUDA, DEVICE, GRADIENT_ERROR, Case, relative
 
 HALF_DTYPE = torch.bfloat16 if CUDA else torch.float16
 

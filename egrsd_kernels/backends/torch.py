@@ -132,7 +132,7 @@ def student_pass(
     d_weight = (
         torch.zeros_like(head.weight, dtype=dtype, memory_format=torch.contiguous_format) if needs.weight else None
     )
-    d_bias = torch.zeros_like(head.bias, dtype=dtype) if needs.bias else None
+    d_bias = torch.zeros_like(head.bias, dtype=dtype) if needs.bias and head.bias is not None else None
     divisor = head.cap_and_temperature(temperature)[1]
     active = _count(rows, 1)
     for first, index in _chunks(rows, head, dtype, chunk_bytes):

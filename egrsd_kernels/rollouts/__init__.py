@@ -8,7 +8,7 @@ field               type              unit          meaning
 prompt              string                          what the student was asked
 tokens              array of strings                the decoded tokens of the response, one string each
 entropy             array of numbers  nats          teacher's entropy H at each token
-lookahead_entropy   array of numbers  nats          its minimum over the lookahead window, H^CL
+lookahead_entropy   array of numbers  nats          H filtered over the lookahead window, H^CL
 gate                array of numbers                ω
 magnitude           array of numbers                w, clipped
 log_ratio           array of numbers  nats          δ = log p_T − log p_S of the token

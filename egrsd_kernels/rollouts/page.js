@@ -1,5 +1,6 @@
 "use strict";
-const REGIMES = ["lock", "fork", "pivot", "mid"];
+// In the order of their codes, as the filter lists them.
+const REGIMES = [...document.querySelectorAll(".filter button")].map(button => button.dataset.regime);
 const LABELS = {entropy: "entropy H, nats", lookahead_entropy: "lookahead Hᶜᴸ, nats", gate: "gate ω",
   magnitude: "magnitude w", token_advantage: "token advantage Â", log_ratio: "log-ratio δ, nats",
   student_logp: "log p student, nats", teacher_logp: "log p teacher, nats"};

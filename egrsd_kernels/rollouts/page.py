@@ -4,8 +4,9 @@
 ``{{name}}`` in page.html is where it puts what differs.
 
 Each <article> is a rollout. Its facts and prompt are HTML. Its tokens are JSON, from which the script builds the text
-and the trace once they come near the screen. The filter is one attribute of <body> that the style reads, so it holds
-for what is built later too. ``current`` is the one token that text, trace and tip show together.
+and the trace once they come near the screen. The regimes are those of :mod:`egrsd_kernels.credit`: the script reads
+their names off the filter's buttons, and page.css says how each looks. The filter is one attribute of <body> that the
+style reads, so it holds for what is built later too. ``current`` is the one token that text, trace and tip show.
 """
 
 import base64
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from egrsd_kernels.credit import REGIMES, TAU_HIGH, TAU_LOW, token_regimes
+from egrsd_kernels.credit import REGIMES, TAU_HIGH, TAU_LOW, Regime, token_regimes
 
 from .record import Rollout
 
@@ -211,13 +212,14 @@ def _count(number: int, noun: str) -> str:
 
 def _meanings(tau_low: float, tau_high: float) -> str:
     meaning = {
-        "lock": f"the teacher is certain: Ĥ ≤ {tau_low:g}",
-        "fork": f"uncertain, and stays so: Ĥ and Ĥᶜᴸ ≥ {tau_high:g}",
-        "pivot": f"uncertain, then certain: Ĥ ≥ {tau_high:g}, Ĥᶜᴸ ≤ {tau_low:g}",
-        "mid": "the rest",
+        Regime.LOCK: f"the teacher is certain: Ĥ ≤ {tau_low:g}",
+        Regime.FORK: f"uncertain, and stays so: Ĥ and Ĥᶜᴸ ≥ {tau_high:g}",
+        Regime.PIVOT: f"uncertain, then certain: Ĥ ≥ {tau_high:g}, Ĥᶜᴸ ≤ {tau_low:g}",
+        Regime.MID: "the rest",
     }
     return "".join(
-        f'<li><span class="t {name} sample">{name}</span><span>{text}</span></li>' for name, text in meaning.items()
+        f'<li><span class="t {name} sample">{name}</span><span>{meaning[Regime[name.upper()]]}</span></li>'
+        for name in REGIMES
     )
 
 

@@ -20,10 +20,9 @@ class Rollout:
 
     Entropies and logarithms of probabilities are in nats. A ValueError names a sequence of the wrong length.
 
-    ``prompt`` and ``reference`` are shown as text, ``tokens`` are the decoded tokens of the response, one string each.
-    ``title`` is free, for example "step 40". ``vocab_size`` is V, ``step`` the optimizer step that the response was
-    sampled for; they may stay unknown. ``reward`` is None or NaN where nothing could judge the
-    response.
+    ``prompt`` and ``reference`` are shown as text. ``tokens`` are the decoded tokens of the response, one string each.
+    ``title`` is free, for example "step 40". ``vocab_size`` is V, and ``step`` the optimizer step that the response was
+    sampled for; both may be unknown. ``reward`` is None or NaN where nothing could judge the response.
     """
 
     prompt: str

@@ -12,59 +12,54 @@ import re
 import shutil
 import textwrap
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from accelerate.utils import gather_object, is_peft_model, send_to_device
+from accelerate.utils import gather_object, is_peft_model, wait_for_everyone
 from datasets import Dataset
 from safetensors import SafetensorError
+from torch import nn
 from transformers import TrainerCallback, TrainerState
 from trl.trainer.utils import RepeatSampler
 
-from .config import EGRSDConfig
+from egrsd_kernels.rl import Message
 
-if TYPE_CHECKING:
-    from .trainer import EGRSDTrainer
+from .config import EGRSDConfig
+from .errors import CheckpointError, Finished
 
 logger = logging.getLogger(__name__)
-KEYS = ("processes", "step", "rollouts", "metrics", "welford", "teacher")
+STATE = ("step", "rollouts", "metrics", "welford", "teacher")  # what a trainer goes on with
 # What torch, safetensors and transformers raise for files that are cut short, overwritten or another model's.
 UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, SafetensorError,
               pickle.UnpicklingError)  # fmt: skip
 SAMPLED_ROWS = 64
 
 
-class CheckpointError(ValueError):
-    """A checkpoint, or a run's folder, does not fit the run that is to go on from it, or to begin there."""
-
-
-class Finished(CheckpointError):
-    """A run that is to go on is at its end."""
-
-
 # ------------------------------------------------------------------------------------------------- which run goes on
 
 
-def begin(trainer: "EGRSDTrainer", checkpoint: str | None) -> None:
+def begin(config: EGRSDConfig, checkpoint: str | None, settings: Mapping[str, Any]) -> None:
     """Let a run begin, or go on from ``checkpoint``; its folder is free of what is another run's afterwards.
+
+    Arguments as in :func:`check_start`.
 
     Raises:
         CheckpointError: on every process, what :func:`check_start` finds on any.
     """
     fault = ""
     try:
-        check_start(trainer.args, checkpoint, settings_of(trainer))
+        check_start(config, checkpoint, settings)
     except CheckpointError as error:
         fault = str(error)
     faults = [fault for fault in gather_object([fault]) if fault]
     if faults:
         raise CheckpointError(faults[0])
-    if trainer.args.should_save:
-        _make_room(trainer.args, checkpoint)
-    trainer.accelerator.wait_for_everyone()
+    if config.should_save:
+        _make_room(config, checkpoint)
+    wait_for_everyone()
 
 
 def check_start(config: EGRSDConfig, checkpoint: str | None, settings: Mapping[str, Any] | None = None) -> None:
@@ -84,7 +79,7 @@ def check_start(config: EGRSDConfig, checkpoint: str | None, settings: Mapping[s
         if step_of(checkpoint) is None:
             file = Path(checkpoint, "trainer_state.json")
             raise CheckpointError(f"resume_from_checkpoint: {file} is missing or damaged: the checkpoint is not whole")
-        saved = _read_state(config, checkpoint, mmap=True).get("settings", {})  # older checkpoints have none
+        saved = read_state(config, checkpoint, mmap=True).get("settings", {})  # older checkpoints have none
         mine = config.of_the_run() if settings is None else settings
         # Not every version of TRL has every setting.
         changed = [name for name in mine if name in saved and saved[name] != mine[name]]
@@ -121,21 +116,22 @@ def step_of(folder: str | Path) -> int | None:
     return step if type(step) is int else None
 
 
-def settings_of(trainer: "EGRSDTrainer") -> dict[str, Any]:
-    """What a run is, as JSON has it."""
-    return trainer.args.of_the_run() | trainer._identity
-
-
-def identity(trainer: "EGRSDTrainer") -> dict[str, Any]:
-    """Model, adapters, rewards, data and teacher's template, as JSON has them, of a model that nothing wraps yet."""
-    adapters = next(iter(trainer.model.peft_config.values())) if is_peft_model(trainer.model) else None
-    base = trainer.model.get_base_model() if adapters else trainer.model
+def identity(
+    model: nn.Module,
+    reward_names: Sequence[str],
+    train_dataset: Any,
+    solution_column: str,
+    teacher_template: Sequence[Message],
+) -> dict[str, Any]:
+    """What a run is beside its config, as JSON has it; nothing wraps the model yet."""
+    adapters = next(iter(model.peft_config.values())) if is_peft_model(model) else None
+    base = model.get_base_model() if adapters else model
     named = {
         # A name without its folder: a run goes on where its files have been moved to.
         "model_name_or_path": Path(base.config._name_or_path or "").name,
-        "reward_funcs": trainer.reward_func_names,
-        "train_dataset": _digest(trainer.train_dataset, trainer.args.solution_column),
-        "teacher_template": [dict(message) for message in trainer._teacher_template],
+        "reward_funcs": reward_names,
+        "train_dataset": _digest(train_dataset, solution_column),
+        "teacher_template": [dict(message) for message in teacher_template],
         "peft_type": adapters and adapters.peft_type,
     }
     if adapters:
@@ -221,44 +217,21 @@ def reading(what: str | Path) -> Iterator[None]:
         raise CheckpointError(f"resume_from_checkpoint: {what} cannot be read: {text}") from error
 
 
-def save_state(trainer: "EGRSDTrainer", folder: str) -> None:
-    """Write this process's rollouts still in use, counters, reward statistics, pending metrics and moving teacher."""
-    every = trainer.args.steps_per_generation * trainer.num_iterations
-    torch.save(
-        {
-            "settings": settings_of(trainer),
-            "processes": trainer.args.world_size,
-            "step": trainer._step,
-            "rollouts": trainer._buffered_inputs if trainer._step % every else None,
-            "metrics": {name: list(values) for name, values in trainer._metrics["train"].items()},
-            "welford": trainer.welford.state_dict(),
-            "teacher": trainer.teacher.state_dict(),
-        },
-        _path(trainer.args, folder),
-    )
-
-
-def load_state(trainer: "EGRSDTrainer", folder: str) -> None:
-    """Take up what :func:`save_state` wrote.
-
-    Raises:
-        CheckpointError: the checkpoint is damaged, or was written by another number of processes, with another kind of
-            teacher, or (with a frozen teacher) from another initial model.
-    """
-    state = _read_state(trainer.args, folder)
-    trainer.teacher.load_state_dict(state["teacher"])
-    trainer.welford.load_state_dict(state["welford"])
-    trainer._metrics["train"].update(state["metrics"])
-    trainer._buffered_inputs = send_to_device(state["rollouts"], trainer.accelerator.device)
-    trainer._step = state["step"]
+def write_state(config: EGRSDConfig, folder: str, settings: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Write what this process goes on with, for :func:`read_state`; ``state`` has the keys ``STATE``."""
+    torch.save({"settings": settings, "processes": config.world_size, **state}, _path(config, folder))
 
 
 def _path(config: EGRSDConfig, folder: str) -> Path:
     return Path(folder) / f"egrsd_state_{config.process_index}.pt"
 
 
-def _read_state(config: EGRSDConfig, folder: str, mmap: bool = False) -> dict[str, Any]:
-    """What this process saved; with ``mmap``, tensors stay on the disk."""
+def read_state(config: EGRSDConfig, folder: str, mmap: bool = False) -> dict[str, Any]:
+    """What :func:`write_state` wrote for this process; with ``mmap``, tensors stay on the disk.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or was written by another number of processes.
+    """
     path = _path(config, folder)
     if not path.is_file():
         others = len(list(Path(folder).glob("egrsd_state_*.pt")))
@@ -272,7 +245,7 @@ def _read_state(config: EGRSDConfig, folder: str, mmap: bool = False) -> dict[st
     with reading(path):
         mmap = mmap and zipfile.is_zipfile(path)  # of anything else, torch would say that it cannot be mapped
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        if missing := [key for key in KEYS if key not in state]:
+        if missing := [key for key in ("processes", *STATE) if key not in state]:
             raise CheckpointError(f"resume_from_checkpoint: {path} is damaged: it lacks {', '.join(missing)}")
     if state["processes"] != config.world_size:
         raise CheckpointError(

@@ -26,14 +26,12 @@ from torch.nn import functional
 
 from egrsd_kernels import checks
 
+from .errors import ModelError
+
 TOKENS = 16
 ROUNDINGS = 4
 CAUSAL_ROUNDINGS = 64
 VOCABULARY_BLOCK = 8192  # entries of the head that are held in float32 at once
-
-
-class ModelError(ValueError):
-    """A model for which the loss would compute something else than the model does, or that could not learn from it."""
 
 
 class BehindHead(NamedTuple):

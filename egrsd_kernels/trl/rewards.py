@@ -10,12 +10,10 @@ from typing import Any
 from torch import Tensor, cat, nn
 from trl.trainer.utils import is_async_callable
 
+from .errors import RewardError
+
 # Statistics of rewards are float32 in TRL: squares, and sums of many squares, have to stay finite.
 LARGEST = 1e18
-
-
-class RewardError(ValueError):
-    """A reward function returned something else than one reward for each completion."""
 
 
 def checked(function: Any, name: str) -> Any:

@@ -1,17 +1,16 @@
 """Who is trained, and by whom: settled on a few tokens, whatever the architecture and the adapters."""
 
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 
-from .proof import ModelError, evaluating
-from .teacher import AdaptersOff, refuse_trained_teacher
-
-if TYPE_CHECKING:
-    from .trainer import EGRSDTrainer
+from .errors import ModelError
+from .proof import evaluating
+from .teacher import refuse_trained_teacher
 
 PADDING, TOKENS = 16, 4
 # A right model's readings of one row differ by less than one rounding of its embeddings does, in 16 bits by nothing
@@ -36,40 +35,88 @@ def check_trained(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> 
             )
 
 
-def weights_at_hand(trainer: "EGRSDTrainer") -> bool:
-    """Whether the model can be read before training begins: neither sharded nor still to be moved to its device."""
-    kind = trainer.accelerator.device.type
-    return not trainer._sharded and all(weight.device.type == kind for weight in trainer.model.parameters())
+def weights_at_hand(model: nn.Module, device: torch.device) -> bool:
+    """Whether an unsharded model can be read before training begins: it is not still to be moved to ``device``."""
+    return all(weight.device.type == device.type for weight in model.parameters())
 
 
-def check_roles(trainer: "EGRSDTrainer") -> None:
-    """A ModelError where the student trains nothing, or the teacher depends on what is trained or on padding."""
-    if not trainer._sharded:  # a forward with gradients and no backward would disturb FSDP
-        _check_weights(trainer)
-    if _may_pad(trainer):
-        _check_padding(trainer)
+@dataclass(frozen=True)
+class Roles:
+    """Student and teacher, and how a step reads them.
 
+    ``model``: the student. ``embeddings``: its input embeddings. ``as_teacher``: while what it returns is entered, the
+    model is the teacher. ``read``: (hidden, weight, bias) of prompt_ids, prompt_mask, completion_ids, completion_mask.
+    ``vocabulary``: every id below it is a token's.
+    """
 
-def _check_weights(trainer: "EGRSDTrainer") -> None:
-    trained = {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad}
-    with evaluating(trainer.model):
-        if not _used(trainer, trained):
+    model: nn.Module
+    embeddings: nn.Module
+    as_teacher: Callable[[], AbstractContextManager[None]]
+    read: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
+    vocabulary: int
+    pad_token_id: int
+    device: torch.device
+
+    def check_student(self) -> None:
+        """A ModelError where no trained weight takes part in what the model computes."""
+        with evaluating(self.model):
+            if not self._used(self._trained()):
+                raise ModelError(
+                    "model: expected trainable weights that its forward uses, got none; "
+                    "its adapters are disabled, merged, or others than the active one"
+                )
+
+    def check_adapters_off(self) -> None:
+        """A ValueError where the teacher, the model without its adapters, depends on what is trained."""
+        trained = self._trained()
+        with self.as_teacher():
+            refuse_trained_teacher(self._used(trained))
+
+    def check_padding(self) -> None:
+        """A ModelError where the teacher reads a padded row differently from the same row alone."""
+
+        def distance(a: Tensor, b: Tensor) -> float:
+            return ((a - b).norm(dim=-1) / b.norm(dim=-1)).max().item()
+
+        with self.as_teacher(), torch.no_grad():
+            alone, padded = self._hidden(), self._hidden(PADDING)
+            # How far roundings carry in this model: the same row with its embeddings rounded once more.
+            hook = self.embeddings.register_forward_hook(_round_again)
+            try:
+                rounded = self._hidden()
+            finally:
+                hook.remove()
+        off = distance(padded, alone)
+        if not off <= max(NEGLIGIBLE, ROUNDINGS * distance(rounded, alone)):
             raise ModelError(
-                "model: expected trainable weights that its forward uses, got none; "
-                "its adapters are disabled, merged, or others than the active one"
+                f"model: reads a padded row differently from the same row alone (hidden states off by {off:.1%}); "
+                "generate for one prompt at a time: per_device_train_batch_size * steps_per_generation and "
+                "per_device_eval_batch_size must divide num_generations, without pad_to_multiple_of"
             )
-    if isinstance(trainer.teacher, AdaptersOff):
-        with trainer._as_teacher():
-            refuse_trained_teacher(_used(trainer, trained))
 
+    def _trained(self) -> dict[str, Tensor]:
+        return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
 
-def _used(trainer: "EGRSDTrainer", trained: dict[str, Tensor]) -> list[str]:
-    """The names of those weights that a reading of a few tokens depends on."""
-    for weight in trained.values():
-        weight.requires_grad_(True)  # disable_adapter() has just turned it off
-    with torch.enable_grad():
-        leaves = {id(leaf) for leaf in _leaves(_read(trainer, *_row(trainer)))}
-    return [name for name, weight in trained.items() if id(weight) in leaves]
+    def _used(self, trained: dict[str, Tensor]) -> list[str]:
+        """The names of those weights that a reading of a few tokens depends on."""
+        for weight in trained.values():
+            weight.requires_grad_(True)  # disable_adapter() has just turned it off
+        with torch.enable_grad():
+            leaves = {id(leaf) for leaf in _leaves(self.read(*self._row()))}
+        return [name for name, weight in trained.items() if id(weight) in leaves]
+
+    def _hidden(self, padding: int = 0) -> Tensor:
+        return self.read(*self._row(padding))[0][0].float()
+
+    def _row(self, padding: int = 0) -> list[Tensor]:
+        """What ``read`` takes of a row of a few tokens; with padding, of a longer one below it too."""
+        length = padding + 1 + TOKENS
+        ids = (torch.arange(length, device=self.device) * 31 % self.vocabulary).flip(0).expand(2, -1).clone()
+        mask = torch.ones_like(ids)
+        ids[0, :padding], mask[0, :padding] = self.pad_token_id, 0
+        rows = slice(2 if padding else 1)
+        cuts = slice(padding + 1), slice(padding + 1, None)
+        return [part[rows, cut] for cut in cuts for part in (ids, mask)]
 
 
 def _leaves(outputs: Iterable[Tensor | None]) -> Iterator[Tensor]:
@@ -86,60 +133,8 @@ def _leaves(outputs: Iterable[Tensor | None]) -> Iterator[Tensor]:
             nodes += [before for before, _ in node.next_functions]
 
 
-def _may_pad(trainer: "EGRSDTrainer") -> bool:
-    """Whether a process ever generates for prompts of different lengths at once."""
-    args = trainer.args
-    sizes = args.per_device_train_batch_size * args.steps_per_generation, args.per_device_eval_batch_size
-    several = [n % size for n, size in zip((trainer.num_generations, trainer.num_generations_eval), sizes, strict=True)]
-    return any(several) or trainer.pad_to_multiple_of is not None
-
-
-def _check_padding(trainer: "EGRSDTrainer") -> None:
-    def distance(a: Tensor, b: Tensor) -> float:
-        return ((a - b).norm(dim=-1) / b.norm(dim=-1)).max().item()
-
-    with trainer._as_teacher(), torch.no_grad():
-        alone = _hidden(trainer, *_row(trainer))
-        padded = _hidden(trainer, *_row(trainer, PADDING))
-        # How far roundings carry in this model: the same row with its embeddings rounded once more.
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        hook = model.get_input_embeddings().register_forward_hook(_round_again)
-        try:
-            rounded = _hidden(trainer, *_row(trainer))
-        finally:
-            hook.remove()
-    off = distance(padded, alone)
-    if not off <= max(NEGLIGIBLE, ROUNDINGS * distance(rounded, alone)):
-        raise ModelError(
-            f"model: reads a padded row differently from the same row alone (hidden states off by {off:.1%}); generate "
-            "for one prompt at a time: per_device_train_batch_size * steps_per_generation and "
-            "per_device_eval_batch_size must divide num_generations, without pad_to_multiple_of"
-        )
-
-
 def _round_again(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
     kind = output.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else output.dtype
     sign = 1 - 2 * (torch.arange(output.shape[-1], device=output.device) % 2)
     return output * (1 + sign * torch.finfo(dtype).eps).to(output.dtype)
-
-
-def _row(trainer: "EGRSDTrainer", padding: int = 0) -> list[Tensor]:
-    """What ``_read`` takes of a row of a few tokens; with padding, of a longer one below it too."""
-    device, length = trainer.accelerator.device, padding + 1 + TOKENS
-    vocabulary = min(trainer._vocab_size, len(trainer.processing_class))
-    ids = (torch.arange(length, device=device) * 31 % vocabulary).flip(0).expand(2, -1).clone()
-    mask = torch.ones_like(ids)
-    ids[0, :padding], mask[0, :padding] = trainer._pad_token_id, 0
-    rows = slice(2 if padding else 1)
-    return [
-        part for cut in (slice(padding + 1), slice(padding + 1, None)) for part in (ids[rows, cut], mask[rows, cut])
-    ]
-
-
-def _read(trainer: "EGRSDTrainer", *row: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    return trainer._read(trainer.model, *row, lambda *read: read)
-
-
-def _hidden(trainer: "EGRSDTrainer", *row: Tensor) -> Tensor:
-    return _read(trainer, *row)[0][0].float()

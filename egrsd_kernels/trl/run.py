@@ -20,8 +20,9 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from egrsd_kernels.checks import integer
 from egrsd_kernels.rl import TWO_TURN, Message
 
-from .checkpoint import Finished, check_start, last_checkpoint, step_of
+from .checkpoint import check_start, last_checkpoint, step_of
 from .config import EGRSDConfig
+from .errors import Finished
 from .settings import RunArguments
 from .trainer import EGRSDTrainer
 

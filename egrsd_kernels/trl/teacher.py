@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from trl.trainer.utils import pad
 
-from .checkpoint import CheckpointError
+from .errors import CheckpointError
 
 
 class AdaptersOff:

@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import gather_object, is_peft_model, send_to_device
 from torch import Tensor
 from trl import GRPOTrainer
 
@@ -43,9 +43,9 @@ from .checkpoint import (
     begin,
     identity,
     last_checkpoint,
-    load_state,
+    read_state,
     reading,
-    save_state,
+    write_state,
 )
 from .config import EGRSDConfig
 from .context import Reader, check_columns, check_rows, context_window, privileged_conversation, row_name
@@ -54,8 +54,8 @@ from .hidden import hand_out_hidden_states
 from .metrics import peak_memory_gib, token_metrics
 from .proof import evaluating, prove_head
 from .rewards import LARGEST, checked, excerpt, without_infinite
-from .roles import check_roles, check_trained, weights_at_hand
-from .teacher import MoveTeacher, make_teacher, pad_prompts
+from .roles import Roles, check_trained, weights_at_hand
+from .teacher import AdaptersOff, MoveTeacher, make_teacher, pad_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ class EGRSDTrainer(GRPOTrainer):
         if self.teacher.moves:
             self.add_callback(MoveTeacher(self.teacher))
         self._proved = False
-        if weights_at_hand(self):
+        if not self._sharded and weights_at_hand(self.model, self.accelerator.device):
             self._prove()
         self.welford = WelfordAdvantage(args.welford_warmup_steps)
         self._step_stats: list[Tensor] = []  # (fields of TokenStats, valid tokens) of the optimizer step so far
@@ -154,7 +154,9 @@ class EGRSDTrainer(GRPOTrainer):
         self.reward_funcs = [checked(*pair) for pair in zip(self.reward_funcs, self.reward_func_names, strict=True)]
         self._named_infinite: set[str] = set()
         self.add_callback(EndAtMaxSteps())
-        self._identity = identity(self)
+        self._identity = identity(
+            self.model, self.reward_func_names, self.train_dataset, args.solution_column, teacher_template
+        )
         self._pace: dict[str, list] = {}  # by mode: tokens since the last log, and when their first step began
 
     def _prove(self) -> None:
@@ -162,8 +164,33 @@ class EGRSDTrainer(GRPOTrainer):
         with self.accelerator.autocast():
             self._softcap = prove_head(self.model)
         self._vocab_size = self.accelerator.unwrap_model(self.model).get_output_embeddings().out_features
-        check_roles(self)
+        self._check_roles()
         self._proved = True
+
+    def _check_roles(self) -> None:
+        """A ValueError where the student trains nothing, or the teacher depends on what is trained or on padding."""
+        roles = Roles(
+            model=self.model,
+            embeddings=self.accelerator.unwrap_model(self.model).get_input_embeddings(),
+            as_teacher=self._as_teacher,
+            read=lambda *row: self._read(self.model, *row, lambda *read: read),
+            vocabulary=min(self._vocab_size, len(self.processing_class)),
+            pad_token_id=self._pad_token_id,
+            device=self.accelerator.device,
+        )
+        if not self._sharded:  # a forward with gradients and no backward would disturb FSDP
+            roles.check_student()
+            if isinstance(self.teacher, AdaptersOff):
+                roles.check_adapters_off()
+        if self._may_pad:
+            roles.check_padding()
+
+    @property
+    def _may_pad(self) -> bool:
+        """Whether a process ever generates for prompts of different lengths at once."""
+        train = self.args.per_device_train_batch_size * self.args.steps_per_generation
+        several = self.num_generations % train or self.num_generations_eval % self.args.per_device_eval_batch_size
+        return bool(several) or self.pad_to_multiple_of is not None
 
     @property
     def gamma(self) -> float:
@@ -487,12 +514,25 @@ class EGRSDTrainer(GRPOTrainer):
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
         if not isinstance(self.train_dataset, Sized) and next(iter(self.train_dataset), None) is None:
             raise ValueError("train_dataset: expected at least 1 row, got an empty stream")
-        begin(self, resume_from_checkpoint or None)
+        begin(self.args, resume_from_checkpoint or None, self._settings)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What this run is, as JSON has it."""
+        return self.args.of_the_run() | self._identity
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)  # called on every process, and before trainer_state.json is written
-        save_state(self, output_dir)
+        every = self.args.steps_per_generation * self.num_iterations
+        state = {
+            "step": self._step,
+            "rollouts": self._buffered_inputs if self._step % every else None,  # those still in use
+            "metrics": {name: list(values) for name, values in self._metrics["train"].items()},  # not yet logged
+            "welford": self.welford.state_dict(),
+            "teacher": self.teacher.state_dict(),
+        }
+        write_state(self.args, output_dir, self._settings, state)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         with reading(f"the model in {resume_from_checkpoint}"):
@@ -505,5 +545,11 @@ class EGRSDTrainer(GRPOTrainer):
     def _load_rng_state(self, checkpoint):
         with reading(f"the random or the run's own state in {checkpoint}"):
             super()._load_rng_state(checkpoint)
-            if checkpoint is not None:
-                load_state(self, checkpoint)
+            if checkpoint is None:
+                return
+            state = read_state(self.args, checkpoint)
+            self.teacher.load_state_dict(state["teacher"])
+            self.welford.load_state_dict(state["welford"])
+            self._metrics["train"].update(state["metrics"])
+            self._buffered_inputs = send_to_device(state["rollouts"], self.accelerator.device)
+            self._step = state["step"]

@@ -124,14 +124,14 @@ def load_tile(
 
 
 @triton.jit
-def chunk_rows(counts, which, first_row, chunk):
-    """How many of the ``counts[which]`` leading rows fall into the chunk [first_row, first_row + chunk)."""
-    return tl.minimum(tl.maximum(tl.load(counts + which) - first_row, 0), chunk)
+def rows_in_chunk(row_counts, which, first_row, n_slots):
+    """How many of the ``row_counts[which]`` leading rows fall into the chunk [first_row, first_row + n_slots)."""
+    return tl.minimum(tl.maximum(tl.load(row_counts + which) - first_row, 0), n_slots)
 
 
 @triton.jit
 def logits_of(product, softcap, scale, SOFTCAP: tl.constexpr):
-    """(z, damping): logits in units of ln 2, and dz/d(product) over its constant factor.
+    """(z, softcap_grad): logits in units of ln 2, and dz/d(product) over its constant factor.
 
     That factor is ``scale`` = log2(e)/temperature; ``product`` is h W^T + b. With w = 1/(1 + e^2x), tanh(x) = 1 - 2w
     and 1 - tanh^2 = 4w(1 - w), for x >= 0, e^2x = inf included. The first is off by 1e-7, too much below 1/4 for a

@@ -12,7 +12,7 @@ from torch import Tensor
 from egrsd_kernels.credit import CreditOptions, Lookahead, TokenStats
 from egrsd_kernels.rows import Rows
 
-from .common import chunk_rows
+from .common import rows_in_chunk
 
 BLOCK = 256
 
@@ -30,7 +30,7 @@ def ahead(entropy, distance, log2_decay, FILTER: tl.constexpr):
 @triton.jit
 def lookahead_kernel(entropy, valid, seq_end, out, n, window, log2_decay, FILTER: tl.constexpr, BLOCK: tl.constexpr):
     """out (N,) = H^CL of BLOCK tokens a program: min over valid j in [t, min(t + window, seq_end_t)] of
-    ahead(H_j, j - t); 0 where t is not valid."""
+    ahead(H_j, j - t); 0 where t is not valid. Grid: (n / BLOCK,)."""
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = tl.load(valid + t, mask=t < n, other=0) != 0
     end = tl.minimum(tl.load(seq_end + t, mask=t < n, other=0), t + window)
@@ -60,27 +60,32 @@ def lookahead_entropy(entropy: Tensor, valid: Tensor, seq_end: Tensor, lookahead
 
 @triton.jit
 def credit_kernel(
-    advantages, teacher_logp, student_logp, lookahead_entropy, scale, order, counts,
-    magnitude, gate, token_advantage, loss, first_row, chunk, gamma, gate_floor, clip_eps, BLOCK: tl.constexpr,
+    advantages, teacher_logp, student_logp, lookahead_entropy, scale, order, row_counts,
+    magnitude, gate, token_advantage, loss, first_row, n_slots, gamma, gate_floor, clip_eps, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """w, omega, A w omega and -A w omega log p_S, as in egrsd_kernels.credit, of the valid rows among n_slots.
+
+    Grid: (n_slots / BLOCK,). order: (N,) and row_counts: (2,) int32. scale: 0-d. The rest is (N,) float32, in the order
+    of the caller.
+    """
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    live = slot < chunk_rows(counts, 0, first_row, chunk)
-    t = tl.load(order + first_row + slot, mask=live, other=0)
-    a = tl.load(advantages + t, mask=live, other=0.0)
-    logp = tl.load(student_logp + t, mask=live, other=0.0)
-    log_ratio = tl.load(teacher_logp + t, mask=live, other=0.0) - logp
+    ours = slot < rows_in_chunk(row_counts, 0, first_row, n_slots)
+    t = tl.load(order + first_row + slot, mask=ours, other=0)
+    a = tl.load(advantages + t, mask=ours, other=0.0)
+    logp = tl.load(student_logp + t, mask=ours, other=0.0)
+    log_ratio = tl.load(teacher_logp + t, mask=ours, other=0.0) - logp
     direction = (a > 0).to(tl.float32) - (a < 0).to(tl.float32)
     # sign(0) * inf would be NaN; direction 0 means a ratio of 1.
     ratio = tl.where(direction == 0, 1.0, tl.exp(direction * log_ratio))
     w = tl.clamp(ratio, 1.0 - clip_eps, 1.0 + clip_eps, propagate_nan=tl.PropagateNan.ALL)
-    normalised = tl.load(lookahead_entropy + t, mask=live, other=0.0) / tl.load(scale)
+    normalised = tl.load(lookahead_entropy + t, mask=ours, other=0.0) / tl.load(scale)
     omega = tl.clamp(1.0 - gamma * normalised, gate_floor, 1.0, propagate_nan=tl.PropagateNan.ALL)
     credit = tl.where(a == 0, 0.0, a * w * omega)
-    tl.store(magnitude + t, w, mask=live)
-    tl.store(gate + t, omega, mask=live)
-    tl.store(token_advantage + t, credit, mask=live)
+    tl.store(magnitude + t, w, mask=ours)
+    tl.store(gate + t, omega, mask=ours)
+    tl.store(token_advantage + t, credit, mask=ours)
     # Without an advantage log p = -inf costs nothing, but the NaN of a target outside the vocabulary must be seen.
-    tl.store(loss + t, tl.where((credit == 0) & (logp == logp), 0.0, -credit * logp), mask=live)
+    tl.store(loss + t, tl.where((credit == 0) & (logp == logp), 0.0, -credit * logp), mask=ours)
 
 
 def token_credit(

@@ -8,23 +8,28 @@ import triton.language as tl
 
 from egrsd_kernels.head import Head
 
-from .common import LOG2E, NEG, Machine, TensorDescriptor, chunk_rows, logits_of
+from .common import LOG2E, NEG, Machine, TensorDescriptor, logits_of, rows_in_chunk
 
 
 @triton.jit
 def gather_kernel(
-    hidden, stride_hb, stride_ht, stride_hd, length, weight, stride_wv, stride_wd, bias, target_ids, order, counts,
-    out_hidden, out_logit, out_damping, out_offset, out_target, live, first_row, chunk, D, V, softcap, scale,
-    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+    hidden, stride_hb, stride_ht, stride_hd, length, weight, stride_wv, stride_wd, bias, target_ids, order, row_counts,
+    out_hidden, out_logit, out_softcap_grad, out_offset, out_target, chunk_counts, retry,
+    first_row, n_slots, D, V, softcap, scale, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """logit = h W_y of a row, and its hidden states, out of (B, length, D) into slot ``program`` of the chunk.
+
+    Grid: (n_slots,). out_hidden: (n_slots, D). out_logit, out_softcap_grad, out_offset: (n_slots,) float32; the offset
+    begins as the logit. out_target: (n_slots,) int32, -1 outside the vocabulary. chunk_counts, retry: (2,) int32.
+    """
     slot = tl.program_id(0)
-    n_rows = chunk_rows(counts, 0, first_row, chunk)
+    n_valid = rows_in_chunk(row_counts, 0, first_row, n_slots)
     if slot == 0:
-        tl.store(live, n_rows)
-        tl.store(live + 1, chunk_rows(counts, 1, first_row, chunk))
-        tl.store(live + 4, 0)
-        tl.store(live + 5, 0)
-    if slot < n_rows:
+        tl.store(chunk_counts, n_valid)
+        tl.store(chunk_counts + 1, rows_in_chunk(row_counts, 1, first_row, n_slots))
+        tl.store(retry, 0)
+        tl.store(retry + 1, 0)
+    if slot < n_valid:
         row = tl.load(order + first_row + slot).to(tl.int64)
         target = tl.load(target_ids + row).to(tl.int64)
         inside = (target >= 0) & (target < V)
@@ -40,11 +45,11 @@ def gather_kernel(
         product = tl.sum(total, 0)
         if BIAS:
             product += tl.load(bias + tl.where(inside, target, 0)).to(tl.float32)
-        z, damping = logits_of(product, softcap, scale, SOFTCAP)
+        z, softcap_grad = logits_of(product, softcap, scale, SOFTCAP)
         z = tl.where(z == float("-inf"), NEG, z)
         z = tl.where(inside, z, float("nan"))
         tl.store(out_logit + slot, z)
-        tl.store(out_damping + slot, damping)
+        tl.store(out_softcap_grad + slot, softcap_grad)
         tl.store(out_offset + slot, z)
         tl.store(out_target + slot, tl.where(inside, target, -1).to(tl.int32))
 
@@ -54,13 +59,12 @@ class Chunk:
 
     Attributes:
         hidden: (rows, D). logit: (rows,) float32, of the target, in units of ln 2; NaN for a target outside the
-            vocabulary, whose ``target`` (rows,) int32 is -1. damping: (rows,) float32, what its softcap leaves of its
-            gradient.
+            vocabulary, whose ``target`` (rows,) int32 is -1. softcap_grad: (rows,) float32, 1 - tanh^2 of its softcap.
         offset: (rows,) float32, what exponentials are relative to: the target's logit, or what replaces it.
-        live: how many leading rows are valid, and how many of those have a gradient, int32 on the device.
-        retry: the same two numbers for a second attempt: 0 until the first one sets them.
+        row_counts: (n_valid, n_active), how many leading rows are valid and how many of those have a gradient, int32 on
+            the device. retry: the same for a second attempt: 0 until the first one sets them.
 
-    Rows past the live ones hold anything.
+    Rows past the valid ones hold anything.
     """
 
     def __init__(self, head: Head, temperature: float, rows: int, machine: Machine):
@@ -70,10 +74,10 @@ class Chunk:
         self.V, self.D = head.weight.shape
         device = head.weight.device
         self.hidden = torch.empty(rows, self.D, dtype=head.weight.dtype, device=device)
-        self.logit, self.damping, self.offset = self.floats(3, rows)
+        self.logit, self.softcap_grad, self.offset = self.floats(3, rows)
         self.target = torch.empty(rows, dtype=torch.int32, device=device)
         # 16 bytes apart: Triton compiles a kernel again for a pointer that is less aligned.
-        self.live, self.retry = torch.empty(8, dtype=torch.int32, device=device).split(4)
+        self.row_counts, self.retry = torch.empty(8, dtype=torch.int32, device=device).split(4)
 
     def floats(self, *shape: int) -> torch.Tensor:
         return torch.empty(*shape, dtype=torch.float32, device=self.hidden.device)
@@ -97,8 +101,8 @@ class Chunk:
         gather_kernel[(self.rows,)](
             hidden, *hidden.stride(), hidden.shape[1], head.weight, head.weight.stride(0), head.weight.stride(1),
             head.bias, target_ids, rows.order, rows.counts,
-            self.hidden, self.logit, self.damping, self.offset, self.target, self.live, first_row, self.rows,
-            self.D, self.V, self.softcap or 0.0, self.logit_scale,
+            self.hidden, self.logit, self.softcap_grad, self.offset, self.target, self.row_counts, self.retry,
+            first_row, self.rows, self.D, self.V, self.softcap or 0.0, self.logit_scale,
             BIAS=head.bias is not None, SOFTCAP=self.softcap is not None,
             BLOCK=min(1024, triton.next_power_of_2(self.D)), num_warps=4,
         )  # fmt: skip

@@ -32,7 +32,7 @@ SLOTS = 128
 def split_count(tiles, steps, limit, PROGRAMS: tl.constexpr, MAX_SPLITS: tl.constexpr, PARTIAL_STEPS: tl.constexpr):
     """Into how many parts to cut a sum of ``steps`` steps, so that ``tiles`` output tiles fill the device.
 
-    Time in steps: rounds of the persistent grid, and PARTIAL_STEPS for each partial tile written and read.
+    Time in steps: rounds of the persistent grid, and PARTIAL_STEPS for each part that is written and read.
     """
     best = 1
     best_cost = 1 << 30
@@ -47,37 +47,42 @@ def split_count(tiles, steps, limit, PROGRAMS: tl.constexpr, MAX_SPLITS: tl.cons
 
 
 @triton.jit
-def partial_tile(partial, unit, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Where a unit's tile begins: partial tiles may have more than 2^31 elements."""
-    return partial + unit * tl.full([], ROWS * COLS, tl.int64)
+def part_tile(dhidden_parts, part, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Where a part of dhidden begins: all parts may have more than 2^31 elements."""
+    return dhidden_parts + part * tl.full([], ROWS * COLS, tl.int64)
 
 
 @triton.jit(do_not_specialize=["first_col", "width"])
 def hidden_kernel(
-    exponentials, stride_e, weight, stride_wv, stride_wd, partial, live, first_col, width, chunk, D, V, limit,
-    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, PROGRAMS: tl.constexpr, MAX_SPLITS: tl.constexpr,
-    PARTIAL_STEPS: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, ACCUMULATE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    exponentials, stride_e, weight, stride_wv, stride_wd, dhidden_parts, row_counts, first_col, width, n_slots, D, V,
+    limit, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, PROGRAMS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr, PARTIAL_STEPS: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
+    ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row_tiles = tl.cdiv(tl.load(live + 1), ROWS)
+    """dhidden_parts (splits, tiles, ROWS, COLS) float32 = E W, cut along the vocabulary into ``splits``; or add it.
+
+    E: ``exponentials`` (n_slots, width), whose column 0 is entry ``first_col`` of the vocabulary. weight: (V, D).
+    Grid: (PROGRAMS,), persistent over tiles of the n_active rows and splits.
+    """
+    row_tiles = tl.cdiv(tl.load(row_counts + 1), ROWS)
     tiles = row_tiles * tl.cdiv(D, COLS)
-    # From the width that all slices but the last have, so that every slice adds to the same partial tiles.
+    # From the width that all slices but the last have, so that every slice adds to the same parts.
     splits = split_count(tiles, tl.cdiv(width, DEPTH), limit, PROGRAMS, MAX_SPLITS, PARTIAL_STEPS)
     width = tl.minimum(width, V - first_col)
     length = tl.cdiv(tl.cdiv(width, DEPTH), splits) * DEPTH
-    # The programs of one round work on the same part of the vocabulary, in step, and share its tiles through L2.
-    for unit in tl.range(tl.program_id(0), tiles * splits, PROGRAMS):
-        tile = unit % tiles
+    # The programs of one round work on the same columns of E, in step, and share the head's tiles through L2.
+    for part in tl.range(tl.program_id(0), tiles * splits, PROGRAMS):
+        tile = part % tiles
         row = (tile % row_tiles) * ROWS
         col = (tile // row_tiles) * COLS
-        first = (unit // tiles) * length
+        first = (part // tiles) * length
         product = tl.zeros([ROWS, COLS], tl.float32)
         for v in range(first, tl.minimum(first + length, width), DEPTH):
-            e = load_tile(exponentials, row, v, chunk, V, stride_e, 1, ROWS, DEPTH, TMA, True, True)
+            e = load_tile(exponentials, row, v, n_slots, V, stride_e, 1, ROWS, DEPTH, TMA, True, True)
             w = load_tile(weight, first_col + v, col, V, D, stride_wv, stride_wd, DEPTH, COLS, TMA, EVEN, False)
             product = tl.dot(e, w, product, input_precision=PRECISION)
         inner = tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
-        at = partial_tile(partial, unit, ROWS, COLS) + inner
+        at = part_tile(dhidden_parts, part, ROWS, COLS) + inner
         if ACCUMULATE:
             product += tl.load(at)
         tl.store(at, product)
@@ -85,16 +90,21 @@ def hidden_kernel(
 
 @triton.jit
 def factor_kernel(
-    exponentials, stride_e, damping, others, total, target, gradient, order, live, factor, entry, head_factor, chunk,
-    temperature, unit, HEAD: tl.constexpr, BLOCK: tl.constexpr,
+    exponentials, stride_e, softcap_grad, others, total, target, gradient, order, row_counts,
+    factor, entry, head_factor, n_slots, temperature, e_unit, HEAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """factor = -g / (S temperature) and entry = -R (1 - tanh^2) of each slot, 0 past the n_active; (n_slots,) float32.
+
+    Grid: (n_slots / BLOCK,). gradient: g = dL/dlogp (N,) float32. others, total: R and S (n_slots,) float32.
+    HEAD: also E[slot, target] = entry, and head_factor = factor / e_unit, corrected for the rounding of that entry.
+    """
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    ours = slot < tl.load(live + 1)
+    ours = slot < tl.load(row_counts + 1)
     t = tl.load(order + slot, mask=ours, other=0)
     s = tl.load(total + slot, mask=ours, other=1.0)
-    e = -tl.load(others + slot, mask=ours, other=0.0) * tl.load(damping + slot, mask=ours, other=0.0)
+    e = -tl.load(others + slot, mask=ours, other=0.0) * tl.load(softcap_grad + slot, mask=ours, other=0.0)
     f = tl.where(ours, -tl.load(gradient + t, mask=ours, other=0.0) / (s * temperature), 0.0)
-    inside = slot < chunk
+    inside = slot < n_slots
     tl.store(factor + slot, f, mask=inside)
     tl.store(entry + slot, e, mask=inside)
     if HEAD:
@@ -105,16 +115,20 @@ def factor_kernel(
         # the others no worse than theirs, which holds for normal numbers.
         least: tl.constexpr = 2.0**-14 if exponentials.dtype.element_ty == tl.float16 else 2.0**-126
         undo = tl.where(tl.abs(rounded.to(tl.float32)) < least, 1.0, e / rounded.to(tl.float32))
-        tl.store(head_factor + slot, f * undo / unit, mask=inside)
+        tl.store(head_factor + slot, f * undo / e_unit, mask=inside)
 
 
 @triton.jit
 def finish_hidden_kernel(
-    partial, factor, entry, target, weight, stride_wv, stride_wd, order, live, out, width, D, limit,
+    dhidden_parts, factor, entry, target, weight, stride_wv, stride_wd, order, row_counts, out, width, D, limit,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, PROGRAMS: tl.constexpr, MAX_SPLITS: tl.constexpr,
     PARTIAL_STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    n = tl.load(live + 1)
+    """dhidden[order[slot]] = factor * (the sum of its parts + entry * W_y), rounded once.
+
+    Grid: (n_slots / BLOCK, D / COLS). out: dhidden (N, D). The other names are hidden_kernel's and factor_kernel's.
+    """
+    n = tl.load(row_counts + 1)
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     col = tl.program_id(1) * COLS + tl.arange(0, COLS)
     if tl.program_id(0) * BLOCK < n:
@@ -125,7 +139,7 @@ def finish_hidden_kernel(
         inner = (slot % ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
         product = tl.zeros([BLOCK, COLS], tl.float32)
         for split in range(0, splits):
-            product += tl.load(partial_tile(partial, split * tiles + tile, ROWS, COLS) + inner)
+            product += tl.load(part_tile(dhidden_parts, split * tiles + tile, ROWS, COLS) + inner)
         ours = slot < n
         y = tl.load(target + slot, mask=ours, other=-1).to(tl.int64)
         inside = ours[:, None] & (col < D)[None, :]
@@ -140,9 +154,10 @@ def finish_hidden_kernel(
 
 
 @triton.jit
-def scale_rows_kernel(matrix, factor, live, D, BLOCK: tl.constexpr):
+def scale_rows_kernel(matrix, factor, row_counts, D, BLOCK: tl.constexpr):
+    """matrix (n_slots, D) *= factor (n_slots,) float32, row by row, in place. Grid: (n_slots,)."""
     row = tl.program_id(0)
-    if tl.load(live + 1) > 0:  # with nothing to do, rows that wait for their turn stay as they are
+    if tl.load(row_counts + 1) > 0:  # with nothing to do, rows that wait for their turn stay as they are
         s = tl.load(factor + row)
         for start in range(0, D, BLOCK):
             d = start + tl.arange(0, BLOCK)
@@ -165,14 +180,18 @@ def put_tile(out, row, col, tile, ADD: tl.constexpr, REDUCE: tl.constexpr):
 
 @triton.jit
 def head_kernel(
-    exponentials, stride_e, hidden, out, factor, live, chunk, width, D, V, unit,
+    exponentials, stride_e, hidden, out, factor, row_counts, n_slots, width, D, V, scale,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
     TMA: tl.constexpr, EVEN: tl.constexpr, SCALED: tl.constexpr, ACCUMULATE: tl.constexpr, REDUCE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    n = tl.load(live + 1)
+    """out (V, D) = scale * E^T hidden over the n_active rows, times ``factor`` (0-d) if SCALED; or add it.
+
+    E: ``exponentials`` (n_slots, width). hidden: (n_slots, D). Grid: (PROGRAMS,), persistent over tiles of ROWS x COLS.
+    """
+    n = tl.load(row_counts + 1)
     if SCALED:
-        unit *= tl.load(factor)
+        scale *= tl.load(factor)
     row_tiles = tl.cdiv(V, ROWS)
     col_tiles = tl.cdiv(D, COLS)
     group_tiles = GROUP * col_tiles
@@ -187,10 +206,10 @@ def head_kernel(
         product = tl.zeros([ROWS, COLS], tl.float32)
         # The chunk is whole tiles of rows; past the n that count, those of ``exponentials`` and ``hidden`` are zero.
         for r in range(0, n, DEPTH):
-            e = load_tile(exponentials, r, row, chunk, width, stride_e, 1, DEPTH, ROWS, TMA, True, EVEN)
-            h = load_tile(hidden, r, col, chunk, D, D, 1, DEPTH, COLS, TMA, True, False)
+            e = load_tile(exponentials, r, row, n_slots, width, stride_e, 1, DEPTH, ROWS, TMA, True, EVEN)
+            h = load_tile(hidden, r, col, n_slots, D, D, 1, DEPTH, COLS, TMA, True, False)
             product = tl.dot(e.T, h, product, input_precision=PRECISION)
-        product *= unit
+        product *= scale
         if TMA:
             # Two halves, so that the tile's way out fits into shared memory beside the operands of the next one.
             left, right = product.reshape(ROWS, 2, COLS // 2).permute(0, 2, 1).split()
@@ -208,17 +227,18 @@ def head_kernel(
 
 @triton.jit
 def bias_kernel(
-    exponentials, stride_e, factor, out, live, chunk, V, unit,
+    exponentials, stride_e, factor, out, row_counts, n_slots, V, scale,
     ROWS: tl.constexpr, COLS: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
-    n = tl.load(live + 1)
+    """out (V,) float32 = scale * E^T factor over the n_active rows, or add it. Grid: (V / COLS,)."""
+    n = tl.load(row_counts + 1)
     v = tl.program_id(0) * COLS + tl.arange(0, COLS)
     total = tl.zeros([COLS], tl.float32)
     for start in range(0, n, ROWS):
         r = start + tl.arange(0, ROWS)
         e = load_tile(exponentials, start, tl.program_id(0) * COLS, n, V, stride_e, 1, ROWS, COLS, False, False, False)
         total += tl.sum(e.to(tl.float32) * tl.load(factor + r, mask=r < n, other=0.0)[:, None], 0)
-    total *= unit
+    total *= scale
     if ACCUMULATE:
         total += tl.load(out + v, mask=v < V, other=0.0)
     tl.store(out + v, total, mask=v < V)
@@ -226,6 +246,7 @@ def bias_kernel(
 
 @triton.jit
 def multiply_kernel(source, factor, out, n, BLOCK: tl.constexpr):
+    """out (n,) = source (n,) * factor (0-d float32), in float32 and rounded once. Grid: (n / BLOCK,)."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(source + i, mask=i < n, other=0.0).to(tl.float32) * tl.load(factor)
     tl.store(out + i, x.to(out.dtype.element_ty), mask=i < n)
@@ -241,26 +262,28 @@ def multiply(source: torch.Tensor, factor: torch.Tensor, out: torch.Tensor) -> t
 class HeadProduct:
     """dW = E^T (factor * hidden) of a chunk, whose E and hidden states, then scaled, are kept for it."""
 
-    def __init__(self, chunk: Chunk, exponentials: torch.Tensor, unit: float):
-        self.chunk, self.exponentials, self.unit = chunk, exponentials, unit
+    def __init__(self, chunk: Chunk, exponentials: torch.Tensor, e_unit: float):
+        self.chunk, self.exponentials, self.e_unit = chunk, exponentials, e_unit
         c = self.config = chunk.configs.head
         self.operands = chunk.tiled(exponentials, c.depth, c.rows), chunk.tiled(chunk.hidden, c.depth, c.cols)
 
     def scale_hidden(self, factor: torch.Tensor) -> None:
         block = min(1024, triton.next_power_of_2(self.chunk.D))
         chunk = self.chunk
-        scale_rows_kernel[(chunk.rows,)](chunk.hidden, factor, chunk.live, chunk.D, BLOCK=block)
+        scale_rows_kernel[(chunk.rows,)](chunk.hidden, factor, chunk.row_counts, chunk.D, BLOCK=block)
 
-    def __call__(self, out: torch.Tensor, accumulate: bool = False, factor: torch.Tensor | None = None, live=None):
+    def __call__(
+        self, out: torch.Tensor, accumulate: bool = False, factor: torch.Tensor | None = None, row_counts=None
+    ):
         """out (V, D) = the product times ``factor`` (0-d float32, or 1), in its dtype; or add to float32.
 
-        live: instead of the chunk's; -1 for nothing to be done, not even zeros to be stored.
+        row_counts: instead of the chunk's; -1 for nothing to be done, not even zeros to be stored.
         """
         chunk, c, e = self.chunk, self.config, self.exponentials
-        live = chunk.live if live is None else live
+        row_counts = chunk.row_counts if row_counts is None else row_counts
         head_kernel[(chunk.programs,)](
-            self.operands[0], e.stride(0), self.operands[1], chunk.tiled(out, c.rows, c.cols // 2), factor, live,
-            chunk.rows, e.shape[1], chunk.D, chunk.V, self.unit, GROUP=8, PROGRAMS=chunk.programs, TMA=chunk.tma,
+            self.operands[0], e.stride(0), self.operands[1], chunk.tiled(out, c.rows, c.cols // 2), factor, row_counts,
+            chunk.rows, e.shape[1], chunk.D, chunk.V, self.e_unit, GROUP=8, PROGRAMS=chunk.programs, TMA=chunk.tma,
             EVEN=e.shape[1] % c.rows == 0, SCALED=factor is not None, ACCUMULATE=accumulate,
             REDUCE=not interpreted(head_kernel), PRECISION=PRECISION, **c.tile, **c.launch,
         )  # fmt: skip
@@ -287,16 +310,16 @@ class ChunkGradients:
         weight = chunk.head.weight
         # float16 cannot hold small probabilities: there E is in units of 2^-15, taken back in float32 at the end.
         self.shift = 15.0 if weight.dtype == torch.float16 else 0.0
-        self.unit = 2.0**-self.shift
+        self.e_unit = 2.0**-self.shift
         self.vocab = VocabPass(chunk, plan.slice_tiles)
         e = self.exponentials = self.vocab.exponentials
         self.others, self.total, self.factor, self.entry, self.head_factor = chunk.floats(5, chunk.rows)
         if out_hidden is not None:
             c = self.configs.hidden
             self.limit = plan.partial_tiles
-            self.partial = chunk.floats(self.limit * c.rows * c.cols)
+            self.dhidden_parts = chunk.floats(self.limit * c.rows * c.cols)
             self.hidden_operands = chunk.tiled(e, c.rows, c.depth), chunk.tiled(weight, c.depth, c.cols)
-        self.head_product = HeadProduct(chunk, e, self.unit) if head else None
+        self.head_product = HeadProduct(chunk, e, self.e_unit) if head else None
 
     def forward(self, order: torch.Tensor, logp: torch.Tensor) -> None:
         """Write log p (nats) of row i at order[i] of ``logp`` (N,), and leave E, S and the products E W behind.
@@ -307,27 +330,27 @@ class ChunkGradients:
         has no room for 1/p_y, so there the stored value is always p * 2^shift.
         """
         chunk = self.chunk
-        exact = chunk.live
+        exact = chunk.row_counts
         if chunk.hidden.dtype != torch.float16:
-            self._attempt(chunk.live, order, logp, retry=chunk.retry)
+            self._attempt(chunk.row_counts, order, logp, retry=chunk.retry)
             exact = chunk.retry
         self.vocab.exact_offset(exact, self.shift)
         self._attempt(exact, order, logp)
 
-    def _attempt(self, live, order, logp, retry=None) -> None:
+    def _attempt(self, row_counts, order, logp, retry=None) -> None:
         for first_tile in self.vocab.slices():
-            self.vocab.store(live, first_tile)
+            self.vocab.store(row_counts, first_tile)
             if self.out_hidden is not None:
-                self.hidden_product(live, first_tile * self.configs.vocab.cols)
-        self.vocab.combine_sums(live, order, self.others, self.total, logp, retry)
+                self.hidden_product(row_counts, first_tile * self.configs.vocab.cols)
+        self.vocab.combine_sums(row_counts, order, self.others, self.total, logp, retry)
 
-    def hidden_product(self, live, first_col: int) -> None:
-        """partial += E W for the stored slice of the vocabulary, without the targets' entries."""
+    def hidden_product(self, row_counts, first_col: int) -> None:
+        """dhidden_parts += E W for the stored slice of the vocabulary, without the targets' entries."""
         chunk, e, weight = self.chunk, self.exponentials, self.chunk.head.weight
         c = self.configs.hidden
         hidden_kernel[(chunk.programs,)](
-            self.hidden_operands[0], e.stride(0), self.hidden_operands[1], *weight.stride(), self.partial, live,
-            first_col, e.shape[1], chunk.rows, chunk.D, chunk.V, self.limit, PROGRAMS=chunk.programs,
+            self.hidden_operands[0], e.stride(0), self.hidden_operands[1], *weight.stride(), self.dhidden_parts,
+            row_counts, first_col, e.shape[1], chunk.rows, chunk.D, chunk.V, self.limit, PROGRAMS=chunk.programs,
             MAX_SPLITS=MAX_SPLITS, PARTIAL_STEPS=PARTIAL_STEPS, TMA=chunk.tma, EVEN=chunk.V % c.depth == 0,
             ACCUMULATE=first_col > 0, PRECISION=PRECISION, **c.tile, **c.launch,
         )  # fmt: skip
@@ -336,15 +359,15 @@ class ChunkGradients:
         """Turn dL/dlogp, ``gradient`` (N,) float32, into the chunk's hidden gradients, and E into the head's."""
         chunk, e, weight = self.chunk, self.exponentials, self.chunk.head.weight
         factor_kernel[(triton.cdiv(chunk.rows, SLOTS),)](
-            e, e.stride(0), chunk.damping, self.others, self.total, chunk.target, gradient, order, chunk.live,
-            self.factor, self.entry, self.head_factor, chunk.rows, chunk.temperature, self.unit,
+            e, e.stride(0), chunk.softcap_grad, self.others, self.total, chunk.target, gradient, order,
+            chunk.row_counts, self.factor, self.entry, self.head_factor, chunk.rows, chunk.temperature, self.e_unit,
             HEAD=self.head_product is not None, BLOCK=SLOTS,
         )  # fmt: skip
         if self.out_hidden is not None:
             c = self.configs.hidden
             finish_hidden_kernel[(triton.cdiv(chunk.rows, REDUCE_ROWS), triton.cdiv(chunk.D, c.cols))](
-                self.partial, self.factor, self.entry, chunk.target, weight, *weight.stride(), order, chunk.live,
-                self.out_hidden, e.shape[1], chunk.D, self.limit, PROGRAMS=chunk.programs,
+                self.dhidden_parts, self.factor, self.entry, chunk.target, weight, *weight.stride(), order,
+                chunk.row_counts, self.out_hidden, e.shape[1], chunk.D, self.limit, PROGRAMS=chunk.programs,
                 MAX_SPLITS=MAX_SPLITS, PARTIAL_STEPS=PARTIAL_STEPS, BLOCK=REDUCE_ROWS, **c.tile,
             )  # fmt: skip
         if self.head_product is not None:
@@ -354,6 +377,6 @@ class ChunkGradients:
         """out (V,) float32 = E^T factor, or add it."""
         chunk, e = self.chunk, self.exponentials
         bias_kernel[(triton.cdiv(chunk.V, 128),)](
-            e, e.stride(0), self.head_factor, out, chunk.live, chunk.rows, chunk.V, self.unit,
+            e, e.stride(0), self.head_factor, out, chunk.row_counts, chunk.rows, chunk.V, self.e_unit,
             ROWS=32, COLS=128, ACCUMULATE=accumulate,
         )  # fmt: skip

@@ -108,8 +108,8 @@ def _times(config: Config, dtype: torch.dtype, device: torch.device, tma: bool) 
     plan = Plan(ROWS, triton.cdiv(VOCABULARY, config.cols), partial_tiles)
     gradients = ChunkGradients(chunk, plan, d_hidden, head=True)
     calls = (
-        lambda: gradients.vocab.store(chunk.live, 0),
-        lambda: gradients.hidden_product(chunk.live, 0),
+        lambda: gradients.vocab.store(chunk.row_counts, 0),
+        lambda: gradients.hidden_product(chunk.row_counts, 0),
         lambda: gradients.head_product(d_weight, accumulate=True),
     )
     try:

@@ -29,16 +29,24 @@ TILE_BLOCK = 128
 
 @triton.jit(do_not_specialize=["first_tile", "n_tiles"])
 def vocab_kernel(
-    hidden, weight, stride_wv, stride_wd, bias, exponentials, stride_e, offset, target, partial, live,
-    first_tile, n_tiles, chunk, V, softcap, scale,
+    hidden, weight, stride_wv, stride_wd, bias, exponentials, stride_e, offset, target, tile_stats, row_counts,
+    first_tile, n_tiles, n_slots, V, softcap, scale,
     D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr, TMA: tl.constexpr, STORE: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # The chunk's buffers are whole tiles of rows: what a tile holds past n_rows is computed and never used.
-    n_rows = tl.load(live)
-    n_active = tl.load(live + 1)
-    row_tiles = tl.cdiv(n_rows, ROWS)
+    """z = h W^T + b of ``n_tiles`` vocabulary tiles from ``first_tile`` on, softcapped and scaled, on chip; then
+
+    STORE: exponentials (n_slots, n_tiles COLS) = e^(z - offset) times 1 - tanh^2, 0 for the target, in their dtype, and
+        tile_stats (tiles, n_slots) float32 = the row sums of e^(z - offset) over each tile;
+    else: tile_stats (3, tiles, n_slots) float32 = m, S, U of each row and tile.
+
+    Grid: (PROGRAMS,), persistent over tiles of ROWS x COLS. hidden: (n_slots, D). weight: (V, D). row_counts: (2,).
+    """
+    # The chunk's buffers are whole tiles of rows: what a tile holds past n_valid is computed and never used.
+    n_valid = tl.load(row_counts)
+    n_active = tl.load(row_counts + 1)
+    row_tiles = tl.cdiv(n_valid, ROWS)
     width = GROUP * n_tiles
     for tile in tl.range(tl.program_id(0), row_tiles * n_tiles, PROGRAMS, flatten=TMA):
         group = tile // width
@@ -48,7 +56,7 @@ def vocab_kernel(
         col_tile = first_tile + slice_tile
         product = tl.zeros([ROWS, COLS], tl.float32)
         for d in range(0, D, DEPTH):
-            h = load_tile(hidden, row_tile * ROWS, d, chunk, D, D, 1, ROWS, DEPTH, TMA, True, D % DEPTH == 0)
+            h = load_tile(hidden, row_tile * ROWS, d, n_slots, D, D, 1, ROWS, DEPTH, TMA, True, D % DEPTH == 0)
             w = load_tile(
                 weight, col_tile * COLS, d, V, D, stride_wv, stride_wd, COLS, DEPTH, TMA, False, D % DEPTH == 0
             )
@@ -57,16 +65,16 @@ def vocab_kernel(
         v = col_tile * COLS + tl.arange(0, COLS)
         if BIAS:
             product += tl.load(bias + v, mask=v < V, other=0.0).to(tl.float32)[None, :]
-        z, damping = logits_of(product, softcap, scale, SOFTCAP)
+        z, softcap_grad = logits_of(product, softcap, scale, SOFTCAP)
         if BIAS:  # -inf is a legitimate bias; as NEG it keeps 0 * -inf out of the sums
             z = tl.where(z == float("-inf"), NEG, z)
-        counts = (v < V)[None, :] & (v[None, :] != tl.load(target + r)[:, None])
-        at = partial + col_tile * chunk + r
+        weighted = (v < V)[None, :] & (v[None, :] != tl.load(target + r)[:, None])
+        at = tile_stats + col_tile * n_slots + r
         if STORE:
-            e = tl.where(counts, tl.exp2(z - tl.load(offset + r)[:, None]), 0.0)
+            e = tl.where(weighted, tl.exp2(z - tl.load(offset + r)[:, None]), 0.0)
             tl.store(at, tl.sum(e, 1))
             # Rows without gradient become zeros: the products that sum over rows then need no mask.
-            e = tl.where((r < n_active)[:, None], e * damping, 0.0)
+            e = tl.where((r < n_active)[:, None], e * softcap_grad, 0.0)
             if TMA:
                 exponentials.store([row_tile * ROWS, slice_tile * COLS], e.to(exponentials.dtype))
             else:
@@ -74,11 +82,11 @@ def vocab_kernel(
                 pointers = exponentials + r.to(tl.int64)[:, None] * stride_e + column[None, :]
                 tl.store(pointers, e.to(exponentials.dtype.element_ty))
         else:
-            z = tl.where(counts, z, NEG)
+            z = tl.where(weighted, z, NEG)
             m = tl.max(z, 1)
             z -= m[:, None]
             e = tl.exp2(z)
-            plane = tl.cdiv(V, COLS) * chunk
+            plane = tl.cdiv(V, COLS) * n_slots
             tl.store(at, m)
             tl.store(at + plane, tl.sum(e, 1))
             tl.store(at + 2 * plane, tl.sum(e * z, 1))
@@ -86,20 +94,25 @@ def vocab_kernel(
 
 @triton.jit
 def combine_statistics_kernel(
-    partial, logit, order, live, offset, logp, entropy, logsumexp, chunk, col_tiles, shift,
+    tile_stats, logit, order, row_counts, offset, logp, entropy, logsumexp, n_slots, col_tiles, shift,
     OFFSET: tl.constexpr, ROW_BLOCK: tl.constexpr, TILE_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    n_rows = tl.load(live)
+    """logsumexp = M + log S and H = log S - U / S over all tiles and the target, M their common maximum.
+
+    Grid: (n_slots / ROW_BLOCK,). tile_stats: (3, col_tiles, n_slots) float32. OFFSET: offset (n_slots,) = logsumexp -
+    shift, in units of ln 2; else logp, entropy, logsumexp (N,) float32, in nats, at each row's place in ``order``.
+    """
+    n_valid = tl.load(row_counts)
     r = tl.program_id(0) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
-    ours = r < n_rows
-    if tl.program_id(0) * ROW_BLOCK < n_rows:
-        plane = col_tiles * chunk
+    ours = r < n_valid
+    if tl.program_id(0) * ROW_BLOCK < n_valid:
+        plane = col_tiles * n_slots
         top = tl.full([ROW_BLOCK], 2 * NEG, tl.float32)
         s = tl.zeros([ROW_BLOCK], tl.float32)
         u = tl.zeros([ROW_BLOCK], tl.float32)
         for start in range(0, col_tiles, TILE_BLOCK):
             tile = start + tl.arange(0, TILE_BLOCK)
-            at = partial + tile[:, None] * chunk + r[None, :]
+            at = tile_stats + tile[:, None] * n_slots + r[None, :]
             inside = (tile < col_tiles)[:, None] & ours[None, :]
             m = tl.load(at, mask=inside, other=2 * NEG)
             peak = tl.maximum(top, tl.max(m, 0))
@@ -132,18 +145,23 @@ def combine_statistics_kernel(
 
 @triton.jit
 def combine_sums_kernel(
-    partial, logit, offset, order, live, retry, others, total, logp, chunk, col_tiles,
+    tile_stats, logit, offset, order, row_counts, retry, others, total, logp, n_slots, col_tiles,
     RETRY: tl.constexpr, ROW_BLOCK: tl.constexpr, TILE_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    n_rows = tl.load(live)
+    """others = the sum of a row's tile sums, total = others + e^(z_y - offset), log p = z_y - offset - log total.
+
+    Grid: (n_slots / ROW_BLOCK,). tile_stats: (col_tiles, n_slots) float32. others, total: (n_slots,) float32.
+    logp: (N,) float32, in nats. RETRY: retry = row_counts if any total reaches SUM_LIMIT.
+    """
+    n_valid = tl.load(row_counts)
     r = tl.program_id(0) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
-    ours = r < n_rows
-    if tl.program_id(0) * ROW_BLOCK < n_rows:
+    ours = r < n_valid
+    if tl.program_id(0) * ROW_BLOCK < n_valid:
         s = tl.zeros([ROW_BLOCK], tl.float32)
         for start in range(0, col_tiles, TILE_BLOCK):
             tile = start + tl.arange(0, TILE_BLOCK)
             inside = (tile < col_tiles)[:, None] & ours[None, :]
-            s += tl.sum(tl.load(partial + tile[:, None] * chunk + r[None, :], mask=inside, other=0.0), 0)
+            s += tl.sum(tl.load(tile_stats + tile[:, None] * n_slots + r[None, :], mask=inside, other=0.0), 0)
         tl.store(others + r, s, mask=ours)
         z = tl.load(logit + r, mask=ours, other=0.0)
         relative = z - tl.load(offset + r, mask=ours, other=0.0)
@@ -155,8 +173,8 @@ def combine_sums_kernel(
         if RETRY:  # a NaN target logit is a target outside the vocabulary: no offset would help
             unsuited = tl.max(tl.where(s < SUM_LIMIT, 0, (ours & (z == z)).to(tl.int32)), 0)
             # Every program that has such a row stores the same two numbers.
-            tl.store(retry, n_rows, mask=unsuited > 0)
-            tl.store(retry + 1, tl.load(live + 1), mask=unsuited > 0)
+            tl.store(retry, n_valid, mask=unsuited > 0)
+            tl.store(retry + 1, tl.load(row_counts + 1), mask=unsuited > 0)
 
 
 class VocabPass:
@@ -175,47 +193,47 @@ class VocabPass:
         # Maxima and sums of the tiles are combined before exponentials are stored, so they share that memory.
         dtype, floats, room = chunk.hidden.dtype, 3 * self.col_tiles * chunk.rows, slice_tiles * c.cols * chunk.rows
         buffer = torch.empty(max(4 * floats, room * dtype.itemsize), dtype=torch.uint8, device=chunk.hidden.device)
-        self.partial = buffer[: 4 * floats].view(torch.float32)
+        self.tile_stats = buffer[: 4 * floats].view(torch.float32)
         if slice_tiles:
             self.exponentials = buffer[: room * dtype.itemsize].view(dtype).view(chunk.rows, slice_tiles * c.cols)
             self.stored = chunk.tiled(self.exponentials, c.rows, c.cols)
             self.sums = chunk.floats(self.col_tiles, chunk.rows)
 
-    def _launch(self, live, first_tile: int, n_tiles: int, store: bool) -> None:
+    def _launch(self, row_counts, first_tile: int, n_tiles: int, store: bool) -> None:
         chunk, head = self.chunk, self.chunk.head
         vocab_kernel[(chunk.programs,)](
             *self.operands, *head.weight.stride(), head.bias,
             self.stored if store else None, self.exponentials.stride(0) if store else 0,
-            chunk.offset if store else None, chunk.target, self.sums if store else self.partial, live,
+            chunk.offset if store else None, chunk.target, self.sums if store else self.tile_stats, row_counts,
             first_tile, n_tiles, chunk.rows, chunk.V, chunk.softcap or 0.0, chunk.logit_scale,
             D=chunk.D, GROUP=GROUP, PROGRAMS=chunk.programs, TMA=chunk.tma, STORE=store, BIAS=head.bias is not None,
             SOFTCAP=chunk.softcap is not None, PRECISION=PRECISION, **self.config.tile, **self.config.launch,
         )  # fmt: skip
 
-    def _statistics(self, live, order=None, offset=None, shift=0.0, out=(None,) * 3) -> None:
-        self._launch(live, 0, self.col_tiles, store=False)
+    def _statistics(self, row_counts, order=None, offset=None, shift=0.0, out=(None,) * 3) -> None:
+        self._launch(row_counts, 0, self.col_tiles, store=False)
         combine_statistics_kernel[(triton.cdiv(self.chunk.rows, ROW_BLOCK),)](
-            self.partial, self.chunk.logit, order, live, offset, *out, self.chunk.rows, self.col_tiles, shift,
+            self.tile_stats, self.chunk.logit, order, row_counts, offset, *out, self.chunk.rows, self.col_tiles, shift,
             OFFSET=offset is not None, ROW_BLOCK=ROW_BLOCK, TILE_BLOCK=TILE_BLOCK,
         )  # fmt: skip
 
     def statistics(self, order, logp, entropy, logsumexp) -> None:
         """Write log p(target), entropy and logsumexp (nats) of row i at order[i] of the (N,) float32 tensors."""
-        self._statistics(self.chunk.live, order=order, out=(logp, entropy, logsumexp))
+        self._statistics(self.chunk.row_counts, order=order, out=(logp, entropy, logsumexp))
 
-    def exact_offset(self, live, shift: float) -> None:
+    def exact_offset(self, row_counts, shift: float) -> None:
         """Make the chunk's offset logsumexp - shift, in units of ln 2."""
-        self._statistics(live, offset=self.chunk.offset, shift=shift)
+        self._statistics(row_counts, offset=self.chunk.offset, shift=shift)
 
     def slices(self) -> range:
         """The first tile of each slice of the vocabulary."""
         return range(0, self.col_tiles, self.slice_tiles)
 
-    def store(self, live, first_tile: int) -> None:
+    def store(self, row_counts, first_tile: int) -> None:
         """Store e^(z - offset) of the slice from ``first_tile`` on, 0 for the targets, and keep its row sums."""
-        self._launch(live, first_tile, min(self.slice_tiles, self.col_tiles - first_tile), store=True)
+        self._launch(row_counts, first_tile, min(self.slice_tiles, self.col_tiles - first_tile), store=True)
 
-    def combine_sums(self, live, order, others, total, logp, retry=None) -> None:
+    def combine_sums(self, row_counts, order, others, total, logp, retry=None) -> None:
         """After the last slice: total (rows,) = Σ e^(z - offset), others (rows,) the same without the target, and log p
         (nats) of row i at order[i] of ``logp``.
 
@@ -223,6 +241,6 @@ class VocabPass:
         """
         chunk = self.chunk
         combine_sums_kernel[(triton.cdiv(chunk.rows, ROW_BLOCK),)](
-            self.sums, chunk.logit, chunk.offset, order, live, retry, others, total, logp, chunk.rows, self.col_tiles,
-            RETRY=retry is not None, ROW_BLOCK=ROW_BLOCK, TILE_BLOCK=TILE_BLOCK,
+            self.sums, chunk.logit, chunk.offset, order, row_counts, retry, others, total, logp,
+            chunk.rows, self.col_tiles, RETRY=retry is not None, ROW_BLOCK=ROW_BLOCK, TILE_BLOCK=TILE_BLOCK,
         )  # fmt: skip

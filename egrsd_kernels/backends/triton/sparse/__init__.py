@@ -661,7 +661,7 @@ class SparseGradients:
         self.reserve = Chunk(chunk.head, plan.reserve, (chunk.programs, chunk.tma, chunk.configs))
         whole = Plan(plan.reserve, tiles, plan.partial_tiles)
         self.exact = ChunkGradients(self.reserve, whole, self.out_hidden, head=self.trained)
-        self.reserve_order, self.stored = self._ints(plan.reserve), torch.zeros_like(self.reserve.live)
+        self.reserve_order, self.stored = self._ints(plan.reserve), torch.zeros_like(self.reserve.row_counts)
         self.first, self.later = self._ints(8).split(4)
         self.gradient = chunk.floats(tokens)
 
@@ -708,15 +708,15 @@ class SparseGradients:
         """Weights, tile masses and the budget."""
         chunk, total = self.chunk, self.stored_pass.total
         weigh_kernel[(1,)](
-            gradient, order, chunk.live, total, chunk.logit, self.weight, self.dense, self.top, self.counts,
+            gradient, order, chunk.row_counts, total, chunk.logit, self.weight, self.dense, self.top, self.counts,
             ROWS=SLOTS, BINS=BINS,
         )  # fmt: skip
         tile_mass_kernel[self._row_blocks](
-            self.vocab.sums, total, chunk.damping, chunk.live, self.top, self.weight, self.inverse, self.target_value,
-            self.mass, chunk.rows, self.vocab.col_tiles, ROWS=ROW_BLOCK, TILES=TILE_BLOCK,
+            self.vocab.sums, total, chunk.softcap_grad, chunk.row_counts, self.top, self.weight, self.inverse,
+            self.target_value, self.mass, chunk.rows, self.vocab.col_tiles, ROWS=ROW_BLOCK, TILES=TILE_BLOCK,
             SOFTCAP=chunk.softcap is not None,
         )  # fmt: skip
-        budget_kernel[(1,)](self.weight, self.mass, chunk.live, self.budget, self.sparse.tolerance, ROWS=SLOTS)
+        budget_kernel[(1,)](self.weight, self.mass, chunk.row_counts, self.budget, self.sparse.tolerance, ROWS=SLOTS)
 
     @property
     def _row_blocks(self) -> tuple[int]:
@@ -732,7 +732,7 @@ class SparseGradients:
     def _select_tiles(self) -> None:
         """Drop tiles, within their share of the budget."""
         chunk, tiles = self.chunk, self.vocab.col_tiles
-        known = self.vocab.sums, self.weight, chunk.target, chunk.live
+        known = self.vocab.sums, self.weight, chunk.target, chunk.row_counts
         count_tiles_kernel[self._row_blocks](
             *known, self.budget, self.counts[0], chunk.rows, tiles, BINS=BINS, **self._by_rows
         )
@@ -749,24 +749,24 @@ class SparseGradients:
         # Down to single entries of a tile: enough of them for a threshold, and no more than that.
         part = min(SAMPLE_MOST, 1 << max(0, (chunk.rows * chunk.V // SAMPLED).bit_length() - 1))
         sample_kernel[(chunk.rows,)](
-            *kept_tiles, self.weight, self.inverse, chunk.live, self.budget,
+            *kept_tiles, self.weight, self.inverse, chunk.row_counts, self.budget,
             self.row_counts, self.row_cut, self.excess, self.counts[1], tiles,
             COLS=cols, PART=part, MOST=plan.found // 2, BINS=BINS, **SAMPLE_AT_ONCE,
         )  # fmt: skip
         self._cut(self.counts[1], ROW_SHARE, self.row_guess)
         select_rows_kernel[self._row_blocks](
-            self.row_counts, self.row_cut, self.excess, self.n_tiles, chunk.live, self.budget, self.row_guess,
+            self.row_counts, self.row_cut, self.excess, self.n_tiles, chunk.row_counts, self.budget, self.row_guess,
             self.dense, self.counts[2], ROWS=ROW_BLOCK, BINS=BINS,
         )  # fmt: skip
         self._cut(self.counts[2], ENTRY_SHARE / part, self.entry_cut)
-        known = self.weight, self.inverse, self.stored_pass.total, chunk.live, self.entry_cut, self.row_cut
+        known = self.weight, self.inverse, self.stored_pass.total, chunk.row_counts, self.entry_cut, self.row_cut
         mark_kernel[(chunk.rows * MARK_SPLITS,)](
             *kept_tiles, *known, self.marks.view(torch.uint8), self.lost, 4 * self.marks.stride(0), tiles, self.unseen,
             COLS=cols, SPLITS=MARK_SPLITS, **MARK_AT_ONCE,
         )  # fmt: skip
         list_kernel[(chunk.rows,)](
-            self.marks, self.tile_of, self.n_tiles, chunk.live, self.found, self.n_found, self.marks.stride(0), tiles,
-            COLS=cols, FOUND=plan.found, WORDS=LIST_WORDS,
+            self.marks, self.tile_of, self.n_tiles, chunk.row_counts, self.found, self.n_found,
+            self.marks.stride(0), tiles, COLS=cols, FOUND=plan.found, WORDS=LIST_WORDS,
         )  # fmt: skip
         fit_kernel[(chunk.rows,)](
             e, e.stride(0), self.n_tiles, *known, self.found, self.n_found, self.lost, chunk.target, self.target_value,
@@ -778,16 +778,16 @@ class SparseGradients:
     def _certify(self, order, gradient, signed, token_of) -> None:
         chunk, sparse = self.chunk, self.sparse
         certify_kernel[(1,)](
-            gradient, order, chunk.live, self.weight, self.mass, self.dropped, self.row_limit, self.dense,
+            gradient, order, chunk.row_counts, self.weight, self.mass, self.dropped, self.row_limit, self.dense,
             signed, token_of, sparse.dropped, sparse.mass, sparse.dense, self.gradient, self.slot_of, self.stored,
-            self.reserve.live, self.first, self.later, self.reserve.rows, sparse.tolerance, ROWS=SLOTS,
+            self.reserve.row_counts, self.first, self.later, self.reserve.rows, sparse.tolerance, ROWS=SLOTS,
         )  # fmt: skip
 
     def _gather_hidden(self, order, lists, signed) -> None:
         chunk, weight = self.chunk, self.chunk.head.weight
         block = min(1024, triton.next_power_of_2(chunk.D))
         gather_hidden_kernel[(chunk.rows, triton.cdiv(chunk.D, block))](
-            *lists, signed, weight, *weight.stride(), order, chunk.live,
+            *lists, signed, weight, *weight.stride(), order, chunk.row_counts,
             self.out_hidden, chunk.temperature, chunk.D, CAPACITY=self.plan.entries, BLOCK=block, AT_ONCE=4,
         )  # fmt: skip
 
@@ -806,18 +806,18 @@ class SparseGradients:
 
     def _flush(self) -> None:
         """Make the rows of the reserve exactly, if any. The head's gradient is there then, to be added to."""
-        flush_kernel[(1,)](self.stored, self.reserve.live, self.first, self.later, num_warps=1)
+        flush_kernel[(1,)](self.stored, self.reserve.row_counts, self.first, self.later, num_warps=1)
         self._make_reserve()
 
     def _make_reserve(self) -> None:
         """The exact gradients of as many rows of the reserve as its ``live`` says."""
-        exact, live = self.exact, self.reserve.live
+        exact, live = self.exact, self.reserve.row_counts
         if self.out_hidden is not None:
             exact.hidden_product(live, 0)
         exact.backward(self.reserve_order, self.gradient)
         if self.out_head is not None:
-            exact.head_product(self.out_head, live=self.first)
-            exact.head_product(self.out_head, live=self.later, accumulate=True)
+            exact.head_product(self.out_head, row_counts=self.first)
+            exact.head_product(self.out_head, row_counts=self.later, accumulate=True)
         if self.out_bias is not None:
             exact.bias(self.out_bias, accumulate=True)
 
@@ -826,7 +826,8 @@ class SparseGradients:
         e, to = seen.exponentials, exact.exponentials
         block = min(8192, triton.next_power_of_2(e.shape[1]))
         set_aside_kernel[(chunk.rows, triton.cdiv(max(e.shape[1], chunk.D), block))](
-            e, e.stride(0), chunk.hidden, chunk.target, chunk.damping, seen.others, seen.total, order,
-            self.slot_of, chunk.live, self.stored, to, to.stride(0), reserve.hidden, reserve.target, reserve.damping,
-            exact.others, exact.total, self.reserve_order, e.shape[1], chunk.D, ROW_TILE=ROW_TILE, BLOCK=block,
+            e, e.stride(0), chunk.hidden, chunk.target, chunk.softcap_grad, seen.others, seen.total, order,
+            self.slot_of, chunk.row_counts, self.stored, to, to.stride(0), reserve.hidden, reserve.target,
+            reserve.softcap_grad, exact.others, exact.total, self.reserve_order, e.shape[1], chunk.D,
+            ROW_TILE=ROW_TILE, BLOCK=block,
         )  # fmt: skip

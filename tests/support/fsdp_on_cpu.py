@@ -1,6 +1,6 @@
 """``egrsd`` with FSDP2 on CPUs, which PyTorch can do and Accelerate does not ask it to; it also says what is sharded.
 
-python -m tests.fsdp_on_cpu; on GPUs it changes nothing.
+python -m tests.support.fsdp_on_cpu; on GPUs it changes nothing.
 """
 
 import os

@@ -43,6 +43,8 @@ def egrsd_oracle(
     gamma: float = 0.3,
     gate_floor: float = 0.1,
     lookahead: int = 0,
+    lookahead_filter: str = "minimum",
+    lookahead_decay: float = 1.0,
     clip_eps: float = 0.2,
     entropy_scale: Any = "batch_max",
     min_entropy_scale: float = 1.0,
@@ -103,8 +105,9 @@ def egrsd_oracle(
     for sequence in sequences:
         for place, i in enumerate(sequence):
             if valid[i]:
-                window = sequence[place : place + lookahead + 1]
-                ahead[i] = min(entropy[j] for j in window if valid[j])
+                window = enumerate(sequence[place : place + lookahead + 1])
+                weight = lookahead_decay if lookahead_filter == "discounted" else 1.0
+                ahead[i] = min(entropy[j] / weight**k for k, j in window if valid[j])
 
     # The normaliser.
     if entropy_scale == "batch_max":

@@ -1,0 +1,162 @@
+"""The method's functions against the reference, and the Triton kernels against these functions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import reference
+from egrsd_kernels import credit
+from egrsd_kernels.backends import triton as in_triton
+from egrsd_kernels.credit import CreditOptions, Lookahead, TokenStats
+from egrsd_kernels.rows import Rows
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
+LAMBDAS = [1.0, 0.9, 0.5, 0.01]
+
+pytestmark = [pytest.mark.cuda] if CUDA else []
+
+
+def sequences(lengths: list[int], seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Entropies from far below a nat to ten, some of them 0; which are valid; the end of each one's sequence."""
+    g = torch.Generator().manual_seed(seed)
+    n = sum(lengths)
+    entropy = 10 ** (torch.rand(n, generator=g) * 12 - 11)
+    entropy[torch.rand(n, generator=g) < 0.05] = 0
+    ends = torch.tensor(lengths).cumsum(0).repeat_interleave(torch.tensor(lengths)) - 1
+    return entropy, torch.rand(n, generator=g) < 0.8, ends.to(torch.int32)
+
+
+def naive(entropy: torch.Tensor, valid: torch.Tensor, ends: torch.Tensor, lookahead: Lookahead) -> torch.Tensor:
+    found = torch.zeros(len(entropy), dtype=torch.float64)
+    for t in range(len(entropy)):
+        window = [j for j in range(t, min(t + lookahead.window, int(ends[t])) + 1) if valid[j]]
+        # In logarithms no factor leaves float64's range.
+        rate = -math.log(lookahead.decay)
+        exponents = [math.log(h) + rate * (j - t) if (h := float(entropy[j])) > 0 else -math.inf for j in window]
+        values = [math.exp(min(x, 700.0)) for x in exponents]
+        found[t] = min(values) if valid[t] else 0.0
+    return found
+
+
+def powers_error(lookahead: Lookahead, dtype: torch.dtype) -> float:
+    """Of λ^-k H relative to itself, where it is below some H_t <= 10 and H >= 1e-11.
+
+    The exponent k log2(1/λ) is then at most log2(10 / 1e-11) < 40, and its rounding by u moves 2^x by x u ln 2 < 28 u.
+    Both factors, their squares and products are rounded, too: 8 u.
+    """
+    return (28 + 8) * torch.finfo(dtype).eps / 2
+
+
+@pytest.mark.parametrize("decay", LAMBDAS)
+@pytest.mark.parametrize("window", [0, 1, 3, 8, 1000])
+@pytest.mark.parametrize("where", ["torch", "triton"])
+def test_discounted_lookahead(window, decay, where):
+    entropy, valid, ends = sequences([1, 7, 300, 1, 55, 0, 2], seed=window)
+    lookahead = Lookahead(window, "discounted", decay)
+    want = naive(entropy, valid, ends, lookahead)
+    if where == "torch":
+        dtype = torch.float64
+        entropy, function = entropy.double(), credit.lookahead_entropy
+    else:
+        dtype, function = torch.float32, in_triton.lookahead_entropy
+    got = function(entropy.to(DEVICE), valid.to(DEVICE), ends.to(DEVICE), lookahead).cpu()
+    assert got.dtype == dtype
+    tolerance = powers_error(lookahead, dtype) * want
+    assert ((got.double() - want).abs() <= tolerance).all()
+    assert (got <= torch.where(valid, entropy, 0)).all()
+    if decay == 1:  # the minimum, to the bit
+        assert torch.equal(got, function(*(x.to(DEVICE) for x in (entropy, valid, ends)), Lookahead(window)).cpu())
+
+
+@pytest.mark.parametrize("where", [credit, in_triton], ids=["torch", "triton"])
+def test_discount_of_what_is_no_entropy(where):
+    """NaN is kept; what rounding leaves below 0 is not blown up; the tiniest numbers come out right from far away."""
+    tiny = 2.0**-126
+    entropy = torch.tensor([5.0, -1e-7, 3.0, math.nan, 5.0, 0.0, *[9.0] * 129, tiny], device=DEVICE)
+    n = len(entropy)
+    valid, ends = torch.ones(n, dtype=torch.bool, device=DEVICE), torch.full((n,), n - 1, device=DEVICE).int()
+
+    def ahead(window: int) -> torch.Tensor:
+        return where.lookahead_entropy(entropy, valid, ends, Lookahead(window, "discounted", 0.5)).cpu()
+
+    got = ahead(1)
+    assert torch.equal(got[:2], torch.tensor([-1e-7, -1e-7])) and got[2:4].isnan().all() and not got[4:].isnan().any()
+    assert got[4] == 0 and abs(got[-2] / tiny - 2) < 1e-6
+    assert abs(ahead(10**6)[6] - 8) < 1e-4  # the one factor, 2^129, is beyond float32
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(any),
+    seed=st.integers(0, 2**20),
+    window=st.integers(0, 12),
+    filter=st.sampled_from(credit.FILTERS),
+    decay=st.floats(0.05, 1.0),
+)
+def test_lookahead_is_the_reference(lengths, seed, window, filter, decay):
+    entropy, valid, ends = sequences(lengths, seed)
+    decay = decay if filter == "discounted" else 1.0
+    got = credit.lookahead_entropy(entropy.double(), valid, ends, Lookahead(window, filter, decay))
+    want = reference.lookahead_entropy(entropy.double(), valid, ends, window, filter, decay)
+    assert torch.allclose(got, want, rtol=1e-13, atol=0)
+
+
+def statistics(n: int, seed: int = 0) -> tuple[torch.Tensor, TokenStats]:
+    """Advantages (some 0) and the statistics of n tokens; what is to be written holds 7."""
+    g = torch.Generator().manual_seed(seed)
+    advantages = torch.randn(n, generator=g)
+    advantages[::5] = 0
+    student, teacher = -3 * torch.rand(2, n, generator=g)
+    entropy = 2 * torch.rand(n, generator=g)
+    written = torch.full((4, n), 7.0)
+    return advantages, TokenStats(student, teacher, entropy, 0.5 * entropy, *written)
+
+
+@pytest.mark.parametrize("where", [credit, in_triton], ids=["torch", "triton"])
+def test_token_credit_is_the_reference_on_its_rows(where):
+    """The valid rows of the slice get the method's numbers; everything else stays as it is."""
+    n, first_row, n_rows = 700, 128, 384
+    advantages, stats = statistics(n)
+    valid = torch.rand(n, generator=torch.Generator().manual_seed(1)) < 0.6
+    rows, loss = Rows.build(valid, advantages != 0), torch.full((n,), 7.0)
+    options, scale = CreditOptions(gamma=0.8, gate_floor=0.3, clip_eps=0.25), torch.tensor(1.3)
+    on = TokenStats(*(x.to(DEVICE) for x in stats))
+    device_loss, device_rows = loss.to(DEVICE), Rows(*(x.to(DEVICE) for x in rows))
+    where.token_credit(
+        device_rows, first_row, n_rows, advantages.to(DEVICE), scale.to(DEVICE), options, on, device_loss
+    )
+    index = rows.order[first_row : min(first_row + n_rows, int(rows.counts[0]))].long()
+    rest = torch.ones(n, dtype=torch.bool).index_fill(0, index, False)
+    assert 0 < len(index) < n_rows  # some of the slice is masked
+
+    a, logp_s, logp_t, h_cl = (x[index].double() for x in (advantages, *stats[:2], stats.lookahead_entropy))
+    w = reference.magnitude(a, logp_t, logp_s, 0.25)
+    omega = reference.gate(h_cl / 1.3, 0.8, 0.3)
+    credit_ = reference.token_advantage(a, w, omega)
+    for name, got, want in (
+        ("magnitude", on.magnitude, w), ("gate", on.gate, omega), ("token_advantage", on.token_advantage, credit_),
+        ("loss", device_loss, -credit_ * logp_s),
+    ):  # fmt: skip
+        got = got.cpu()
+        # A dozen roundings of numbers of at most 3.
+        assert (got[index] - want).abs().max() <= 12 * 2.0**-24 * 3, name
+        assert (got[rest] == 7).all(), name
+
+
+def test_the_functions_are_the_reference():
+    advantages, stats = statistics(2000, seed=3)
+    a, (logp_s, logp_t, _, h_cl) = advantages.double(), (x.double() for x in stats[:4])
+    w = credit.magnitude(a, logp_t - logp_s, 0.2)
+    omega = credit.gate(h_cl, torch.tensor(1.7).double(), 0.4, 0.1)
+    assert torch.equal(w, reference.magnitude(a, logp_t, logp_s, 0.2))
+    want = reference.gate(h_cl / torch.tensor(1.7).double(), 0.4, 0.1)
+    assert torch.allclose(omega, want, rtol=1e-15)
+    assert torch.equal(credit.token_advantage(a, w, omega), reference.token_advantage(a, w, omega))
+    assert credit.batch_max(stats.teacher_entropy) == stats.teacher_entropy.max()
+    assert credit.batch_max(torch.zeros(0)) == 0
