@@ -353,7 +353,7 @@ def pages(tmp_path):
 
 def test_table(tmp_path, results, pages):
     options = ["--root", str(tmp_path), "--results", str(results)]
-    with pytest.raises(SystemExit, match="^README.md is out of date"):
+    with pytest.raises(SystemExit, match=r"^README\.md is out of date"):
         table.main([*options, "--check"])
     table.main(options)
     first = {name: page.read_text() for name, page in pages.items()}
@@ -373,7 +373,7 @@ def test_table(tmp_path, results, pages):
     assert "python -m benchmarks.compare --output benchmarks/results/compare-gpu.json" in text
 
     pages["benchmarks/README.md"].write_text(text.replace("2.00 ×", "1.00 ×"))
-    with pytest.raises(SystemExit, match="^benchmarks/README.md is out of date"):
+    with pytest.raises(SystemExit, match=r"^benchmarks/README\.md is out of date"):
         table.main([*options, "--check"])
 
 
