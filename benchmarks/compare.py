@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.data import GENERATORS, HIDDEN_SIZES, VOCABULARY
 from benchmarks.measure import Timer, command, environment, failure, interleaved, timer_of, version, write
-from benchmarks.peers import PEERS, Peer
+from benchmarks.peers import PEERS, Peer, packages
 from benchmarks.problem import Exact, Problem, wrong
 
 TOKENS = (1024, 4096, 16384, 65536)
@@ -183,12 +183,11 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device(args.device)
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     report = json.loads(args.output.read_text()) if args.output.exists() else {}
-    packages = sorted({peer.package for peer in PEERS.values() if peer.package})
     run = {
         "id": 1 + max((old["id"] for old in report.get("runs", [])), default=0),
         "command": command("benchmarks.compare", parser, args),
     }
-    run |= environment(device, packages, args.commit)
+    run |= environment(device, packages(), args.commit)
     for size, n in parse_shapes(args.shapes):
         torch.compiler.reset()  # compiled code of earlier shapes counts against a limit
         try:

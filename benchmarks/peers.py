@@ -51,7 +51,13 @@ class Peer:
 
 PEERS: dict[str, Peer] = {}
 NO_ENTROPY = "entropy"
+FROZEN_GRADIENT = "leave out a frozen head's gradient"
 UNIFORM = "a weight for each token; log p; entropy (the bare product stands for the teacher)"
+
+
+def packages() -> list[str]:
+    """The distributions that a result depends on: the peers', and what Liger and quack compile for Hopper with."""
+    return sorted({peer.package for peer in PEERS.values() if peer.package} | {"nvidia-cutlass-dsl"})
 
 
 def peer(key: str, name: str, package: str | None = None, cannot: str | None = None, per_token: bool = True):
@@ -218,7 +224,26 @@ def compiled(p: Problem) -> Calls:
 # ------------------------------------------------------------------------------------------------ other packages
 
 
-@peer("verl", "verl linear_cross_entropy", "verl", "leave out a frozen head's gradient")
+@peer("trl", "TRL ChunkedLogProbFunction", "trl")
+def trl(p: Problem) -> Calls:
+    """What GRPOTrainer calls, with the width of its chunks; the entropy, which costs a little, for the teacher alone."""
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as WIDTH  # its backward pass imports that module
+
+    def function(hidden: torch.Tensor, weight: torch.Tensor, *outputs: str) -> tuple[torch.Tensor | None, ...]:
+        bias, temperature, softcap, logit_scale = None, 1.0, None, 1.0
+        return ChunkedLogProbFunction.apply(
+            hidden, weight, bias, p.targets, temperature, WIDTH, softcap, logit_scale, outputs
+        )
+
+    return _per_token(
+        p,
+        lambda: function(p.teacher_hidden, p.weight, "entropy")[:2],
+        lambda hidden, weight: function(hidden, weight)[0],
+    )
+
+
+@peer("verl", "verl linear_cross_entropy", "verl", FROZEN_GRADIENT)
 def verl(p: Problem) -> Calls:
     function = without_parents("verl.utils.kernel.linear_cross_entropy").linear_cross_entropy
     return _per_token(
@@ -265,6 +290,25 @@ def liger_none(p: Problem) -> Calls:
         lambda: (-loss(p.weight, p.teacher_hidden, p.targets), None),
         lambda hidden, weight: -loss(weight, hidden, p.targets),
     )
+
+
+@peer(
+    "liger-scaled",
+    "Liger fused linear scaled cross entropy",
+    "liger-kernel",
+    f"{FROZEN_GRADIENT}; entropy in more than bfloat16",
+)
+def liger_scaled(p: Problem) -> Calls:
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as Scaled
+
+    if p.weight.is_cuda and torch.cuda.get_device_capability(p.weight.device) == (9, 0):
+        importlib.import_module("cutlass")  # its Hopper kernels need it; a first call would be late to find out
+
+    def statistics() -> Statistics:
+        nll, entropy = Scaled.apply(p.teacher_hidden, p.weight, p.targets, return_entropy=True)
+        return -nll, entropy
+
+    return _per_token(p, statistics, lambda hidden, weight: -Scaled.apply(hidden, weight, p.targets))
 
 
 @peer(
