@@ -25,10 +25,9 @@ import torch
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-import reference
 from benchmarks.measure import version
 from benchmarks.problem import Problem, Step
-from egrsd_kernels import TokenStats, fused_egrsd_loss, linear_logp, token_statistics
+from egrsd_kernels import TokenStats, credit, fused_egrsd_loss, linear_logp, token_statistics
 
 CHUNK = 1024  # rows, for those who leave chunking to the caller
 
@@ -390,11 +389,11 @@ def weighted(logp: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
             advantages = advantages.repeat_interleave(length)
             valid = torch.ones_like(entropy, dtype=torch.bool)
             end = torch.arange(1, rollouts + 1, device=entropy.device).repeat_interleave(length) * length - 1
-            ahead = reference.lookahead_entropy(entropy, valid, end, LOOKAHEAD)
-            scale = entropy.max().clamp(min=1.0)
-            magnitude = reference.magnitude(advantages, teacher_logp, log_p)
-            credit = reference.token_advantage(advantages, magnitude, reference.gate(ahead / scale, GAMMA))
-        return -(credit * log_p).mean()
+            ahead = credit.lookahead_entropy(entropy, valid, end, credit.Lookahead(LOOKAHEAD))
+            magnitude = credit.magnitude(advantages, teacher_logp - log_p, clip_eps=0.2)
+            gate = credit.gate(ahead, credit.batch_max(entropy).clamp(min=1.0), GAMMA, gate_floor=0.1)
+            weight_of = credit.token_advantage(advantages, magnitude, gate)
+        return -(weight_of * log_p).mean()
 
     return loss
 
