@@ -2,7 +2,7 @@
 
 
 def how_to_install(extra: str) -> str:
-    """The command for messages; ``extra`` is one of setup.py's.
+    """The command for messages; ``extra`` is one of pyproject.toml's.
 
     The package is on no index: its bare name would bring whatever somebody publishes under it.
     """
