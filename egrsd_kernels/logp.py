@@ -19,6 +19,7 @@ from .backends import (
     exceeding,
     power_of_two,
 )
+from .eager import eager
 from .head import Head, compute_dtype
 from .rows import Rows
 
@@ -103,7 +104,7 @@ class _LinearLogp(torch.autograd.Function):
         return *gradients(hidden, weight, bias, target_ids, valid & (d_logp != 0), sparse), *(None,) * 4
 
 
-@torch.compiler.disable
+@eager
 def linear_logp(
     hidden: Tensor,
     weight: Tensor,
@@ -153,5 +154,7 @@ def linear_logp(
     needs = Needs.of(hidden, head.weight, head.bias)
     options = _Options(temperature, ops, chunk_bytes, needs, sparse_tolerance)
     with torch.cuda.device_of(hidden):
-        logp: Tensor = _LinearLogp.apply(hidden, head.weight, head.bias, head, flat_targets, valid, options)
+        logp: Tensor = _LinearLogp.apply(  # type: ignore[no-untyped-call]
+            hidden, head.weight, head.bias, head, flat_targets, valid, options
+        )
     return logp.view(target_ids.shape)

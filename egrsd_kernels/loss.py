@@ -22,6 +22,7 @@ from .backends import (
 )
 from .checks import expect, number
 from .credit import ENTROPY_SCALES, FILTERS, CreditOptions, EntropyScale, Filter, Lookahead, TokenStats, batch_max
+from .eager import eager
 from .head import Head, compute_dtype
 from .rows import Rows
 
@@ -154,7 +155,7 @@ def _teacher(
     return teacher_hidden, head.detach()
 
 
-@torch.compiler.disable
+@eager
 def fused_egrsd_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -320,8 +321,10 @@ def fused_egrsd_loss(
 
     with torch.cuda.device_of(student_hidden):
         needs = Needs.of(hidden, student.weight, student.bias)
-        loss: Tensor
-        loss, *stats = _FusedLoss.apply(hidden, student.weight, student.bias, student, minibatch, needs)
+        outputs: tuple[Tensor, ...] = _FusedLoss.apply(  # type: ignore[no-untyped-call]
+            hidden, student.weight, student.bias, student, minibatch, needs
+        )
+    loss, *stats = outputs
     if not return_stats:
         return loss
     return loss, TokenStats(*(x.view(target_ids.shape) for x in stats))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import checks
 from .backends import DEFAULT_CHUNK_BYTES, choose
+from .eager import eager
 from .rows import Rows
 
 
@@ -20,7 +21,7 @@ class TokenStatistics(NamedTuple):
     logsumexp: Tensor
 
 
-@torch.compiler.disable
+@eager
 @torch.no_grad()
 def token_statistics(
     hidden: Tensor,
