@@ -378,7 +378,7 @@ def test_against_exact_gradients(transform, family, dtype, monkeypatch):
     assert (c * sparse.dropped).sum() <= tolerance * (c * mass).sum()
     assert sparse.error_bound(g).double().sum() <= tolerance
     # ||ΔdL/dz||_1 <= |c| dropped for each row; what the products make of it.
-    spent = c * sparse.dropped / head.temperature
+    spent = c * sparse.dropped / temperature
     lengths = hidden.double().nan_to_num(0).norm(dim=1)
     bounds = [spent * head.weight.double().norm(dim=1).max(), (spent * lengths).sum(), spent.sum()]
     unit = 4 * UNIT[dtype]
