@@ -1,5 +1,6 @@
 # make demo       train a small model with EGRSD here, on a GPU when there is one
-# make test       the tests that need no GPU (CUDA tests too, where there is one)
+# make test       the quick tests, in 8 minutes on two cores (CUDA tests too, where there is a GPU)
+# make test-all   the rest, in half an hour: those marked slow
 # make test-oldest  the trainer's tests with the oldest TRL and what it works with
 # make test-deepspeed  the trainer under DeepSpeed, which is installed for that
 # make test-cuda  the CUDA parity tests, with the Python and torch that the machine already has
@@ -19,7 +20,7 @@ CUDA_WORKERS ?= 4
 # The lower ends of what pyproject.toml and TRL 1.15 ask for.
 OLDEST = trl==1.15.0 transformers==4.56.2 accelerate==1.4.0 peft==0.17.1 datasets==4.7.0
 
-.PHONY: demo test test-oldest test-deepspeed test-cuda memcheck bench table lint docs types
+.PHONY: demo test test-all test-oldest test-deepspeed test-cuda memcheck bench table lint docs types
 .DEFAULT_GOAL := test
 
 $(VENV)/ready: pyproject.toml Makefile
@@ -38,7 +39,10 @@ lint: $(VENV)/ready
 
 # One thread a worker: the workers share the cores.
 test: lint
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) -m "not slow"
+
+test-all: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) -m slow
 
 $(VENV)-oldest/ready: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)-oldest

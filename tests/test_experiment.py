@@ -42,6 +42,7 @@ def test_every_method_is_a_config(tmp_path):
     assert found.keys() == experiment.COLORS.keys()
 
 
+@pytest.mark.slow
 def test_from_pretraining_to_picture(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(experiment, "HELD_OUT", 16)
     monkeypatch.setattr(experiment, "PROBLEMS", 32)

@@ -39,13 +39,13 @@ def dtype(request):
     return request.param
 
 
-SHAPES = [(1, 16, 1), (3, 17, 33), (140, 40, 300), (261, 72, 515)]
+SHAPES = [(140, 40, 300), (1, 16, 1), (3, 17, 33), (261, 72, 515)]  # the first ones here are `make test`'s
 if CUDA:
     SHAPES += [(1000, 1000, 5003), (300, 5120, 2049), (2049, 256, 32_003)]
-TRANSFORMS = [{}, {"bias": True, "softcap": 4.0, "temperature": 0.7, "logit_scale": 1.6}]
+TRANSFORMS = [{"bias": True, "softcap": 4.0, "temperature": 0.7, "logit_scale": 1.6}, {}]
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "bias-scale-softcap-temperature"])
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=["bias-scale-softcap-temperature", "plain"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_statistics(shape, transform, dtype, family):
     case = Case(*shape, dtype, **transform)
@@ -56,7 +56,7 @@ def test_statistics(shape, transform, dtype, family):
         assert (a[~case.valid] == 0).all(), name
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "bias-scale-softcap-temperature"])
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=["bias-scale-softcap-temperature", "plain"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_student_pass(shape, transform, dtype, family):
     case = Case(*shape, dtype, **transform)
@@ -77,7 +77,7 @@ def test_student_pass(shape, transform, dtype, family):
     assert (gradients[0][0][untouched] == 0).all()
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "bias-scale-softcap-temperature"])
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=["bias-scale-softcap-temperature", "plain"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_one_chunk(shape, transform, dtype, family):
     """All rows in one chunk: the head's product waits for the factor, and is rounded once."""
@@ -94,7 +94,7 @@ def test_one_chunk(shape, transform, dtype, family):
         assert ((a / factor.double() - e).abs() <= bound + again + 1e-7).all(), name
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "bias-scale-softcap-temperature"])
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=["bias-scale-softcap-temperature", "plain"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_slices_of_the_vocabulary(shape, transform, dtype, family):
     """Without gradients of the head, one vocabulary tile at a time; and never the whole vocabulary by default."""
@@ -207,7 +207,7 @@ def test_any_layout(dtype, family):
             assert relative(a, b.double()) <= GRADIENT_ERROR[dtype]
 
 
-@pytest.mark.parametrize("lookahead", [0, 1, 3, 8, 1000])
+@pytest.mark.parametrize("lookahead", [3, 0, 1, 8, 1000])
 def test_lookahead_entropy(lookahead):
     g = torch.Generator().manual_seed(lookahead)
     lengths = [1, 0, 7, 300, 1, 55]

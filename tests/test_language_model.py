@@ -47,6 +47,7 @@ def test_what_is_kept_is_within_the_tolerance_and_no_more_than_needed():
         assert at["share_above_64"] == pytest.approx((counts > 64).float().mean().item(), abs=5e-3)
 
 
+@pytest.mark.slow
 def test_from_sources_to_report(tmp_path, capsys):
     path = tmp_path / "report.json"
     language_model.main([*TINY, "--rows=64", "--curves=2", "--device=cpu", "--output", str(path)])

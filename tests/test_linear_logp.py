@@ -90,10 +90,10 @@ def check(combo: Combo, operands: dict, targets, incoming, ordinary: bool = True
 @pytest.mark.parametrize(
     "shape, size, options",
     [
+        ((7,), {"width": 40, "vocabulary": 130, "bias": True}, {"softcap": 5.0}),
         ((3, 5), {}, {}),
         ((7,), {"bias": True}, {}),
         ((3, 5), {"width": 17, "vocabulary": 257}, {"temperature": 0.7}),
-        ((7,), {"width": 40, "vocabulary": 130, "bias": True}, {"softcap": 5.0}),
         ((2, 4), {"width": 100, "vocabulary": 70, "bias": True}, {"temperature": 1.5}),
         ((7,), {"width": 2, "vocabulary": 3}, {}),
         ((1, 1), {"kind": "flat", "vocabulary": 200}, {}),

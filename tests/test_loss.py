@@ -26,6 +26,18 @@ MIXED = {"layout": "packed", "lengths": (1, 6, 0, 1, 9)}  # sequences of length 
 DISCOUNTED = {"lookahead_filter": "discounted", "lookahead_decay": 0.7}
 
 CASES = {
+    # what `make test` runs in Triton's interpreter
+    "all at once": dict(
+        **MIXED,
+        lookahead=3,
+        **DISCOUNTED,
+        mask="holes",
+        ignored=True,
+        teacher="own head",
+        bias=True,
+        softcap=6.0,
+        temperature=0.8,
+    ),
     # lookahead and layout
     "padded": {},
     "padded, W 1, bias": {"lookahead": 1, "bias": True},

@@ -43,6 +43,7 @@ def architecture_of(key: tuple[str, str]) -> Architecture:
     return ARCHITECTURES[key]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("key", RIGHT.values(), ids=RIGHT)
 def test_heads_that_are_read_right(key):
     row = models.judge(architecture_of(key))
@@ -55,18 +56,21 @@ def test_the_softcap_is_reported():
     assert models.judge(architecture_of(("causal", "gemma2")))["softcap"] == 2.0
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("key", SCALED.values(), ids=SCALED)
 def test_scaled_heads_are_right_or_refused(key):
     row = models.judge(architecture_of(key))
     assert row["outcome"] in ("right", "refused"), row
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("key", UNREAD.values(), ids=UNREAD)
 def test_no_head_is_read_wrong(key):
     row = models.judge(architecture_of(key))
     assert row["outcome"] in ("right", "refused"), row
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "key",
     [RIGHT["a softcap"], *SCALED.values(), UNREAD["a transform before the head"], UNREAD["the answer in the encoder"]],
@@ -102,6 +106,7 @@ def _act(what: str) -> dict:
     return {"outcome": what}
 
 
+@pytest.mark.slow
 def test_one_that_hangs_or_dies_is_a_row():
     rows = dict(models.isolated(_act, ["hang", "die", "right"], jobs=2, seconds=2.0))
     assert rows["right"] == {"outcome": "right"}

@@ -51,10 +51,10 @@ def check(combo: Combo, operands: dict, targets: torch.Tensor, ordinary: bool = 
 @pytest.mark.parametrize(
     "size, options",
     [
+        ({"width": 40, "vocabulary": 70, "bias": True}, {"softcap": 8.0, "temperature": 1.5}),
         ({}, {}),
         ({"width": 17, "vocabulary": 257}, {"temperature": 0.7}),
         ({"width": 40, "vocabulary": 1003, "bias": True}, {"softcap": 5.0}),
-        ({"width": 40, "vocabulary": 70, "bias": True}, {"softcap": 8.0, "temperature": 1.5}),
         ({"width": 1, "vocabulary": 2}, {}),
         ({"vocabulary": 1, "bias": True}, {}),
         ({"kind": "flat", "vocabulary": 200}, {}),

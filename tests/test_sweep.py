@@ -209,6 +209,7 @@ def test_the_picture_says_what_the_cells_are(tmp_path, monkeypatch):
     assert list(table(some, "reward").columns[2].cells) == ["0.5", "failed", "0.25 (1 of 2)", "2 ± 1.4"]
 
 
+@pytest.mark.slow
 def test_real_trainings(tmp_path, monkeypatch):
     from tests.support.trl_tiny import OPTIONS, dataset, tiny_model, tokenizer
 

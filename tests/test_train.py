@@ -128,6 +128,7 @@ def check_the_same(one: Path, other: Path, rounding: float, absolute: float = 0.
         assert torch.allclose(tensor, same[name], rtol=10 * rounding, atol=rounding), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, two_gpus])])
 def test_trains_on_two_processes(config, home, tmp_path, device):
     """And the same under FSDP2, which shards every parameter; also from a checkpoint on."""
@@ -153,6 +154,7 @@ def test_trains_on_two_processes(config, home, tmp_path, device):
         check_the_same(sharded, run, rounding)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 def test_trains_under_deepspeed(config, home, tmp_path, monkeypatch):
     """On two processes as under DDP: ZeRO-2, and ZeRO-3, which shards every parameter, also from a checkpoint on."""
@@ -193,6 +195,7 @@ def test_command_line_overrides_the_file(config, tmp_path, capsys):
     assert set(adapter["target_modules"]) == {"k_proj", "o_proj"} and adapter["r"] == 4
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_with_evaluation(config, tmp_path):
     options = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4, "max_steps": 1}
     assert cli.main(["train", config(use_peft=False, **options)]) == 0
@@ -311,6 +314,7 @@ def test_the_trainer_gets_what_the_file_says(config):
     assert [function.__name__ for function in trainer.reward_funcs] == ["odd", "think_format_reward"]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("given, trained", [("q_proj", 2), (["q_proj"], 2), ("self_attn.q_proj", 2), ("all-linear", 14),
                                            (["all-linear"], 14), (r".*\.0\..*q_proj", 1)])  # fmt: skip
 def test_one_entry_of_lora_target_modules_means_a_module(config, given, trained):

@@ -18,6 +18,8 @@ pytest.importorskip("trl", reason="TRL is not installed")
 from egrsd_kernels.trl import EGRSDTrainer
 from tests.support.trl_tiny import exported, make, weights
 
+pytestmark = pytest.mark.slow
+
 # SGD: Adam would turn a gradient that is zero but for rounding into a step of full size.
 OPTIONS = {"max_steps": 3, "max_grad_norm": 0.0, "optim": "sgd", "learning_rate": 0.5, "rollout_steps": 1}
 

@@ -42,6 +42,8 @@ from egrsd_kernels.statistics import TokenStatistics
 from egrsd_kernels.trl import trainer
 from tests.support.trl_tiny import make, tiny_model, weights
 
+pytestmark = pytest.mark.slow
+
 STEPS = 100
 SETTINGS = {
     "adapters": {"peft": True, "learning_rate": 5e-3},

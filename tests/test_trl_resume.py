@@ -57,6 +57,7 @@ def without_clock(rows, skip=()) -> list[dict]:
     return [{key: value for key, value in row.items() if key not in CLOCK.union(skip)} for row in rows]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", SETTINGS)
 def test_resume_is_bit_exact(tmp_path, name):
     settings, step = SETTINGS[name]
@@ -155,6 +156,7 @@ def named(name: str):
     return model
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "changes, says",
     [
@@ -208,6 +210,7 @@ def former_of(options) -> dict:
     return rest | {"teacher": "ema", "teacher_ema_decay": 0.999}
 
 
+@pytest.mark.slow
 def test_a_run_is_watched_otherwise_and_moved_and_goes_on(saved, tmp_path):
     """Another length, another folder, other logs: the same run. And one of other settings where that is agreed to."""
     for changes in ({"logging_steps": 2, "rollout_steps": 1, "save_steps": 5}, {"gamma": 0.3, "resume_changed": True}):
@@ -217,6 +220,7 @@ def test_a_run_is_watched_otherwise_and_moved_and_goes_on(saved, tmp_path):
         assert run.state.global_step == 2
 
 
+@pytest.mark.slow
 def test_a_folder_that_holds_a_run_is_not_written_into(saved, tmp_path, caplog):
     folder = copied(saved, tmp_path)
     (folder / "rollouts").mkdir()
@@ -240,6 +244,7 @@ def test_a_folder_that_holds_a_run_is_not_written_into(saved, tmp_path, caplog):
     assert "holds another run (trainer_state.json)" in refused(run)
 
 
+@pytest.mark.slow
 def test_what_follows_a_checkpoint_goes_when_the_run_changes(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 1, "rollout_steps": 1}
     run, _ = make(tmp_path, max_steps=3, **options)
@@ -263,6 +268,7 @@ def test_a_finished_run_does_not_go_on(saved, tmp_path):
     assert not logs.steps
 
 
+@pytest.mark.slow
 def test_true_means_the_last_whole_checkpoint(saved, tmp_path):
     folder = copied(saved, tmp_path)
     shutil.copytree(folder / "checkpoint-1", folder / "checkpoint-2")
@@ -278,6 +284,7 @@ def test_true_means_the_last_whole_checkpoint(saved, tmp_path):
     assert refused(run, "absent") == "resume_from_checkpoint: no such folder: absent"
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("cls, config", [(None, None), (GRPOTrainer, GRPOConfig)])
 def test_a_checkpoint_without_a_runs_state_is_called_what_it_is(tmp_path, cls, config):
     if cls is None:
@@ -327,6 +334,7 @@ DAMAGED = [(name, damage) for name in FILES for damage in (cut, emptied, overwri
 DAMAGED += [("egrsd_state_0.pt", of_other_keys), ("egrsd_state_0.pt", a_list)]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name, damage", DAMAGED)
 def test_a_damaged_file_is_named_in_one_line(saved, tmp_path, name, damage):
     folder = copied(saved, tmp_path) / "checkpoint-1"

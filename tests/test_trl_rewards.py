@@ -48,6 +48,7 @@ class Seen:
         run._compute_loss = compute_loss
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("advantage", ["welford", "group"])
 @pytest.mark.parametrize("value", [None, NAN, INF, -INF, 1e30])
 def test_what_is_not_judged_teaches_nothing(tmp_path, advantage, value):
@@ -85,6 +86,7 @@ def test_what_is_not_judged_teaches_nothing(tmp_path, advantage, value):
     assert all(math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]) for row in logs.steps)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("advantage", ["welford", "group"])
 def test_a_generation_in_which_nothing_is_judged(tmp_path, advantage):
     def reward(completions, answer, trainer_state, **_):
@@ -104,6 +106,7 @@ def test_a_generation_in_which_nothing_is_judged(tmp_path, advantage):
         torch.testing.assert_close(got.sort()[0], (run._rewards - 0.5).sort()[0])
 
 
+@pytest.mark.slow
 def test_evaluation_leaves_the_statistics_alone(tmp_path):
     options = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4, "max_steps": 2}
     run, logs = make(tmp_path, reward_funcs=skipping(INF), eval_dataset=dataset(6), **options)
@@ -243,6 +246,7 @@ def test_a_mistake_inside_the_function_stays_what_it_is():
         called(Instance(broken()), 3)
 
 
+@pytest.mark.slow
 def test_names_models_and_asynchronous_functions_are_as_before(tmp_path):
     async def later(completions, **_):
         return [0.25 for _ in completions]
@@ -258,6 +262,7 @@ def test_names_models_and_asynchronous_functions_are_as_before(tmp_path):
     assert logs.steps[0]["rewards/Instance/mean"] >= 1.0
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("reward", [lambda **_: 0.5, lambda completions, **_: ["1"] * len(completions)])
 def test_a_run_says_which_function_returned_no_rewards(tmp_path, reward):
     reward.__name__ = "judge"
@@ -268,6 +273,7 @@ def test_a_run_says_which_function_returned_no_rewards(tmp_path, reward):
         run.train()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "a file in the folder's place"])
 def test_a_run_goes_on_where_rollouts_cannot_be_written(tmp_path, caplog, monkeypatch, fault):
     run, logs = make(tmp_path, rollout_steps=1, max_steps=3)

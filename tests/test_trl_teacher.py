@@ -44,6 +44,7 @@ def hidden(model):
 # ------------------------------------------------------------------------------------------------------------- copies
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("peft", [True, False])
 def test_a_deep_copy_computes_with_its_own_weights(tmp_path, peft):
     run, _ = make(tmp_path, peft=peft)
@@ -53,6 +54,7 @@ def test_a_deep_copy_computes_with_its_own_weights(tmp_path, peft):
     assert torch.equal(logits(run.model), before) and hidden(run.model).any()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("options", [{}, {"bf16": True}], ids=["float32", "autocast"])
 def test_an_average_of_models_stays_where_training_began(tmp_path, options):
     run, _ = make(tmp_path, peft=False, learning_rate=0.05, **options)
@@ -75,6 +77,7 @@ def test_a_merged_copy_is_the_trained_model(tmp_path):
     assert torch.equal(logits(merged), logits(loaded))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("peft", [True, False])
 def test_a_pickled_model_comes_back(tmp_path, peft):
     run, _ = make(tmp_path, peft=peft)
@@ -131,6 +134,7 @@ def test_what_else_was_put_on_the_forward_stays():
     assert isinstance(model(input_ids=IDS), torch.Tensor)
 
 
+@pytest.mark.slow
 def test_a_second_trainer_comes_on_top_of_what_the_first_run_wrapped():
     model = tiny_model()
     expected = logits(model)
@@ -190,6 +194,7 @@ def merged(model):
     model.merge_adapter()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("change", [another_active, disabled, merged])
 def test_adapters_that_take_no_part_are_refused(tmp_path, change):
     model = get_peft_model(tiny_model(), LORA)
@@ -219,6 +224,7 @@ def test_a_trained_head_is_enough(tmp_path):
     assert not torch.equal(before["lm_head.weight"], model.lm_head.weight)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("others", [{}, {"modules_to_save": ["embed_tokens"]}, {"trainable_token_indices": [3, 4]}])
 def test_the_teacher_leaves_what_is_frozen_and_what_is_trained(fails, others):
@@ -239,6 +245,7 @@ def test_the_teacher_leaves_what_is_frozen_and_what_is_trained(fails, others):
     assert {name: weight.requires_grad for name, weight in model.named_parameters()} == flags
 
 
+@pytest.mark.slow
 def test_a_frozen_adapter_weight_stays_frozen_through_a_run(tmp_path):
     model = get_peft_model(tiny_model(), LORA)
     frozen = model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight.requires_grad_(False)
@@ -262,6 +269,7 @@ def lora(bias):
     return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], bias=bias)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("bias, more", [("all", 7), ("lora_only", 3)])
 def test_adapters_that_train_biases_cannot_be_taken_off(tmp_path, bias, more):
     model = get_peft_model(with_biases(), lora(bias))
@@ -288,6 +296,7 @@ def test_a_base_weight_that_is_trained_beside_the_adapters_is_the_teachers_too(t
     assert "but base_model.model.model.norm.weight would be trained" in refusal(tmp_path, peft=False, model=model)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "config",
     [
@@ -387,6 +396,7 @@ REFUSED = (
 ONE_PROMPT = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "per_device_eval_batch_size": 2}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", names(READS_ITS_PADDING))
 def test_a_model_that_reads_its_padding_is_refused_where_rows_are_padded(tmp_path, name):
     with pytest.raises(ValueError, match=REFUSED):
@@ -396,6 +406,7 @@ def test_a_model_that_reads_its_padding_is_refused_where_rows_are_padded(tmp_pat
         make(tmp_path, peft=False, model=READS_ITS_PADDING[name](), **ONE_PROMPT, pad_to_multiple_of=8)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", names(DOES_NOT))
 def test_others_are_taken(tmp_path, name, dtype):

@@ -73,6 +73,7 @@ WITH_TOKENS = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_option_trains(tmp_path, name):
     run, logs = make(tmp_path, **SETTINGS[name])
@@ -108,6 +109,7 @@ class Spy:
         run._compute_loss = compute_loss
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("peft", [True, False])
 def test_the_loss_is_the_references_on_full_logits(tmp_path, peft):
     """With a teacher made from scratch: the untouched model in float64, one unpadded row at a time."""
@@ -158,6 +160,7 @@ def test_the_loss_is_the_references_on_full_logits(tmp_path, peft):
             assert torch.equal(value, ours.get(key, ours.get(key.replace(".weight", ".base_layer.weight"))))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("loss_type", ["dapo", "dr_grpo"])
 def test_without_magnitude_and_gate_it_is_grpo(tmp_path, loss_type):
     # SGD: Adam would turn a gradient that is zero but for rounding into a step of full size.
@@ -173,6 +176,7 @@ def test_without_magnitude_and_gate_it_is_grpo(tmp_path, loss_type):
     assert apart < 1e-4 * moved
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("scale", ["batch_max", "batch_max_lookahead", "log_vocab", 3.5])
 def test_the_scale_and_the_normaliser_are_the_steps(tmp_path, scale):
     run, _ = make(tmp_path, entropy_scale=scale, steps_per_generation=4, min_entropy_scale=0.1)
@@ -235,6 +239,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("chunk_mib", [1, 64])
 def test_logits_are_never_made(tmp_path, chunk_mib):
     """Teacher pass, loss and backward make nothing as large as the logits of a batch; the head itself never runs.
@@ -275,6 +280,7 @@ def test_logits_are_never_made(tmp_path, chunk_mib):
         assert largest.elements == tokens * vocabulary
 
 
+@pytest.mark.slow
 def test_student_logp_for_vllm_without_logits(tmp_path):
     """What TRL asks for vLLM's importance ratio, against log_softmax of full logits."""
     run, _ = make(tmp_path, temperature=0.7)
@@ -290,6 +296,7 @@ def test_student_logp_for_vllm_without_logits(tmp_path):
     torch.testing.assert_close(entropy, -(expected.exp() * expected).sum(-1), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_vllms_importance_ratio_multiplies_the_advantages(tmp_path):
     """vLLM's part is played by transformers, whose log p it reports as half: the ratio is 2 everywhere."""
 
@@ -336,6 +343,7 @@ class Track(TrainerCallback):
         self.seen.append((self.run.teacher.kept[0].clone(), self.run.teacher.own[0].detach().clone()))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "options, rate, every",
     [
@@ -461,6 +469,7 @@ def test_exported_rollouts_are_what_the_run_learned_from(tmp_path):
     write_token_report(tmp_path / "page.html", records)
 
 
+@pytest.mark.slow
 def test_advantages_are_whitened_by_the_generations_before(tmp_path):
     run, _ = make(tmp_path, rollout_steps=1, max_steps=4)
     run.train()
@@ -473,6 +482,7 @@ def test_advantages_are_whitened_by_the_generations_before(tmp_path):
     assert run.welford.state_dict() == pytest.approx(welford.state_dict(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_bonus_is_for_a_positive_sum_of_rewards(tmp_path):
     """A penalty of a constant size punishes short answers no more than long ones."""
 
@@ -490,6 +500,7 @@ def test_the_bonus_is_for_a_positive_sum_of_rewards(tmp_path):
     assert {r.reward > 0 for r in rollouts} == {True, False}
 
 
+@pytest.mark.slow
 def test_tokens_per_second_count_every_step_between_two_logs(tmp_path):
     """TRL averages what steps log; a generation that serves several of them is in the time of one."""
     options = {"num_iterations": 2, "steps_per_generation": 4, "logging_steps": 4, "max_steps": 4}
@@ -503,6 +514,7 @@ def test_tokens_per_second_count_every_step_between_two_logs(tmp_path):
     assert logs.steps[0]["tokens_per_second"] == pytest.approx(tokens / 3, rel=0.01)  # the last step is the third's end
 
 
+@pytest.mark.slow
 def test_a_masked_rollout_is_exported_without_tokens(tmp_path):
     run, _ = make(tmp_path, rollout_steps=1, max_steps=1, mask_truncated_completions=True)
     run.train()
@@ -510,6 +522,7 @@ def test_a_masked_rollout_is_exported_without_tokens(tmp_path):
     assert truncated and not any(r.tokens for r in truncated)
 
 
+@pytest.mark.slow
 def test_a_step_without_any_token_does_nothing_and_says_so(tmp_path):
     """Every rollout truncated and masked: loss 0, no metric of tokens, no NaN in the weights."""
     options = {"mask_truncated_completions": True, "generation_kwargs": {"min_new_tokens": 12}}
