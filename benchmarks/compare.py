@@ -2,10 +2,10 @@
 
     python -m benchmarks.compare --output benchmarks/results/compare-h100.json
 
-Results are merged into the output shape by shape, so that a run that is cut off keeps what it has, and a run of some
-shapes or some peers replaces these rows only. Ratios are against the bare products of the same run: 1 forward product
-for the teacher's statistics, 2 forward and 1 backward for a step with a frozen head, and 1 more for a trained one.
-Accuracy is checked before a time counts, against float64.
+Results are merged into the output shape by shape. A run that is cut off keeps what it has; a run of some shapes or
+some peers replaces these rows only. Ratios are against the bare products of the same run: 1 forward product for the
+teacher's statistics, 2 forward and 1 backward for a step with a frozen head, and 1 more for a trained one. Accuracy is
+checked against float64 before a time counts.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import torch
 
 from benchmarks.data import GENERATORS, HIDDEN_SIZES, VOCABULARY
 from benchmarks.measure import Timer, command, environment, failure, interleaved, timer_of, version, write
-from benchmarks.peers import PEERS, Peer
+from benchmarks.peers import PEERS, Peer, packages
 from benchmarks.problem import Exact, Problem, wrong
 
 TOKENS = (1024, 4096, 16384, 65536)
 # Bare products (forward, dhidden, dweight) in each figure of a row.
 FLOORS = {"statistics": (1, 0, 0), "frozen": (2, 1, 0), "trained": (2, 1, 1)}
 SHAPE = ("hidden_size", "tokens", "vocabulary", "dtype", "data")
-# Multiply-adds of one product above which a step is long enough to bring a GPU to its power limit: about 3 ms.
+# A step brings a GPU to its power limit if one product has as many multiply-adds as this, about 3 ms of them.
 SUSTAINED = 1 << 40
 
 
@@ -183,12 +183,11 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device(args.device)
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     report = json.loads(args.output.read_text()) if args.output.exists() else {}
-    packages = sorted({peer.package for peer in PEERS.values() if peer.package})
     run = {
         "id": 1 + max((old["id"] for old in report.get("runs", [])), default=0),
         "command": command("benchmarks.compare", parser, args),
     }
-    run |= environment(device, packages, args.commit)
+    run |= environment(device, packages(), args.commit)
     for size, n in parse_shapes(args.shapes):
         torch.compiler.reset()  # compiled code of earlier shapes counts against a limit
         try:

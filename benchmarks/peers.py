@@ -1,10 +1,11 @@
-"""What one would take today for an EGRSD step, each peer through its own package and doing as much of it as it can.
+"""The peers: what one would take today for an EGRSD step, each through its own package.
 
-A step is T, the teacher's statistics (log p of the targets and entropy, no gradient), and S, the student's log p of the
-targets, forward and backward with a weight for each token; its head is frozen (a hidden gradient only) or trained. Of
-``ours`` the step is the whole method: weights, gate and lookahead included. What a peer cannot do stands in its
-``cannot``, and is left out of its step; where it cannot do T at all, the bare matrix product stands for it: a lower
-bound.
+A step is T and S. T is the teacher's statistics: log p of the targets and entropy, without a gradient. S is the
+student's log p of the targets, forward and backward, with a weight for each token. The head is frozen (a hidden
+gradient only) or trained. The step of ``ours`` is the whole method: weights, gate and lookahead included.
+
+A peer does as much of the step as it can. Its ``cannot`` says what it cannot do, and its step does without that. The
+bare matrix product, a lower bound, stands for T where a peer cannot do T at all.
 """
 
 from __future__ import annotations
@@ -55,7 +56,13 @@ class Peer:
 
 PEERS: dict[str, Peer] = {}
 NO_ENTROPY = "entropy"
+FROZEN_GRADIENT = "leave out a frozen head's gradient"
 UNIFORM = "a weight for each token; log p; entropy (the bare product stands for the teacher)"
+
+
+def packages() -> list[str]:
+    """The distributions that a result depends on: the peers', and what Liger and quack compile for Hopper with."""
+    return sorted({peer.package for peer in PEERS.values() if peer.package} | {"nvidia-cutlass-dsl"})
 
 
 def peer(key: str, name: str, package: str | None = None, cannot: str | None = None, per_token: bool = True):
@@ -67,7 +74,7 @@ def peer(key: str, name: str, package: str | None = None, cannot: str | None = N
 
 
 def _per_token(p: Problem, statistics: Callable[[], Statistics], logp: Callable[..., torch.Tensor]) -> Calls:
-    """From T and from a differentiable log p of (hidden, weight), which takes a weight for each token in backward."""
+    """From T and a differentiable log p of (hidden, weight), whose backward pass takes a weight for each token."""
 
     def step(trained: bool) -> Step:
         with torch.no_grad():
@@ -100,8 +107,8 @@ def _chunked(function: Callable, p: Problem, hidden: torch.Tensor, *more) -> lis
 def without_parents(name: str) -> ModuleType:
     """Import a module whose packages may want more than the module itself does.
 
-    verl's top level imports its whole training stack and flash_attn's its CUDA extension, of which a Triton kernel
-    inside needs nothing. Where such an import fails, the packages above the module become empty ones on the same path.
+    verl's top level imports its whole training stack, and flash_attn's its CUDA extension; a Triton kernel inside needs
+    neither. The packages above the module become empty ones on the same path where their import fails.
     """
     try:
         return importlib.import_module(name)
@@ -222,7 +229,26 @@ def compiled(p: Problem) -> Calls:
 # ------------------------------------------------------------------------------------------------ other packages
 
 
-@peer("verl", "verl linear_cross_entropy", "verl", "leave out a frozen head's gradient")
+@peer("trl", "TRL ChunkedLogProbFunction", "trl")
+def trl(p: Problem) -> Calls:
+    """What GRPOTrainer calls, with its chunks; only the teacher's entropy, which costs a little, is asked for."""
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as WIDTH  # the backward pass imports that module
+
+    def function(hidden: torch.Tensor, weight: torch.Tensor, *outputs: str) -> tuple[torch.Tensor | None, ...]:
+        bias, temperature, softcap, logit_scale = None, 1.0, None, 1.0
+        return ChunkedLogProbFunction.apply(
+            hidden, weight, bias, p.targets, temperature, WIDTH, softcap, logit_scale, outputs
+        )
+
+    return _per_token(
+        p,
+        lambda: function(p.teacher_hidden, p.weight, "entropy")[:2],
+        lambda hidden, weight: function(hidden, weight)[0],
+    )
+
+
+@peer("verl", "verl linear_cross_entropy", "verl", FROZEN_GRADIENT)
 def verl(p: Problem) -> Calls:
     function = without_parents("verl.utils.kernel.linear_cross_entropy").linear_cross_entropy
     return _per_token(
@@ -272,6 +298,25 @@ def liger_none(p: Problem) -> Calls:
 
 
 @peer(
+    "liger-scaled",
+    "Liger fused linear scaled cross entropy",
+    "liger-kernel",
+    f"{FROZEN_GRADIENT}; entropy in more than bfloat16",
+)
+def liger_scaled(p: Problem) -> Calls:
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as Scaled
+
+    if p.weight.is_cuda and torch.cuda.get_device_capability(p.weight.device) == (9, 0):
+        importlib.import_module("cutlass")  # the Hopper kernels need it, and import it only when they are called
+
+    def statistics() -> Statistics:
+        nll, entropy = Scaled.apply(p.teacher_hidden, p.weight, p.targets, return_entropy=True)
+        return -nll, entropy
+
+    return _per_token(p, statistics, lambda hidden, weight: -Scaled.apply(hidden, weight, p.targets))
+
+
+@peer(
     "liger-grpo",
     "Liger fused linear GRPO",
     "liger-kernel",
@@ -297,7 +342,7 @@ def liger_grpo(p: Problem) -> Calls:
 def quack(p: Problem) -> Calls:
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
-    # Its default, 4096 rows, is refused where the hidden size is the same: it could not tell rows from columns.
+    # The default, 4096 rows, is refused where the hidden size is the same: rows and columns could not be told apart.
     options = {"reduction": "sum", "chunk_size": 4096 if p.weight.shape[1] != 4096 else 2048}
     return _uniform(p, lambda hidden, weight: chunked_linear_cross_entropy(hidden, weight, p.targets, **options), -1.0)
 

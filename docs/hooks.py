@@ -12,7 +12,7 @@ from griffe import Docstring, Extension
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
-ELSEWHERE = ("benchmarks/README.md", "benchmarks/results/*", "examples/results/*", "CONTRIBUTING.md")
+ELSEWHERE = ("benchmarks/README.md", "benchmarks/results/*", "examples/results/*", "CONTRIBUTING.md", "LICENSE")
 LINK = re.compile(r"(?<=\]\()\.\./")  # to a file outside docs/
 
 

@@ -178,9 +178,18 @@ def test_not_a_number_is_wrong():
     assert wrong({"dhidden_relative": math.nan})
 
 
-@pytest.mark.parametrize("key", ["ours", "ours-pointer", "ours-torch", "ours-logp", "eager"])
+def installed(key: str) -> Peer:
+    peer = PEERS[key]
+    if peer.package and measure.version(peer.package) is None:
+        pytest.skip(f"{peer.package} is not installed")
+    return peer
+
+
+@pytest.mark.parametrize("key", ["ours", "ours-pointer", "ours-torch", "ours-logp", "eager", "trl", "liger-scaled"])
 @pytest.mark.parametrize("trained", [False, True])
 def test_peer_is_right(problem, key, trained):
+    if not key.startswith("ours"):
+        installed(key)
     calls = PEERS[key].build(problem)
     step = calls.step(trained)
     assert (step.d_weight is not None) == trained
@@ -275,6 +284,25 @@ def test_compare(tmp_path, odd_peers, capsys):
     assert "missing: no_such_package" in capsys.readouterr().out
 
 
+def test_row_of_a_peer_that_does_everything(tmp_path):
+    installed("trl")
+    row = rows_of(run(tmp_path / "compare.json", "--shapes", "32:48", "--only", "trl"))["trl"]
+    assert row["version"] == measure.version("trl") and row["cannot"] is None and row["per_token"]
+    assert row["error"].keys() == {"logp_max_nat", "entropy_max_nat", "dhidden_relative", "dweight_relative"}
+    assert all("ms" in row[figure] for figure in compare.FLOORS)
+    cells = dict(zip(table.HEADINGS, table._cells(row["name"], row)[1:], strict=True))
+    assert cells["log p, nat"] == table.power(row["error"]["logp_max_nat"])
+    assert cells["gradient"] == table.power(row["error"]["dhidden_relative"])
+    assert cells["cannot"] == ""
+
+
+def test_versions_of_the_peers_and_of_their_compiler_are_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "version", lambda package: f"{package} of today")
+    (made,) = run(tmp_path / "compare.json", "--shapes", "16:32", "--only", "eager")["runs"]
+    for package in ("trl", "liger-kernel", "quack-kernels", "nvidia-cutlass-dsl"):
+        assert made["packages"][package] == f"{package} of today"
+
+
 def test_runs_are_merged(tmp_path, odd_peers, monkeypatch):
     path = tmp_path / "compare.json"
     first = run(path, "--shapes", "32:48", "--only", "ours-torch,eager")
@@ -353,7 +381,7 @@ def pages(tmp_path):
 
 def test_table(tmp_path, results, pages):
     options = ["--root", str(tmp_path), "--results", str(results)]
-    with pytest.raises(SystemExit, match="^README.md is out of date"):
+    with pytest.raises(SystemExit, match=r"^README\.md is out of date"):
         table.main([*options, "--check"])
     table.main(options)
     first = {name: page.read_text() for name, page in pages.items()}
@@ -373,7 +401,7 @@ def test_table(tmp_path, results, pages):
     assert "python -m benchmarks.compare --output benchmarks/results/compare-gpu.json" in text
 
     pages["benchmarks/README.md"].write_text(text.replace("2.00 ×", "1.00 ×"))
-    with pytest.raises(SystemExit, match="^benchmarks/README.md is out of date"):
+    with pytest.raises(SystemExit, match=r"^benchmarks/README\.md is out of date"):
         table.main([*options, "--check"])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import pkgutil
 import re
 import shlex
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import egrsd_kernels
 from egrsd_kernels import fused_egrsd_loss, token_statistics
 from egrsd_kernels.credit import REGIMES
 from tests.support.doc_examples import ROOT, blocks, language_model
@@ -31,6 +33,16 @@ def test_every_page_is_linked_and_in_the_navigation():
     site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert [page for page in PAGES if page != "index.md" and f"(docs/{page})" not in readme] == []
     assert [page for page in PAGES if not re.search(rf"^ *- .*: {page}$", site, re.MULTILINE)] == []
+
+
+def test_every_public_name_is_in_the_reference():
+    page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^::: (\S+)$", page, re.MULTILINE)
+    for name in shown:
+        if not name.startswith("egrsd_kernels.trl"):
+            assert pkgutil.resolve_name(name).__doc__
+    assert {f"egrsd_kernels.{name}" for name in egrsd_kernels.__all__} <= set(shown)
+    assert {f"egrsd_kernels.{name}" for name in ("credit", "rl", "rollouts", "presets")} <= set(shown)
 
 
 def test_every_page_with_examples_is_tested():

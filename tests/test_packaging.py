@@ -1,13 +1,15 @@
-"""What an sdist and a wheel hold, and that no text sends anyone to a package index for this package."""
+"""What sdist and wheel hold, what the metadata says, and that no text sends anyone to an index for this package."""
 
 from __future__ import annotations
 
+import email
 import re
 import subprocess
 import sys
 
 import pytest
 
+import egrsd_kernels
 from egrsd_kernels.extras import how_to_install
 from egrsd_kernels.presets import PRESETS
 from tests.support.devices import interpreter_fault
@@ -16,18 +18,35 @@ from tests.support.doc_examples import ROOT
 TEXTS = ("*.py", "*.md", "*.yaml", "*.toml", "Makefile")
 
 
-def test_the_sdist_is_a_whole_checkout(tmp_path):
-    pytest.importorskip("setuptools")
+@pytest.fixture(scope="module")
+def metadata(tmp_path_factory):
+    """The folder with what setuptools says of the package."""
+    pytest.importorskip("setuptools", minversion="77")
+    folder = tmp_path_factory.mktemp("metadata")
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(folder)]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    return folder / "egrsd_kernels.egg-info"
+
+
+def test_the_sdist_is_a_whole_checkout(metadata):
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
-    packed = (tmp_path / "egrsd_kernels.egg-info" / "SOURCES.txt").read_text(encoding="utf-8").split("\n")
+    packed = (metadata / "SOURCES.txt").read_text(encoding="utf-8").split("\n")
     # What is left out serves the repository alone.
     expected = {name for name in tracked if not name.startswith(".") and (ROOT / name).exists()}
     assert expected <= set(packed)
     assert not [name for name in packed if "__pycache__" in name]
+
+
+def test_the_version_and_the_extras_have_one_source(metadata):
+    said = email.message_from_string((metadata / "PKG-INFO").read_text(encoding="utf-8"))
+    assert said["Version"] == egrsd_kernels.__version__
+    assert said["License-Expression"] == "Apache-2.0" and said["Requires-Python"] == ">=3.10"
+    extras = said.get_all("Provides-Extra")
+    assert {"train", "trl", "bench", "test-core", "test", "all", "docs", "types"} == set(extras)
+    named = {name for line in said.get_all("Requires-Dist") for name in re.findall(r"egrsd-kernels\[([^]]*)\]", line)}
+    assert {extra for names in named for extra in names.split(",")} <= set(extras)
 
 
 def test_a_wheel_holds_what_the_package_reads(tmp_path):

@@ -214,7 +214,7 @@ def test_real_trainings(tmp_path, monkeypatch):
     from tests.support.trl_tiny import OPTIONS, dataset, tiny_model, tokenizer
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parents[1]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parents[2]))
     tiny_model().save_pretrained("model")
     tokenizer().save_pretrained("model")
     dataset().save_to_disk("data")

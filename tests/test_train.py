@@ -104,7 +104,7 @@ def on_two_processes(home: Path, module: str, config: str, *options: str) -> str
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    path = os.pathsep.join(filter(None, [str(Path(cli.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(Path(cli.__file__).parents[2]), os.environ.get("PYTHONPATH")]))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
     finished = subprocess.run(
         [*launch, "-m", module, "train", config, *options],
@@ -227,8 +227,9 @@ def test_resume_goes_on_where_the_checkpoint_is(config, tmp_path, capsys):
     assert all(value.equal(again[key]) for key, value in files[0].items())
 
     capsys.readouterr()
-    assert cli.main(["train", "--resume", path, "--output_dir", str(resumed), "--teacher=frozen", "--max_steps=3"]) == 2
-    says = "egrsd: error: teacher: the checkpoint was written with another kind of teacher"
+    other = ["--output_dir", str(resumed), "--teacher_model_kind=frozen", "--max_steps=3"]
+    assert cli.main(["train", "--resume", path, *other]) == 2
+    says = "egrsd: error: teacher_model_kind: the checkpoint was written with another kind of teacher"
     assert capsys.readouterr().err.splitlines()[-1] == says
 
 

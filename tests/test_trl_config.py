@@ -7,6 +7,7 @@ pytest.importorskip("trl", reason="TRL is not installed")
 from trl import ModelConfig, TrlParser
 
 from egrsd_kernels.trl import PRESETS, EGRSDConfig
+from egrsd_kernels.trl.settings import parse_settings
 from tests.support.trl_tiny import OPTIONS
 
 BASE = {name: OPTIONS[name] for name in ("use_cpu", "bf16", "report_to", "num_generations", "max_steps")}
@@ -44,16 +45,26 @@ def config(**options) -> EGRSDConfig:
         ({"entropy_scale": 0}, "entropy_scale: expected a finite number above 0, got 0"),
         ({"min_entropy_scale": 0}, "min_entropy_scale: "),
         ({"loss_type": "grpo"}, "loss_type: expected one of dapo, dr_grpo, got 'grpo'"),
+        ({"loss_type": None}, "loss_type: expected one of dapo, dr_grpo, got None"),
         ({"advantage": "rank"}, "advantage: expected one of welford, group, got 'rank'"),
         ({"scale_rewards": "batch"}, "scale_rewards: expected 'group' unless advantage is \"group\", got 'batch'"),
         ({"welford_warmup_steps": 0}, "welford_warmup_steps: expected at least 1, got 0"),
         ({"length_beta": -1}, "length_beta: "),
         ({"max_completion_length": None}, "max_completion_length: expected a number of tokens: length_beta and"),
+        ({"lookahead_filter": "mean"}, "lookahead_filter: expected one of minimum, discounted, got 'mean'"),
+        ({"lookahead_decay": 0.9}, 'lookahead_decay: expected 1, since lookahead_filter is "minimum", got 0.9'),
+        (
+            {"lookahead_filter": "discounted", "lookahead_decay": 0},
+            "lookahead_decay: expected a finite number above 0 and at most 1, got 0",
+        ),
+        ({"teacher_model_kind": "live"}, "teacher_model_kind: expected one of base, adapters_off, frozen, ema, got 'l"),
+        ({"teacher_update_rate": 1.1}, "teacher_update_rate: expected a finite number at least 0 and at most 1"),
+        ({"teacher_sync_steps": 0}, "teacher_sync_steps: expected at least 1, got 0"),
         ({"teacher": "self"}, "teacher: expected one of auto, adapters_off, frozen, ema, copy, got 'self'"),
         ({"teacher_ema_decay": 1.1}, "teacher_ema_decay: "),
         ({"teacher_copy_steps": 0}, "teacher_copy_steps: "),
         ({"backend": "cuda"}, "backend: "),
-        ({"grad_mode": "dense"}, "grad_mode: expected one of exact, sparse, auto, got 'dense'"),
+        ({"grad_mode": "dense"}, "grad_mode: expected one of exact, sparse, got 'dense'"),
         ({"sparse_tol": 0}, "sparse_tol: expected a finite number above 0 and at most 1, got 0"),
         ({"chunk_mib": 0}, "chunk_mib: "),
         ({"tau_low": 0.3}, "tau_low: expected less than tau_high = 0.17, got 0.3"),
@@ -117,7 +128,7 @@ def test_the_presets_are_the_papers_settings(monkeypatch):
         assert (args.max_completion_length, args.clip_eps, args.length_beta) == (1024, 0.2, 0.5)
         assert (model.lora_r, model.lora_alpha, model.lora_dropout) == (64, 128, 0.0)
         assert len(model.lora_target_modules) == 7
-        assert args.bf16 and model.use_peft and args.teacher == "adapters_off"
+        assert args.bf16 and model.use_peft and args.teacher_model_kind == "adapters_off"
     assert gates == {
         "qwen3-4b-egrsd": ("Qwen/Qwen3-4B", 0.3, 0),
         "qwen3-4b-cl-egrsd": ("Qwen/Qwen3-4B", 0.3, 3),
@@ -138,11 +149,95 @@ def test_what_a_run_is_leaves_out_how_it_is_watched():
     one = config(gamma=0.4).of_the_run()
     watched = {"logging_steps": 3, "save_steps": 7, "rollout_steps": 2, "backend": "torch", "resume_changed": True}
     assert config(gamma=0.4, **watched | {"max_steps": 9}).of_the_run() == one
-    other = config(gamma=0.4, lookahead=2, optim="sgd", lr_scheduler_type="linear", teacher="ema").of_the_run()
+    other = config(
+        gamma=0.4, lookahead=2, optim="sgd", lr_scheduler_type="linear", teacher_model_kind="ema"
+    ).of_the_run()
     assert {name: value for name, value in other.items() if one.get(name) != value} == {
         "lookahead": 2,
         "optim": "sgd",
-        "teacher": "ema",
-        "teacher_ema_decay": 0.999,
+        "teacher_model_kind": "ema",
+        "teacher_sync_steps": 1,
+        "teacher_update_rate": 0.001,
     }
     assert one["lr_scheduler_type"] == "linear" and one["gamma"] == 0.4
+
+
+TEACHER = ("teacher_model_kind", "teacher_update_rate", "teacher_sync_steps")
+
+
+def teacher_of(settings) -> tuple:
+    return tuple(getattr(settings, name) for name in TEACHER)
+
+
+@pytest.mark.parametrize(
+    "former, present, says",
+    [
+        ({"teacher": "auto"}, ("base", 0.001, 1), "teacher='auto': deprecated, write teacher_model_kind='base'"),
+        (
+            {"teacher": "ema", "teacher_ema_decay": 0.99, "teacher_copy_steps": 7},  # the last had no effect
+            ("ema", 0.01, 1),
+            "teacher='ema' and teacher_ema_decay=0.99 and teacher_copy_steps=7: deprecated, write "
+            "teacher_model_kind='ema', teacher_update_rate=0.01",
+        ),
+        (
+            {"teacher": "copy", "teacher_ema_decay": 0.5},
+            ("ema", 1.0, 100),
+            "teacher='copy' and teacher_ema_decay=0.5: deprecated, write teacher_model_kind='ema', "
+            "teacher_update_rate=1.0, teacher_sync_steps=100",
+        ),
+        (
+            {"teacher_model_kind": "ema", "teacher_copy_steps": 7},
+            ("ema", 0.001, 7),
+            "teacher_copy_steps=7: deprecated, write teacher_sync_steps=7",
+        ),
+    ],
+)
+def test_former_names_are_taken_with_a_warning(former, present, says):
+    with pytest.warns(FutureWarning) as caught:
+        made = config(**former)
+    (ours,) = [one for one in caught if "deprecated, write" in str(one.message)]  # others are transformers'
+    assert str(ours.message) == says and ours.filename == __file__
+    assert teacher_of(made) == present and made.teacher is None
+    options = [part for name, value in former.items() for part in (f"--{name}", str(value))]
+    with pytest.warns(FutureWarning):
+        (parsed,) = TrlParser((EGRSDConfig,)).parse_args_and_config(
+            ["--output_dir", "x", "--use_cpu", "true", *options]
+        )
+    assert teacher_of(parsed) == present
+
+
+def test_sparse_gradients_are_no_longer_chosen_by_themselves():
+    with pytest.warns(FutureWarning, match=r"^grad_mode='auto': deprecated, write grad_mode='exact'$"):
+        assert config(grad_mode="auto").grad_mode == "exact"
+
+
+@pytest.mark.parametrize(
+    "former, present",
+    [
+        ({"teacher": "ema"}, {"teacher_model_kind": "base"}),
+        ({"teacher_ema_decay": 0.5}, {"teacher_update_rate": 0.5}),
+        ({"teacher_copy_steps": 1}, {"teacher_sync_steps": 1}),
+        ({"teacher": "copy"}, {"teacher_update_rate": 0.5}),
+    ],
+)
+def test_a_setting_is_not_given_by_both_names(former, present):
+    with pytest.raises(ValueError) as caught:
+        config(**former, **present)
+    words = " and ".join(f"{name}={value!r}" for name, value in former.items())
+    assert str(caught.value) == f"{next(iter(present))}: given twice, also by the former {words}: leave that out"
+
+
+def test_a_command_line_overrides_the_other_name_of_a_setting():
+    base = {"output_dir": "x", "use_cpu": True, "model_name_or_path": "m", "dataset_name": "d", "reward_funcs": ["r"]}
+    _, made, _ = parse_settings(base | {"teacher_model_kind": "adapters_off"}, ["--teacher_model_kind=frozen"])
+    assert made.teacher_model_kind == "frozen"
+    with pytest.warns(FutureWarning, match=r"^teacher='frozen': deprecated"):
+        _, made, _ = parse_settings(base | {"teacher_model_kind": "adapters_off"}, ["--teacher=frozen"])
+    assert made.teacher_model_kind == "frozen"
+    _, made, _ = parse_settings(
+        base | {"teacher": "ema", "teacher_ema_decay": 0.5},
+        ["--teacher-model-kind=frozen", "--teacher_update_rate=0.1"],
+    )
+    assert teacher_of(made) == ("frozen", 0.1, 1)
+    with pytest.raises(ValueError, match=r"^teacher_model_kind: given twice, also by the former teacher='ema'"):
+        parse_settings(base | {"teacher": "ema", "teacher_model_kind": "ema"})

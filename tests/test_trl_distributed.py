@@ -33,7 +33,7 @@ def skips(completions, **_) -> list[float | None]:
 SETTINGS = {
     "lora": {"peft": True},
     "full": {"peft": False, "entropy_scale": "batch_max_lookahead", "advantage": "group"},
-    "dr_grpo": {"peft": True, "teacher": "ema", "teacher_ema_decay": 0.5, "loss_type": "dr_grpo"},
+    "dr_grpo": {"peft": True, "teacher_model_kind": "ema", "teacher_update_rate": 0.5, "loss_type": "dr_grpo"},
     "unjudged": {"peft": True, "reward_funcs": skips},
 }
 SAME = ("teacher_entropy/mean", "gate/mean", "magnitude/clipped", "reward", "abs_log_ratio/entropy_decile_3",

@@ -19,9 +19,12 @@ TWICE = {"num_iterations": 2, "steps_per_generation": 4}
 SETTINGS = {
     "adapters off, in the middle of an epoch": ({}, 1),
     "adapters off, at the end of an epoch": ({}, 3),
-    "adapters, moving teacher": ({"teacher": "ema", "teacher_ema_decay": 0.5}, 4),
+    "adapters, moving teacher": ({"teacher_model_kind": "ema", "teacher_update_rate": 0.5}, 4),
     "frozen copy": ({"peft": False}, 2),
-    "periodic copy": ({"peft": False, "teacher": "copy", "teacher_copy_steps": 2}, 3),
+    "periodic copy": (
+        {"peft": False, "teacher_model_kind": "ema", "teacher_update_rate": 1.0, "teacher_sync_steps": 2},
+        3,
+    ),
     "rollouts still in use": (TWICE, 1),
     "rollouts in their second pass": (TWICE, 3),
     "rollouts used up": (TWICE, 4),
@@ -95,8 +98,10 @@ def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"^model: not the one that this run began with"):
         run.train(resume_from_checkpoint=str(folder))
 
-    run, _ = make(tmp_path, **options, teacher="ema")
-    with pytest.raises(ValueError, match=r"^teacher: the checkpoint was written with another kind of teacher"):
+    run, _ = make(tmp_path, **options, teacher_model_kind="ema")
+    with pytest.raises(
+        ValueError, match=r"^teacher_model_kind: the checkpoint was written with another kind of teacher"
+    ):
         run.train(resume_from_checkpoint=str(folder))
 
     state = folder / "egrsd_state_0.pt"
@@ -172,6 +177,38 @@ def test_a_run_of_other_settings_is_not_taken_for_this_one(saved, tmp_path, chan
     line = refused(run, str(folder))
     assert line.startswith(f"resume_from_checkpoint: {folder} is of a run with other settings ({says}")
     assert line.endswith("; resume_changed=True goes on from it all the same")
+
+
+@pytest.mark.slow
+def test_a_checkpoint_in_former_words_is_understood(tmp_path):
+    options = {"peft": False, "teacher_model_kind": "ema", "teacher_update_rate": 0.001, "max_steps": 2}
+    run, _ = make(tmp_path / "a", **options | SAVED)
+    run.train()
+    folder = tmp_path / "a" / "checkpoint-1"
+    state = folder / "egrsd_state_0.pt"
+    saved = torch.load(state)
+    later = ("teacher_model_kind", "teacher_update_rate", "teacher_sync_steps", "lookahead_filter", "lookahead_decay")
+    former = {name: value for name, value in saved["settings"].items() if name not in later}
+    former |= {"teacher": "ema", "teacher_ema_decay": 0.999, "grad_mode": "auto"}
+    torch.save(saved | {"settings": former}, state)
+
+    changes = {
+        "teacher_update_rate: 0.001 there, 0.25 here": {"teacher_update_rate": 0.25},
+        "teacher_sync_steps: 1 there, 2 here": {"teacher_sync_steps": 2},
+        'lookahead_filter: "minimum" there, "discounted" here': {"lookahead_filter": "discounted"},
+    }
+    for says, changed in changes.items():
+        run, _ = make(tmp_path / "b", **options | changed)
+        assert f"is of a run with other settings ({says}); " in refused(run, str(folder))
+    for words in (options, {**former_of(options), "grad_mode": "auto"}):
+        run, _ = make(tmp_path / f"{len(words)}", **words)
+        run.train(resume_from_checkpoint=str(folder))
+        assert run.state.global_step == 2
+
+
+def former_of(options) -> dict:
+    rest = {name: value for name, value in options.items() if not name.startswith("teacher_")}
+    return rest | {"teacher": "ema", "teacher_ema_decay": 0.999}
 
 
 @pytest.mark.slow

@@ -276,12 +276,12 @@ def test_adapters_that_train_biases_cannot_be_taken_off(tmp_path, bias, more):
     message = refusal(tmp_path, peft=False, model=model)
     name = "base_model.model.model.layers.0.self_attn.q_proj.base_layer.bias"
     assert message == (
-        "teacher: 'adapters_off' expects that without its adapters the model is as it was before training, but "
-        f"{name} and {more} more would be trained and stay; use bias=\"none\", freeze it, or take teacher='frozen'"
+        "teacher_model_kind: 'adapters_off' expects that without its adapters the model is as it was before training, "
+        f"but {name} and {more} more would be trained and stay; use bias=\"none\", freeze it, or take 'frozen'"
     )
     with pytest.raises(ValueError, match=r"would be trained and stay"):
-        make_teacher(model, "auto", sharded=True)
-    run, _ = make(tmp_path, peft=False, model=model, teacher="frozen")
+        make_teacher(model, "base", sharded=True)
+    run, _ = make(tmp_path, peft=False, model=model, teacher_model_kind="frozen")
     with run._as_teacher():
         before = logits(model)
     run.train()
@@ -308,7 +308,7 @@ def test_a_base_weight_that_is_trained_beside_the_adapters_is_the_teachers_too(t
 )
 def test_adapters_that_can_be_taken_off_still_are(tmp_path, config):
     model = get_peft_model(tiny_model(), config)
-    assert isinstance(make_teacher(model, "auto", sharded=True), AdaptersOff)
+    assert isinstance(make_teacher(model, "base", sharded=True), AdaptersOff)
     run, _ = make(tmp_path, peft=False, model=model)
     before = weights(run)
     run.train()

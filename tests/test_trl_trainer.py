@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from egrsd_kernels import fused_egrsd_loss
 from egrsd_kernels.rl import WelfordAdvantage
 from egrsd_kernels.rollouts import write_token_report
 from egrsd_kernels.trl import EGRSDConfig, EGRSDTrainer
@@ -39,10 +40,10 @@ from tests.support.trl_tiny import (
 SETTINGS = {
     "lora": {},
     "lora, checkpointed": {"gradient_checkpointing": True},
-    "lora, frozen": {"teacher": "frozen"},
-    "lora, ema": {"teacher": "ema", "teacher_ema_decay": 0.5},
+    "lora, frozen": {"teacher_model_kind": "frozen"},
+    "lora, ema": {"teacher_model_kind": "ema", "teacher_update_rate": 0.5},
     "full": {"peft": False},
-    "full, copy": {"peft": False, "teacher": "copy", "teacher_copy_steps": 1},
+    "full, copy": {"peft": False, "teacher_model_kind": "ema", "teacher_update_rate": 1.0},
     "rlsd": {"gamma": 0.0},
     "reinforce": {"gamma": 0.0, "clip_eps": 0.0},
     "no lookahead": {"lookahead": 0},
@@ -196,6 +197,32 @@ def test_the_scale_and_the_normaliser_are_the_steps(tmp_path, scale):
             assert inputs["entropy_scale"].item() == pytest.approx(expected)
 
 
+def test_the_discounted_lookahead_is_the_losss(tmp_path):
+    """Its numbers, and the scale after it (Algorithm 1)."""
+    window = {"lookahead": 3, "lookahead_filter": "discounted", "lookahead_decay": 0.6}
+    run, _ = make(tmp_path, max_steps=1, entropy_scale="batch_max_lookahead", min_entropy_scale=0.01, **window)
+    base = run.model.get_base_model()
+
+    @torch.no_grad()
+    def expected(inputs, _):
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        hidden = base.model(ids, mask, (mask.cumsum(1) - 1).clamp(min=0)).last_hidden_state
+        arguments = hidden[:, inputs["prompt_ids"].shape[1] - 1 : -1], base.lm_head.weight, None
+        names = ("teacher_logp", "teacher_entropy", "normalizer", "entropy_scale")
+        options = {name: inputs[name] for name in names} | {"mask": inputs["completion_mask"], "gamma": 0.8}
+        arguments += inputs["completion_ids"], inputs["advantages"]
+        loss, stats = fused_egrsd_loss(*arguments, **options, **window, return_stats=True)
+        least = fused_egrsd_loss(*arguments, **options, lookahead=3, return_stats=True)[1]
+        return loss.item(), stats.lookahead_entropy.max().item(), least.lookahead_entropy.max().item()
+
+    spy = Spy(run, expected)
+    run.train()
+    losses, peaks, least = zip(*(expected for _, expected in spy.results), strict=True)
+    assert [loss for loss, _ in spy.results] == pytest.approx(losses)
+    assert spy.calls[0]["entropy_scale"].item() == pytest.approx(max(peaks)) and max(peaks) > 1.01 * max(least)
+
+
 # --------------------------------------------------------------------------------------------------------- no logits
 
 
@@ -317,24 +344,31 @@ class Track(TrainerCallback):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("kind", ["frozen", "ema", "copy"])
-def test_how_the_teacher_moves(tmp_path, kind):
+@pytest.mark.parametrize(
+    "options, rate, every",
+    [
+        ({"teacher_model_kind": "frozen"}, 0.0, 1),
+        ({"teacher_model_kind": "ema", "teacher_update_rate": 0.25}, 0.25, 1),
+        ({"teacher_model_kind": "ema", "teacher_update_rate": 0.25, "teacher_sync_steps": 3}, 0.25, 3),
+        ({"teacher_model_kind": "ema", "teacher_update_rate": 1.0, "teacher_sync_steps": 2}, 1.0, 2),
+        ({"teacher": "ema", "teacher_ema_decay": 0.75, "teacher_copy_steps": 2}, 0.25, 1),
+        ({"teacher": "copy", "teacher_ema_decay": 0.75, "teacher_copy_steps": 2}, 1.0, 2),
+    ],
+)
+def test_how_the_teacher_moves(tmp_path, options, rate, every):
     track = Track()
-    options = {"teacher": kind, "teacher_ema_decay": 0.75, "teacher_copy_steps": 2, "max_steps": 4}
-    run, _ = make(tmp_path, peft=False, **options)
+    run, _ = make(tmp_path, peft=False, max_steps=4, **options)
     run.add_callback(track)  # after the teacher's own
     track.run = run
     start = run.teacher.kept[0].clone()
     run.train()
     expected = start
     for step, (teacher, student) in enumerate(track.seen, 1):
-        if kind == "ema":
-            expected = 0.75 * expected + 0.25 * student
-        elif kind == "copy" and step % 2 == 0:
-            expected = student
+        if step % every == 0:
+            expected = (1 - rate) * expected + rate * student
         torch.testing.assert_close(teacher, expected)
     assert not torch.equal(student, start)
-    assert torch.equal(teacher, start) == (kind == "frozen")
+    assert torch.equal(teacher, start) == (rate == 0)
 
 
 def test_the_teacher_reads_its_weights_and_gives_the_students_back(tmp_path):
@@ -531,7 +565,10 @@ def bad_row(**change) -> Dataset:
         ({"train_dataset": dataset(3)}, "train_dataset: expected at least 4 rows, the prompts of one generation"),
         ({"train_dataset": dataset(4).select([])}, "train_dataset: expected at least 4 rows, the prompts of one"),
         ({"teacher_template": [{"role": "user", "content": "?"}]}, "train_dataset, row 0: template: expected"),
-        ({"teacher": "adapters_off", "peft": False}, "teacher: 'adapters_off' expects a model with PEFT adapters"),
+        (
+            {"teacher_model_kind": "adapters_off", "peft": False},
+            "teacher_model_kind: 'adapters_off' expects a model with PEFT adapters",
+        ),
         ({"reward_funcs": None}, "reward_funcs: expected at least one"),
         ({"tools": [correct]}, "tools: not supported"),
         ({"rollout_func": correct}, "rollout_func: not supported"),
@@ -558,8 +595,9 @@ def test_teachers_that_would_not_work_are_refused():
 
     from egrsd_kernels.trl.teacher import AdaptersOff, make_teacher
 
-    with pytest.raises(ValueError, match=r"^teacher: 'ema' is not supported with sharded weights"):
+    with pytest.raises(ValueError, match=r"^teacher_model_kind: 'ema' is not supported with sharded weights"):
         make_teacher(tiny_model(), "ema", sharded=True)
-    with pytest.raises(ValueError, match=r"^teacher: 'ema' expects trained weights in float32, got torch.bfloat16"):
-        make_teacher(tiny_model().bfloat16(), "ema", sharded=False)
-    assert isinstance(make_teacher(get_peft_model(tiny_model(), LORA), "auto", sharded=True), AdaptersOff)
+    with pytest.raises(ValueError, match=r"^teacher_model_kind: 'ema' expects trained weights in float32, got torch.b"):
+        make_teacher(tiny_model().bfloat16(), "ema", sharded=False, update_rate=0.5)
+    assert make_teacher(tiny_model().bfloat16(), "ema", sharded=False, update_rate=1.0).moves  # copies round nothing
+    assert isinstance(make_teacher(get_peft_model(tiny_model(), LORA), "base", sharded=True), AdaptersOff)

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
     columns = TextColumn("{task.description:<8}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
     console = Console(stderr=True)
     try:
-        # For somebody who watches, and gone when done: what stays is the result.
+        # The bar is for a terminal, and goes when the page is written.
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
             rollouts = _latest(find_rollout_files(args.rollouts), args.last, progress)
             if not rollouts:

@@ -51,7 +51,7 @@ def add_parser(subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train what is not finished; write and print the results. A :class:`CommandError` if a cell has none."""
     for package in ("trl", "rich", "matplotlib"):
-        if find_spec(package) is None:  # found out now, not after the trainings
+        if find_spec(package) is None:  # else a sweep would fail after its trainings
             raise CommandError(f"a sweep needs {package}: {how_to_install('trl')}")
     from rich.console import Console
 
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
     output = args.output or Path(f"{source.stem}-sweep")
     copy = _keep_config(output / "config.yaml", source, args.overrides)
 
-    # Under a schedule, γ = 0 is where it begins.
+    # With a schedule, gamma is where γ begins: gamma = 0 does not leave the gates open.
     constant = not any("gamma_schedule" in key.replace("-", "_") for key in (*config, *args.overrides))
     runs = {}
     for gamma, lookahead, seed in product(args.gamma, args.lookahead, seeds):
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
     commands = {
         folder: [*TRAIN, str(copy), *args.overrides, f"--output_dir={folder}"]
         + [f"--{name}={value}" for name, value in zip(KEYS, run, strict=True)]
-        # Without a checkpoint a run begins anew, in the place of what it has left.
+        # A run without a checkpoint begins anew and replaces what it has left.
         + ["--resume" if any(folder.glob("checkpoint-*")) else "--overwrite_output_dir=True"]
         for run, folder in folders.items()
         if not is_finished(folder)

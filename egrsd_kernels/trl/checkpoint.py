@@ -1,7 +1,7 @@
-"""Which run goes on, and what it needs beside TRL's own checkpoint to go on bit for bit.
+"""Which run may go on, and what it needs beside TRL's own checkpoint to go on bit for bit.
 
-That is one small file for each process. It holds the settings of its run too: a run of other settings does not go on
-from it unless told to, and none begins in a folder that holds another one's.
+Each process writes one small file into a checkpoint. The file holds the run's settings too: a run of other settings is
+refused unless resume_changed is set. A new run is refused in a folder that holds another run.
 """
 
 import hashlib
@@ -29,6 +29,7 @@ from egrsd_kernels.rl import Message
 
 from .config import EGRSDConfig
 from .errors import CheckpointError, Finished
+from .former import in_present_words
 
 logger = logging.getLogger(__name__)
 STATE = ("step", "rollouts", "metrics", "welford", "teacher")  # what a trainer goes on with
@@ -36,6 +37,8 @@ STATE = ("step", "rollouts", "metrics", "welford", "teacher")  # what a trainer 
 UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, SafetensorError,
               pickle.UnpicklingError)  # fmt: skip
 SAMPLED_ROWS = 64
+# What a run was before these settings existed.
+BEFORE = {"lookahead_filter": "minimum", "lookahead_decay": 1.0, "teacher_sync_steps": 1}
 
 
 # ------------------------------------------------------------------------------------------------- which run goes on
@@ -79,7 +82,7 @@ def check_start(config: EGRSDConfig, checkpoint: str | None, settings: Mapping[s
         if step_of(checkpoint) is None:
             file = Path(checkpoint, "trainer_state.json")
             raise CheckpointError(f"resume_from_checkpoint: {file} is missing or damaged: the checkpoint is not whole")
-        saved = read_state(config, checkpoint, mmap=True).get("settings", {})  # older checkpoints have none
+        saved = _settings(read_state(config, checkpoint, mmap=True))
         mine = config.of_the_run() if settings is None else settings
         # Not every version of TRL has every setting.
         changed = [name for name in mine if name in saved and saved[name] != mine[name]]
@@ -96,6 +99,12 @@ def check_start(config: EGRSDConfig, checkpoint: str | None, settings: Mapping[s
             f"output_dir: {config.output_dir} holds another run ({names}): resume that, take another folder, "
             "or set overwrite_output_dir=True, which removes them"
         )
+
+
+def _settings(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint's settings, in words of today; the first versions saved none."""
+    saved = state.get("settings")
+    return BEFORE | in_present_words(saved) if saved else {}
 
 
 def last_checkpoint(output_dir: str) -> str:
@@ -165,7 +174,7 @@ def _traces(config: EGRSDConfig) -> list[Path]:
 
 
 def _make_room(config: EGRSDConfig, checkpoint: str | None) -> None:
-    """Remove what another run, or this one under other settings, has left; it has been agreed to."""
+    """Remove what another run, or this one under other settings, has left. :func:`check_start` saw that it may go."""
     if not _own(config, checkpoint):
         old = _traces(config)
     elif config.resume_changed:  # what comes after the checkpoint was done under other settings

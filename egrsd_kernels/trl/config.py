@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -10,21 +12,24 @@ from trl import GRPOConfig
 
 from egrsd_kernels.backends import DEFAULT_SPARSE_TOL
 from egrsd_kernels.checks import expect, integer, number
-from egrsd_kernels.credit import TAU_HIGH, TAU_LOW
+from egrsd_kernels.credit import ENTROPY_SCALES, FILTERS, TAU_HIGH, TAU_LOW
+
+from .former import RENAMED, check_former, in_present_words
 
 CHOICES = {
     "advantage": ("welford", "group"),
     "backend": ("auto", "triton", "torch"),
-    "grad_mode": ("exact", "sparse", "auto"),
+    "grad_mode": ("exact", "sparse"),
+    "lookahead_filter": FILTERS,
     "gamma_schedule": ("constant", "linear", "cosine"),
     "loss_type": ("dapo", "dr_grpo"),
-    "teacher": ("auto", "adapters_off", "frozen", "ema", "copy"),
+    "teacher_model_kind": ("base", "adapters_off", "frozen", "ema"),
 }
 # Whole numbers; and others, which are at least 0.
 AT_LEAST = {
     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
     "num_generations": 1, "num_iterations": 1, "max_completion_length": 1, "welford_warmup_steps": 1,
-    "teacher_copy_steps": 1, "chunk_mib": 1, "lookahead": 0, "rollout_steps": 0, "seed": 0, "data_seed": 0,
+    "teacher_sync_steps": 1, "chunk_mib": 1, "lookahead": 0, "rollout_steps": 0, "seed": 0, "data_seed": 0,
 }  # fmt: skip
 BOUNDS = {
     "learning_rate": {},
@@ -37,11 +42,12 @@ BOUNDS = {
     "min_entropy_scale": {"strict": True},
     "sparse_tol": {"high": 1, "strict": True},
     "length_beta": {},
-    "teacher_ema_decay": {"high": 1},
+    "lookahead_decay": {"high": 1, "strict": True},
+    "teacher_update_rate": {"high": 1},
     "tau_low": {},
     "tau_high": {"high": 1},
 }
-ENTROPY_SCALES = ("batch_max", "batch_max_lookahead", "log_vocab")
+SCALES = (*ENTROPY_SCALES, "log_vocab")
 
 # What TRL's objective has and this loss has not: ignoring such a setting in silence would be worse than an error.
 NOT_OURS = (
@@ -52,8 +58,8 @@ NOT_OURS = (
 GROUP_ONLY = ("multi_objective_aggregation", "scale_rewards")
 PARALLEL = {"tp_size": "tensor", "cp_size": "context", "sp_size": "sequence"}
 
-# What makes a run another one: all settings of ours but these, and these of TRL's and of transformers'. Not how long it
-# is, nor what it logs, saves and writes.
+# A run is told by all settings of ours but SAME_RUN, and by OTHER_RUN of TRL's and transformers'. Its length may
+# change, and what it logs, saves and writes.
 SAME_RUN = ("backend", "chunk_mib", "rollout_steps", "tau_low", "tau_high", "overwrite_output_dir", "resume_changed")
 OTHER_RUN = (
     "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "chat_template_kwargs", "data_seed", "fp16",
@@ -63,8 +69,8 @@ OTHER_RUN = (
     "per_device_train_batch_size", "repetition_penalty", "reward_weights", "scale_rewards", "seed", "shuffle_dataset",
     "steps_per_generation", "temperature", "top_k", "top_p", "warmup_ratio", "warmup_steps", "weight_decay",
 )  # fmt: skip
-# What says something of one kind of teacher only; whether a checkpoint's is of another kind, it knows itself.
-MOVING_TEACHER = {"ema": "teacher_ema_decay", "copy": "teacher_copy_steps"}
+# Which teacher, with the defaults. A run is told by them where its teacher moves; the checkpoint knows the other kinds.
+TEACHER = {"teacher_model_kind": "base", "teacher_update_rate": 0.001, "teacher_sync_steps": 1}
 
 
 @dataclass
@@ -89,6 +95,16 @@ class EGRSDConfig(GRPOConfig):
     )
     gate_floor: float = field(default=0.1, metadata={"help": "Lower bound of the gate."})
     lookahead: int = field(default=0, metadata={"help": "Lookahead window W in tokens. 0 is EGRSD, more CL-EGRSD."})
+    lookahead_filter: str = field(
+        default="minimum",
+        metadata={
+            "help": 'How entropies are filtered over the window: "minimum", of H_j; "discounted", the minimum of '
+            "lookahead_decay^-(j - t) H_j."
+        },
+    )
+    lookahead_decay: float = field(
+        default=1.0, metadata={"help": 'λ in (0, 1], of the filter "discounted"; 1 is the minimum.'}
+    )
     clip_eps: float = field(default=0.2, metadata={"help": "ε: the magnitude is clipped to 1 ± ε. 0 turns it off."})
     entropy_scale: str = field(
         default="batch_max",
@@ -117,22 +133,29 @@ class EGRSDConfig(GRPOConfig):
         metadata={"help": "β_L: the largest bonus for a short response, where the sum of its rewards is positive."},
     )
     solution_column: str = field(default="solution", metadata={"help": "Dataset column of the reference solution."})
-    teacher: str = field(
-        default="auto",
+    # These three are TRL's words. None is the default that the help states; it tells what is given from what is not.
+    teacher_model_kind: str | None = field(
+        default=None,
         metadata={
             "help": '"adapters_off": the base model under the adapters; "frozen": a copy of the trained weights as '
-            'they were at the start; "ema": their moving average; "copy": their copy every teacher_copy_steps; '
-            '"auto": adapters_off with adapters, else frozen.'
+            'they were at the start; "ema": their moving average; "base": adapters_off with adapters, else frozen. '
+            'Default: "base".'
         },
     )
-    teacher_ema_decay: float = field(default=0.999, metadata={"help": "Decay of the EMA teacher, each step."})
-    teacher_copy_steps: int = field(default=100, metadata={"help": "Optimizer steps between hard copies."})
+    teacher_update_rate: float | None = field(
+        default=None,
+        metadata={"help": "Share of the student in each update of the EMA teacher; 1: a copy. Default: 0.001."},
+    )
+    teacher_sync_steps: int | None = field(
+        default=None, metadata={"help": "Optimizer steps between updates of the EMA teacher. Default: 1."}
+    )
     backend: str = field(default="auto", metadata={"help": 'Kernels: "auto", "triton" or "torch".'})
     chunk_mib: int = field(default=1024, metadata={"help": "The most working memory of the loss, MiB."})
     grad_mode: str = field(
         default="exact",
         metadata={
-            "help": '"exact"; "sparse": leaves out what carries little of the gradient, within sparse_tol; "auto".'
+            "help": '"exact"; or, experimental, "sparse": leaves out what carries little of the gradient, within '
+            "sparse_tol."
         },
     )
     sparse_tol: float = field(
@@ -152,29 +175,25 @@ class EGRSDConfig(GRPOConfig):
     resume_changed: bool = field(
         default=False, metadata={"help": "Resume from a checkpoint although this run's settings are others."}
     )
+    teacher: str | None = field(default=None, metadata={"help": "Deprecated: teacher_model_kind."})
+    teacher_ema_decay: float | None = field(
+        default=None, metadata={"help": "Deprecated: teacher_update_rate, which is 1 less this."}
+    )
+    teacher_copy_steps: int | None = field(default=None, metadata={"help": "Deprecated: teacher_sync_steps."})
 
     def __post_init__(self):
         self._check_parallelism()
         why = "False: reward functions read the columns that it would remove"
         expect(not self.remove_unused_columns, "remove_unused_columns", self.remove_unused_columns, why)
-        # Before TRL divides by some of them.
-        theirs = {f.name for f in fields(GRPOConfig)}
-        checks = [(integer, name, {"low": low}) for name, low in AT_LEAST.items()]
-        checks += [(number, name, {"low": 0} | bounds) for name, bounds in BOUNDS.items()]
-        for check, name, bounds in checks:
-            value = getattr(self, name)
-            if value is not None or name not in theirs:  # what None means there is for TRL to say
-                setattr(self, name, check(name, value, **bounds))
+        self._take_former_names()
+        for name, default in TEACHER.items():
+            if getattr(self, name) is None:
+                setattr(self, name, default)
+        self._check_values()  # before TRL divides by some of them
         super().__post_init__()
         for name, ours in {"max_new_tokens": "max_completion_length", "temperature": "temperature"}.items():
             absent = name not in (self.generation_kwargs or {})
             expect(absent, "generation_kwargs", self.generation_kwargs, f"no {name}: set {ours}, which the loss reads")
-        for name, allowed in CHOICES.items():
-            expect(getattr(self, name) in allowed, name, getattr(self, name), "one of " + ", ".join(allowed))
-        expect(self.tau_low < self.tau_high, "tau_low", self.tau_low, f"less than tau_high = {self.tau_high}")
-        self._check_schedule()
-        if self.entropy_scale not in ENTROPY_SCALES:
-            self.entropy_scale = _nats("entropy_scale", self.entropy_scale)
 
         defaults = {f.name: f.default for f in fields(GRPOConfig)}
         for name in NOT_OURS:
@@ -194,6 +213,43 @@ class EGRSDConfig(GRPOConfig):
         expected = f"a multiple of gradient_accumulation_steps = {accumulation}"
         whole = self.steps_per_generation % accumulation == 0
         expect(whole, "steps_per_generation", self.steps_per_generation, expected)
+
+    def _take_former_names(self) -> None:
+        """Say by their present names what is given by former ones."""
+        if self.grad_mode == "auto":
+            self.grad_mode = "exact"
+            _deprecated("grad_mode='auto'", "grad_mode='exact'")
+        former = {name: getattr(self, name) for name in RENAMED if getattr(self, name) is not None}
+        if not former:
+            return
+        check_former(former)
+        present = in_present_words(former)
+        words = " and ".join(f"{name}={value!r}" for name, value in former.items())
+        for name, value in present.items():
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name}: given twice, also by the former {words}: leave that out")
+            setattr(self, name, value)
+        for name in former:
+            setattr(self, name, None)
+        _deprecated(words, ", ".join(f"{name}={value!r}" for name, value in present.items()))
+
+    def _check_values(self) -> None:
+        """Each setting by itself, and what only settings of ours say of one another."""
+        optional = {f.name for f in fields(GRPOConfig)}.difference(CHOICES)  # TRL says what None means there
+        checks = [(integer, name, {"low": low}) for name, low in AT_LEAST.items()]
+        checks += [(number, name, {"low": 0} | bounds) for name, bounds in BOUNDS.items()]
+        checks += [(_one_of, name, {"allowed": allowed}) for name, allowed in CHOICES.items()]
+        for check, name, bounds in checks:
+            value = getattr(self, name)
+            if value is not None or name not in optional:
+                setattr(self, name, check(name, value, **bounds))
+        expect(self.tau_low < self.tau_high, "tau_low", self.tau_low, f"less than tau_high = {self.tau_high}")
+        fits = self.lookahead_decay == 1 or self.lookahead_filter == "discounted"
+        why = f'1, since lookahead_filter is "{self.lookahead_filter}"'
+        expect(fits, "lookahead_decay", self.lookahead_decay, why)
+        if self.entropy_scale not in SCALES:
+            self.entropy_scale = _nats("entropy_scale", self.entropy_scale)
+        self._check_schedule()
 
     def _check_schedule(self) -> None:
         if self.gamma_schedule == "constant":
@@ -224,9 +280,9 @@ class EGRSDConfig(GRPOConfig):
     def of_the_run(self) -> dict[str, Any]:
         """The settings that a run cannot change and remain the same run, as JSON has them."""
         ours = {f.name for f in fields(self)} - {f.name for f in fields(GRPOConfig)}
-        names = ours.difference(SAME_RUN, ("teacher",), MOVING_TEACHER.values()).union(OTHER_RUN)
-        if self.teacher in MOVING_TEACHER:
-            names |= {"teacher", MOVING_TEACHER[self.teacher]}
+        names = ours.difference(SAME_RUN, RENAMED, TEACHER).union(OTHER_RUN)
+        if self.teacher_model_kind == "ema":
+            names |= TEACHER.keys()
         return json.loads(json.dumps({name: getattr(self, name) for name in sorted(names) if hasattr(self, name)}))
 
     def gamma_at(self, step: int, max_steps: int) -> float:
@@ -239,9 +295,19 @@ class EGRSDConfig(GRPOConfig):
         return self.gamma + (self.gamma_end - self.gamma) * done
 
 
+def _deprecated(old: str, new: str) -> None:
+    """Warn where the config is made: below this are _take_former_names, __post_init__ and __init__."""
+    warnings.warn(f"{old}: deprecated, write {new}", FutureWarning, stacklevel=5)
+
+
+def _one_of(name: str, value: object, allowed: Sequence[str]) -> str:
+    expect(value in allowed, name, value, "one of " + ", ".join(allowed))
+    return value
+
+
 def _nats(name: str, value: object) -> float:
     try:  # a command line passes text
         value = float(value)
     except (TypeError, ValueError):
-        expect(False, name, value, f"one of {', '.join(ENTROPY_SCALES)}, or nats")
+        expect(False, name, value, f"one of {', '.join(SCALES)}, or nats")
     return number(name, value, low=0, strict=True)

@@ -12,7 +12,7 @@ from datasets import Dataset
 from egrsd_kernels.rl import Message, teacher_messages
 
 BATCH = 512  # rows that are tokenised in one call
-# No tokenizer makes more tokens of a byte, so that short texts need not be counted.
+# No tokenizer makes more tokens of a byte than this, so short texts need no counting.
 TOKENS_PER_BYTE = 4
 REASONING = ("reasoning_content", "reasoning", "thinking")  # where messages keep text beside their content
 
@@ -66,10 +66,10 @@ def context_window(config: Any) -> int | None:
     alibi = getattr(config, "alibi", False) or getattr(config, "position_embedding_type", None) == "alibi"
     if window <= 0 or alibi:
         return None
-    # Command R's is there.
+    # Command R states its window there.
     window = max(window, getattr(config, "model_max_length", None) or 0)
-    # These scalings are switched on beside the window as it was. With others, and where each kind of layer has a
-    # scaling of its own, the config states the extended window.
+    # With these scalings the config states the window before the extension. With others, and where each kind of layer
+    # has a scaling of its own, it states the extended window.
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     if (rope.get("rope_type") or rope.get("type")) in ("linear", "dynamic", "yarn"):
         original = rope.get("original_max_position_embeddings") or config.max_position_embeddings

@@ -12,7 +12,7 @@ from egrsd_kernels.rollouts import Rollout
 
 
 def rollout_file(output_dir: str, step: int) -> Path:
-    """Where the rollouts of an optimizer step go, written whole: a resumed run replaces what it does again."""
+    """The file of an optimizer step's rollouts. It is written whole: a resumed run replaces those it repeats."""
     return Path(output_dir, "rollouts", f"rollouts-step{step:06d}.jsonl")
 
 

@@ -28,7 +28,7 @@ def hand_out_hidden_states(model: nn.Module) -> None:
     if code is _reading_forward(type(model), "").__code__:  # an earlier trainer's
         model.forward = below
         return
-    # An earlier trainer's may lie further below, and looks for its own.
+    # An earlier trainer's forward may lie further below; it looks up a place of its own.
     place = f"_forward_below_{sum(name.startswith('_forward_below_') for name in vars(model))}"
     setattr(model, place, below)
     # A method and no closure over the model: deepcopy binds it to the copy.

@@ -4,8 +4,8 @@ A model may transform hidden states before its head, and scale, cap, mask or cut
 can know that of the next model, so the model is asked, with 16 tokens and three forwards:
 
 1. The head returns a ladder of chosen numbers, from tiny to huge of both signs. What the forward makes of them shows
-   the factor and the softcap behind the head. The last token is another one here: what enters the head before it may
-   not depend on that.
+   the factor and the softcap behind the head. The last token differs from that of the other forwards: what enters the
+   head before it may not depend on it.
 2. The model's own logits.
 3. Our logits, from the hidden states that the loss will read.
 

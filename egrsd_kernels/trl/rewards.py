@@ -1,4 +1,4 @@
-"""What reward functions return: checked where they return it; what no statistics could hold is taken out."""
+"""The check of what reward functions return. What no statistics could hold is taken out of it."""
 
 import functools
 import math

@@ -13,8 +13,8 @@ from .proof import evaluating
 from .teacher import refuse_trained_teacher
 
 PADDING, TOKENS = 16, 4
-# A right model's readings of one row differ by less than one rounding of its embeddings does, in 16 bits by nothing
-# mostly. What reads its padding is off by tenths.
+# A model that ignores its padding reads a row with and without it alike: the difference is below that of one rounding
+# of its embeddings, and mostly 0 in 16 bits. A model that reads its padding is off by tenths.
 ROUNDINGS, NEGLIGIBLE = 3, 1e-3
 
 

@@ -107,7 +107,7 @@ def train(trainer: EGRSDTrainer, checkpoint: str | None = None) -> None:
     except Finished:
         if step_of(trainer.args.output_dir) == trainer.state.global_step:
             raise
-        # Ended after its last checkpoint, before what follows.
+        # The run ended after its last checkpoint, before its model was saved.
     trainer.save_model()
     trainer.save_state()  # last: whoever finds it knows that the run is complete
     trainer.accelerator.end_training()

@@ -11,6 +11,7 @@ from typing import Any
 from trl import ModelConfig, TrlParser
 
 from .config import EGRSDConfig
+from .former import RENAMED
 
 
 @dataclass
@@ -56,8 +57,12 @@ def parse_settings(
     parser = TrlParser(KINDS, allow_abbrev=False, exit_on_error=False)
     parser.set_defaults(output_dir="")  # TrainingArguments would make one up
     options = []
+    named = {option[2:].split("=")[0].replace("-", "_") for option in overrides if option.startswith("--")}
+    named_now = {RENAMED.get(name, name) for name in named}
     for key, value in config.items():
         _expect_known(key, hints)
+        if RENAMED.get(key, key) in named_now and key not in named:  # overridden by its other name
+            continue
         if value is None or isinstance(value, (list, Mapping)):
             if not any(_fits(value, kind) for kind in _members(hints[key])):
                 raise ValueError(f"{key}: expected {_text(hints[key])}, got {value!r}")

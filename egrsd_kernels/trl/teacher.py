@@ -41,7 +41,7 @@ class AdaptersOff:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
-            raise CheckpointError("teacher: the checkpoint was written with another kind of teacher")
+            raise CheckpointError("teacher_model_kind: the checkpoint was written with another kind of teacher")
 
 
 class EarlierWeights:
@@ -73,10 +73,10 @@ class EarlierWeights:
             kept.copy_(student)
 
     @torch.no_grad()
-    def move(self, decay: float) -> None:
-        """kept = decay · kept + (1 − decay) · own; decay 0 is a hard copy."""
+    def move(self, rate: float) -> None:
+        """kept = (1 − rate) · kept + rate · own; rate 1 is a copy."""
         for own, kept in zip(self.own, self.kept, strict=True):
-            kept.lerp_(own, 1 - decay)
+            kept.lerp_(own, rate)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: the weights where they move, else a digest to recognise them by."""
@@ -84,7 +84,7 @@ class EarlierWeights:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state.keys() != self.state_dict().keys():
-            raise CheckpointError("teacher: the checkpoint was written with another kind of teacher")
+            raise CheckpointError("teacher_model_kind: the checkpoint was written with another kind of teacher")
         if self.moves:
             for kept, saved in zip(self.kept, state["kept"], strict=True):
                 kept.copy_(saved)
@@ -99,27 +99,26 @@ class EarlierWeights:
 
 
 class MoveTeacher(TrainerCallback):
-    """Moves an EMA teacher after every optimizer step, and a hard copy every teacher_copy_steps."""
+    """Moves an EMA teacher every teacher_sync_steps, by teacher_update_rate."""
 
     def __init__(self, teacher: EarlierWeights):
         self.teacher = teacher
 
     def on_step_end(self, args, state, control, **kwargs):
-        if args.teacher == "ema":
-            self.teacher.move(args.teacher_ema_decay)
-        elif state.global_step % args.teacher_copy_steps == 0:
-            self.teacher.move(0.0)
+        if state.global_step % args.teacher_sync_steps == 0:
+            self.teacher.move(args.teacher_update_rate)
 
 
-def make_teacher(model: nn.Module, kind: str, sharded: bool) -> AdaptersOff | EarlierWeights:
-    """The teacher that the setting ``teacher`` names; sharded: the weights are spread over processes."""
+def make_teacher(model: nn.Module, kind: str, sharded: bool, update_rate: float = 1.0) -> AdaptersOff | EarlierWeights:
+    """The teacher that ``teacher_model_kind`` names; sharded: the weights are spread over processes."""
     adapters = is_peft_model(model)
-    if kind == "auto":
+    if kind == "base":
         kind = "adapters_off" if adapters else "frozen"
     if kind == "adapters_off":
         if not adapters:
-            raise ValueError("teacher: 'adapters_off' expects a model with PEFT adapters")
-        if sharded:  # by name, as PEFT tells what it trains; elsewhere by what a forward uses
+            raise ValueError("teacher_model_kind: 'adapters_off' expects a model with PEFT adapters")
+        if sharded:
+            # Names tell, as they tell PEFT what it trains. Of other models roles.py asks what a forward uses.
             owned = (getattr(model.base_model, "prefix", "prompt_encoder"), "modules_to_save.", "trainable_tokens_")
             trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
             refuse_trained_teacher([name for name in trained if not any(part in name for part in owned)])
@@ -127,12 +126,13 @@ def make_teacher(model: nn.Module, kind: str, sharded: bool) -> AdaptersOff | Ea
     if sharded:
         # Sharding replaces the parameters after this point. And FSDP2 keeps the root's gathered after a forward
         # without a backward, so that the student would read the teacher's.
-        raise ValueError(f"teacher: {kind!r} is not supported with sharded weights; train adapters")
+        raise ValueError(f"teacher_model_kind: {kind!r} is not supported with sharded weights; train adapters")
     teacher = EarlierWeights(model, moves=kind != "frozen")
     halves = {str(weight.dtype) for weight in teacher.own if weight.dtype.itemsize < 4}
-    if kind == "ema" and halves:
+    if kind == "ema" and update_rate < 1 and halves:
         # Its small moves would round to nothing.
-        raise ValueError(f"teacher: 'ema' expects trained weights in float32, got {', '.join(sorted(halves))}")
+        got = ", ".join(sorted(halves))
+        raise ValueError(f"teacher_model_kind: 'ema' expects trained weights in float32, got {got}")
     return teacher
 
 
@@ -140,9 +140,9 @@ def refuse_trained_teacher(names: Sequence[str]) -> None:
     """A ValueError where these weights, which are trained, are the teacher's too. names: the model's, of parameters."""
     if names:
         raise ValueError(
-            f"teacher: 'adapters_off' expects that without its adapters the model is as it was before training, but "
-            f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''} would be trained and stay; "
-            "use bias=\"none\", freeze it, or take teacher='frozen'"
+            "teacher_model_kind: 'adapters_off' expects that without its adapters the model is as it was before "
+            f"training, but {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''} would be trained and stay; "
+            "use bias=\"none\", freeze it, or take 'frozen'"
         )
 
 

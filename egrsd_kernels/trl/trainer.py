@@ -33,7 +33,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from egrsd_kernels import TokenStats, fused_egrsd_loss, token_statistics
-from egrsd_kernels.credit import Lookahead, lookahead_entropy
+from egrsd_kernels.credit import Lookahead, batch_max, lookahead_entropy
 from egrsd_kernels.rl import TWO_TURN, Message, WelfordAdvantage, length_shaped_reward
 from egrsd_kernels.rollouts import Rollout, write_rollouts
 
@@ -141,7 +141,7 @@ class EGRSDTrainer(GRPOTrainer):
         hand_out_hidden_states(base)
         zero_stage = getattr(self.accelerator.state.deepspeed_plugin, "zero_stage", 0)
         self._sharded = self.is_fsdp_enabled or zero_stage == 3
-        self.teacher = make_teacher(self.model, args.teacher, self._sharded)
+        self.teacher = make_teacher(self.model, args.teacher_model_kind, self._sharded, args.teacher_update_rate)
         if self.teacher.moves:
             self.add_callback(MoveTeacher(self.teacher))
         self._proved = False
@@ -331,7 +331,7 @@ class EGRSDTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs):
         if not self._proved:  # weights that were elsewhere at construction
             self._prove()
-        # Before generating: rows of a stream are seen here first.
+        # A stream's rows are seen here first, so they are checked before anything is generated.
         conversations = self._reader.read([(row_name(f"{self._mode}_dataset", example), example) for example in inputs])
         output = super()._generate_and_score_completions(inputs)
         start = self.accelerator.process_index * len(inputs)
@@ -387,11 +387,12 @@ class EGRSDTrainer(GRPOTrainer):
         entropy, mask = batch["teacher_entropy"], batch["completion_mask"].bool()  # entropy is 0 where masked
         scale = self.args.entropy_scale
         if scale == "batch_max":
-            peak = entropy.max()
+            peak = batch_max(entropy)
         elif scale == "batch_max_lookahead":
             rows, width = mask.shape
             last = torch.arange(rows, device=mask.device).repeat_interleave(width) * width + width - 1
-            peak = lookahead_entropy(entropy.flatten(), mask.flatten(), last, Lookahead(self.args.lookahead)).max()
+            window = Lookahead(self.args.lookahead, self.args.lookahead_filter, self.args.lookahead_decay)
+            peak = batch_max(lookahead_entropy(entropy.flatten(), mask.flatten(), last, window))
         else:
             peak = entropy.new_tensor(math.log(self._vocab_size) if scale == "log_vocab" else scale)
         dr_grpo = self.args.loss_type == "dr_grpo"
@@ -419,6 +420,8 @@ class EGRSDTrainer(GRPOTrainer):
                 gamma=self.gamma,
                 gate_floor=args.gate_floor,
                 lookahead=args.lookahead,
+                lookahead_filter=args.lookahead_filter,
+                lookahead_decay=args.lookahead_decay,
                 clip_eps=args.clip_eps,
                 entropy_scale=inputs["entropy_scale"],
                 min_entropy_scale=args.min_entropy_scale,
