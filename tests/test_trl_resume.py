@@ -179,6 +179,7 @@ def test_a_run_of_other_settings_is_not_taken_for_this_one(saved, tmp_path, chan
     assert line.endswith("; resume_changed=True goes on from it all the same")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_in_former_words_is_understood(tmp_path):
     options = {"peft": False, "teacher_model_kind": "ema", "teacher_update_rate": 0.001, "max_steps": 2}
     run, _ = make(tmp_path / "a", **options | SAVED)
