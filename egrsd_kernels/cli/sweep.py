@@ -137,7 +137,7 @@ def train_all(commands: Mapping[Path, Sequence[str]], jobs: int) -> dict[Path, i
     from rich.progress import Progress
 
     gpus = _visible_gpus()
-    slots = queue.SimpleQueue()
+    slots: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     for job in range(jobs):
         slots.put(gpus[job % len(gpus)] if gpus else None)
 

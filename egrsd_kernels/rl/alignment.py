@@ -13,7 +13,7 @@ states of each response token into (B, T, D) tensors whose entries [b, t] belong
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class AlignedBatch:
 
     def to(self, device: torch.device | str) -> "AlignedBatch":
         """The same batch on ``device``."""
-        moved = {
+        moved: dict[str, Any] = {
             name: {key: tensor.to(device) for key, tensor in value.items()}
             if isinstance(value, dict)
             else value.to(device)
@@ -70,8 +70,8 @@ def align_responses(
     Raises:
         TypeError, ValueError: naming the argument, what it got and what it expects.
     """
-    prompts = {"student_prompts": student_prompts, "teacher_prompts": teacher_prompts}
-    prompts = {name: checks.token_ids(name, value) for name, value in prompts.items()}
+    given = {"student_prompts": student_prompts, "teacher_prompts": teacher_prompts}
+    prompts = {name: checks.token_ids(name, value) for name, value in given.items()}
     responses = checks.token_ids("responses", responses)
     counts = *map(len, prompts.values()), len(responses)
     if len(set(counts)) > 1:

@@ -7,7 +7,7 @@ from egrsd_kernels import checks
 from egrsd_kernels.checks import expect, number
 
 
-def length_shaped_reward(correct: Tensor, lengths: Tensor, max_length: int, beta: float = 0.5) -> Tensor:
+def length_shaped_reward(correct: Tensor, lengths: Tensor, max_length: float, beta: float = 0.5) -> Tensor:
     """r = 1[correct] · (1 + β_L (1 − |y| / L_max)): a correct answer earns more the shorter it is.
 
     A wrong answer earns 0, and so does one that no verifier could judge: pass False for it. Every reward therefore lies

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from .record import NUMBERS, OPTIONAL_NUMBERS, Rollout
 
@@ -145,7 +145,8 @@ def _rollout(value: object) -> Rollout:
     if "reward" not in value:  # null says that nothing could judge the rollout
         raise ValueError("reward: missing")
     given = {name: value[name] for name in _FIELDS if value.get(name) is not None}
-    return Rollout(**{"reward": None} | {name: _CHECKS[name](name, field) for name, field in given.items()})
+    checked: dict[str, Any] = {name: _CHECKS[name](name, field) for name, field in given.items()}
+    return Rollout(**{"reward": None} | checked)
 
 
 def _text(name: str, value: object) -> str:
@@ -162,7 +163,7 @@ def _texts(name: str, value: object) -> list[str]:
     return texts
 
 
-def _number(name: str, value: object) -> float:
+def _number(name: str, value: Any) -> float:
     if type(value) not in (int, float):
         raise ValueError(f"{name}: expected a number, got {_kind(value)}")
     try:

@@ -123,7 +123,8 @@ def _log_vocabulary(rollout: Rollout, default: int | None) -> float:
 
 def _regime_codes(rollout: Rollout, log_v: float, tau_low: float, tau_high: float) -> list[int]:
     entropies = torch.tensor([list(rollout.entropy), list(rollout.lookahead_entropy)]).view(2, -1)
-    return token_regimes(*entropies / log_v, tau_low, tau_high).tolist()
+    now, ahead = entropies / log_v
+    return token_regimes(now, ahead, tau_low, tau_high).tolist()
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def _card(rollout: Rollout, codes: Sequence[int], thresholds: tuple[float, float
     tone = "good" if rollout.advantage > 0 else "bad" if rollout.advantage < 0 else "flat"
     step = "" if rollout.step is None else f"step {rollout.step}"
     heading = " · ".join(filter(None, (step, rollout.title)))
-    unjudged = rollout.reward is None or math.isnan(rollout.reward)
+    reward = math.nan if rollout.reward is None else rollout.reward
     title = f'<span class="title">{_escape(heading)}</span>' if heading else ""
     reference = (
         f"<details><summary>Reference solution, seen by the teacher only</summary>"
@@ -168,7 +169,7 @@ def _card(rollout: Rollout, codes: Sequence[int], thresholds: tuple[float, float
     counts = " ".join(str(codes.count(code)) for code in range(len(REGIMES)))
     return (
         f'<article><div class="facts">{title}'
-        f'<span class="pill {tone}">{"unjudged" if unjudged else f"reward {_decimal(rollout.reward)}"}</span>'
+        f'<span class="pill {tone}">{"unjudged" if math.isnan(reward) else f"reward {_decimal(reward)}"}</span>'
         f'<span class="pill {tone}">advantage {_decimal(rollout.advantage, "+")}</span>'
         f'<span class="count" data-counts="{counts}">{_count(len(rollout.tokens), "token")}</span></div>'
         f'<pre class="prompt">{_escape(rollout.prompt)}</pre>{reference}'

@@ -21,7 +21,6 @@ import torch
 from accelerate.utils import gather_object, is_peft_model, wait_for_everyone
 from datasets import Dataset
 from safetensors import SafetensorError
-from torch import nn
 from transformers import TrainerCallback, TrainerState
 from trl.trainer.utils import RepeatSampler
 
@@ -110,10 +109,10 @@ def _settings(state: Mapping[str, Any]) -> dict[str, Any]:
 def last_checkpoint(output_dir: str) -> str:
     """The latest whole checkpoint in a run's folder, or a ValueError where there is none."""
     steps = {str(folder): step_of(folder) for folder in Path(output_dir).glob("checkpoint-*")}
-    whole = [folder for folder, step in steps.items() if step is not None]
+    whole = {folder: step for folder, step in steps.items() if step is not None}
     if not whole:
         raise CheckpointError(f"resume: no checkpoint in {output_dir}")
-    return max(whole, key=steps.get)
+    return max(whole, key=whole.__getitem__)
 
 
 def step_of(folder: str | Path) -> int | None:
@@ -126,13 +125,13 @@ def step_of(folder: str | Path) -> int | None:
 
 
 def identity(
-    model: nn.Module,
+    model: Any,
     reward_names: Sequence[str],
     train_dataset: Any,
     solution_column: str,
     teacher_template: Sequence[Message],
 ) -> dict[str, Any]:
-    """What a run is beside its config, as JSON has it; nothing wraps the model yet."""
+    """What a run is beside its config, as JSON has it. model: of transformers or PEFT; nothing wraps it yet."""
     adapters = next(iter(model.peft_config.values())) if is_peft_model(model) else None
     base = model.get_base_model() if adapters else model
     named = {
@@ -175,10 +174,11 @@ def _traces(config: EGRSDConfig) -> list[Path]:
 
 def _make_room(config: EGRSDConfig, checkpoint: str | None) -> None:
     """Remove what another run, or this one under other settings, has left. :func:`check_start` saw that it may go."""
-    if not _own(config, checkpoint):
+    if checkpoint is None or not _own(config, checkpoint):
         old = _traces(config)
     elif config.resume_changed:  # what comes after the checkpoint was done under other settings
         folder, step = Path(config.output_dir), step_of(checkpoint)
+        assert step is not None  # check_start saw one
         every = [*folder.glob("checkpoint-*"), *folder.glob("rollouts/rollouts-step*.jsonl")]
         old = [path for path in every if _number(path) > step]
     else:

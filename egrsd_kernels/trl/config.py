@@ -4,7 +4,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -31,7 +31,7 @@ AT_LEAST = {
     "num_generations": 1, "num_iterations": 1, "max_completion_length": 1, "welford_warmup_steps": 1,
     "teacher_sync_steps": 1, "chunk_mib": 1, "lookahead": 0, "rollout_steps": 0, "seed": 0, "data_seed": 0,
 }  # fmt: skip
-BOUNDS = {
+BOUNDS: dict[str, dict[str, float]] = {
     "learning_rate": {},
     "temperature": {"strict": True},
     "min_p": {"high": 1},
@@ -236,9 +236,11 @@ class EGRSDConfig(GRPOConfig):
     def _check_values(self) -> None:
         """Each setting by itself, and what only settings of ours say of one another."""
         optional = {f.name for f in fields(GRPOConfig)}.difference(CHOICES)  # TRL says what None means there
+        checks: list[tuple[Callable[..., Any], str, dict[str, Any]]]
         checks = [(integer, name, {"low": low}) for name, low in AT_LEAST.items()]
         checks += [(number, name, {"low": 0} | bounds) for name, bounds in BOUNDS.items()]
         checks += [(_one_of, name, {"allowed": allowed}) for name, allowed in CHOICES.items()]
+        checks += [(_scale, "entropy_scale", {})]
         for check, name, bounds in checks:
             value = getattr(self, name)
             if value is not None or name not in optional:
@@ -247,8 +249,6 @@ class EGRSDConfig(GRPOConfig):
         fits = self.lookahead_decay == 1 or self.lookahead_filter == "discounted"
         why = f'1, since lookahead_filter is "{self.lookahead_filter}"'
         expect(fits, "lookahead_decay", self.lookahead_decay, why)
-        if self.entropy_scale not in SCALES:
-            self.entropy_scale = _nats("entropy_scale", self.entropy_scale)
         self._check_schedule()
 
     def _check_schedule(self) -> None:
@@ -287,7 +287,7 @@ class EGRSDConfig(GRPOConfig):
 
     def gamma_at(self, step: int, max_steps: int) -> float:
         """γ of the optimizer step after ``step`` finished ones, in a run of ``max_steps``."""
-        if self.gamma_schedule == "constant":
+        if self.gamma_end is None:  # a constant schedule
             return self.gamma
         done = min(step / max(self.gamma_steps or max_steps, 1), 1.0)
         if self.gamma_schedule == "cosine":
@@ -300,12 +300,14 @@ def _deprecated(old: str, new: str) -> None:
     warnings.warn(f"{old}: deprecated, write {new}", FutureWarning, stacklevel=5)
 
 
-def _one_of(name: str, value: object, allowed: Sequence[str]) -> str:
+def _one_of(name: str, value: Any, allowed: Sequence[str]) -> str:
     expect(value in allowed, name, value, "one of " + ", ".join(allowed))
     return value
 
 
-def _nats(name: str, value: object) -> float:
+def _scale(name: str, value: Any) -> str | float:
+    if value in SCALES:
+        return value
     try:  # a command line passes text
         value = float(value)
     except (TypeError, ValueError):

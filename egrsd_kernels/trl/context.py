@@ -115,7 +115,7 @@ class Reader:
                 raise ValueError(f"{name}: {error}") from error
             read.append(((prompt, text[0]), (conversation, text[1])))
         if self.window is not None:
-            self._fit([name for name, _ in rows], read)
+            self._fit(self.window, [name for name, _ in rows], read)
         return [conversation for _, (conversation, _) in read]
 
     def _refuse_images(self, example: Mapping[str, Any]) -> None:
@@ -173,9 +173,9 @@ class Reader:
                     f"user message by {self.teacher}"
                 )
 
-    def _fit(self, names: Sequence[str], read: Sequence[Sequence[tuple[Any, str]]]) -> None:
+    def _fit(self, window: int, names: Sequence[str], read: Sequence[Sequence[tuple[Any, str]]]) -> None:
         """A ValueError where a prompt and the completion behind it are longer than the window."""
-        room = self.window - (self.completion or 1)
+        room = window - (self.completion or 1)
         long = [i for i, row in enumerate(read) if any(len(text.encode()) * TOKENS_PER_BYTE > room for _, text in row)]
         lengths = (self._lengths([read[i][side][0] for i in long]) for side in (0, 1))
         for i, student, teacher in zip(long, *lengths, strict=True):
@@ -186,10 +186,10 @@ class Reader:
                 (student, "prompt", "prompt"),
                 (teacher, "teacher's prompt", self.solution_column),
             ):
-                if tokens + completion > self.window:
+                if tokens + completion > window:
                     raise ValueError(
                         f"{names[i]}: the {whose} has {tokens} tokens, and with a completion of up to {completion} "
-                        f"that is more than the model's window of {self.window}; shorten the {remedy}, set a smaller "
+                        f"that is more than the model's window of {window}; shorten the {remedy}, set a smaller "
                         "max_completion_length, or extend the window by rope scaling where the model allows it"
                     )
 

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import trl.trainer.utils
-from torch import Tensor, nn
+from torch import Tensor
 
 
-def hand_out_hidden_states(model: nn.Module) -> None:
-    """Let ``model(..., read_hidden=f)`` return ``f(hidden, weight, bias)`` instead of making logits.
+def hand_out_hidden_states(model: Any) -> None:
+    """Let a causal language model's ``model(..., read_hidden=f)`` return ``f(hidden, weight, bias)``, not logits.
 
     hidden is (B, L, D) after the last norm; weight (V, D) and bias (V,) or None are the head's. f runs inside the
     model's forward, so DDP, FSDP and DeepSpeed see an ordinary pass through their wrapper: the weights are there,
@@ -25,18 +25,18 @@ def hand_out_hidden_states(model: nn.Module) -> None:
     _take_off_fused_head(model)
     below = model.__dict__.pop("forward", None)  # Accelerate's hooks or autocast, Liger's forward, the user's
     code = getattr(getattr(below, "__func__", None), "__code__", None)
-    if code is _reading_forward(type(model), "").__code__:  # an earlier trainer's
+    if code is _reading_forward(model.__class__, "").__code__:  # an earlier trainer's
         model.forward = below
         return
     # An earlier trainer's forward may lie further below; it looks up a place of its own.
     place = f"_forward_below_{sum(name.startswith('_forward_below_') for name in vars(model))}"
     setattr(model, place, below)
     # A method and no closure over the model: deepcopy binds it to the copy.
-    model.forward = types.MethodType(_reading_forward(type(model), place), model)
+    model.forward = types.MethodType(_reading_forward(model.__class__, place), model)
 
 
 @functools.cache
-def _reading_forward(kind: type[nn.Module], place: str) -> Callable[..., Any]:
+def _reading_forward(kind: Any, place: str) -> Callable[..., Any]:
     def forward(self, *args, read_hidden: Callable[[Tensor, Tensor, Tensor | None], Any] | None = None, **kwargs):
         if read_hidden is None:
             below = getattr(self, place) or types.MethodType(type(self).forward, self)
@@ -48,11 +48,11 @@ def _reading_forward(kind: type[nn.Module], place: str) -> Callable[..., Any]:
 
     # generate() validates its arguments against the signature. Not functools.wraps: Accelerate unwraps what has a
     # __wrapped__, and would take this off with its own wrappers.
-    forward.__signature__ = inspect.signature(kind.forward)
+    vars(forward)["__signature__"] = inspect.signature(kind.forward)
     return forward
 
 
-def _take_off_fused_head(model: nn.Module) -> None:
+def _take_off_fused_head(model: Any) -> None:
     """Give the model the forward back that it had before TRL's ``add_fused_lm_head``, which nothing here calls."""
     while (function := getattr(model.__dict__.get("forward"), "__func__", None)) is not None and (
         function.__globals__ is vars(trl.trainer.utils)
@@ -68,7 +68,7 @@ def _take_off_fused_head(model: nn.Module) -> None:
 
 
 @contextmanager
-def _gathered(weight: Tensor, bias: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+def _gathered(weight: Any, bias: Any) -> Iterator[tuple[Tensor, Tensor | None]]:
     """The head's parameters, whole where FSDP2 or ZeRO-3 has sharded them."""
     if hasattr(weight, "full_tensor"):
         yield weight.full_tensor(), None if bias is None else bias.full_tensor()

@@ -14,10 +14,11 @@ u (|z_v| + Σ_j p_j |z_j|). A model makes up to four such roundings: of the prod
 and product. Float32 sums of D products in another order differ by 4 √D 2^-24 ‖h‖‖W_v‖ at most (Higham and Mary, 2019).
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import is_peft_model
@@ -41,7 +42,7 @@ class BehindHead(NamedTuple):
     softcap: float | None
 
 
-def prove_head(model: nn.Module) -> float | None:
+def prove_head(model: Any) -> float | None:
     """The model's softcap, None where it has none, once its logits are shown to be h·Wᵀ + b, softcapped.
 
     Args:
@@ -73,7 +74,7 @@ def prove_head(model: nn.Module) -> float | None:
                 own = model(**arguments).logits
             roundoff = _roundoff(own, head)
             _check_causal(read, read_again, roundoff)
-            ours, error = model(**arguments, read_hidden=lambda *read: _logits(*read, behind.softcap))
+            ours, error = model(**arguments, read_hidden=functools.partial(_logits, softcap=behind.softcap))
     except torch.OutOfMemoryError:
         raise
     except ValueError as refusal:
@@ -142,14 +143,14 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float 
     (hidden,) = checks.autocast(hidden)  # the head's product would round its operands so, and its result, too
     hidden = hidden.float()
     order = 4 * math.sqrt(hidden.shape[-1]) * 2**-24 * hidden.norm(dim=-1, keepdim=True)
-    logits, error = [], []
+    parts, errors = [], []
     for rows in weight.split(VOCABULARY_BLOCK):
         (rows,) = checks.autocast(rows)
         rows = rows.float()
         with torch.autocast(hidden.device.type, enabled=False):
-            logits.append(functional.linear(hidden, rows))
-        error.append(order * rows.norm(dim=-1))
-    logits, error = torch.cat(logits, -1), torch.cat(error, -1)
+            parts.append(functional.linear(hidden, rows))
+        errors.append(order * rows.norm(dim=-1))
+    logits, error = torch.cat(parts, -1), torch.cat(errors, -1)
     if bias is not None:
         logits = logits + bias.float()
     return (logits if softcap is None else softcap * (logits / softcap).tanh()), error
@@ -163,7 +164,7 @@ def _roundoff(logits: Tensor, head: nn.Linear) -> float:
     return max(torch.finfo(dtype).eps for dtype in dtypes) / 2
 
 
-def _probe(base: nn.Module, head: nn.Linear) -> dict[str, Tensor]:
+def _probe(base: Any, head: nn.Linear) -> dict[str, Tensor]:
     """What the trainer passes to a model, for one row of 16 ordinary tokens."""
     # A padding, image or end token may be treated as more than text.
     special = {value for key, value in base.config.get_text_config().to_dict().items() if key.endswith("token_id")}

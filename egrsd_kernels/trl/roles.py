@@ -121,9 +121,9 @@ class Roles:
 
 def _leaves(outputs: Iterable[Tensor | None]) -> Iterator[Tensor]:
     """The tensors whose gradients a backward pass would make, without the pass and its memory."""
-    outputs = [output for output in outputs if output is not None and output.requires_grad]
-    yield from (output for output in outputs if output.is_leaf)
-    nodes, seen = [output.grad_fn for output in outputs], set()
+    tensors = [output for output in outputs if output is not None and output.requires_grad]
+    yield from (tensor for tensor in tensors if tensor.is_leaf)
+    nodes, seen = [tensor.grad_fn for tensor in tensors], set()
     while nodes:
         node = nodes.pop()
         if node is not None and node not in seen:

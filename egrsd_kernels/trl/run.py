@@ -43,7 +43,9 @@ def make_trainer(arguments: RunArguments, config: EGRSDConfig, model: ModelConfi
     except OSError as error:
         raise ValueError(f"output_dir: {error}") from error
     integer("lora_r", model.lora_r, low=1)
-    rewards = [load_reward(name) for name in arguments.reward_funcs]
+    dataset, names = arguments.dataset_name, arguments.reward_funcs
+    assert dataset is not None and names is not None  # parse_settings requires them
+    rewards = [load_reward(name) for name in names]
     _check_reporters(config.report_to)
     template = _template(arguments.teacher_template)
     options = {
@@ -58,11 +60,11 @@ def make_trainer(arguments: RunArguments, config: EGRSDConfig, model: ModelConfi
     except (OSError, ValueError) as error:
         raise ValueError(f"model_name_or_path: {model.model_name_or_path}: {error}") from error
 
-    splits = load_splits(arguments.dataset_name, arguments.dataset_config)
+    splits = load_splits(dataset, arguments.dataset_config)
     train = _split(splits, "dataset_train_split", arguments.dataset_train_split)
     evaluates = config.eval_strategy != "no"
     evaluation = _split(splits, "dataset_test_split", arguments.dataset_test_split) if evaluates else None
-    for name, reward in zip(arguments.reward_funcs, rewards, strict=True):
+    for name, reward in zip(names, rewards, strict=True):
         _check_arguments(name, reward, train.column_names)
 
     adapters = get_peft_config(model)
@@ -152,7 +154,7 @@ def load_reward(name: str) -> Callable[..., Any]:
         if colon:
             # Under a name of its own: a file called math.py must not become the module math.
             spec = importlib.util.spec_from_file_location(f"egrsd_reward_{Path(file).stem}", file)
-            if spec is None:
+            if spec is None or spec.loader is None:
                 raise ImportError(f"{file}: not a Python file")
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
@@ -178,8 +180,9 @@ def load_reward(name: str) -> Callable[..., Any]:
 
 def _target_modules(given: str | list[str] | None) -> str | list[str] | None:
     """ModelConfig makes a list of one its entry, which PEFT reads as a pattern of whole names, not as a module's."""
-    plain = isinstance(given, str) and given != "all-linear" and re.fullmatch(r"[\w.]+", given)
-    return [given] if plain else given
+    if isinstance(given, str) and given != "all-linear" and re.fullmatch(r"[\w.]+", given):
+        return [given]
+    return given
 
 
 def _check_reporters(names: Sequence[str]) -> None:
@@ -206,7 +209,7 @@ def _check_arguments(name: str, reward: Callable[..., Any], columns: Sequence[st
             raise ValueError(f"reward_funcs: {name}: no column {parameter.name!r}; it can have {', '.join(passed)}")
 
 
-def _template(messages: list[Mapping[str, Any]] | None) -> Sequence[Message]:
+def _template(messages: Sequence[Mapping[str, Any]] | None) -> Sequence[Message]:
     if messages is None:
         return TWO_TURN
     for index, message in enumerate(messages):

@@ -50,7 +50,7 @@ def parse_settings(
     Raises:
         ValueError: in one line that names the key.
     """
-    hints = {}
+    hints: dict[str, Any] = {}
     for kind in KINDS:
         every = typing.get_type_hints(kind)
         hints |= {f.name: every[f.name] for f in fields(kind) if f.init}
@@ -76,7 +76,8 @@ def parse_settings(
             [*options, *overrides], return_remaining_strings=True, look_for_args_file=False
         )
     except argparse.ArgumentError as error:
-        raise ValueError(f"{error.argument_name.split('/')[0].lstrip('-')}: {error.message}") from error
+        name = error.argument_name or "options"
+        raise ValueError(f"{name.split('/')[0].lstrip('-')}: {error.message}") from error
     except TypeError as error:  # a check of EGRSDConfig
         raise ValueError(str(error)) from error
     for option in rest:

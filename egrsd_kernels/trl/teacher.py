@@ -15,11 +15,11 @@ from .errors import CheckpointError
 
 
 class AdaptersOff:
-    """The base model under the adapters: no second copy of anything."""
+    """The base model under the adapters of a PEFT model: no second copy of anything."""
 
     moves = False
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         self.model = model
 
     @contextmanager

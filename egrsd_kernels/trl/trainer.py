@@ -55,7 +55,7 @@ from .metrics import peak_memory_gib, token_metrics
 from .proof import evaluating, prove_head
 from .rewards import LARGEST, checked, excerpt, without_infinite
 from .roles import Roles, check_trained, weights_at_hand
-from .teacher import AdaptersOff, MoveTeacher, make_teacher, pad_prompts
+from .teacher import AdaptersOff, EarlierWeights, MoveTeacher, make_teacher, pad_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -141,8 +141,9 @@ class EGRSDTrainer(GRPOTrainer):
         hand_out_hidden_states(base)
         zero_stage = getattr(self.accelerator.state.deepspeed_plugin, "zero_stage", 0)
         self._sharded = self.is_fsdp_enabled or zero_stage == 3
-        self.teacher = make_teacher(self.model, args.teacher_model_kind, self._sharded, args.teacher_update_rate)
-        if self.teacher.moves:
+        kind, rate = self.args.teacher_model_kind, self.args.teacher_update_rate  # EGRSDConfig has put in the defaults
+        self.teacher = make_teacher(self.model, kind, self._sharded, rate)
+        if isinstance(self.teacher, EarlierWeights) and self.teacher.moves:
             self.add_callback(MoveTeacher(self.teacher))
         self._proved = False
         if not self._sharded and weights_at_hand(self.model, self.accelerator.device):
@@ -151,7 +152,8 @@ class EGRSDTrainer(GRPOTrainer):
         self._step_stats: list[Tensor] = []  # (fields of TokenStats, valid tokens) of the optimizer step so far
         self._step_rollouts: list[Rollout] = []
         self._export_failed = False
-        self.reward_funcs = [checked(*pair) for pair in zip(self.reward_funcs, self.reward_func_names, strict=True)]
+        named = zip(self.reward_funcs, self.reward_func_names, strict=True)
+        self.reward_funcs: list[Any] = [checked(*pair) for pair in named]
         self._named_infinite: set[str] = set()
         self.add_callback(EndAtMaxSteps())
         self._identity = identity(
@@ -173,7 +175,7 @@ class EGRSDTrainer(GRPOTrainer):
             model=self.model,
             embeddings=self.accelerator.unwrap_model(self.model).get_input_embeddings(),
             as_teacher=self._as_teacher,
-            read=lambda *row: self._read(self.model, *row, lambda *read: read),
+            read=lambda *row: self._read(lambda *read: read, self.model, *row),
             vocabulary=min(self._vocab_size, len(self.processing_class)),
             pad_token_id=self._pad_token_id,
             device=self.accelerator.device,
@@ -254,7 +256,7 @@ class EGRSDTrainer(GRPOTrainer):
 
     # ------------------------------------------------------------------------------------------------------- teacher
 
-    def teacher_prompt(self, example: dict[str, Any]) -> list[dict[str, str]]:
+    def teacher_prompt(self, example: Mapping[str, Any]) -> list[dict[str, str]]:
         """The teacher's conversation for one row of the dataset. Override it for another context."""
         return privileged_conversation(example, self.args.solution_column, self._teacher_template)
 
@@ -282,7 +284,7 @@ class EGRSDTrainer(GRPOTrainer):
         with evaluating(self.model), self.teacher.active():
             yield
 
-    def _read(self, model, prompt_ids, prompt_mask, completion_ids, completion_mask, function: Callable) -> Any:
+    def _read(self, function: Callable, model, prompt_ids, prompt_mask, completion_ids, completion_mask) -> Any:
         """function(hidden, weight, bias), with the (B, T, D) hidden states that predict the completion's tokens."""
         mask = torch.cat([prompt_mask, completion_mask], dim=1)
         width = completion_ids.shape[1]
@@ -311,7 +313,7 @@ class EGRSDTrainer(GRPOTrainer):
                 chunk_bytes=self.args.chunk_mib << 20,
             )
             batch = (x[rows] for x in (prompt_ids, prompt_mask, completion_ids, completion_mask))
-            out = self._read(self.model, *batch, lambda h, w, b, f=statistics: f(h, w, bias=b))
+            out = self._read(lambda h, w, b, f=statistics: f(h, w, bias=b), self.model, *batch)
             parts.append((out.logp, out.entropy))
         return tuple(torch.cat(x) for x in zip(*parts, strict=True))
 
@@ -436,7 +438,7 @@ class EGRSDTrainer(GRPOTrainer):
             )
 
         keys = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
-        loss, stats = self._read(model, *(inputs[key] for key in keys), loss_of)
+        loss, stats = self._read(loss_of, model, *(inputs[key] for key in keys))
         self._step_stats.append(torch.stack(stats)[:, mask])
         step = self.state.global_step + 1
         export = self._mode == "train" and args.rollout_steps and step % args.rollout_steps == 0
