@@ -178,6 +178,7 @@ def test_result_does_not_hang_on_the_number_of_programs(programs, family, monkey
         assert relative(a, e) <= GRADIENT_ERROR[torch.float32]
 
 
+@pytest.mark.slow
 def test_same_bits_every_time(dtype, family):
     case = Case(261, 72, 515, dtype, bias=True)
     first_logp, first = case.student_pass(chunk_bytes=1)

@@ -657,6 +657,7 @@ def test_credit_properties(combo):
     check_credit_properties(combo, examples=200)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("combo", CPU_COMBOS[3:4])
 def test_credit_properties_of_the_kernels(combo):
     check_credit_properties(combo, examples=8)

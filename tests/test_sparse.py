@@ -439,6 +439,7 @@ def test_what_waits_for_the_factor_holds_no_exponentials(monkeypatch):
         assert torch.equal(a, b / 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["flat", "peaked"])
 def test_loss_over_many_chunks(kind, monkeypatch):
     """Statistics, made twice for dense tokens, as in exact mode; a share of the bound for each of the others."""

@@ -91,6 +91,7 @@ def test_a_finished_run_is_not_trained_again(fake):
     assert cells()[1.0, 0, 5]["value"] == -6 and cells()[0.5, 0, 5]["response_length"] == 7  # the config's seed: 5
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("damaged", ["[]", "{}", '{"log_history": 3}', '{"log_history": [3]}', '{"log_hi', "3", None])
 def test_a_run_whose_log_is_damaged_is_trained_again(fake, damaged):
     """It is not finished; from its checkpoint where it has one, else in the place of what it has left."""

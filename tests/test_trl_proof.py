@@ -62,6 +62,7 @@ def masked(logits):
     return logits
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("kind", "softcap"), [("qwen3", None), ("gpt2", None), ("mixtral", None), ("gemma2", 30.0), ("opt", None)]

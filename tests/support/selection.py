@@ -8,13 +8,13 @@ COLLECTED = pytest.StashKey[dict[str, bool]]()  # in the session's config: is a 
 
 
 def mark_slow_cases(items: list[pytest.Item]) -> None:
-    """Of a heavy test the first case with each dtype and with each family of kernels is quick, and all others slow."""
+    """Of a heavy test the first case is quick (with each dtype and family, where it has them), and all others slow."""
     seen = set()
     for item in items:
         if item.get_closest_marker("heavy"):
             parameters = item.callspec.params if hasattr(item, "callspec") else {}
             test = item.nodeid.split("[")[0]
-            case = {(test, name, parameters.get(name)) for name in ("combo", "dtype", "family")}
+            case = {(test, name, parameters.get(name)) for name in ("dtype", "family")}
             if case <= seen:
                 item.add_marker("slow")
             seen |= case
