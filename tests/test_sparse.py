@@ -17,8 +17,8 @@ from egrsd_kernels import fused_egrsd_loss, linear_logp
 from egrsd_kernels.backends import Needs, Sparse
 from egrsd_kernels.backends import triton as triton_backend
 from egrsd_kernels.backends.triton.common import device_limits
-from egrsd_kernels.backends.triton.plan import SparsePlan
-from egrsd_kernels.backends.triton.sparse import list_kernel, mark_kernel
+from egrsd_kernels.backends.triton.sparse import SparsePlan, certify
+from egrsd_kernels.backends.triton.sparse import select as selection
 from egrsd_kernels.head import Head
 from egrsd_kernels.rows import Rows
 from tests.conftest import Combo, Draw, draw_head, draw_hidden, draw_targets, make_case, package_result
@@ -295,13 +295,9 @@ def test_nothing_is_dropped_beyond_the_tolerance_of_rows_alone(monkeypatch):
 
 def test_a_failed_check_makes_the_chunk_exact(monkeypatch):
     """Whatever the thresholds are worth: here they drop everything off the targets' tiles, and then it is put right."""
-    from egrsd_kernels.backends.triton import sparse
-
-    def everything(self, counts, share, out):
-        out.fill_(0.5)
-
     plan_of(monkeypatch)
-    monkeypatch.setattr(sparse.SparseGradients, "_cut", everything)
+    for module, name in ((selection, "TILE_SHARE"), (selection, "HOPELESS"), (certify, "ROW_SHARE")):
+        monkeypatch.setattr(module, name, type(getattr(module, name))(2.0**20))
     z, y, g = logits_of("peaked", SIZE[torch.float32])
     result = Result(z, y, g, 2.0**-10)
     result.check(2.0**-10)
@@ -376,7 +372,7 @@ def test_against_exact_gradients(transform, family, dtype, monkeypatch):
     assert (c * sparse.dropped).sum() <= tolerance * (c * mass).sum()
     assert sparse.error_bound(g).double().sum() <= tolerance
     # ||ΔdL/dz||_1 <= |c| dropped for each row; what the products make of it.
-    spent = c * sparse.dropped / head.temperature
+    spent = c * sparse.dropped / temperature
     lengths = hidden.double().nan_to_num(0).norm(dim=1)
     bounds = [spent * head.weight.double().norm(dim=1).max(), (spent * lengths).sum(), spent.sum()]
     unit = 4 * UNIT[dtype]

@@ -26,8 +26,8 @@ from .common import ROW_TILE, interpreted
 from .credit import lookahead_entropy, token_credit
 from .gather import Chunk, gather_kernel
 from .gradient import ChunkGradients, multiply
-from .plan import ceil_div, chunk_plan, sparse_plan
-from .sparse import SparseGradients
+from .plan import ceil_div, chunk_plan
+from .sparse import SparseGradients, sparse_plan
 from .tuning import machine
 from .vocab import VocabPass
 
@@ -74,7 +74,7 @@ def student_pass(
         shape = ceil_div(n, ROW_TILE), *head.weight.shape, dtype.itemsize
         if sparse is not None:
             if needs.weight:
-                d_weight = torch.empty(head.weight.shape, dtype=torch.float32, device=device)
+                d_weight = torch.zeros(head.weight.shape, dtype=torch.float32, device=device)
             if needs.bias:
                 d_bias = torch.zeros(head.bias.shape, dtype=torch.float32, device=device)
             plan = sparse_plan(*shape, how, chunk_bytes, needs)

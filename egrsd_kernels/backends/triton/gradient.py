@@ -177,8 +177,8 @@ def head_kernel(
     col_tiles = tl.cdiv(D, COLS)
     group_tiles = GROUP * col_tiles
     tiles = row_tiles * col_tiles
-    # Without rows, there is nothing to add; but zeros to store, unless it says -1.
-    tiles = tl.where(n > 0 if ACCUMULATE else n >= 0, tiles, 0)
+    if ACCUMULATE:  # without rows, there is nothing to add
+        tiles = tl.where(n > 0, tiles, 0)
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=TMA):
         group = tile // group_tiles
         group_rows = tl.minimum(row_tiles - group * GROUP, GROUP)
@@ -251,15 +251,11 @@ class HeadProduct:
         chunk = self.chunk
         scale_rows_kernel[(chunk.rows,)](chunk.hidden, factor, chunk.live, chunk.D, BLOCK=block)
 
-    def __call__(self, out: torch.Tensor, accumulate: bool = False, factor: torch.Tensor | None = None, live=None):
-        """out (V, D) = the product times ``factor`` (0-d float32, or 1), in its dtype; or add to float32.
-
-        live: instead of the chunk's; -1 for nothing to be done, not even zeros to be stored.
-        """
+    def __call__(self, out: torch.Tensor, accumulate: bool = False, factor: torch.Tensor | None = None):
+        """out (V, D) = the product times ``factor`` (0-d float32, or 1), in its dtype; or add to float32."""
         chunk, c, e = self.chunk, self.config, self.exponentials
-        live = chunk.live if live is None else live
         head_kernel[(chunk.programs,)](
-            self.operands[0], e.stride(0), self.operands[1], chunk.tiled(out, c.rows, c.cols // 2), factor, live,
+            self.operands[0], e.stride(0), self.operands[1], chunk.tiled(out, c.rows, c.cols // 2), factor, chunk.live,
             chunk.rows, e.shape[1], chunk.D, chunk.V, self.unit, GROUP=8, PROGRAMS=chunk.programs, TMA=chunk.tma,
             EVEN=e.shape[1] % c.rows == 0, SCALED=factor is not None, ACCUMULATE=accumulate,
             REDUCE=not interpreted(head_kernel), PRECISION=PRECISION, **c.tile, **c.launch,

@@ -1,0 +1,79 @@
+"""Dense rows of several chunks, set aside until there are enough of them for the exact kernels."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..common import ROW_TILE
+from ..gather import Chunk
+from ..gradient import ChunkGradients
+from ..plan import Plan
+from .planes import DAMPING, OTHERS, SLOT, TARGET, TOKEN, TOTAL, at, planes
+
+TILE = tl.constexpr(ROW_TILE)
+
+
+@triton.jit
+def set_aside_kernel(
+    exponentials, hidden, floats, ints, live, stored, to_exponentials, to_hidden, to_floats, to_ints,
+    rows, room, width, D, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (rows, max(width, D) / BLOCK): E (rows, width), hidden states (rows, D) and planes of each row with a SLOT go
+    there; E = 0 after the last of the ``stored`` rows, to the end of a tile of rows.
+    """
+    r = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    end = tl.load(stored)
+    if end + r < tl.cdiv(end, TILE) * TILE:
+        zeros = tl.zeros([BLOCK], to_exponentials.dtype.element_ty)
+        tl.store(to_exponentials + (end + r).to(tl.int64) * width + column, zeros, mask=column < width)
+    if r < tl.load(live + 1):
+        slot = tl.load(at(ints, SLOT, rows, r))
+        if slot >= 0:
+            e = tl.load(exponentials + r.to(tl.int64) * width + column, mask=column < width, other=0.0)
+            tl.store(to_exponentials + slot.to(tl.int64) * width + column, e, mask=column < width)
+            h = tl.load(hidden + r.to(tl.int64) * D + column, mask=column < D, other=0.0)
+            tl.store(to_hidden + slot.to(tl.int64) * D + column, h, mask=column < D)
+            if tl.program_id(1) == 0:
+                tl.store(at(to_floats, DAMPING, room, slot), tl.load(at(floats, DAMPING, rows, r)))
+                tl.store(at(to_floats, OTHERS, room, slot), tl.load(at(floats, OTHERS, rows, r)))
+                tl.store(at(to_floats, TOTAL, room, slot), tl.load(at(floats, TOTAL, rows, r)))
+                tl.store(at(to_ints, TARGET, room, slot), tl.load(at(ints, TARGET, rows, r)))
+                tl.store(at(to_ints, TOKEN, room, slot), tl.load(at(ints, TOKEN, rows, r)))
+
+
+class Reserve:
+    """Room for the dense rows of chunks like ``chunk``, and their exact gradients. The outputs are filled or added to.
+
+    flush (4,) int32: twice how many rows are made next. stored (1,) int32: how many wait.
+    """
+
+    def __init__(self, chunk: Chunk, plan: Plan, out_hidden, out_head, out_bias):
+        self.out_hidden, self.out_head, self.out_bias = out_hidden, out_head, out_bias
+        machine = chunk.programs, chunk.tma, chunk.configs
+        # A chunk's temperature is the head's scale less than what it is made with.
+        self.chunk = Chunk(chunk.head, chunk.temperature * chunk.head.logit_scale, plan.rows, machine)
+        self.exact = ChunkGradients(self.chunk, plan, out_hidden, head=out_head is not None or out_bias is not None)
+        self.floats, self.ints = planes(self.exact)
+        self.flush, self.stored = self.chunk.live, torch.zeros_like(self.ints[0, :1])
+
+    def make(self, gradient: torch.Tensor) -> None:
+        """The exact gradients of the first ``flush`` rows, for dL/dlogp ``gradient`` (N,) float32."""
+        if self.out_hidden is not None:
+            self.exact.hidden_product(self.flush, 0)
+        self.exact.backward(self.ints[TOKEN.value], gradient)
+        if self.out_head is not None:
+            self.exact.head_product(self.out_head, accumulate=True)
+        if self.out_bias is not None:
+            self.exact.bias(self.out_bias, accumulate=True)
+
+    def set_aside(self, seen: ChunkGradients, floats: torch.Tensor, ints: torch.Tensor) -> None:
+        """Take the dense rows of the chunk of ``seen``, whose planes are given."""
+        chunk, e = seen.chunk, seen.exponentials
+        block = min(8192, triton.next_power_of_2(e.shape[1]))
+        set_aside_kernel[(chunk.rows, triton.cdiv(max(e.shape[1], chunk.D), block))](
+            e, chunk.hidden, floats, ints, chunk.live, self.stored, self.exact.exponentials, self.chunk.hidden,
+            self.floats, self.ints, chunk.rows, self.chunk.rows, e.shape[1], chunk.D, BLOCK=block,
+        )  # fmt: skip
