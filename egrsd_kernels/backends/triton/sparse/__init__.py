@@ -20,7 +20,7 @@ from .lists import add_rows, add_to_head, sort_entries
 from .plan import SparsePlan, sparse_plan
 from .planes import FACTOR, N_ENTRIES, TOKEN, planes
 from .reserve import Reserve
-from .select import select
+from .select import list_entries
 
 __all__ = ["SparseGradients", "SparsePlan", "sparse_plan"]
 
@@ -40,7 +40,7 @@ class SparseGradients:
         self.stored_pass = ChunkGradients(chunk, Plan(chunk.rows, tiles, 0), None, head=False)
         self.reserve = Reserve(chunk, Plan(plan.reserve, tiles, plan.partial_tiles), *outputs)
         self.floats, self.ints = planes(self.stored_pass)
-        self.budget = chunk.floats(2)
+        self.budget, self.tile_of = chunk.floats(2), self.ints.new_empty(chunk.rows, tiles)
         # Of several chunks: to read and write the head's gradient takes long. N_ENTRIES and TOKEN of the rows, too.
         self.entry_of = self.ints.new_empty(plan.listed, plan.entries)
         self.value_of = self.floats.new_empty(plan.listed, plan.entries)
@@ -62,7 +62,7 @@ class SparseGradients:
         rows = slice(self.end, self.end + chunk.rows)
         self.end += chunk.rows
         lists = self.entry_of[rows], self.value_of[rows]
-        select(self.stored_pass, floats, ints, self.budget, order, gradient, self.sparse.tolerance, *lists)
+        list_entries(self.stored_pass, floats, ints, self.budget, order, gradient, self.sparse.tolerance, self.tile_of, *lists)
         certify.certify_kernel[(1,)](
             chunk.live, floats, ints, self.budget, self.sparse.dropped, self.sparse.mass, self.sparse.dense,
             reserve.flush, reserve.stored, chunk.rows, reserve.chunk.rows, chunk.temperature, certify.ROW_SHARE,
