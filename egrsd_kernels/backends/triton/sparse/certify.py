@@ -36,8 +36,8 @@ def certify_kernel(
     """
     n = tl.load(live + 1)
     budget = tl.load(budget)
-    # The largest limit below the budget, and above 2^-32 of it, in eighths of a factor of 2: bit by bit, as floats do.
-    bits = tl.maximum(budget.to(tl.int32, bitcast=True) - (1 << 28), 0)
+    # The largest limit up to the budget, in eighths of a factor of 2, down to 2^-32 of it: bit by bit of the float.
+    bits = tl.maximum(budget.to(tl.int32, bitcast=True) - 255 * (1 << 20), 0)
     for k in tl.static_range(8):
         higher = bits + (1 << (27 - k))
         spent = tl.zeros([SLOTS], tl.float32)

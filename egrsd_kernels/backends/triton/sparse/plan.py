@@ -61,7 +61,7 @@ def sparse_plan(
         stored = (col_tiles * cols + hidden_size) * itemsize + 4 * col_tiles
         kept = (SORT_BYTES if needs.head else 8) * plan.listed * entries
         partial = 4 * plan.partial_tiles * machine.configs.hidden.rows * machine.configs.hidden.cols
-        return (plan.rows + plan.reserve) * (stored + 64) + kept + partial
+        return (plan.rows + plan.reserve) * (stored + 64) + 4 * plan.rows * col_tiles + kept + partial
 
     most = min(row_tiles, budget // (2 * ROW_TILE * vocabulary * itemsize))
     return next((found for found in map(plan, range(most, 1, -1)) if buffers(found) <= budget), plan(1))
