@@ -5,8 +5,6 @@ certify.py has the last word on which rows are sparse, lists.py makes their grad
 rows, with the exact kernels. docs/sparse.md says how, and proves the bound.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 
@@ -18,7 +16,7 @@ from ..plan import Plan
 from . import certify
 from .lists import add_rows, add_to_head, sort_entries
 from .plan import SparsePlan, sparse_plan
-from .planes import FACTOR, N_ENTRIES, TOKEN, planes
+from .planes import FACTOR, N_ENTRIES, TOKEN, planes_of
 from .reserve import Reserve
 from .select import list_entries
 
@@ -39,13 +37,13 @@ class SparseGradients:
         tiles = -(-chunk.V // chunk.configs.vocab.cols)
         self.stored_pass = ChunkGradients(chunk, Plan(chunk.rows, tiles, 0), None, head=False)
         self.reserve = Reserve(chunk, Plan(plan.reserve, tiles, plan.partial_tiles), *outputs)
-        self.floats, self.ints = planes(self.stored_pass)
+        self.floats, self.ints = planes_of(self.stored_pass)
         self.budget, self.tile_of = chunk.floats(2), self.ints.new_empty(chunk.rows, tiles)
         # Of several chunks: to read and write the head's gradient takes long. N_ENTRIES and TOKEN of the rows, too.
         self.entry_of = self.ints.new_empty(plan.listed, plan.entries)
         self.value_of = self.floats.new_empty(plan.listed, plan.entries)
         self.listed, self.end = self.ints.new_empty(2, plan.listed), 0
-        self.first_of = torch.arange(0, chunk.rows * plan.entries, plan.entries, dtype=torch.int32, device=hidden.device)
+        self.first_of = torch.arange(chunk.rows, dtype=torch.int32, device=hidden.device) * plan.entries
 
     def forward(self, order: torch.Tensor, logp: torch.Tensor) -> None:
         """Write log p (nats) of row i at order[i] of ``logp`` (N,), and leave exponentials and their sums behind."""
@@ -62,7 +60,8 @@ class SparseGradients:
         rows = slice(self.end, self.end + chunk.rows)
         self.end += chunk.rows
         lists = self.entry_of[rows], self.value_of[rows]
-        list_entries(self.stored_pass, floats, ints, self.budget, order, gradient, self.sparse.tolerance, self.tile_of, *lists)
+        given = order, gradient, self.sparse.tolerance
+        list_entries(self.stored_pass, floats, ints, self.budget, *given, self.tile_of, *lists)
         certify.certify_kernel[(1,)](
             chunk.live, floats, ints, self.budget, self.sparse.dropped, self.sparse.mass, self.sparse.dense,
             reserve.flush, reserve.stored, chunk.rows, reserve.chunk.rows, chunk.temperature, certify.ROW_SHARE,
@@ -71,7 +70,7 @@ class SparseGradients:
         self.listed[:, rows] = ints[TOKEN.value : N_ENTRIES.value + 1]
         if self.out_hidden is not None:
             ends = self.first_of + ints[N_ENTRIES.value]
-            add_rows((self.first_of, ends, *lists), weight, *weight.stride(), chunk.D, to=order, out=self.out_hidden)
+            add_rows((self.first_of, ends, *lists), weight, *weight.stride(), D=chunk.D, to=order, out=self.out_hidden)
         reserve.make(gradient)
         reserve.set_aside(self.stored_pass, floats, ints)
 

@@ -1,7 +1,5 @@
 """Gradients from lists of entries: dhidden as a weighed sum of rows of the head, dW as one of hidden states."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl
@@ -14,11 +12,11 @@ def add_rows_kernel(
     first_of, end_of, row_of, value_of, source, stride_row, stride_d, base, bias, to, out, scale, D,
     BLOCK: tl.constexpr, EVERY: tl.constexpr,
 ):  # fmt: skip
-    """Grid (lists · D / BLOCK,), or (lists,) without ``out``: out[to[i]] = scale (base[i] + Σ x source[row]) and bias[i]
-    += Σ x over list i, whose entries have the places first_of[i] to end_of[i] in row_of and value_of float32, for x.
+    """Grid (lists · D / BLOCK,), or (lists,) without ``out``: out[to[i]] = scale (base[i] + Σ x source[row]) and
+    bias[i] += Σ x, for the rows and the x that row_of and value_of, float32, have from first_of[i] to end_of[i].
 
-    out: (., D). base: (lists, D) float32, or None for 0; bias: (lists,) float32 or None; scale: 0-d float32, or None for
-    1; to: or None for i. An empty list changes nothing, unless EVERY.
+    out: (., D). base: (lists, D) float32 or None for 0. bias: (lists,) float32 or None. scale: 0-d float32 or None for
+    1. to: (lists,) or None for i. An empty list changes nothing, unless EVERY.
     """
     blocks = 1 if out is None else tl.cdiv(D, BLOCK)
     lists = tl.num_programs(0) // blocks
@@ -53,28 +51,28 @@ def add_rows_kernel(
             tl.store(bias + i, tl.load(bias + i) + sum_of_x, mask=block == 0)
 
 
-def add_rows(lists, source, stride_row, stride_d, D, *, base=None, bias=None, to=None, out=None, scale=None, every=False):
+def add_rows(lists, source, *strides, D, base=None, bias=None, to=None, out=None, scale=None, every=False) -> None:
     """See the kernel. lists: its first four arguments. D: the width of ``out``."""
     block = min(1024, triton.next_power_of_2(D))
-    blocks = 1 if out is None else triton.cdiv(D, block)
-    add_rows_kernel[(len(lists[1]) * blocks,)](
-        *lists, source, stride_row, stride_d, base, bias, to, out, scale, D, BLOCK=block, EVERY=every
+    add_rows_kernel[(len(lists[1]) * (1 if out is None else triton.cdiv(D, block)),)](
+        *lists, source, *strides, base, bias, to, out, scale, D, BLOCK=block, EVERY=every
     )
 
 
 def add_to_head(lists, hidden, head, bias, dtype=torch.float32, scale=None):
-    """scale (head + Σ x h) over sorted lists, one for each vocabulary entry, (V, D) in ``dtype``; bias += Σ x.
+    """scale (head + Σ x h) over lists of vocabulary entries (V, D), in ``dtype``; and bias (V,) += Σ x.
 
-    head: (V, D) float32, which the result takes the place of where it has its dtype, or None. bias: (V,) float32 or None.
+    head: float32, which the result takes the place of where it has that dtype. Head and bias are None if not needed.
     """
     out = head if head is None or dtype == head.dtype else torch.empty_like(head, dtype=dtype)
     every = head is not None and (out is not head or scale is not None)
-    add_rows(lists, hidden, 1, hidden.stride(2), hidden.shape[2], base=head, bias=bias, out=out, scale=scale, every=every)
+    strides = 1, hidden.stride(2)
+    add_rows(lists, hidden, *strides, D=hidden.shape[2], base=head, bias=bias, out=out, scale=scale, every=every)
     return out
 
 
 def sort_entries(entry_of, value_of, n_entries, token_of, hidden, V: int):
-    """Lists, one for each vocabulary entry, of what rows (R, CAPACITY) keep: places, where hidden states begin, x."""
+    """Lists, one for each vocabulary entry, of what rows (R, CAPACITY) keep, with where their hidden states begin."""
     most = entry_of.shape[1]
     used = torch.arange(most, device=entry_of.device) < n_entries[:, None]
     # What is not used goes to the end. Stable: of a vocabulary entry, rows come in order.

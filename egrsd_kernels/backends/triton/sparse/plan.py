@@ -1,7 +1,5 @@
 """How large a chunk with sparse gradients is, and how many of its rows' entries wait."""
 
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass
 
@@ -11,7 +9,7 @@ from ..common import ROW_TILE, Machine
 from ..plan import ceil_div, output_tiles
 
 # The most entries that a row may keep, with a frozen and a trained head. Twice as many rows of the head to gather take
-# almost as long as the row's product, and lists take memory from chunks; with a trained head, each entry is sorted, too.
+# almost as long as the row's product, and lists take memory from chunks; with a trained head each is sorted, too.
 MOST_ENTRIES = {False: 256, True: 128}
 # Entries that wait to be sorted and added to the head's gradient, which takes as long as reading and writing all of it;
 # and the bytes that one takes then.
@@ -21,9 +19,8 @@ SORT_BYTES = 48
 
 @dataclass(frozen=True)
 class SparsePlan:
-    """A chunk with sparse gradients: its ``rows``; the most vocabulary ``entries`` that a row may keep; ``listed``, the
-    rows that they are listed of at a time; room for ``reserve`` dense rows that wait, and for ``partial_tiles`` of dhidden.
-    """
+    """A chunk with sparse gradients: its ``rows``; the most ``entries`` that one may keep; ``listed``, rows that these
+    are listed of at a time; room for ``reserve`` dense rows that wait, and for ``partial_tiles`` of dhidden."""
 
     rows: int
     entries: int

@@ -1,7 +1,5 @@
 """Dense rows of several chunks, set aside until there are enough of them for the exact kernels."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl
@@ -10,7 +8,7 @@ from ..common import ROW_TILE
 from ..gather import Chunk
 from ..gradient import ChunkGradients
 from ..plan import Plan
-from .planes import DAMPING, OTHERS, SLOT, TARGET, TOKEN, TOTAL, at, planes
+from .planes import SLOT, TOKEN, at, planes_of
 
 TILE = tl.constexpr(ROW_TILE)
 
@@ -20,8 +18,8 @@ def set_aside_kernel(
     exponentials, hidden, floats, ints, live, stored, to_exponentials, to_hidden, to_floats, to_ints,
     rows, room, width, D, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (rows, max(width, D) / BLOCK): E (rows, width), hidden states (rows, D) and planes of each row with a SLOT go
-    there; E = 0 after the last of the ``stored`` rows, to the end of a tile of rows.
+    """Grid (rows, max(width, D) / BLOCK): each row with a SLOT goes there, its E (width,), hidden states (D,) and
+    planes; E = 0 after the last of the ``stored`` rows, to the end of a tile of rows.
     """
     r = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -37,11 +35,10 @@ def set_aside_kernel(
             h = tl.load(hidden + r.to(tl.int64) * D + column, mask=column < D, other=0.0)
             tl.store(to_hidden + slot.to(tl.int64) * D + column, h, mask=column < D)
             if tl.program_id(1) == 0:
-                tl.store(at(to_floats, DAMPING, room, slot), tl.load(at(floats, DAMPING, rows, r)))
-                tl.store(at(to_floats, OTHERS, room, slot), tl.load(at(floats, OTHERS, rows, r)))
-                tl.store(at(to_floats, TOTAL, room, slot), tl.load(at(floats, TOTAL, rows, r)))
-                tl.store(at(to_ints, TARGET, room, slot), tl.load(at(ints, TARGET, rows, r)))
-                tl.store(at(to_ints, TOKEN, room, slot), tl.load(at(ints, TOKEN, rows, r)))
+                for which in tl.static_range(3):  # DAMPING, OTHERS, TOTAL
+                    tl.store(at(to_floats, which, room, slot), tl.load(at(floats, which, rows, r)))
+                for which in tl.static_range(2):  # TARGET, TOKEN
+                    tl.store(at(to_ints, which, room, slot), tl.load(at(ints, which, rows, r)))
 
 
 class Reserve:
@@ -56,7 +53,7 @@ class Reserve:
         # A chunk's temperature is the head's scale less than what it is made with.
         self.chunk = Chunk(chunk.head, chunk.temperature * chunk.head.logit_scale, plan.rows, machine)
         self.exact = ChunkGradients(self.chunk, plan, out_hidden, head=out_head is not None or out_bias is not None)
-        self.floats, self.ints = planes(self.exact)
+        self.floats, self.ints = planes_of(self.exact)
         self.flush, self.stored = self.chunk.live, torch.zeros_like(self.ints[0, :1])
 
     def make(self, gradient: torch.Tensor) -> None:
