@@ -65,6 +65,7 @@ class SparseGradients:
         certify.certify_kernel[(1,)](
             chunk.live, floats, ints, self.budget, self.sparse.dropped, self.sparse.mass, self.sparse.dense,
             reserve.flush, reserve.stored, chunk.rows, reserve.chunk.rows, chunk.temperature, certify.ROW_SHARE,
+            num_warps=8,
         )  # fmt: skip
         lists[1].mul_(floats[FACTOR.value, :, None])
         self.listed[:, rows] = ints[TOKEN.value : N_ENTRIES.value + 1]

@@ -1,5 +1,7 @@
 """Gradients from lists of entries: dhidden as a weighed sum of rows of the head, dW as one of hidden states."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -66,7 +68,7 @@ def add_to_head(lists, hidden, head, bias, dtype=torch.float32, scale=None):
     """
     out = head if head is None or dtype == head.dtype else torch.empty_like(head, dtype=dtype)
     every = head is not None and (out is not head or scale is not None)
-    strides = 1, hidden.stride(2)
+    strides = math.gcd(*hidden.stride()[:2]) or 1, hidden.stride(2)
     add_rows(lists, hidden, *strides, D=hidden.shape[2], base=head, bias=bias, out=out, scale=scale, every=every)
     return out
 
@@ -79,5 +81,7 @@ def sort_entries(entry_of, value_of, n_entries, token_of, hidden, V: int):
     keys, place = torch.where(used, entry_of, V).view(-1).sort(stable=True)
     first_of = torch.searchsorted(keys, torch.arange(V + 1, dtype=torch.int32, device=keys.device), out_int32=True)
     token, length, (by_sequence, by_token, _) = token_of.long(), hidden.shape[1], hidden.stride()
-    starts = token // length * by_sequence + token % length * by_token
+    # In units that both strides are multiples of, mostly D: that keeps known to the kernel how loads are aligned.
+    unit = math.gcd(by_sequence, by_token) or 1
+    starts = token // length * (by_sequence // unit) + token % length * (by_token // unit)
     return first_of[:-1], first_of[1:], starts[place // most], value_of.view(-1)[place]

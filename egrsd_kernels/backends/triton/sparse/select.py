@@ -8,8 +8,8 @@ from ..gradient import ChunkGradients
 from ..vocab import ROW_BLOCK, TILE_BLOCK
 from .planes import DAMPING, DENSE, DROPPED, N_ENTRIES, N_TILES, OTHERS, TARGET, TOTAL, WEIGHT, at, weigh_kernel
 
-# Parts of a row's share of the budget. Below the first, over the number of tiles, a tile is dropped: mostly, that leaves
-# most of it unused. Below the second, over the room in a list, an entry is: rows keep far fewer than there is room for.
+# Parts of a row's share of the budget. Below the first, over the number of tiles, a tile is dropped; that leaves most
+# of it unused. Below the second, over the room in a list, an entry is; rows keep far fewer than there is room for.
 TILE_PART, ENTRY_PART = tl.constexpr(1.0), tl.constexpr(4.0)
 
 
