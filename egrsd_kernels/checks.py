@@ -201,6 +201,16 @@ def targets(value: object, hidden: torch.Tensor, vocabulary: int, mask: object) 
     return value.reshape(-1).contiguous(), valid.reshape(-1).contiguous()
 
 
+def operands(
+    hidden: object, weight: object, target_ids: object, bias: object, mask: object, temperature: object, softcap: object
+) -> tuple[torch.Tensor, Head, float, torch.Tensor, torch.Tensor]:
+    """(hidden, head, temperature, target_ids (N,), valid (N,)) of a function that reads one model, under autocast."""
+    states, weight = autocast(hidden_states("hidden", hidden), weight)
+    of = head("", "hidden", states, weight, bias, softcap)
+    divisor = number("temperature", temperature, low=0, strict=True)
+    return states, of, divisor, *targets(target_ids, states, of.weight.shape[0], mask)
+
+
 def boundaries(cu_seqlens: object, hidden: torch.Tensor) -> torch.Tensor:
     """Sequence boundaries (S + 1,) on the flat layout: given for packed input, every T tokens for padded."""
     if hidden.ndim == 3:

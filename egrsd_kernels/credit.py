@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from enum import IntEnum
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -39,6 +39,15 @@ class Lookahead(NamedTuple):
     filter: Filter = "minimum"
     decay: float = 1.0
     """λ in (0, 1], of "discounted"."""
+
+    @classmethod
+    def checked(cls, window: object, filter: Any, decay: object) -> Lookahead:
+        """From arguments of :func:`egrsd_kernels.fused_egrsd_loss`; a TypeError or ValueError names a wrong one."""
+        known = isinstance(filter, str) and filter in FILTERS
+        expect(known, "lookahead_filter", filter, " or ".join(f'"{name}"' for name in FILTERS))
+        decay = number("lookahead_decay", decay, low=0, high=1, strict=True)
+        expect(decay == 1 or filter == "discounted", "lookahead_decay", decay, '1, since lookahead_filter is "minimum"')
+        return cls(checks.integer("lookahead", window, low=0), filter, decay)
 
 
 class CreditOptions(NamedTuple):
@@ -89,7 +98,7 @@ def _sliding(
         tail = ahead(lowest[(last - width + 1).clamp(min=0)], span - width)
         result = torch.where((span >= width) & (span < 2 * width), torch.minimum(lowest, tail), result)
         following = torch.cat([lowest[width:], lowest.new_full((width,), torch.inf)])[:n]
-        lowest = torch.minimum(lowest, ahead(following, torch.full_like(span, width)))
+        lowest = torch.minimum(lowest, ahead(following, span.new_full((), width)))
         width *= 2
     return torch.where(valid, result, 0)
 
@@ -170,15 +179,14 @@ def token_credit(
     """
     order = rows.order[first_row : first_row + n_rows].long()
     # Masked rows of the slice get what they have: to leave them out, the device would have to tell how many they are.
-    valid = torch.arange(first_row, first_row + order.numel(), device=order.device) < rows.counts[0]
+    valid = rows.among(0, first_row, order.numel())
     a, logp = torch.where(valid, advantages[order], 0), torch.where(valid, stats.student_logp[order], 0)
     w = magnitude(a, stats.teacher_logp[order] - logp, options.clip_eps)
     omega = gate(stats.lookahead_entropy[order], scale, options.gamma, options.gate_floor)
     credit = token_advantage(a, w, omega)
     # Without an advantage log p = -inf costs nothing, but the NaN of a target outside the vocabulary must be seen.
     term = torch.where((credit == 0) & ~logp.isnan(), 0, -credit * logp)
-    outputs = {stats.magnitude: w, stats.gate: omega, stats.token_advantage: credit, loss: term}
-    for out, value in outputs.items():
+    for out, value in ((stats.magnitude, w), (stats.gate, omega), (stats.token_advantage, credit), (loss, term)):
         out[order] = torch.where(valid, value, out[order])
 
 

@@ -21,7 +21,7 @@ from .backends import (
     power_of_two,
 )
 from .checks import expect, number
-from .credit import ENTROPY_SCALES, FILTERS, CreditOptions, EntropyScale, Filter, Lookahead, TokenStats, batch_max
+from .credit import ENTROPY_SCALES, CreditOptions, EntropyScale, Filter, Lookahead, TokenStats, batch_max
 from .eager import eager
 from .head import Head, compute_dtype
 from .rows import Rows
@@ -121,14 +121,6 @@ def _entropy_scale(
     if isinstance(value, str):
         value = batch_max(entropy if value == "batch_max" else lookahead_entropy, group)
     return value.clamp(min=least)
-
-
-def _lookahead(window: object, filter: Any, decay: object) -> Lookahead:
-    known = isinstance(filter, str) and filter in FILTERS
-    expect(known, "lookahead_filter", filter, " or ".join(f'"{name}"' for name in FILTERS))
-    decay = number("lookahead_decay", decay, low=0, high=1, strict=True)
-    expect(decay == 1 or filter == "discounted", "lookahead_decay", decay, '1, since lookahead_filter is "minimum"')
-    return Lookahead(checks.integer("lookahead", window, low=0), filter, decay)
 
 
 def _teacher(
@@ -286,7 +278,7 @@ def fused_egrsd_loss(
         gate_floor=number("gate_floor", gate_floor, low=0, high=1),
         clip_eps=number("clip_eps", clip_eps, low=0, high=1),
     )
-    window = _lookahead(lookahead, lookahead_filter, lookahead_decay)
+    window = Lookahead.checked(lookahead, lookahead_filter, lookahead_decay)
     min_entropy_scale = number("min_entropy_scale", min_entropy_scale, low=0, strict=True)
     chunk_bytes = checks.integer("chunk_bytes", chunk_bytes, low=1)
     ops = choose(backend, *(x for x in (student_hidden, teacher_hidden) if x is not None))

@@ -25,3 +25,7 @@ class Rows(NamedTuple):
         key = 2 - valid.to(torch.uint8) - active.to(torch.uint8)
         order = torch.argsort(key, stable=True).to(torch.int32)
         return cls(order, torch.stack([valid.sum(), active.sum()]).to(torch.int32))
+
+    def among(self, which: int, first: int, n: int) -> torch.Tensor:
+        """Which of the rows first, ..., first + n - 1 of the order are among the leading ``counts[which]`` (n,)."""
+        return torch.arange(first, first + n, device=self.order.device) < self.counts[which]

@@ -50,11 +50,8 @@ def token_statistics(
         TypeError, ValueError: naming the argument, what it got and what it expects. Values of target_ids and mask are
             checked where :func:`egrsd_kernels.fused_egrsd_loss` checks values.
     """
-    checks.hidden_states("hidden", hidden)
-    hidden, weight = checks.autocast(hidden, weight)
-    head = checks.head("", "hidden", hidden, weight, bias, softcap)
-    temperature = checks.number("temperature", temperature, low=0, strict=True)
-    flat_targets, valid = checks.targets(target_ids, hidden, weight.shape[0], mask)
+    operands = hidden, weight, target_ids, bias, mask, temperature, softcap
+    hidden, head, temperature, flat_targets, valid = checks.operands(*operands)
     chunk_bytes = checks.integer("chunk_bytes", chunk_bytes, low=1)
     ops = choose(backend, hidden)
     with torch.cuda.device_of(hidden):

@@ -91,16 +91,11 @@ def _chunks(rows: Rows, head: Head, dtype: torch.dtype, chunk_bytes: int) -> Ite
         yield first, rows.order[first : min(first + size, count)].long()
 
 
-def _among(rows: Rows, which: int, first: int, n: int) -> Tensor:
-    """Which of the rows first, ..., first + n - 1 of the order are among the leading ``counts[which]``."""
-    return torch.arange(first, first + n, device=rows.order.device) < rows.counts[which]
-
-
 def _zero_masked(rows: Rows, *values: Tensor) -> None:
     """Zero, in place, the entries of the (N,) ``values`` at masked rows."""
     order = rows.order.long()
     masked = torch.empty_like(order, dtype=torch.bool)
-    masked[order] = ~_among(rows, 0, 0, order.numel())
+    masked[order] = ~rows.among(0, 0, order.numel())
     for value in values:
         value.masked_fill_(masked, 0)
 
@@ -144,7 +139,7 @@ def student_pass(
         if not g.numel():
             continue
         n, index = g.numel(), index[: g.numel()]
-        g = torch.where(_among(rows, 1, first, n), g.to(dtype) / divisor, 0)
+        g = torch.where(rows.among(1, first, n), g.to(dtype) / divisor, 0)
         # dL/dz = g (1_y - p)
         dz = log_p[:n].exp_().neg_()
         target = target_ids[index].clamp(0, dz.shape[1] - 1)[:, None]

@@ -12,7 +12,7 @@ from trl import GRPOConfig
 
 from egrsd_kernels.backends import DEFAULT_SPARSE_TOL
 from egrsd_kernels.checks import expect, integer, number
-from egrsd_kernels.credit import ENTROPY_SCALES, FILTERS, TAU_HIGH, TAU_LOW
+from egrsd_kernels.credit import ENTROPY_SCALES, FILTERS, TAU_HIGH, TAU_LOW, Lookahead
 
 from .former import RENAMED, check_former, in_present_words
 
@@ -246,9 +246,7 @@ class EGRSDConfig(GRPOConfig):
             if value is not None or name not in optional:
                 setattr(self, name, check(name, value, **bounds))
         expect(self.tau_low < self.tau_high, "tau_low", self.tau_low, f"less than tau_high = {self.tau_high}")
-        fits = self.lookahead_decay == 1 or self.lookahead_filter == "discounted"
-        why = f'1, since lookahead_filter is "{self.lookahead_filter}"'
-        expect(fits, "lookahead_decay", self.lookahead_decay, why)
+        Lookahead.checked(self.lookahead, self.lookahead_filter, self.lookahead_decay)
         self._check_schedule()
 
     def _check_schedule(self) -> None:

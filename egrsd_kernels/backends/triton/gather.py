@@ -69,6 +69,7 @@ class Chunk:
 
     def __init__(self, head: Head, temperature: float, rows: int, machine: Machine):
         self.head, self.rows = head, rows
+        self.given_temperature = temperature
         self.softcap, self.temperature = head.cap_and_temperature(temperature)
         self.programs, self.tma, self.configs = machine
         self.V, self.D = head.weight.shape
@@ -78,6 +79,10 @@ class Chunk:
         self.target = torch.empty(rows, dtype=torch.int32, device=device)
         # 16 bytes apart: Triton compiles a kernel again for a pointer that is less aligned.
         self.row_counts, self.retry = torch.empty(8, dtype=torch.int32, device=device).split(4)
+
+    def another(self, rows: int) -> Chunk:
+        """A chunk of other rows of the same problem."""
+        return Chunk(self.head, self.given_temperature, rows, Machine(self.programs, self.tma, self.configs))
 
     def floats(self, *shape: int) -> torch.Tensor:
         return torch.empty(*shape, dtype=torch.float32, device=self.hidden.device)

@@ -658,12 +658,7 @@ class SparseGradients:
         # 16 bytes apart: Triton compiles a kernel again for a pointer that is less aligned.
         self.top, self.budget, self.tile_cut, self.row_guess, self.entry_cut, self.row_limit = chunk.floats(24).split(4)
         # Dense rows, until the exact kernels take them.
-        self.reserve = Chunk(
-            chunk.head,
-            chunk.temperature * chunk.head.logit_scale,
-            plan.reserve,
-            (chunk.programs, chunk.tma, chunk.configs),
-        )
+        self.reserve = chunk.another(plan.reserve)
         whole = Plan(plan.reserve, tiles, plan.partial_tiles)
         self.exact = ChunkGradients(self.reserve, whole, self.out_hidden, head=self.trained)
         self.reserve_order, self.stored = self._ints(plan.reserve), torch.zeros_like(self.reserve.row_counts)
