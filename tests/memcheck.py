@@ -12,6 +12,7 @@ import sys
 import torch
 
 from egrsd_kernels import fused_egrsd_loss, linear_logp, token_statistics
+from tests.support.memory import Used
 
 # Tokens, vocabulary: one, few, just past whole tiles, and a chunk that is full beside an odd number of tiles.
 SHAPES = [(1, 1), (3, 130), (131, 515), (300, 1003), (128, 190)]
@@ -46,7 +47,8 @@ def run(n: int, vocabulary: int, size: int, dtype: torch.dtype) -> None:
 def main(family: str, dtype: str) -> None:
     os.environ["EGRSD_KERNELS_TMA"] = "1" if family == "tma" else "0"
     for (n, vocabulary), size in itertools.product(SHAPES, SIZES if family == "tma" else SIZES[:1]):
-        run(n, vocabulary, size, getattr(torch, dtype))
+        with Used("cuda"):
+            run(n, vocabulary, size, getattr(torch, dtype))
     torch.cuda.synchronize()
     print(family, dtype, "done", flush=True)
 

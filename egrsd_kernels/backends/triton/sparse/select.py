@@ -28,7 +28,7 @@ def tiles_kernel(sums, floats, ints, budget, tile_of, rows, col_tiles, ROWS: tl.
         # Without a weight a sum may be infinite, or NaN.
         inside = (j < col_tiles)[:, None] & (a > 0)[None, :]
         q = tl.load(sums + j[:, None] * rows + r[None, :], mask=inside, other=0.0)
-        one = (q > limit[None, :]).to(tl.int32)
+        one = (inside & (q > limit[None, :])).to(tl.int32)  # a limit without a weight may be anything
         k = count[None, :] + tl.cumsum(one, 0) - one
         tl.store(tile_of + r[None, :] * col_tiles + k, j[:, None] + tl.zeros_like(k), mask=one > 0)
         count += tl.sum(one, 0)

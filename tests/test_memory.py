@@ -1,0 +1,48 @@
+"""Kernels touch what they are given and nothing else, and use no number that nobody wrote."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from egrsd_kernels import fused_egrsd_loss, linear_logp, token_statistics
+from tests.support.devices import INTERPRETED
+
+pytestmark = [pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter"), pytest.mark.heavy]
+
+
+def loss(mode):
+    def step(hidden, weight, bias, target_ids):
+        arguments = hidden, weight, hidden + 1, target_ids, torch.ones(len(hidden))
+        options = {"student_bias": bias, "softcap": 5.0, "lookahead": 5, "grad_mode": mode, "sparse_tol": 0.05}
+        fused_egrsd_loss(*arguments, **options, backend="triton").backward()
+
+    return step
+
+
+def logp(hidden, weight, bias, target_ids):
+    linear_logp(hidden, weight, target_ids, bias=bias, backend="triton").sum().backward()
+    # Of 1/p_y beyond float32, which is done again.
+    linear_logp(hidden, weight * 200, target_ids, backend="triton").sum().backward()
+
+
+def statistics(hidden, weight, bias, target_ids):
+    token_statistics(hidden, weight, target_ids, bias=bias, backend="triton")
+
+
+@pytest.mark.parametrize("step", [loss("sparse"), loss("exact"), logp, statistics], ids=["sparse", "exact", "logp", ""])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("n", [126, 131])  # rows: the last tile all but full, and all but empty
+@pytest.mark.parametrize("family", ["tma", "pointer"])
+def test_in_bounds_whatever_memory_holds(step, n, seed, family, monkeypatch):
+    from tests.support.memory import Used, watched
+
+    monkeypatch.setenv("EGRSD_KERNELS_TMA", "1" if family == "tma" else "0")
+    random = torch.Generator().manual_seed(seed)
+    hidden, weight, bias = (torch.randn(*shape, generator=random) for shape in ((n, 24), (130, 24), (130,)))
+    target_ids = torch.randint(130, (n,), generator=random)
+    target_ids[5] = -100
+    with watched(), Used("cpu", seed):
+        step(hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), target_ids)
+    for gradient in (hidden.grad, weight.grad, bias.grad):
+        assert gradient is None or gradient.isfinite().all()
