@@ -469,7 +469,7 @@ def test_sparse_beside_exact(tmp_path, capsys):
 @pytest.mark.skipif(not triton_backend.takes(torch.zeros(1)), reason="needs Triton's interpreter")
 def test_collection_ends_before_the_gradients(problem, monkeypatch):
     """It chooses entries and dense tokens for every token, and multiplies nothing."""
-    for name in ("gather_hidden_kernel", "add_head_kernel"):
+    for name in ("add_rows", "add_to_head"):
         monkeypatch.setattr(sparse_kernels, name, None)
     full = {name: getattr(problem, name).float() for name in ("hidden", "weight")}
     dense = sparse.collect(dataclasses.replace(problem, **full), 2.0**-4).dense

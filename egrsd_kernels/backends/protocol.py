@@ -58,7 +58,8 @@ Finish = Callable[[Tensor | None], Gradients]
 """What a student pass leaves: the gradients times a 0-d factor in the compute dtype, or times 1 for None. Once."""
 
 Credit = Callable[[int, int], Tensor]
-"""dL/dlogp (N,) in the compute dtype, of (first row of the order, number of rows) whose log p has been written."""
+"""dL/dlogp (N,) in the compute dtype, of (first row of the order, number of rows) whose log p has been written, and of
+the rows before them."""
 
 
 class EntropyGradient(NamedTuple):

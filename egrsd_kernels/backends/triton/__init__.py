@@ -20,13 +20,12 @@ from egrsd_kernels.head import Head
 from egrsd_kernels.rows import Rows
 
 from ..protocol import Credit, Finish, Gradients, Needs
-from ..scaling import scaled
 from ..sparsity import Sparse
 from .common import ROW_TILE, interpreted
 from .credit import lookahead_entropy, token_credit
 from .gather import Chunk, gather_kernel
-from .gradient import ChunkGradients, multiply
-from .plan import ceil_div, chunk_plan, sparse_plan
+from .gradient import ExactGradients
+from .plan import ceil_div
 from .sparse import SparseGradients
 from .tuning import machine
 from .vocab import VocabPass
@@ -63,50 +62,16 @@ def student_pass(
     needs: Needs, chunk_bytes: int, sparse: Sparse | None = None,
 ) -> Finish:  # fmt: skip
     """See :meth:`..protocol.Backend.student_pass`."""
-    n, device, dtype = target_ids.numel(), hidden.device, hidden.dtype
-    d_hidden = torch.zeros(hidden.shape, dtype=dtype, device=device) if needs.hidden else None
-    d_weight = d_bias = head_gradient = None
-    if not n:
-        d_weight = torch.zeros_like(head.weight, memory_format=torch.contiguous_format) if needs.weight else None
-        d_bias = torch.zeros_like(head.bias) if needs.bias else None
-    else:
-        how = machine(head.weight)
-        shape = ceil_div(n, ROW_TILE), *head.weight.shape, dtype.itemsize
-        if sparse is not None:
-            if needs.weight:
-                d_weight = torch.empty(head.weight.shape, dtype=torch.float32, device=device)
-            if needs.bias:
-                d_bias = torch.zeros(head.bias.shape, dtype=torch.float32, device=device)
-            plan = sparse_plan(*shape, how, chunk_bytes, needs)
-            chunk = Chunk(head, temperature, plan.rows, how)
-            gradients = SparseGradients(chunk, plan, hidden, (d_hidden, d_weight, d_bias), sparse)
-        else:
-            plan = chunk_plan(*shape, how, chunk_bytes, needs)
-            chunk = Chunk(head, temperature, plan.rows, how)
-            gradients = ChunkGradients(chunk, plan, d_hidden, head=needs.head)
-            if needs.weight and n > plan.rows:
-                d_weight = torch.empty(head.weight.shape, dtype=torch.float32, device=device)
-            if needs.bias:
-                d_bias = torch.empty(head.bias.shape, dtype=torch.float32, device=device)
-        for first_row in range(0, n, chunk.rows):
-            order = rows.order[first_row:]
-            chunk.gather(hidden, target_ids, rows, first_row)
-            gradients.forward(order, logp)
-            gradients.backward(order, credit(first_row, chunk.rows))
-            if sparse is None and d_weight is not None:
-                gradients.head_product(d_weight, accumulate=first_row > 0)
-            if sparse is None and d_bias is not None:
-                gradients.bias(d_bias, accumulate=first_row > 0)
-        if sparse is not None:
-            head_gradient = gradients.finish()
-        elif needs.weight and d_weight is None:
-            # All rows in one chunk: its product is the whole gradient, so it waits for the factor and is rounded to the
-            # head's dtype on its way out. That spares a float32 gradient, more memory than the chunk that waits.
-            head_gradient = gradients.head_product.rounded
-
-    def finish(factor: Tensor | None) -> Gradients:
-        weight = scaled(d_weight, factor, dtype, multiply) if head_gradient is None else head_gradient(factor)
-        bias = None if d_bias is None else scaled(d_bias, factor, head.bias.dtype, multiply)
-        return Gradients(scaled(d_hidden, factor, dtype, multiply), weight, bias)
-
-    return finish
+    if not target_ids.numel():
+        return lambda factor: Gradients(
+            *(None if x is None or not needed else torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+              for x, needed in zip((hidden, head.weight, head.bias), needs, strict=True))
+        )  # fmt: skip
+    problem = head, temperature, hidden, machine(head.weight), chunk_bytes, needs
+    work = ExactGradients(*problem) if sparse is None else SparseGradients(*problem, sparse)
+    for first_row in range(0, target_ids.numel(), work.chunk.rows):
+        order = rows.order[first_row:]
+        work.chunk.gather(hidden, target_ids, rows, first_row)
+        work.forward(order, logp)
+        work.backward(order, credit(first_row, work.chunk.rows))
+    return work.finish()

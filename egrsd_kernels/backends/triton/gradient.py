@@ -15,14 +15,21 @@ memory does not grow with the vocabulary. dW needs factor before the product, so
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 
-from .common import PRECISION, interpreted, load_tile
+from egrsd_kernels.head import Head
+
+from ..protocol import Finish, Gradients, Needs
+from ..scaling import scaled
+from .common import PRECISION, ROW_TILE, Machine, interpreted, load_tile
 from .gather import Chunk
-from .plan import MAX_SPLITS, PARTIAL_STEPS, Plan
-from .vocab import VocabPass
+from .plan import MAX_SPLITS, PARTIAL_STEPS, Plan, ceil_div, chunk_plan
+from .vocab import StoringPass
 
 REDUCE_ROWS = 8
 SLOTS = 128
@@ -196,8 +203,8 @@ def head_kernel(
     col_tiles = tl.cdiv(D, COLS)
     group_tiles = GROUP * col_tiles
     tiles = row_tiles * col_tiles
-    # Without rows, there is nothing to add; but zeros to store, unless it says -1.
-    tiles = tl.where(n > 0 if ACCUMULATE else n >= 0, tiles, 0)
+    if ACCUMULATE:  # without rows, there is nothing to add
+        tiles = tl.where(n > 0, tiles, 0)
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=TMA):
         group = tile // group_tiles
         group_rows = tl.minimum(row_tiles - group * GROUP, GROUP)
@@ -272,20 +279,15 @@ class HeadProduct:
         chunk = self.chunk
         scale_rows_kernel[(chunk.rows,)](chunk.hidden, factor, chunk.row_counts, chunk.D, BLOCK=block)
 
-    def __call__(
-        self, out: torch.Tensor, accumulate: bool = False, factor: torch.Tensor | None = None, row_counts=None
-    ):
-        """out (V, D) = the product times ``factor`` (0-d float32, or 1), in its dtype; or add to float32.
-
-        row_counts: instead of the chunk's; -1 for nothing to be done, not even zeros to be stored.
-        """
+    def __call__(self, out: torch.Tensor, accumulate: bool = False, factor: torch.Tensor | None = None):
+        """out (V, D) = the product times ``factor`` (0-d float32, or 1), in its dtype; or add to float32."""
         chunk, c, e = self.chunk, self.config, self.exponentials
-        row_counts = chunk.row_counts if row_counts is None else row_counts
         head_kernel[(chunk.programs,)](
-            self.operands[0], e.stride(0), self.operands[1], chunk.tiled(out, c.rows, c.cols // 2), factor, row_counts,
-            chunk.rows, e.shape[1], chunk.D, chunk.V, self.e_unit, GROUP=8, PROGRAMS=chunk.programs, TMA=chunk.tma,
-            EVEN=e.shape[1] % c.rows == 0, SCALED=factor is not None, ACCUMULATE=accumulate,
-            REDUCE=not interpreted(head_kernel), PRECISION=PRECISION, **c.tile, **c.launch,
+            self.operands[0], e.stride(0), self.operands[1], chunk.tiled(out, c.rows, c.cols // 2), factor,
+            chunk.row_counts, chunk.rows, e.shape[1], chunk.D, chunk.V, self.e_unit,
+            GROUP=8, PROGRAMS=chunk.programs, TMA=chunk.tma, EVEN=e.shape[1] % c.rows == 0,
+            SCALED=factor is not None, ACCUMULATE=accumulate, REDUCE=not interpreted(head_kernel),
+            PRECISION=PRECISION, **c.tile, **c.launch,
         )  # fmt: skip
 
     def rounded(self, factor: torch.Tensor | None) -> torch.Tensor:
@@ -301,17 +303,17 @@ class ChunkGradients:
 
     plan: how much of the vocabulary is stored at a time, all of it for ``head``; and room for parts of dhidden.
     out_hidden: (N, D) in the hidden states' dtype, filled at the rows with a gradient, or None.
-    head: whether the head's gradients are asked for. They come after each chunk's backward pass, from
-        :attr:`head_product` and :meth:`bias`.
+    head: whether the head's gradients are asked for. They come after each chunk's backward pass, from :meth:`head` or
+        :attr:`head_product`.
     """
 
-    def __init__(self, chunk: Chunk, plan: Plan, out_hidden, head: bool):
+    def __init__(self, chunk: Chunk, plan: Plan, out_hidden: torch.Tensor | None, head: bool):
         self.chunk, self.configs, self.out_hidden = chunk, chunk.configs, out_hidden
         weight = chunk.head.weight
         # float16 cannot hold small probabilities: there E is in units of 2^-15, taken back in float32 at the end.
         self.shift = 15.0 if weight.dtype == torch.float16 else 0.0
         self.e_unit = 2.0**-self.shift
-        self.vocab = VocabPass(chunk, plan.slice_tiles)
+        self.vocab = StoringPass(chunk, plan.slice_tiles)
         e = self.exponentials = self.vocab.exponentials
         self.others, self.total, self.factor, self.entry, self.head_factor = chunk.floats(5, chunk.rows)
         if out_hidden is not None:
@@ -373,10 +375,65 @@ class ChunkGradients:
         if self.head_product is not None:
             self.head_product.scale_hidden(self.head_factor)
 
-    def bias(self, out: torch.Tensor, accumulate: bool) -> None:
-        """out (V,) float32 = E^T factor, or add it."""
+    def head(self, out_weight: torch.Tensor | None, out_bias: torch.Tensor | None, accumulate: bool) -> None:
+        """out_weight (V, D) and out_bias (V,), both float32: E^T (factor * hidden) and E^T factor, or add them."""
         chunk, e = self.chunk, self.exponentials
-        bias_kernel[(triton.cdiv(chunk.V, 128),)](
-            e, e.stride(0), self.head_factor, out, chunk.row_counts, chunk.rows, chunk.V, self.e_unit,
-            ROWS=32, COLS=128, ACCUMULATE=accumulate,
-        )  # fmt: skip
+        if self.head_product is not None and out_weight is not None:
+            self.head_product(out_weight, accumulate=accumulate)
+        if out_bias is not None:
+            bias_kernel[(triton.cdiv(chunk.V, 128),)](
+                e, e.stride(0), self.head_factor, out_bias, chunk.row_counts, chunk.rows, chunk.V, self.e_unit,
+                ROWS=32, COLS=128, ACCUMULATE=accumulate,
+            )  # fmt: skip
+
+
+class ExactGradients:
+    """Log p and gradients of all rows, one ``chunk`` after another, in the order that these are gathered in.
+
+    hidden: all hidden states, (B, T, D). needs: which gradients will be asked for.
+    """
+
+    def __init__(
+        self, head: Head, temperature: float, hidden: torch.Tensor, how: Machine, chunk_bytes: int, needs: Needs
+    ):
+        (V, D), n = head.weight.shape, hidden.shape[0] * hidden.shape[1]
+        plan = chunk_plan(ceil_div(n, ROW_TILE), V, D, hidden.dtype.itemsize, how, chunk_bytes, needs)
+        chunk = self.chunk = Chunk(head, temperature, plan.rows, how)
+        self.d_hidden = hidden.new_zeros(hidden.shape) if needs.hidden else None
+        # All rows in one chunk: its product is the whole gradient, so it waits for the factor and is rounded to the
+        # head's dtype on its way out. That spares a float32 gradient, more memory than the chunk that waits.
+        self.d_weight = chunk.floats(V, D) if needs.weight and n > plan.rows else None
+        self.d_bias = chunk.floats(V) if needs.bias else None
+        self.needs, self.gradients, self.begun = needs, ChunkGradients(chunk, plan, self.d_hidden, needs.head), False
+
+    def forward(self, order: torch.Tensor, logp: torch.Tensor) -> None:
+        """Write log p (nats) of row i of the chunk at order[i] of ``logp`` (N,)."""
+        self.gradients.forward(order, logp)
+
+    def backward(self, order: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Make of dL/dlogp, ``gradient`` (N,) float32, the gradients of the chunk."""
+        self.gradients.backward(order, gradient)
+        self.gradients.head(self.d_weight, self.d_bias, accumulate=self.begun)
+        self.begun = True
+
+    def finish(self) -> Finish:
+        product = self.gradients.head_product
+        if product is not None and self.needs.weight and self.d_weight is None:
+            return finishing(self.chunk.head, self.d_hidden, product.rounded, self.d_bias)
+        weight = partial(scaled, self.d_weight, dtype=self.chunk.hidden.dtype, multiply=multiply)
+        return finishing(self.chunk.head, self.d_hidden, weight, self.d_bias)
+
+
+def finishing(
+    head: Head, d_hidden: torch.Tensor | None, d_weight: Callable[[torch.Tensor | None], torch.Tensor | None],
+    d_bias: torch.Tensor | None,
+) -> Finish:  # fmt: skip
+    """Gives the gradients times a factor; ``d_weight`` of it is asked for first, since that may complete the bias's."""
+    dtype, bias_dtype = head.weight.dtype, None if head.bias is None else head.bias.dtype
+
+    def finish(factor: torch.Tensor | None) -> Gradients:
+        weight = d_weight(factor)
+        bias = None if bias_dtype is None else scaled(d_bias, factor, bias_dtype, multiply)
+        return Gradients(scaled(d_hidden, factor, dtype, multiply), weight, bias)
+
+    return finish

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from .common import LN2, NEG, PRECISION, load_tile, logits_of
 from .gather import Chunk
+from .plan import ceil_div
 
 # Row tiles that share their pass over the vocabulary, so that a tile of the head is read from L2 by all of them.
 GROUP = 16
@@ -178,40 +179,31 @@ def combine_sums_kernel(
 
 
 class VocabPass:
-    """Passes over the vocabulary for the rows of a :class:`~.gather.Chunk`.
+    """Statistics of the rows of a :class:`~.gather.Chunk`, by a pass over the vocabulary.
 
-    slice_tiles: how many tiles of the vocabulary to have room for in ``exponentials`` (chunk.rows, whole tiles), in the
-    operands' dtype.
+    memory: what tiles' maxima and sums may share, uint8; their own where it is None.
     """
 
-    def __init__(self, chunk: Chunk, slice_tiles: int = 0):
-        self.chunk, self.slice_tiles = chunk, slice_tiles
+    def __init__(self, chunk: Chunk, memory: torch.Tensor | None = None):
+        self.chunk = chunk
         c = self.config = chunk.configs.vocab
-        self.col_tiles = triton.cdiv(chunk.V, c.cols)
+        self.col_tiles = ceil_div(chunk.V, c.cols)
         self.operands = chunk.tiled(chunk.hidden, c.rows, c.depth), chunk.tiled(chunk.head.weight, c.cols, c.depth)
-        self.exponentials = self.stored = None
-        # Maxima and sums of the tiles are combined before exponentials are stored, so they share that memory.
-        dtype, floats, room = chunk.hidden.dtype, 3 * self.col_tiles * chunk.rows, slice_tiles * c.cols * chunk.rows
-        buffer = torch.empty(max(4 * floats, room * dtype.itemsize), dtype=torch.uint8, device=chunk.hidden.device)
-        self.tile_stats = buffer[: 4 * floats].view(torch.float32)
-        if slice_tiles:
-            self.exponentials = buffer[: room * dtype.itemsize].view(dtype).view(chunk.rows, slice_tiles * c.cols)
-            self.stored = chunk.tiled(self.exponentials, c.rows, c.cols)
-            self.sums = chunk.floats(self.col_tiles, chunk.rows)
+        floats = 3 * self.col_tiles * chunk.rows
+        self.tile_stats = chunk.floats(floats) if memory is None else memory[: 4 * floats].view(torch.float32)
 
-    def _launch(self, row_counts, first_tile: int, n_tiles: int, store: bool) -> None:
+    def _launch(self, row_counts, first_tile: int, n_tiles: int, tile_stats, stored=None, stride=0, offset=None):
         chunk, head = self.chunk, self.chunk.head
         vocab_kernel[(chunk.programs,)](
-            *self.operands, *head.weight.stride(), head.bias,
-            self.stored if store else None, self.exponentials.stride(0) if store else 0,
-            chunk.offset if store else None, chunk.target, self.sums if store else self.tile_stats, row_counts,
-            first_tile, n_tiles, chunk.rows, chunk.V, chunk.softcap or 0.0, chunk.logit_scale,
-            D=chunk.D, GROUP=GROUP, PROGRAMS=chunk.programs, TMA=chunk.tma, STORE=store, BIAS=head.bias is not None,
-            SOFTCAP=chunk.softcap is not None, PRECISION=PRECISION, **self.config.tile, **self.config.launch,
+            *self.operands, *head.weight.stride(), head.bias, stored, stride, offset, chunk.target, tile_stats,
+            row_counts, first_tile, n_tiles, chunk.rows, chunk.V, chunk.softcap or 0.0, chunk.logit_scale,
+            D=chunk.D, GROUP=GROUP, PROGRAMS=chunk.programs, TMA=chunk.tma, STORE=stored is not None,
+            BIAS=head.bias is not None, SOFTCAP=chunk.softcap is not None, PRECISION=PRECISION,
+            **self.config.tile, **self.config.launch,
         )  # fmt: skip
 
     def _statistics(self, row_counts, order=None, offset=None, shift=0.0, out=(None,) * 3) -> None:
-        self._launch(row_counts, 0, self.col_tiles, store=False)
+        self._launch(row_counts, 0, self.col_tiles, self.tile_stats)
         combine_statistics_kernel[(triton.cdiv(self.chunk.rows, ROW_BLOCK),)](
             self.tile_stats, self.chunk.logit, order, row_counts, offset, *out, self.chunk.rows, self.col_tiles, shift,
             OFFSET=offset is not None, ROW_BLOCK=ROW_BLOCK, TILE_BLOCK=TILE_BLOCK,
@@ -225,13 +217,34 @@ class VocabPass:
         """Make the chunk's offset logsumexp - shift, in units of ln 2."""
         self._statistics(row_counts, offset=self.chunk.offset, shift=shift)
 
+
+class StoringPass(VocabPass):
+    """A pass that stores exponentials, a slice of the vocabulary of ``slice_tiles`` tiles at a time.
+
+    Attributes:
+        exponentials: (chunk.rows, whole tiles), in the operands' dtype. sums: (tiles, chunk.rows) float32.
+    """
+
+    def __init__(self, chunk: Chunk, slice_tiles: int):
+        self.slice_tiles, c, dtype = slice_tiles, chunk.configs.vocab, chunk.hidden.dtype
+        # Maxima and sums of the tiles are combined before exponentials are stored, so they share that memory.
+        width = slice_tiles * c.cols
+        room, stats = chunk.rows * width * dtype.itemsize, 12 * ceil_div(chunk.V, c.cols) * chunk.rows
+        memory = torch.empty(max(stats, room), dtype=torch.uint8, device=chunk.hidden.device)
+        super().__init__(chunk, memory)
+        self.exponentials = memory[:room].view(dtype).view(chunk.rows, width)
+        self.stored = chunk.tiled(self.exponentials, c.rows, c.cols)
+        self.sums = chunk.floats(self.col_tiles, chunk.rows)
+
     def slices(self) -> range:
         """The first tile of each slice of the vocabulary."""
         return range(0, self.col_tiles, self.slice_tiles)
 
     def store(self, row_counts, first_tile: int) -> None:
         """Store e^(z - offset) of the slice from ``first_tile`` on, 0 for the targets, and keep its row sums."""
-        self._launch(row_counts, first_tile, min(self.slice_tiles, self.col_tiles - first_tile), store=True)
+        n_tiles = min(self.slice_tiles, self.col_tiles - first_tile)
+        kept = self.stored, self.exponentials.stride(0), self.chunk.offset
+        self._launch(row_counts, first_tile, n_tiles, self.sums, *kept)
 
     def combine_sums(self, row_counts, order, others, total, logp, retry=None) -> None:
         """After the last slice: total (rows,) = Σ e^(z - offset), others (rows,) the same without the target, and log p
