@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch.nn import functional as F
 
-RANK_STEP = 8  # joined ranks are multiples of it: rows of 16 bytes stay rows of 16 bytes
+RANK_STEP = 8  # rows of whole 16 bytes stay so beside a low-rank part
 
 
 @dataclass(frozen=True)
 class Head:
-    """Logits z = softcap · tanh(logit_scale · (h (W + scale · B A)ᵀ + b) / softcap), in nats.
+    """Logits z = softcap · tanh(logit_scale · x / softcap) of x = h (W + s·B A)ᵀ + b, in nats.
 
-    Attributes:
-        weight: W (V, D); bfloat16, float16, float32 or float64.
-        bias: b (V,), any of those dtypes; or None.
-        logit_scale: above 0.
-        softcap: above 0; or None, without tanh.
-        low_rank: (A, B, scale) of a low-rank part beside W, as of a LoRA on the head: A (r, D), B (V, r), any of those
-            dtypes; or None.
-
-    The temperature that logits are divided by last is no part of the head: it is an argument, common to student and
-    teacher.
+    weight: W (V, D); bfloat16, float16, float32 or float64. bias: b (V,), any of those dtypes, or None. logit_scale and
+    softcap are above 0; softcap=None: without tanh. low_rank: (A (r, D), B (V, r), s), a LoRA on the head, or None:
+    without it. The temperature that logits are divided by last is no part of the head: it is an argument, common to
+    student and teacher.
     """
 
     weight: torch.Tensor
@@ -39,14 +33,18 @@ class Head:
         if self.low_rank is not None:
             a, b, scale = self.low_rank
             low_rank = a.detach(), b.detach(), scale
-        bias = None if self.bias is None else self.bias.detach()
-        return replace(self, weight=self.weight.detach(), bias=bias, low_rank=low_rank)
+        return self.frame(self.weight.detach(), None if self.bias is None else self.bias.detach(), low_rank=low_rank)
+
+    @property
+    def frame(self) -> Callable[..., Head]:
+        """Makes the same head of another (weight, bias, low_rank=), and holds on to none of this one."""
+        return partial(Head, logit_scale=self.logit_scale, softcap=self.softcap)
 
     def join(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """([h, u], B) with h (W + scale · B A)ᵀ = [h, u] [W, B]ᵀ, where u = scale · h Aᵀ; (h, None) without low_rank.
+        """([h, u], B) with h (W + s·B A)ᵀ = [h, u] [W, B]ᵀ, where u = s·h Aᵀ; (h, None) without a low-rank part.
 
-        As linear layers in the hidden states' dtype make them; differentiable in h, A and B. The rank is filled up with
-        zeros. :attr:`frame` makes [W, B].
+        u is made as a linear layer in the hidden states' dtype would; B gets the weight's. Differentiable in h, A and B.
+        The rank is filled up with zeros to a multiple of RANK_STEP.
         """
         if self.low_rank is None:
             return hidden, None
@@ -55,18 +53,10 @@ class Head:
         u = F.linear(hidden, F.pad(scale * a, (0, 0, 0, fill)).to(hidden.dtype))
         return torch.cat([hidden, u], -1), F.pad(b, (0, fill)).to(self.weight.dtype)
 
-    @property
-    def frame(self) -> Callable[..., Head]:
-        """Makes the same head, without a low-rank part, of another (weight, bias), and holds on to neither of this one.
-
-        A third operand, columns (V, r), is joined to the weight's: a copy of V (D + r) numbers.
-        """
-        return partial(_framed, logit_scale=self.logit_scale, softcap=self.softcap)
-
     def joined(self, hidden: torch.Tensor) -> tuple[torch.Tensor, Head]:
-        """The same logits by other hidden states and a head without a low-rank part."""
+        """The same logits from other hidden states, by a head without a low-rank part."""
         hidden, columns = self.join(hidden)
-        return hidden, self.frame(self.weight, self.bias, columns)
+        return hidden, self.frame(widened(self.weight, columns), self.bias)
 
     def cap_and_temperature(self, temperature: float) -> tuple[float | None, float]:
         """(c, T) with z / temperature = c · tanh(x / c) / T for x = h Wᵀ + b; x / T where c is None."""
@@ -74,11 +64,9 @@ class Head:
         return cap, temperature / self.logit_scale
 
 
-def _framed(
-    weight: torch.Tensor, bias: torch.Tensor | None, columns: torch.Tensor | None = None, *,
-    logit_scale: float, softcap: float | None,
-) -> Head:  # fmt: skip
-    return Head(weight if columns is None else torch.cat([weight, columns], 1), bias, logit_scale, softcap)
+def widened(weight: torch.Tensor, columns: torch.Tensor | None) -> torch.Tensor:
+    """[W, B] (V, D + r), a copy; W itself without columns."""
+    return weight if columns is None else torch.cat([weight, columns], 1)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -22,7 +22,7 @@ from .backends import (
     power_of_two,
 )
 from .eager import eager
-from .head import Head, compute_dtype
+from .head import Head, compute_dtype, widened
 from .rows import Rows
 
 
@@ -70,9 +70,15 @@ class _LinearLogp(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         backend, needs, sparse_tol = options.backend, options.needs, options.sparse_tol
         operands = hidden, weight, bias, columns, target_ids
-        problem = frame(weight, bias, columns), options.temperature, hidden, target_ids, Rows.build(valid, valid)
+        problem = (
+            frame(widened(weight, columns), bias),
+            options.temperature,
+            hidden,
+            target_ids,
+            Rows.build(valid, valid),
+        )
         dtype = compute_dtype(hidden.dtype)
-        found = torch.zeros(3, valid.numel(), dtype=dtype, device=valid.device).unbind()
+        found = tuple(torch.zeros_like(valid, dtype=dtype) for _ in range(3))
         if options.ahead:
             logp, entropy, _ = found
             ones = torch.ones_like(logp)
@@ -115,7 +121,7 @@ class _LinearLogp(torch.autograd.Function):
             needed: Tensor, d_logp: Tensor, of_entropy: EntropyGradient | None = None, sparse: Sparse | None = None,
             kept: Kept | None = None,
         ) -> tuple[Tensor | None, ...]:  # fmt: skip
-            head, power = ctx.frame(weight, bias, columns), None
+            head, power = ctx.frame(widened(weight, columns), bias), None
             if hidden.dtype == torch.float16 and d_logp.numel():
                 # The head's product has dL/dlogp times hidden as an operand: a loss scale would leave float16's range.
                 largest = d_logp.abs().nan_to_num(0, 0, 0).amax()

@@ -24,7 +24,7 @@ from .backends import (
 from .checks import expect, number
 from .credit import ENTROPY_SCALES, CreditOptions, EntropyScale, Filter, Lookahead, TokenStats, batch_max
 from .eager import eager
-from .head import Head, compute_dtype
+from .head import Head, compute_dtype, widened
 from .rows import Rows
 
 
@@ -91,7 +91,7 @@ class _FusedLoss(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor | None,
         frame: Callable[..., Head], minibatch: _Minibatch, needs: Needs,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        loss, stats, ctx.finish = minibatch.loss(frame(weight, bias, columns), hidden, needs)
+        loss, stats, ctx.finish = minibatch.loss(frame(widened(weight, columns), bias), hidden, needs)
         ctx.save_for_backward(hidden, weight, bias, columns)
         ctx.arguments = frame, minibatch, needs
         ctx.mark_non_differentiable(*stats)
@@ -108,7 +108,7 @@ class _FusedLoss(torch.autograd.Function):
         finish, ctx.finish = ctx.finish, None
         if finish is None:
             # A second backward: the first one scaled its gradients in place and gave them away. They are made again.
-            finish = minibatch.loss(frame(weight, bias, columns), hidden, needs)[2]
+            finish = minibatch.loss(frame(widened(weight, columns), bias), hidden, needs)[2]
         return *finish(d_loss / minibatch.power).of_operands(needs, columns), *(None,) * 3
 
 
