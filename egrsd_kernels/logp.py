@@ -154,12 +154,14 @@ class _LinearLogp(torch.autograd.Function):
                 d_hidden = d_hidden.masked_fill_(beyond.view(factor.shape), 0).add_(exact)
             return d_hidden, *(None,) * 7
         *operands, valid, entropy, logsumexp = ctx.saved_tensors
+        kept, ctx.kept = ctx.kept, None  # it is used up: a second backward pass makes the exponentials again
         needed, of_entropy = d_logp != 0, None
+        if d_entropy is None and kept is not None and options.entropy_grad:  # it has kept logits
+            d_entropy = torch.zeros_like(d_logp)
         if d_entropy is not None:
             of_entropy = EntropyGradient(d_entropy.contiguous(), entropy, logsumexp)
             needed = needed | (d_entropy != 0)
         sparse = None if sparse_tol is None else Sparse.of(sparse_tol, operands[-1])
-        kept, ctx.kept = ctx.kept, None  # it is used up: a second backward pass makes the exponentials again
         return *gradients(*operands, valid & needed, d_logp, of_entropy, sparse, kept), *(None,) * 4
 
 

@@ -44,7 +44,7 @@ def slope_kernel(
     t = tl.load(order + slot, mask=ours, other=0)
     g = tl.load(gradient + t, mask=ours, other=0.0)
     h = tl.load(entropy_gradient + t, mask=ours, other=0.0)
-    H = tl.load(entropy + t, mask=ours, other=0.0)
+    H = tl.load(entropy + t, mask=ours & (h != 0), other=0.0)  # a row that is not to move may have a NaN
     if total is None:
         log_s = tl.zeros([BLOCK], tl.float32) + shift
         tl.store(offset + slot, tl.load(logsumexp + t, mask=ours, other=0.0) * LOG2E - shift, mask=inside)

@@ -128,6 +128,8 @@ def factor_kernel(
         f = tl.where((s == s) | (g == 0), size * (e_unit / temperature), float("nan"))
         moving = size != 0
     e *= tl.load(softcap_grad + slot, mask=ours, other=0.0)
+    # Chosen, not multiplied: a row that is not to move may hold anything, NaN included.
+    e = tl.where(ours & moving, e, 0.0)
     f = tl.where(ours & moving, f, 0.0)
     inside = slot < n_slots
     tl.store(factor + slot, f, mask=inside)
