@@ -175,7 +175,8 @@ def finish_hidden_kernel(
             mask=inside & (y >= 0)[:, None], other=0.0,
         )  # fmt: skip
         product += tl.load(entry + slot, mask=ours, other=0.0)[:, None] * w.to(tl.float32)
-        product *= tl.load(factor + slot, mask=ours, other=0.0)[:, None]
+        f = tl.load(factor + slot, mask=ours, other=0.0)[:, None]
+        product = tl.where(f == 0, 0.0, product * f)  # chosen, not multiplied: a row that is not to move may hold a NaN
         row = tl.load(order + slot, mask=ours, other=0).to(tl.int64)
         tl.store(out + row[:, None] * D + col[None, :], product.to(out.dtype.element_ty), mask=inside)
 
