@@ -22,7 +22,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ..protocol import EntropyGradient
 from .common import LN2, LOG2E, ROW_TILE
+from .gather import Chunk
 
 SLOTS = 128
 TILE = tl.constexpr(ROW_TILE)
@@ -84,18 +86,16 @@ def entries_kernel(
             tl.store(entries + at, y.to(entries.dtype.element_ty), mask=inside)
 
 
-def make_slopes(
-    gradient: torch.Tensor, entropy_gradient, total, order, row_counts, offset, slope: torch.Tensor, shift: float
-) -> None:
-    """See the kernel. entropy_gradient: an :class:`~egrsd_kernels.backends.protocol.EntropyGradient`."""
+def make_slopes(gradient, entropy_gradient: EntropyGradient, total, order, row_counts, offset, slope, shift) -> None:
+    """See the kernel."""
     n = slope.shape[1]
     slope_kernel[(triton.cdiv(n, SLOTS),)](
         gradient, *entropy_gradient, total, order, row_counts, offset, slope, n, shift, BLOCK=SLOTS
     )
 
 
-def make_entries(logits, entries, slope, chunk) -> None:
-    """See the kernel. chunk: the :class:`~.gather.Chunk` that the logits are of."""
+def make_entries(logits: torch.Tensor, entries: torch.Tensor, slope, chunk: Chunk) -> None:
+    """See the kernel. chunk: whose logits they are."""
     rows, width = logits.shape
     block = min(4096, triton.next_power_of_2(width))
     entries_kernel[(rows, triton.cdiv(width, block))](
