@@ -2,7 +2,7 @@
 
     python -m benchmarks.losses --output benchmarks/results/losses-h200.json
 
-Each row is a forward and a backward pass with random dL/dlogp and, where the entropy has a gradient, dL/dentropy, beside
+A row is a forward and a backward pass with random dL/dlogp and, where the entropy has a gradient, dL/dentropy, beside
 the bare matrix products of the same run: 1 forward and 1 backward product for a frozen head, and 1 more for a trained
 one. ``kept``: what the backward pass needs is kept, whatever it takes; ``again``: keep_bytes = 0, it is made again.
 Memory is what is held above operands. Accuracy is checked against float64 before a time counts: log p, entropy and
