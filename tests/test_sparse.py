@@ -112,10 +112,11 @@ class Result:
         error = self.mass - self.true_mass
         allowed = max(UNIT[dtype], 1e-4) * self.true_mass + 2.0**-120
         assert (error <= allowed)[sparse].all() and (not self.tight or (error >= -allowed)[sparse].all())
-        # The head's gradients are made of the same entries.
+        # The head's gradients are made of the same entries. They are off by roundings: of dz; of the target's E, which
+        # a dense row's factor takes from the others; of what comes out; and of the weighed hidden states.
         size = self.dz.abs().t() @ self.h.abs()
-        assert ((self.dw - self.dz.t() @ self.h).abs() <= 3 * UNIT[dtype] * size + tiny * self.h.abs().max()).all()
-        assert ((self.db - self.dz.sum(0)).abs() <= 2 * UNIT[dtype] * self.dz.abs().sum(0) + tiny).all()
+        assert ((self.dw - self.dz.t() @ self.h).abs() <= 4 * UNIT[dtype] * size + tiny * self.h.abs().max()).all()
+        assert ((self.db - self.dz.sum(0)).abs() <= 3 * UNIT[dtype] * self.dz.abs().sum(0) + tiny).all()
 
 
 def logits_of(name: str, size: int):
