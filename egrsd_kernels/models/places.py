@@ -63,7 +63,7 @@ def place_of(base: nn.Module, path: str) -> str:
 
 def plain(module: nn.Module) -> nn.Module:
     """The module that holds a head's (V, D) weight: below an adapter's layer, if there is one."""
-    return module._modules.get("base_layer") or module
+    return module._modules.get("base_layer", module)
 
 
 def size_of(module: nn.Module) -> int:
@@ -83,9 +83,15 @@ def kind_of(module: nn.Module) -> str:
 
 
 def head_at(module: nn.Module, frame: Callable[..., Head]) -> Head:
-    """The head that the module is now, with its own parameters. A ModelError for an adapter that is no plain LoRA."""
+    """The head that the module is now, with its own parameters.
+
+    A ModelError for an adapter that is no plain LoRA, and for quantised weights.
+    """
     layer = plain(module)
     weight, bias = layer.weight, getattr(layer, "bias", None)
+    if not weight.is_floating_point():
+        dtype = str(weight.dtype).removeprefix("torch.")
+        raise ModelError(f"its head's weights are {dtype}: leave the head out of the quantisation")
     if layer is module or not _adapters(module):
         return frame(weight, bias)
     factors, scales = [], []
@@ -113,9 +119,6 @@ def check_whole(head: Head) -> None:
             )
         if tensor.is_meta:
             raise ModelError("its head's weights are offloaded where its forward begins, which is not supported")
-        if not tensor.is_floating_point():
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            raise ModelError(f"its head's weights are {dtype}: leave the head out of the quantisation")
 
 
 def tensors_of(head: Head) -> Iterable[Tensor]:

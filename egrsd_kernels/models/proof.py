@@ -148,8 +148,8 @@ def _proof(model: nn.Module, base: nn.Module, ours: Ours | None, more: Callable 
             own = logits_of(model(**arguments)).clone()  # nothing that follows may change it in place
         path, hidden = _head_among(base, calls, own.shape[-1])
         module = module_at(base, path)
-        roundoff = _roundoff(own, module)
-        logits, hidden_before_another = _ladder_through(model, module, changed)
+        logits, hidden_before_another, dtypes = _ladder_through(model, module, changed)
+        roundoff = _roundoff(own, dtypes)
         try:
             found, refusal = Found(path, *behind_head(logits.flatten(0, -2), size_of(module))), None
         except ModelError as fault:
@@ -207,12 +207,15 @@ def behind_head(logits: Tensor, size: int) -> Behind:
     return Behind(1.0 if abs(factor - 1) <= tolerance else factor, cap)
 
 
-def _ladder_through(model: nn.Module, module: nn.Module, arguments: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """(logits, hidden) of a forward whose head returns the ladder."""
-    read: list[Tensor] = []
+def _ladder_through(
+    model: nn.Module, module: nn.Module, arguments: dict[str, Tensor]
+) -> tuple[Tensor, Tensor, list[torch.dtype]]:
+    """(logits, hidden, the dtypes of the head's weights there) of a forward whose head returns the ladder."""
+    read: list[tuple[Tensor, list[torch.dtype]]] = []
 
     def steps(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-        read.append(hidden.detach())
+        # FSDP2's policy for mixed precision casts the weights for the forward.
+        read.append((hidden.detach(), [tensor.dtype for tensor in tensors_of(head_at(module, Head))]))
         # A gradient from here on is that of a parameter behind the head.
         torch.set_grad_enabled(True)
         # Not in 16 bits: rounded numbers would fit nothing.
@@ -226,7 +229,7 @@ def _ladder_through(model: nn.Module, module: nn.Module, arguments: dict[str, Te
         raise ModelError("a parameter that is trained changes its logits behind the head, which is not supported")
     if len(read) != 1:
         raise ModelError(f"its forward calls its head {len(read)} times, which is not supported")
-    return logits, read[0]
+    return logits, *read[0]
 
 
 def _ladder_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -279,9 +282,9 @@ def our_logits(roundoff: float, hidden: Tensor, head: Head) -> tuple[Tensor, Ten
     return (logits if head.softcap is None else head.softcap * (logits / head.softcap).tanh()), error
 
 
-def _roundoff(logits: Tensor, module: nn.Module) -> float:
+def _roundoff(logits: Tensor, dtypes: list[torch.dtype]) -> float:
     """u of the coarsest dtype that the model rounds its logits to; many return in float32 what 16 bits have held."""
-    dtypes = [logits.dtype, *(tensor.dtype for tensor in tensors_of(head_at(module, Head)))]
+    dtypes = [logits.dtype, *dtypes]
     if torch.is_autocast_enabled(logits.device.type):
         dtypes.append(torch.get_autocast_dtype(logits.device.type))
     return max(torch.finfo(dtype).eps for dtype in dtypes) / 2
@@ -353,6 +356,7 @@ def _head_among(base: nn.Module, calls: Sequence[_Call], width: int) -> tuple[st
     inside = {id(module) for module in named.modules()} if named is not None else set()
     chosen = [call for call in calls if id(base.get_submodule(call.path)) in inside]
     chosen = chosen or [call for call in calls if call.width == width]
+    chosen = chosen or [call for call in calls[-1:] if call.width > width]  # whose logits are cut
     if not chosen:
         raise ModelError("its logits come from no module with a weight of its own, which is not supported")
     path = place_of(base, chosen[-1].path)
@@ -378,6 +382,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def _random_adapters(model: nn.Module) -> Iterator[None]:
     """Adapters that change what the model computes: fresh ones are the identity, and would show nothing."""
     adapted = any({"base_layer", "original_module"} & {*module._modules} for module in model.modules())
+    _reshard(model)
     held = [_held(parameter) for parameter in model.parameters() if parameter.requires_grad] if adapted else []
     kept = [values.clone() for values in held]
     random = torch.Generator().manual_seed(0)
@@ -388,6 +393,14 @@ def _random_adapters(model: nn.Module) -> Iterator[None]:
     finally:
         for values, before in zip(held, kept, strict=True):
             values.copy_(before)
+        _reshard(model)
+
+
+def _reshard(model: nn.Module) -> None:
+    """FSDP2's root keeps what it has gathered in a forward without gradients, and would go on with old values."""
+    for module in model.modules():
+        if hasattr(type(module), "reshard"):
+            module.reshard()
 
 
 def _held(parameter: nn.Parameter) -> Tensor:
