@@ -151,19 +151,17 @@ def _proof(model: nn.Module, base: nn.Module, ours: Ours | None, more: Callable 
         logits, hidden_before_another, dtypes = _ladder_through(model, module, changed)
         roundoff = _roundoff(own, dtypes)
         try:
-            found, refusal = Found(path, *behind_head(logits.flatten(0, -2), size_of(module))), None
-        except ModelError as fault:
-            found, refusal = Found(path, 1.0, None), fault
+            found = Found(path, *behind_head(logits.flatten(0, -2), size_of(module)))
+        except ModelError as refusal:
+            off = _off_without(model, module, own, arguments)
+            raise ModelError(f"{refusal}: log p would be off by {off:.3g} nat, which is not supported") from None
         if ours is None:
             (logits, error), _ = run(model, path, found.frame, functools.partial(our_logits, roundoff), arguments)
         else:
             logits, error = ours(found, arguments)
-    width = own.shape[-1]
-    if own.shape[:-1] != logits.shape[:-1] or (refusal is None and width != logits.shape[-1]):
+    if own.shape != logits.shape:
         raise ModelError(f"its logits are {tuple(own.shape)}, those of its head {tuple(logits.shape)}")
-    off, allowed = difference(own.float(), logits[..., :width], error[..., :width], roundoff)
-    if refusal is not None:
-        raise ModelError(f"{refusal}: log p would be off by {off:.3g} nat, which is not supported")
+    off, allowed = difference(own.float(), logits, error, roundoff)
     _check_causal(hidden, hidden_before_another, roundoff)
     if not off <= allowed:  # NaN, too
         raise ModelError(
@@ -230,6 +228,20 @@ def _ladder_through(
     if len(read) != 1:
         raise ModelError(f"its forward calls its head {len(read)} times, which is not supported")
     return logits, *read[0]
+
+
+def _off_without(model: nn.Module, module: nn.Module, own: Tensor, arguments: dict[str, Tensor]) -> float:
+    """By how many nats the log p of what the head alone makes differs from the model's."""
+    plain_logits: list[Tensor] = []
+
+    def read(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        plain_logits.append(our_logits(0.0, hidden, head_at(module, Head))[0])
+        return plain_logits[0].clone()
+
+    with redirected(module, read):
+        model(**arguments)
+    logp = plain_logits[0].log_softmax(-1)[..., : own.shape[-1]]
+    return (logp - own.float().log_softmax(-1)).abs().nan_to_num(nan=torch.inf).max().item()
 
 
 def _ladder_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -111,12 +111,9 @@ def _without_logits(output: Any) -> Any:
 
 def _without_cache(base: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """A cache of keys and values is of no use here, and transformers' models make one unless they are told."""
-    return {"use_cache": False, **inputs} if "use_cache" in _parameters(type(base)) else dict(inputs)
-
-
-@functools.cache
-def _parameters(kind: type[nn.Module]) -> frozenset[str]:
-    return frozenset(inspect.signature(kind.forward).parameters)
+    takes = inspect.signature(type(base).forward).parameters
+    passed_on = hasattr(base, "config") and any(one.kind is one.VAR_KEYWORD for one in takes.values())
+    return {"use_cache": False, **inputs} if "use_cache" in takes or passed_on else dict(inputs)
 
 
 # ------------------------------------------------------------------------------------------------------------ forward
