@@ -20,8 +20,7 @@ from benchmarks.data import HIDDEN_SIZES
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
 OURS = "ours"
-DETAILED = {(4096, 16384), (2560, 16384)}  # (D, N) with every peer; the next ones with ours alone
-OURS_ALONE = {(4096, 4096), (2560, 4096)}
+DETAILED = {(4096, 16384), (2560, 16384), (4096, 4096), (2560, 4096)}  # (D, N) with every peer
 SUMMARY = (4096, 16384)  # (D, N) of the README's rows
 HEADINGS = ("statistics", "frozen head", "trained head", "peak, MiB", "log p, nat", "gradient", "cannot")
 
@@ -69,18 +68,15 @@ def _cells(first: str, row: dict) -> list[str]:
 
 
 def peer_tables(shapes: dict[tuple[int, int], dict]) -> list[str]:
-    """One row a peer at the detailed shapes, then ours at a few more."""
+    """One row a peer at the detailed shapes."""
     blocks = []
-    for size, n in sorted(shapes.keys() & DETAILED, reverse=True):
+    for size, n in sorted(shapes.keys() & DETAILED, key=lambda shape: (-shape[1], -shape[0])):
         rows = shapes[size, n]["rows"]
         cells = [_cells(f"**{r['name']}**" if r["peer"] == OURS else r["name"], r) for r in rows if _measured(r)]
         blocks.append(table([f"{model(size)}, N = {n:,}", *HEADINGS], cells))
         failed = [f"{r['name']} ({r.get('note') or r['frozen']['note']})" for r in rows if not _measured(r)]
         blocks += [f"Not measured there: {'; '.join(failed)}."] if failed else []
-    alone = []
-    for size, n in sorted(shapes.keys() & OURS_ALONE, reverse=True):
-        alone += [_cells(f"{model(size)}, N = {n:,}", r) for r in shapes[size, n]["rows"] if r["peer"] == OURS]
-    return blocks + ([table(["egrsd_kernels", *HEADINGS], alone)] if alone else [])
+    return blocks
 
 
 def _fastest(rows: Iterable[dict], figure: str, per_token: bool) -> dict | None:

@@ -30,7 +30,8 @@ def run(n: int, vocabulary: int, size: int, dtype: torch.dtype) -> None:
         target_ids[1::50] = vocabulary + 5  # must not be read
         advantages[::3] = 0
     ends = torch.tensor([0, n // 2, n], device="cuda")
-    for transform in ({}, {"student_bias": bias, "softcap": 5.0, "temperature": 0.8}):
+    discounted = {"lookahead_filter": "discounted", "lookahead_decay": 0.9}
+    for transform in ({}, {"student_bias": bias, "softcap": 5.0, "temperature": 0.8} | discounted):
         for chunk_bytes in (1, 1 << 30):
             options = {"cu_seqlens": ends, "lookahead": 5, "chunk_bytes": chunk_bytes, **transform}
             for head in (weight, weight.detach()):  # a frozen head takes the vocabulary in slices

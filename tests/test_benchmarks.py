@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks import compare, measure, plots, sparse, table
+from benchmarks import compare, losses, measure, plots, sparse, table
 from benchmarks.data import GENERATORS, head_weight, summary, teacher_hidden
 from benchmarks.peers import PEERS, Calls, Peer, without_parents
 from benchmarks.problem import Exact, Problem, Step, wrong
@@ -466,10 +466,35 @@ def test_sparse_beside_exact(tmp_path, capsys):
     assert (tmp_path / "pictures" / "sparse.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_losses_beside_the_bare_products(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "losses.json"
+    options = ["--shapes=64:40", "--vocabulary=300", "--device=cpu", "--rounds=3", "--budget=0.01"]
+    losses.main([*options, "--output", str(path)])
+    (entry,) = json.loads(path.read_text())["shapes"]
+    assert [row["name"] for row in entry["rows"]] == [subject.name for subject in losses.SUBJECTS]
+    for row in entry["rows"]:
+        counts = zip((1, 1, int(row["trained"])), entry["products"].values(), strict=True)
+        assert row["ratio"] == pytest.approx(row["ms"] / sum(count * product["ms"] for count, product in counts))
+        assert ("entropy_max_nat" in row["error"]) == row["entropy"]
+        assert ("dweight_relative" in row["error"]) == row["trained"]
+    assert "entropy's gradient again" in capsys.readouterr().out
+    # What is wrong has no time: entropies with the sign turned.
+    right = losses.linear_logp
+
+    def wrong(*args, **options):
+        out = right(*args, **options)
+        return (out[0], -out[1]) if isinstance(out, tuple) else out
+
+    monkeypatch.setattr(losses, "linear_logp", wrong)
+    losses.main([*options, "--output", str(path)])
+    (entry,) = json.loads(path.read_text())["shapes"]
+    assert all(("note" in row) == row["entropy"] and ("ms" in row) != row["entropy"] for row in entry["rows"])
+
+
 @pytest.mark.skipif(not triton_backend.takes(torch.zeros(1)), reason="needs Triton's interpreter")
 def test_collection_ends_before_the_gradients(problem, monkeypatch):
     """It chooses entries and dense tokens for every token, and multiplies nothing."""
-    for name in ("gather_hidden_kernel", "add_head_kernel"):
+    for name in ("add_rows", "add_to_head"):
         monkeypatch.setattr(sparse_kernels, name, None)
     full = {name: getattr(problem, name).float() for name in ("hidden", "weight")}
     dense = sparse.collect(dataclasses.replace(problem, **full), 2.0**-4).dense

@@ -10,11 +10,10 @@ from egrsd_kernels.backends import Needs
 from egrsd_kernels.backends.triton.common import ROW_TILE, Configs, Machine
 from egrsd_kernels.backends.triton.plan import (
     FROZEN_BYTES,
-    LISTED_ENTRIES,
     ceil_div,
     chunk_plan,
-    sparse_plan,
 )
+from egrsd_kernels.backends.triton.sparse.plan import LISTED_ENTRIES, sparse_plan
 from egrsd_kernels.backends.triton.tuning import FLOAT32, HALF, configs
 
 H100 = Machine(132, True, configs(torch.bfloat16, torch.device("cpu"), True, 232_448))
@@ -86,7 +85,7 @@ def test_sparse_plans_are_within_their_memory():
                 def used(plan, needs, size=size, itemsize=itemsize, config=config, col_tiles=col_tiles):
                     per_row = (V + size) * itemsize + 4 * col_tiles
                     entry = 48 if needs[1] else 8
-                    found = plan.rows * (4 * plan.found + 4 * col_tiles + V // 8)
+                    found = plan.rows * 4 * col_tiles
                     partial = 4 * plan.partial_tiles * config.rows * config.cols
                     return (plan.rows + plan.reserve) * per_row + found + entry * plan.listed * plan.entries + partial
 

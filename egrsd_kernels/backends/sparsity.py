@@ -13,7 +13,7 @@ DEFAULT_SPARSE_TOL = 2.0**-10
 class Sparse:
     """What a student pass may leave out of its gradients, and what it did leave out: (N,), in the callers' order.
 
-    With c = dL/dlogp, Σ |c| dropped <= tolerance Σ |c| mass; see ``backends/triton/sparse`` for the proof.
+    With c = dL/dlogp, Σ |c| dropped <= tolerance Σ |c| mass; see docs/sparse.md for the proof.
     """
 
     tolerance: float

@@ -27,13 +27,6 @@ LAUNCHES = {"chunk": 12, "slice": 6}
 # With these limits on the memory of a chunk, more buys no speed where the head is frozen.
 MOST_ROWS = 4352
 FROZEN_BYTES = 350 << 20
-# Sparse gradients: the most entries that a row may keep. Twice as many rows of the head to gather take almost as long
-# as the row's product, and lists take memory from chunks; with a trained head, each entry is sorted, too.
-MOST_ENTRIES = {False: 256, True: 128}
-# Entries that wait to be sorted and added to the head's gradient, which takes as long as reading and writing all of it;
-# and the bytes that one takes then.
-LISTED_ENTRIES = 9 << 19
-SORT_BYTES = 48
 
 
 @dataclass(frozen=True)
@@ -44,23 +37,6 @@ class Plan:
     rows: int
     slice_tiles: int
     partial_tiles: int
-
-
-@dataclass(frozen=True)
-class SparsePlan:
-    """A chunk with sparse gradients: its ``rows``; the most vocabulary ``entries`` that a row may keep; ``listed``, the
-    rows that they are listed of at a time; room for ``reserve`` dense rows that wait, and for tiles of dhidden, as in
-    :class:`Plan`. ``found``: how many entries there is room for to choose a row's from."""
-
-    rows: int
-    entries: int
-    listed: int
-    reserve: int
-    partial_tiles: int
-
-    @property
-    def found(self) -> int:
-        return 4 << (self.entries - 1).bit_length()
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -91,13 +67,14 @@ def _product_steps(tiles: int, steps: int, most: int, programs: int) -> int:
 @functools.lru_cache(maxsize=1024)
 def chunk_plan(
     row_tiles: int, vocabulary: int, hidden_size: int, itemsize: int, machine: Machine, budget: int,
-    needs: Needs,
+    needs: Needs, sums: int = 1,
 ) -> Plan:  # fmt: skip
     """The fastest plan by the model, among those whose buffers stay within ``budget`` bytes (or are the smallest).
 
     The gradient of a head in float32, which chunks add up in, is beside that budget.
 
-    row_tiles: rows to work on, in tiles of ROW_TILE. needs: gradients of (hidden, weight, bias).
+    row_tiles: rows to work on, in tiles of ROW_TILE. needs: which gradients will be asked for. sums: how many a row and
+    tile of the vocabulary leave.
     """
     programs, tma, configs = machine
     c = configs.vocab
@@ -114,7 +91,7 @@ def chunk_plan(
 
     def chunk_steps(tiles: int, width: int, room: int) -> float:
         """Time of a chunk of so many row tiles, over slices of so many column tiles."""
-        total = LAUNCHES["chunk"] * LAUNCH_STEPS
+        total: float = LAUNCHES["chunk"] * LAUNCH_STEPS
         depth = ceil_div(hidden_size, c.depth) + STORE_STEPS
         h = configs.hidden
         outputs = output_tiles(h, tiles * ROW_TILE, hidden_size)
@@ -130,7 +107,7 @@ def chunk_plan(
                 total += count * steps
         if needs.weight:
             o = configs.head
-            outputs = ceil_div(vocabulary, o.rows) * ceil_div(hidden_size, o.cols)
+            outputs = ceil_div(vocabulary, o.rows) * ceil_div(hidden_size - needs.first_column, o.cols)
             depth = ceil_div(tiles * ROW_TILE, o.depth)
             steps = max(depth + REDUCE_STEPS, PARTIAL_STEPS) if tma else depth + PARTIAL_STEPS
             total += ceil_div(outputs, programs) * steps
@@ -140,7 +117,7 @@ def chunk_plan(
         """Bytes beside the exponentials: gathered rows, row sums of the vocabulary pass, and tiles of dhidden."""
         rows = tiles * ROW_TILE
         partial = room * configs.hidden.rows * configs.hidden.cols
-        return rows * (hidden_size * itemsize + 4 * col_tiles + 32) + 4 * partial * needs.hidden
+        return rows * (hidden_size * itemsize + 4 * sums * col_tiles + 32) + 4 * partial * needs.hidden
 
     def widths(tiles: int, room: int, budget: int) -> set[int]:
         """Slice widths worth a look: equal slices, and ones that end with a full round of the vocabulary pass."""
@@ -166,7 +143,7 @@ def chunk_plan(
         return ((tiles, width, room) for room in rooms(tiles) for width in widths(tiles, room, budget))
 
     # One chunk needs no float32 gradient of the head, to add up in and to convert; what that spares it may take.
-    spared = vocabulary * hidden_size * max(0, 4 - itemsize)
+    spared = vocabulary * (hidden_size - needs.first_column) * max(0, 4 - itemsize)
     found = list(options(row_tiles, budget + spared)) if needs.weight else []
     if not found:
         most_tiles = row_tiles if whole else min(row_tiles, MOST_ROWS // ROW_TILE)
@@ -176,40 +153,15 @@ def chunk_plan(
     return Plan(tiles * ROW_TILE, width, room)
 
 
-@functools.lru_cache(maxsize=1024)
-def sparse_plan(
-    row_tiles: int, vocabulary: int, hidden_size: int, itemsize: int, machine: Machine, budget: int,
-    needs: Needs,
-) -> SparsePlan:  # fmt: skip
-    """The largest chunks within ``budget`` bytes (or the smallest), and the reserve that goes with them.
-
-    The gradient of a head in float32, which chunks add up in, is beside that budget; and what it will take in a 16-bit
-    dtype, once they are done, is theirs until then. needs: gradients of (hidden, weight, bias).
-    """
+def kept_plan(
+    row_tiles: int, vocabulary: int, hidden_size: int, itemsize: int, machine: Machine, needs: Needs
+) -> tuple[Plan, int]:
+    """Chunks of all rows, as equal as can be, of which the whole vocabulary is stored; and the bytes that all keep."""
     programs, _, configs = machine
-    trained = needs.head
-    entries, cols = MOST_ENTRIES[trained], configs.vocab.cols
-    col_tiles = ceil_div(vocabulary, cols)
-    if needs.weight and itemsize < 4:
-        budget += vocabulary * hidden_size * itemsize
-
-    def plan(tiles: int) -> SparsePlan:
-        rows = tiles * ROW_TILE
-        # Whenever the reserve is made exactly, all of the head's gradient is read and written: the less often the
-        # better. The sums of dhidden may then be cut, to fill the device however full the reserve is.
-        reserve = min(2 * tiles, row_tiles) * ROW_TILE if trained else rows
-        most_listed = min(LISTED_ENTRIES, budget // (4 * SORT_BYTES))
-        listed = rows * max(1, most_listed // (rows * entries)) if trained else rows
-        room = max(2 * programs, 3 * output_tiles(configs.hidden, rows, hidden_size))
-        return SparsePlan(rows, entries, min(listed, ceil_div(row_tiles, tiles) * rows), reserve, room)
-
-    def buffers(plan: SparsePlan) -> int:
-        """Bytes: exponentials, hidden states and tile sums of the chunk and of the reserve; lists; tiles of dhidden."""
-        stored = (col_tiles * cols + hidden_size) * itemsize + 4 * col_tiles
-        found = 4 * col_tiles + col_tiles * cols // 8 + 4 * plan.found + 4 * 128 + 256
-        kept = (SORT_BYTES if trained else 8) * plan.listed * entries
-        partial = 4 * plan.partial_tiles * configs.hidden.rows * configs.hidden.cols
-        return (plan.rows + plan.reserve) * stored + plan.rows * found + kept + partial
-
-    most = min(row_tiles, budget // (2 * ROW_TILE * vocabulary * itemsize))
-    return next((found for found in map(plan, range(most, 1, -1)) if buffers(found) <= budget), plan(1))
+    tiles = ceil_div(row_tiles, ceil_div(row_tiles, MOST_ROWS // ROW_TILE))
+    col_tiles = ceil_div(vocabulary, configs.vocab.cols)
+    # Twice the room: sums that are cut fill the last round.
+    room = 2 * least_partial_tiles(configs.hidden, tiles * ROW_TILE, hidden_size, programs)
+    width = col_tiles * configs.vocab.cols + (hidden_size if needs.head else 0)
+    rows = ceil_div(row_tiles, tiles) * tiles * ROW_TILE
+    return Plan(tiles * ROW_TILE, col_tiles, room), rows * (width * itemsize + 64)

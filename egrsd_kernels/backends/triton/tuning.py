@@ -85,14 +85,15 @@ def measure(dtype: torch.dtype, device: torch.device, tma: bool, fitting: tuple[
     log.warning("measuring tiles for %s, %s: once, some seconds", torch.cuda.get_device_name(device), dtype)
     with torch.cuda.device(device), torch.no_grad():
         times = {config: _times(config, dtype, device, tma) for config in fitting}
-    best = Configs(*(min(fitting, key=lambda c, role=role: times[c][role]) for role in range(3)))
+    by_product = zip(*(times[config] for config in fitting), strict=True)
+    best = Configs(*(fitting[found.index(min(found))] for found in by_product))
     for config, found in times.items():
         log.info("%s: %s ms", config, ", ".join(f"{ms:.3f}" for ms in found))
     _keep(_key(dtype, device, tma), best)
     return best
 
 
-def _times(config: Config, dtype: torch.dtype, device: torch.device, tma: bool) -> tuple[float, float, float]:
+def _times(config: Config, dtype: torch.dtype, device: torch.device, tma: bool) -> tuple[float, ...]:
     """Milliseconds of hidden x head, E x head, and E^T x hidden with these tiles; infinite where they do not run."""
     generator = torch.Generator(device).manual_seed(0)
     weight, hidden = (
@@ -110,7 +111,7 @@ def _times(config: Config, dtype: torch.dtype, device: torch.device, tma: bool) 
     calls = (
         lambda: gradients.vocab.store(chunk.row_counts, 0),
         lambda: gradients.hidden_product(chunk.row_counts, 0),
-        lambda: gradients.head_product(d_weight, accumulate=True),
+        lambda: gradients.head(d_weight, None, accumulate=True),
     )
     try:
         return tuple(_milliseconds(call) for call in calls)
