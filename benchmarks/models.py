@@ -6,8 +6,8 @@
 For every architecture of transformers' causal, image-text-to-text and sequence-to-sequence mappings it builds a tiny
 model with random weights, in float32, whose scales, caps, biases and windows have values that show. It asks the package
 for the head (``head_of``), reads log p and entropy of the last tokens of a left-padded batch through ``with_head``, and
-compares them with the softmax of the model's own logits; and the gradient of a weighted sum of log p in every weight
-with autograd's through the logits. Vision-language models are read a second time with an image. Outcomes:
+compares them with the softmax of the model's own logits; and the gradient of a weighted sum of both, in every weight,
+with autograd's through the logits. Vision-language models get an image, where one can be made by hand. Outcomes:
 
     right      log p and entropy agree to ``TOLERANCE`` nat, and gradients to ``GRADIENT_TOLERANCE``
     refused    the package raised a ValueError
@@ -49,7 +49,7 @@ from transformers.models.auto.modeling_auto import (
 
 from benchmarks import table
 from benchmarks.measure import environment, write
-from egrsd_kernels import Head, head_of, linear_logp, token_statistics, with_head
+from egrsd_kernels import Head, head_of, linear_logp, with_head
 
 RESULTS = table.ROOT / "benchmarks" / "results" / "models.json"
 TOLERANCE = 1e-4  # nat: 26 roundings of a float32 logit of 100; a head that is read otherwise is off by 1e-2 and more
@@ -480,15 +480,14 @@ def numbers_of(logits: Tensor, ids: Tensor) -> Numbers:
     return Numbers(logp, -(log_p.exp() * log_p.clamp(min=-1e9)).sum(-1))  # 0, not NaN, where p = 0
 
 
-def our_numbers(model: nn.Module, given: Batch) -> Numbers:
+def our_numbers(model: nn.Module, given: Batch, **options: Any) -> Numbers:
     """The same through the package."""
 
-    def read(hidden: Tensor, head: Head) -> tuple[Tensor, ...]:
-        softcap, temperature = head.cap_and_temperature(1.0)
-        options = {"bias": head.bias, "softcap": softcap, "temperature": temperature, "backend": "torch"}
-        return tuple(token_statistics(hidden[:, -WIDTH - 1 : -1], head.weight, given.ids[:, -WIDTH:], **options))
+    def read(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+        states, targets = hidden[:, -WIDTH - 1 : -1], given.ids[:, -WIDTH:]
+        return linear_logp(states, head, targets, return_entropy=True, backend="torch", **options)
 
-    (logp, entropy, _), _ = with_head(model, read, **given.inputs)
+    (logp, entropy), _ = with_head(model, read, **given.inputs)
     return Numbers(logp.double(), entropy.double())
 
 
@@ -500,26 +499,22 @@ def gradient(model: nn.Module, loss: Tensor) -> Tensor:
 
 
 def gradients_off(model: nn.Module, given: Batch) -> float | None:
-    """How far the gradient of a weighted sum of log p is from autograd's through the logits, by its length.
+    """How far the gradient of a weighted sum of log p and entropies is from autograd's through the logits.
 
-    None where autograd has none.
+    By its length; None where autograd has none.
     """
-    weights = torch.linspace(-1, 1, WIDTH)
 
-    def read(hidden: Tensor, head: Head) -> Tensor:
-        softcap, temperature = head.cap_and_temperature(1.0)
-        options = {"bias": head.bias, "softcap": softcap, "temperature": temperature, "backend": "torch"}
-        logp = linear_logp(hidden[:, -WIDTH - 1 : -1], head.weight, given.ids[:, -WIDTH:], **options)
-        return (logp * weights).sum()
+    def weighed(numbers: Numbers) -> Tensor:
+        return (numbers.logp * torch.linspace(-1, 1, WIDTH)).sum() - 0.3 * numbers.entropy.sum()
 
     with torch.enable_grad():
         try:
-            own = gradient(model, (numbers_of(own_logits(model, given), given.ids).logp * weights).sum())
+            own = gradient(model, weighed(numbers_of(own_logits(model, given), given.ids)))
         except (AssertionError, RuntimeError):
             return None
         if not own.isfinite().all():
             return None
-        ours = gradient(model, with_head(model, read, **given.inputs)[0])
+        ours = gradient(model, weighed(our_numbers(model, given, entropy_grad=True)))
     off = ((ours - own).norm() / own.norm()).item()
     return math.inf if math.isnan(off) else off
 
@@ -561,6 +556,15 @@ def compare(model: nn.Module, given: Batch, own: Numbers, seen: float) -> dict[s
     return {"outcome": "right", **row}
 
 
+def refusal(model: nn.Module) -> dict[str, Any]:
+    """The outcome for a model that has to be refused, whatever its own forward needs."""
+    try:
+        head_of(model)
+    except ValueError as error:
+        return {"outcome": "refused", "reason": one_line(error)}
+    return {"outcome": "WRONG", "reason": "an encoder-decoder is not refused"}
+
+
 def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or "no message"
     return (text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}")[:400]
@@ -569,12 +573,15 @@ def one_line(error: BaseException) -> str:
 @torch.no_grad()
 def judge(architecture: Architecture) -> dict[str, Any]:
     """Build and compare one architecture, in this process."""
+    model = None
     try:
         model, given = build(architecture.class_name, tiny_config(CONFIG_MAPPING[architecture.model_type])), batch()
         if architecture.kind == "vision-language":
             given = with_image(model) or given
         own, seen = own_numbers(model, given)
     except Exception as error:
+        if model is not None and model.config.is_encoder_decoder:  # which asks for more than tokens
+            return refusal(model)
         return {"outcome": "not built", "reason": one_line(error)}
     image = {"image": "pixel_values" in given.inputs}
     try:
