@@ -234,6 +234,44 @@ def test_the_proof_costs_three_forwards_of_16_tokens_once():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("scale", [0.02, 0.1, 0.5])
+def test_weights_in_float32_under_autocast(scale):
+    """The head's product is rounded to bfloat16 there, and ours is not."""
+    model = Strange()
+    nn.init.normal_(model.quack.weight, std=scale)
+    with torch.autocast("cpu", torch.bfloat16):
+        head = head_of(model)
+    assert head.logit_scale == pytest.approx(0.3, rel=1e-6)
+
+
+def test_without_gradients_and_in_inference_mode():
+    for off in (torch.no_grad, torch.inference_mode):
+        model = Strange()
+        with off():
+            ours, _ = with_head(model, logits_of, input_ids=IDS)
+            torch.testing.assert_close(ours, model(input_ids=IDS))
+        assert not ours.requires_grad
+        check_same(model)
+
+
+def test_a_frozen_head_and_a_frozen_backbone():
+    for frozen in ("quack", "meow"):
+        model = Strange()
+        model.get_submodule(frozen).requires_grad_(False)
+        check_same(model)
+
+
+def test_results_may_be_differentiated_twice():
+    model = Strange()
+    loss, _ = with_head(model, by_head, input_ids=IDS)
+    weights = [model.transform[0].weight, model.quack.weight]
+    own = logp_of(model(input_ids=IDS)).mean()
+    first, expected = (torch.autograd.grad(one, weights, create_graph=True) for one in (loss, own))
+    second, wanted = (torch.autograd.grad(g[0].square().sum(), weights) for g in (first, expected))
+    for one, two in zip((*first, *second), (*expected, *wanted), strict=True):
+        torch.testing.assert_close(one, two)
+
+
 # ------------------------------------------------------------------------------------------- one call, and no trace
 
 
