@@ -390,6 +390,7 @@ def test_table(tmp_path, results, pages):
     assert first == {name: page.read_text() for name, page in pages.items()}
     for text in first.values():
         assert text.startswith("# before\n") and text.endswith("after\n") and "old" not in text
+    for text in (first["README.md"], first["benchmarks/README.md"]):
         assert "| **egrsd_kernels** | 1.10 ms, 1.10 × | 3.30 ms, 1.10 × | 4.40 ms, 1.10 × | 1,100 / 1,100 |" in text
         assert "One GPU" in text
     text = first["benchmarks/README.md"]
