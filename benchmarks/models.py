@@ -1,14 +1,15 @@
 """Whether the package reads the head of every architecture right, beside each model's own logits.
 
-    python -m benchmarks.models --output benchmarks/results/models.json
-    python -m benchmarks.models gemma2 granite
+    python -m benchmarks.models                     # all; writes benchmarks/results/models.json and docs/models.md
+    python -m benchmarks.models gemma2 granite      # prints these
 
 For every architecture of transformers' causal, image-text-to-text and sequence-to-sequence mappings it builds a tiny
 model with random weights, in float32, whose scales, caps, biases and windows have values that show. It asks the package
-for the head, as the trainer does at construction, reads log p and entropy of the last tokens of a left-padded batch
-through ``token_statistics``, and compares them with the softmax of the model's own logits. Outcomes:
+for the head (``head_of``), reads log p and entropy of the last tokens of a left-padded batch through ``with_head``, and
+compares them with the softmax of the model's own logits; and the gradient of a weighted sum of log p in every weight
+with autograd's through the logits. Vision-language models are read a second time with an image. Outcomes:
 
-    right      log p and entropy agree to ``TOLERANCE`` nat
+    right      log p and entropy agree to ``TOLERANCE`` nat, and gradients to ``GRADIENT_TOLERANCE``
     refused    the package raised a ValueError
     WRONG      they differ, or a token's log p depends on the tokens after it
     fails      the package raised anything else, or the process died after the model was built
@@ -23,13 +24,14 @@ Every architecture has a forked process of its own, with limits on time and memo
 from __future__ import annotations
 
 import argparse
+import inspect
 import math
 import multiprocessing
 import os
 import resource
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,11 +48,10 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from benchmarks.measure import environment, write
-from egrsd_kernels import token_statistics
-from egrsd_kernels.trl.hidden import hand_out_hidden_states
-from egrsd_kernels.trl.proof import prove_head
+from egrsd_kernels import Head, head_of, linear_logp, token_statistics, with_head
 
 TOLERANCE = 1e-4  # nat: 26 roundings of a float32 logit of 100; a head that is read otherwise is off by 1e-2 and more
+GRADIENT_TOLERANCE = 1e-4  # of its length: sums of float32 products in another order, through some layers
 SECONDS = 60.0  # for an architecture
 MEMORY = 4 << 30  # bytes
 PARAMETERS = 20_000_000  # more is not tiny: a setting that the config has under another name
@@ -80,6 +81,12 @@ TELLING = {
     "decoder_bias": True,
     "word_embed_proj_dim": 32,
     "sliding_window": 8,
+    "image_token_id": 290,
+    "image_token_index": 290,
+    "video_token_id": 291,
+    "audio_token_id": 292,
+    "vision_start_token_id": 293,
+    "vision_end_token_id": 294,
 }
 TEXT = TELLING | {
     "vocab_size": VOCABULARY,
@@ -369,28 +376,94 @@ class Numbers(NamedTuple):
         return math.inf if math.isnan(worst) else worst
 
 
-def read_head(model: nn.Module) -> float | None:
-    """What the trainer does at construction, and the only call into it: the softcap, or a ValueError."""
-    hand_out_hidden_states(model)
-    return prove_head(model)
+class Batch(NamedTuple):
+    """What a model is called with, and how many of its tokens stand before the text of ``batch()``."""
+
+    inputs: Mapping[str, Tensor]
+
+    @property
+    def ids(self) -> Tensor:
+        return self.inputs["input_ids"]
+
+    def row(self, index: int, start: int) -> Batch:
+        return Batch({name: x[[index], start:] for name, x in self.inputs.items()})
 
 
-def batch() -> tuple[Tensor, Tensor]:
-    """(ids, mask) of left-padded rows (ROWS, LENGTH)."""
+def batch() -> Batch:
+    """Left-padded rows (ROWS, LENGTH) of text."""
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(ORDINARY.start, ORDINARY.stop, (ROWS, LENGTH), generator=generator)
     mask = (torch.arange(LENGTH) >= torch.tensor(PADDING)[:, None]).long()
-    return ids * mask, mask
+    return Batch({"input_ids": ids * mask, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)})
 
 
-def inputs_of(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """What the trainer passes to the model."""
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+def with_image(model: nn.Module) -> Batch | None:
+    """Two rows of an image and text, or None where this model's images are not made here.
+
+    The image's inputs are the first of ``images()`` that the model takes. How many tokens it stands for, its features
+    say. It has to show: another image gives other logits.
+    """
+    token = next((x for n in ("image_token_id", "image_token_index") if (x := getattr(model.config, n, None))), None)
+    if token is None or not hasattr(model, "get_image_features"):
+        return None
+    text = batch().ids.clamp(min=ORDINARY.start)[:2]
+    takes = inspect.signature(type(model).forward).parameters
+    named = inspect.signature(model.get_image_features).parameters
+    for image in images(model.config):
+        image = {name: x for name, x in image.items() if name in takes}
+        try:
+            tokens = features_in(model.get_image_features(**{n: x for n, x in image.items() if n in named}))
+            ids = torch.cat([text[:, :2], torch.full((2, tokens // 2), token), text[:, 2:]], dim=1)
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            inputs |= {n: (ids == token).long() for n in ("mm_token_type_ids", "token_type_ids") if n in takes}
+            one = Batch(inputs | image)
+            another = Batch(inputs | image | {"pixel_values": image["pixel_values"].flip(0)})
+            shows = (own_logits(model, one) - own_logits(model, another)).abs().max() > 1e-4
+        except Exception:
+            continue
+        if shows:
+            return one
+    return None
 
 
-def own_logits(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+def features_in(found: Any) -> int:
+    """How many tokens two images stand for, by what get_image_features returns."""
+    found = getattr(found, "pooler_output", found)
+    parts = found if isinstance(found, (list, tuple)) else [found]
+    return sum(part.shape[:-1].numel() for part in parts)
+
+
+def images(config: PretrainedConfig) -> Iterator[dict[str, Tensor]]:
+    """Two images, in the ways in which models take them."""
+    vision = next((v for n in ("vision_config", "vision_tower_config") if (v := getattr(config, n, None))), config)
+    random = torch.Generator().manual_seed(5)
+    size, patch = (getattr(vision, name, None) for name in ("image_size", "patch_size"))
+    patch = patch[0] if isinstance(patch, (list, tuple)) else patch or 14
+    size = size[0] if isinstance(size, (list, tuple)) else size or 28
+    for side in (size, 2 * size, 56, 112):
+        picture = torch.randn(2, 3, side, side, generator=random)
+        sizes = torch.tensor([[side, side]] * 2)
+        yield {"pixel_values": picture, "image_sizes": sizes}
+        pixels = {"pixel_mask": torch.ones(2, side, side, dtype=torch.bool)}
+        yield {"pixel_values": picture, **pixels}
+        several = {"pixel_values": picture[:, None], "pixel_attention_mask": pixels["pixel_mask"][:, None]}
+        yield several | {"image_sizes": sizes}
+        views = torch.randn(2, 2, 3, side, side, generator=random)
+        yield {"pixel_values": views, "image_sizes": sizes}
+    for frames in (2, 1):
+        for grid in (4, 8):
+            patches = torch.randn(2 * grid * grid, 3 * frames * patch * patch, generator=random)
+            yield {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, grid, grid]] * 2)}
+            yield {
+                "pixel_values": patches.view(2, grid * grid, -1),
+                "pixel_attention_mask": torch.ones(2, grid * grid, dtype=torch.long),
+                "spatial_shapes": torch.tensor([[grid, grid]] * 2),
+            }
+
+
+def own_logits(model: nn.Module, given: Batch) -> Tensor:
     """(B, WIDTH, V) logits that predict the last tokens, as the model makes them."""
-    return model(**inputs_of(ids, mask)).logits[:, -WIDTH - 1 : -1].double()
+    return model(**given.inputs).logits[:, -WIDTH - 1 : -1].double()
 
 
 def numbers_of(logits: Tensor, ids: Tensor) -> Numbers:
@@ -399,49 +472,81 @@ def numbers_of(logits: Tensor, ids: Tensor) -> Numbers:
     return Numbers(logp, -(log_p.exp() * log_p.clamp(min=-1e9)).sum(-1))  # 0, not NaN, where p = 0
 
 
-def our_numbers(model: nn.Module, ids: Tensor, mask: Tensor, softcap: float | None) -> Numbers:
-    """The same through the package, as the trainer reads them."""
+def our_numbers(model: nn.Module, given: Batch) -> Numbers:
+    """The same through the package."""
 
-    def read(hidden: Tensor, weight: Tensor, bias: Tensor | None):
-        states = hidden[:, -WIDTH - 1 : -1]
-        return token_statistics(states, weight, ids[:, -WIDTH:], bias=bias, softcap=softcap, backend="torch")
+    def read(hidden: Tensor, head: Head) -> tuple[Tensor, ...]:
+        softcap, temperature = head.cap_and_temperature(1.0)
+        options = {"bias": head.bias, "softcap": softcap, "temperature": temperature, "backend": "torch"}
+        return tuple(token_statistics(hidden[:, -WIDTH - 1 : -1], head.weight, given.ids[:, -WIDTH:], **options))
 
-    out = model(**inputs_of(ids, mask), read_hidden=read)
-    return Numbers(out.logp.double(), out.entropy.double())
+    (logp, entropy, _), _ = with_head(model, read, **given.inputs)
+    return Numbers(logp.double(), entropy.double())
 
 
-def with_another_end(ids: Tensor) -> Tensor:
+def gradient(model: nn.Module, loss: Tensor) -> Tensor:
+    """(weights,) of all weights together."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    made = torch.autograd.grad(loss, weights, allow_unused=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(weights, made, strict=True)])
+
+
+def gradients_off(model: nn.Module, given: Batch) -> float | None:
+    """How far the gradient of a weighted sum of log p is from autograd's through the logits, by its length.
+
+    None where autograd has none.
+    """
+    weights = torch.linspace(-1, 1, WIDTH)
+
+    def read(hidden: Tensor, head: Head) -> Tensor:
+        softcap, temperature = head.cap_and_temperature(1.0)
+        options = {"bias": head.bias, "softcap": softcap, "temperature": temperature, "backend": "torch"}
+        logp = linear_logp(hidden[:, -WIDTH - 1 : -1], head.weight, given.ids[:, -WIDTH:], **options)
+        return (logp * weights).sum()
+
+    with torch.enable_grad():
+        try:
+            own = gradient(model, (numbers_of(own_logits(model, given), given.ids).logp * weights).sum())
+        except (AssertionError, RuntimeError):
+            return None
+        if not own.isfinite().all():
+            return None
+        ours = gradient(model, with_head(model, read, **given.inputs)[0])
+    off = ((ours - own).norm() / own.norm()).item()
+    return math.inf if math.isnan(off) else off
+
+
+def with_another_end(given: Batch) -> Batch:
     """The rows with another last token, from which nothing is predicted."""
-    ids = ids.clone()
+    ids = given.ids.clone()
     ids[:, -1] = (ids[:, -1] + 1 - ORDINARY.start) % len(ORDINARY) + ORDINARY.start
-    return ids
+    return Batch({**given.inputs, "input_ids": ids})
 
 
-def own_numbers(model: nn.Module) -> tuple[Numbers, float]:
+def own_numbers(model: nn.Module, given: Batch) -> tuple[Numbers, float]:
     """log p and entropy by the model's own logits, and by how many nats a token's change with the tokens after it."""
-    ids, mask = batch()
-    logits = own_logits(model, ids, mask)
-    if logits.shape[:2] != (ROWS, WIDTH):
-        raise ValueError(f"its logits are {tuple(logits.shape)} where ({ROWS}, {WIDTH}, V) were asked for")
-    own = numbers_of(logits, ids)
+    logits = own_logits(model, given)
+    if logits.shape[:2] != (len(given.ids), WIDTH):
+        raise ValueError(f"its logits are {tuple(logits.shape)} where ({len(given.ids)}, {WIDTH}, V) were asked for")
+    own = numbers_of(logits, given.ids)
     if not all(x.isfinite().all() for x in own):
         raise ValueError("its own log p is not finite")
-    return own, numbers_of(own_logits(model, with_another_end(ids), mask), ids).off(own)
+    return own, numbers_of(own_logits(model, with_another_end(given)), given.ids).off(own)
 
 
-def compare(model: nn.Module, own: Numbers, seen: float) -> dict[str, Any]:
+def compare(model: nn.Module, given: Batch, own: Numbers, seen: float) -> dict[str, Any]:
     """The outcome for a model, beside its own numbers."""
-    ids, mask = batch()
     try:
-        softcap = read_head(model)
+        head = head_of(model)
+        ours = our_numbers(model, given)
     except ValueError as error:
         return {"outcome": "refused", "reason": one_line(error)}
-    ours = our_numbers(model, ids, mask, softcap)
-    alone = [our_numbers(model, ids[[i], n:], mask[[i], n:], softcap) for i, n in enumerate(PADDING)]
     off = ours.off(own)
-    row = {"softcap": softcap, "off": off, "padding": ours.off(Numbers(*map(torch.cat, zip(*alone, strict=True))))}
+    row = {"scale": head.logit_scale, "softcap": head.softcap, "off": off, "gradient": gradients_off(model, given)}
     if off > TOLERANCE:
         return {"outcome": "WRONG", "reason": f"off by {off:.2g} nat", **row}
+    if (row["gradient"] or 0) > GRADIENT_TOLERANCE:
+        return {"outcome": "WRONG", "reason": f"its gradient is off by {row['gradient']:.2g} of its length", **row}
     if seen > TOLERANCE:
         return {"outcome": "WRONG", "reason": f"tokens after it change a token's log p by {seen:.2g} nat", **row}
     return {"outcome": "right", **row}
@@ -449,19 +554,27 @@ def compare(model: nn.Module, own: Numbers, seen: float) -> dict[str, Any]:
 
 def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or "no message"
-    return (text if type(error) is ValueError else f"{type(error).__name__}: {text}")[:200]
+    return (text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}")[:200]
 
 
 @torch.no_grad()
 def judge(architecture: Architecture) -> dict[str, Any]:
     """Build and compare one architecture, in this process."""
     try:
-        model = build(architecture.class_name, tiny_config(CONFIG_MAPPING[architecture.model_type]))
-        own, seen = own_numbers(model)
+        model, given = build(architecture.class_name, tiny_config(CONFIG_MAPPING[architecture.model_type])), batch()
+        if architecture.kind == "vision-language":
+            given = with_image(model) or given
+        own, seen = own_numbers(model, given)
     except Exception as error:
         return {"outcome": "not built", "reason": one_line(error)}
+    image = {"image": "input_ids" in given.inputs and len(given.inputs) > 3}
     try:
-        return compare(model, own, seen)
+        row = compare(model, given, own, seen) | image
+        if row["outcome"] == "right" and "position_ids" in given.inputs:
+            alone = [our_numbers(model, given.row(i, n)) for i, n in enumerate(PADDING)]
+            padded = Numbers(*map(torch.cat, zip(*alone, strict=True)))
+            row["padding"] = our_numbers(model, given).off(padded)
+        return row
     except Exception as error:
         return {"outcome": "fails", "reason": one_line(error)}
 
@@ -515,7 +628,10 @@ def isolated(
 
 
 def line(row: dict[str, Any]) -> str:
-    figures = f"off by {row['off']:.1e}, padding {row['padding']:.1e} nat" if row["outcome"] == "right" else ""
+    figures = ""
+    if row["outcome"] == "right":
+        figures = f"off by {row['off']:.1e} nat, gradient {row['gradient'] or math.nan:.1e}"
+        figures += ", an image" * row["image"]
     return f"{row['kind']:<22}{row['model_type']:<28}{row['outcome']:<10}{row.get('reason', figures)}"
 
 

@@ -16,6 +16,7 @@ LEVELS = (
     ("credit",),
     ("backends",),
     ("statistics", "logp", "loss"),
+    ("models",),
     ("__init__",),  # the public names
     ("rl", "rollouts"),
     ("trl",),

@@ -9,8 +9,9 @@ pytest.importorskip("trl")
 
 from peft import LoraConfig, get_peft_model
 
+from egrsd_kernels.models.proof import TOKENS, behind_head, ladder
 from egrsd_kernels.trl.hidden import hand_out_hidden_states
-from egrsd_kernels.trl.proof import TOKENS, behind_head, ladder, prove_head
+from egrsd_kernels.trl.proof import prove_head
 from tests.support.trl_tiny import LORA, make, tiny_model, tokenizer
 
 SIZES = {
@@ -101,7 +102,7 @@ def test_a_setting_that_the_forward_ignores_is_ignored(name):
     [
         (lambda z: z * 0.125, "it multiplies its logits by 0.125 behind the head"),
         (lambda z: 0.5 * z.div(20).tanh() * 20, "it multiplies its logits by 0.5 behind the head"),
-        (masked, "it masks or changes its logits behind the head by more than a softcap"),
+        (masked, "it masks or changes its logits behind the head by more than a scale and a softcap"),
         (lambda z: z + 1e-2 * torch.arange(z.shape[-1]), "it masks or changes its logits behind the head"),
         (lambda z: z[..., :70], r"it makes 70 logits of the \d+ that its head returns"),
         (lambda z: z.relu(), "it masks or changes its logits behind the head"),

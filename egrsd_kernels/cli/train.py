@@ -41,7 +41,8 @@ def run(args: argparse.Namespace) -> None:
     """Train and say where the model is. A :class:`CommandError` for a bad config, data set, reward or model."""
     config = read_config(find_config(args.config))
     try:
-        from egrsd_kernels.trl.errors import CheckpointError, ModelError, RewardError
+        from egrsd_kernels.models import ModelError
+        from egrsd_kernels.trl.errors import CheckpointError, RewardError
         from egrsd_kernels.trl.run import find_checkpoint, make_trainer, train
         from egrsd_kernels.trl.settings import parse_settings
     except ImportError as error:

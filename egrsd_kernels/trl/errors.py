@@ -1,4 +1,4 @@
-"""What the user's model, rewards or folder may be at fault for; each message is one line."""
+"""What the user's rewards or folder may be at fault for; each message is one line."""
 
 
 class CheckpointError(ValueError):
@@ -7,10 +7,6 @@ class CheckpointError(ValueError):
 
 class Finished(CheckpointError):
     """A run that is to go on is at its end."""
-
-
-class ModelError(ValueError):
-    """A model for which the loss would compute something else than the model does, or that could not learn from it."""
 
 
 class RewardError(ValueError):

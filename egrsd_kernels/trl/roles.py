@@ -8,8 +8,9 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 
-from .errors import ModelError
-from .proof import evaluating
+from egrsd_kernels.models import ModelError
+from egrsd_kernels.models.proof import evaluating
+
 from .teacher import refuse_trained_teacher
 
 PADDING, TOKENS = 16, 4

@@ -34,6 +34,7 @@ from trl import GRPOTrainer
 
 from egrsd_kernels import TokenStats, fused_egrsd_loss, token_statistics
 from egrsd_kernels.credit import Lookahead, batch_max, lookahead_entropy
+from egrsd_kernels.models.proof import evaluating
 from egrsd_kernels.rl import TWO_TURN, Message, WelfordAdvantage, length_shaped_reward
 from egrsd_kernels.rollouts import Rollout, write_rollouts
 
@@ -52,7 +53,7 @@ from .context import Reader, check_columns, check_rows, context_window, privileg
 from .export import rollout_file, rollouts_of
 from .hidden import hand_out_hidden_states
 from .metrics import peak_memory_gib, token_metrics
-from .proof import evaluating, prove_head
+from .proof import prove_head
 from .rewards import LARGEST, checked, excerpt, without_infinite
 from .roles import Roles, check_trained, weights_at_hand
 from .teacher import AdaptersOff, EarlierWeights, MoveTeacher, make_teacher, pad_prompts
