@@ -9,6 +9,7 @@ import math
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
@@ -146,20 +147,46 @@ def scalar(name: str, value: object, like: torch.Tensor, dtype: torch.dtype) -> 
 
 
 def head(prefix: str, hidden_name: str, hidden: torch.Tensor, weight: object, bias: object, softcap: object) -> Head:
-    """The LM head that belongs to ``hidden``; prefix: "student_", "teacher_" or ""."""
+    """The LM head that belongs to ``hidden``, out of a Head or of its parts; prefix: "student_", "teacher_" or ""."""
     name = f"{prefix}weight"
-    weight = tensor(name, weight, like=hidden)
+    if isinstance(weight, Head):
+        for other, given in ((f"{prefix}bias", bias), ("softcap", softcap)):
+            expect(given is None, other, given, f"None, since {name} is a Head, which has its own")
+        return _head(weight, hidden_name, hidden, f"{name}.weight", f"{name}.bias", f"{name}.")
+    parts: Any = {"weight": weight, "bias": bias, "softcap": softcap}
+    return _head(Head(**parts), hidden_name, hidden, name, f"{prefix}bias", "")
+
+
+def _head(of: Head, hidden_name: str, hidden: torch.Tensor, name: str, bias_name: str, prefix: str) -> Head:
+    weight = tensor(name, of.weight, like=hidden)
     expect(weight.ndim == 2 and weight.shape[0] > 0, name, weight, "shape (V, D) with V > 0")
     fits = weight.shape[1] == hidden.shape[-1]
     expect(fits, name, weight, f"{hidden.shape[-1]} columns, the hidden size of {hidden_name}")
     expect(weight.dtype == hidden.dtype, name, weight, f"the dtype of {hidden_name}, {hidden.dtype}", TypeError)
+    bias = of.bias
     if bias is not None:
-        bias = tensor(f"{prefix}bias", bias, shape=(weight.shape[0],), like=hidden)
-        expect(bias.dtype in FLOATS, f"{prefix}bias", bias, FLOAT_TENSOR, TypeError)
-        bias = bias.contiguous()
-    if softcap is not None:
-        softcap = number("softcap", softcap, low=0, strict=True)
-    return Head(weight, bias, softcap=softcap)
+        bias = _floats(bias_name, bias, (weight.shape[0],), hidden).contiguous()
+    softcap = None if of.softcap is None else number(f"{prefix}softcap", of.softcap, low=0, strict=True)
+    logit_scale = number(f"{prefix}logit_scale", of.logit_scale, low=0, strict=True)
+    low_rank = None if of.low_rank is None else _low_rank(f"{prefix}low_rank", of.low_rank, weight)
+    return Head(weight, bias, logit_scale, softcap, low_rank)
+
+
+def _floats(name: str, value: object, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    value = tensor(name, value, shape=shape, like=like)
+    expect(value.dtype in FLOATS, name, value, FLOAT_TENSOR, TypeError)
+    return value
+
+
+def _low_rank(name: str, value: object, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
+    triple = isinstance(value, tuple) and len(value) == 3
+    expect(triple, name, value, "(A, B, scale), with A (r, D) and B (V, r)", TypeError)
+    a, b, scale = instance(name, value, tuple, "(A, B, scale)")
+    vocabulary, width = weight.shape
+    a = tensor(f"{name} A", a, like=weight)
+    expect(a.ndim == 2 and a.shape[0] > 0, f"{name} A", a, f"shape (r, {width}) with r > 0")
+    a = _floats(f"{name} A", a, (a.shape[0], width), weight)
+    return a, _floats(f"{name} B", b, (vocabulary, a.shape[0]), weight), number(f"{name} scale", scale)
 
 
 def hidden_states(name: str, value: object, like: torch.Tensor | None = None) -> torch.Tensor:
@@ -169,16 +196,22 @@ def hidden_states(name: str, value: object, like: torch.Tensor | None = None) ->
     return value
 
 
-def autocast(*tensors: Any) -> tuple[Any, ...]:
-    """The tensors as a linear layer would take them: in autocast's dtype where autocast is on.
+def autocast(hidden: torch.Tensor, *weights: Any) -> tuple[Any, ...]:
+    """The tensors, or a Head's weight, as a linear layer would take them: in autocast's dtype where autocast is on.
 
     What is no tensor of a dtype that the package takes stays as it is, to be refused by what checks it.
     """
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
-        return tensors
+    kind = hidden.device.type
+    if not torch.is_autocast_enabled(kind) or hidden.dtype == torch.float64:
+        return hidden, *weights
     dtype = torch.get_autocast_dtype(kind)
-    return tuple(x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype in FLOATS else x for x in tensors)
+
+    def low(x: Any) -> Any:
+        if isinstance(x, Head):
+            return replace(x, weight=low(x.weight))
+        return x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype in FLOATS else x
+
+    return low(hidden), *map(low, weights)
 
 
 def batched(hidden: torch.Tensor) -> torch.Tensor:

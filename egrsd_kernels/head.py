@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch.nn import functional as F
+
+RANK_STEP = 8  # rows of whole 16 bytes stay so beside a low-rank part
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,33 @@ class Head:
         """Makes the same head of another (weight, bias, low_rank=), and holds on to none of this one."""
         return partial(Head, logit_scale=self.logit_scale, softcap=self.softcap)
 
+    def join(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """([h, u], B) with h (W + s·B A)ᵀ = [h, u] [W, B]ᵀ, where u = s·h Aᵀ; (h, None) without a low-rank part.
+
+        u is made as by a linear layer in the hidden states' dtype; B gets the weight's. Differentiable in h, A and B.
+        The rank is filled up with zeros to a multiple of RANK_STEP.
+        """
+        if self.low_rank is None:
+            return hidden, None
+        a, b, scale = self.low_rank
+        fill = -a.shape[0] % RANK_STEP
+        u = F.linear(hidden, F.pad(scale * a, (0, 0, 0, fill)).to(hidden.dtype))
+        return torch.cat([hidden, u], -1), F.pad(b, (0, fill)).to(self.weight.dtype)
+
+    def joined(self, hidden: torch.Tensor) -> tuple[torch.Tensor, Head]:
+        """The same logits from other hidden states, by a head without a low-rank part."""
+        hidden, columns = self.join(hidden)
+        return hidden, self.frame(widened(self.weight, columns), self.bias)
+
     def cap_and_temperature(self, temperature: float) -> tuple[float | None, float]:
         """(c, T) with z / temperature = c · tanh(x / c) / T for x = h Wᵀ + b; x / T where c is None."""
         cap = None if self.softcap is None else self.softcap / self.logit_scale
         return cap, temperature / self.logit_scale
+
+
+def widened(weight: torch.Tensor, columns: torch.Tensor | None) -> torch.Tensor:
+    """[W, B] (V, D + r), a copy; W itself without columns."""
+    return weight if columns is None else torch.cat([weight, columns], 1)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

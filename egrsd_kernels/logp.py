@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,7 +13,8 @@ from .backends import (
     DEFAULT_CHUNK_BYTES,
     DEFAULT_SPARSE_TOL,
     Backend,
-    Gradients,
+    EntropyGradient,
+    Kept,
     Needs,
     Sparse,
     choose,
@@ -20,7 +22,7 @@ from .backends import (
     power_of_two,
 )
 from .eager import eager
-from .head import Head, compute_dtype
+from .head import Head, compute_dtype, widened
 from .rows import Rows
 
 
@@ -28,14 +30,23 @@ class _Options(NamedTuple):
     temperature: float
     backend: Backend
     chunk_bytes: int
+    keep_bytes: int
     needs: Needs
     sparse_tol: float | None
+    entropy: bool  # whether it is returned
+    entropy_grad: bool
+
+    @property
+    def ahead(self) -> bool:
+        """Whether d log p / d hidden is all that will be needed, which needs no incoming gradient to be made."""
+        return self.needs.hidden and not self.needs.head and not self.entropy_grad
 
 
 class _LinearLogp(torch.autograd.Function):
     """A frozen head needs d log p / d hidden alone, which the forward pass makes while the exponentials are there.
 
-    The head's gradient needs dL/dlogp before its product, so there the exponentials are made again, chunk by chunk.
+    The head's gradient needs dL/dlogp before its product, and the entropy's needs dL/dentropy: there the exponentials
+    are kept for the backward pass, or made again, chunk by chunk.
 
     A sparse direction is made before anyone knows dL/dlogp = c, so with every c = 1, within half of the tolerance. What
     that says of other c is known once they are there. Σ |c| dropped <= sparse_tol Σ |c| mass mostly holds, unless |c|
@@ -49,109 +60,182 @@ class _LinearLogp(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        head: Head,
+        columns: Tensor | None,
+        frame: Callable[..., Head],
         target_ids: Tensor,
         valid: Tensor,
         options: _Options,
-    ) -> Tensor:
-        ctx.frame, ctx.options = head.frame, options
-        temperature, backend, chunk_bytes, needs, sparse_tol = options
-        problem = head, temperature, hidden, target_ids, Rows.build(valid, valid)
-        if needs.hidden and not needs.head:
-            logp, ones = (new(valid, dtype=compute_dtype(hidden.dtype)) for new in (torch.zeros_like, torch.ones_like))
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.frame, ctx.options, ctx.kept = frame, options, None
+        ctx.set_materialize_grads(False)
+        backend, needs, sparse_tol = options.backend, options.needs, options.sparse_tol
+        operands = hidden, weight, bias, columns, target_ids
+        problem = (
+            frame(widened(weight, columns), bias),
+            options.temperature,
+            hidden,
+            target_ids,
+            Rows.build(valid, valid),
+        )
+        dtype = compute_dtype(hidden.dtype)
+        found = tuple(torch.zeros_like(valid, dtype=dtype) for _ in range(3))
+        if options.ahead:
+            logp, entropy, _ = found
+            ones = torch.ones_like(logp)
             sparse = None if sparse_tol is None else Sparse.of(sparse_tol / 2, target_ids)
-            finish = backend.student_pass(*problem, logp, lambda *_: ones, needs, chunk_bytes, sparse)
-            again = () if sparse is None else (hidden, weight, bias, target_ids, sparse.dropped, sparse.mass)
+            finish = backend.student_pass(
+                *problem,
+                logp,
+                lambda *_: ones,
+                needs,
+                options.chunk_bytes,
+                sparse,
+                entropy if options.entropy else None,
+            )
+            again = () if sparse is None else (*operands, sparse.dropped, sparse.mass)
             ctx.save_for_backward(finish(None).hidden, *again)
-            return logp
-        ctx.save_for_backward(hidden, weight, bias, target_ids, valid)
-        return backend.statistics(*problem, chunk_bytes)[0]
+        else:
+            if any(needs) and sparse_tol is None:
+                ctx.kept = backend.keep(*problem, found, needs, options.entropy_grad, options.keep_bytes)
+            if ctx.kept is None:
+                found = backend.statistics(*problem, options.chunk_bytes)
+            logp, entropy, logsumexp = found
+            ctx.save_for_backward(*operands, valid, entropy, logsumexp)
+        if not options.entropy_grad:
+            ctx.mark_non_differentiable(entropy)
+        return logp, entropy
 
     @staticmethod
-    def backward(ctx: Any, d_logp: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_logp: Tensor | None, d_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         checks.refuse_second_derivative("linear_logp")
+        if d_logp is None and d_entropy is None:
+            return (None,) * 8
         options: _Options = ctx.options
-        temperature, backend, chunk_bytes, needs, sparse_tol = options
-        d_logp = d_logp.contiguous()
+        needs, sparse_tol = options.needs, options.sparse_tol
+        given = d_logp if d_logp is not None else d_entropy
+        assert given is not None
+        d_logp = torch.zeros_like(given) if d_logp is None else d_logp.contiguous()
 
         def gradients(
-            hidden: Tensor, weight: Tensor, bias: Tensor | None, target_ids: Tensor, needed: Tensor,
-            sparse: Sparse | None,
-        ) -> Gradients:  # fmt: skip
-            problem = ctx.frame(weight, bias), temperature, hidden, target_ids, Rows.build(needed, needed)
-            logp, gradient, power = torch.zeros_like(d_logp), d_logp, None
+            hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor | None, target_ids: Tensor,
+            needed: Tensor, d_logp: Tensor, of_entropy: EntropyGradient | None = None, sparse: Sparse | None = None,
+            kept: Kept | None = None,
+        ) -> tuple[Tensor | None, ...]:  # fmt: skip
+            head, power = ctx.frame(widened(weight, columns), bias), None
             if hidden.dtype == torch.float16 and d_logp.numel():
                 # The head's product has dL/dlogp times hidden as an operand: a loss scale would leave float16's range.
-                power = power_of_two(d_logp.abs().nan_to_num(0, 0, 0).amax())
-                gradient = d_logp / power
-            return backend.student_pass(*problem, logp, lambda *_: gradient, needs, chunk_bytes, sparse)(power)
+                largest = d_logp.abs().nan_to_num(0, 0, 0).amax()
+                if of_entropy is not None:
+                    largest = largest.maximum(of_entropy.gradient.abs().nan_to_num(0, 0, 0).amax())
+                power = power_of_two(largest)
+                d_logp = d_logp / power
+                of_entropy = of_entropy and of_entropy._replace(gradient=of_entropy.gradient / power)
+            if kept is not None:
+                finish = kept(head, hidden, d_logp, of_entropy)
+            else:
+                problem = head, options.temperature, hidden, target_ids, Rows.build(needed, needed)
+                finish = options.backend.student_pass(
+                    *problem, torch.zeros_like(d_logp), lambda *_: d_logp, needs, options.chunk_bytes, sparse,
+                    entropy_gradient=of_entropy,
+                )  # fmt: skip
+            return finish(power).of_operands(needs, columns)
 
-        if needs.hidden and not needs.head:
+        if options.ahead:
             direction, *again = ctx.saved_tensors
             factor = d_logp.reshape(*direction.shape[:-1], 1)
             d_hidden = torch.mul(direction, factor, out=torch.empty_like(direction))
             # Chosen, not multiplied: the direction of a target outside the vocabulary is NaN.
             d_hidden.masked_fill_(factor == 0, 0)
             if sparse_tol is not None:
-                hidden, weight, bias, target_ids, dropped, mass = again
+                *operands, dropped, mass = again
                 beyond = exceeding(dropped, mass, d_logp, sparse_tol)
-                exact = gradients(hidden, weight, bias, target_ids, beyond, None).hidden
+                exact = gradients(*operands, beyond, d_logp)[0]
                 assert exact is not None  # since needs.hidden
                 d_hidden = d_hidden.masked_fill_(beyond.view(factor.shape), 0).add_(exact)
-            return d_hidden, *(None,) * 6
-        hidden, weight, bias, target_ids, valid = ctx.saved_tensors
-        sparse = None if sparse_tol is None else Sparse.of(sparse_tol, target_ids)
-        return *gradients(hidden, weight, bias, target_ids, valid & (d_logp != 0), sparse), *(None,) * 4
+            return d_hidden, *(None,) * 7
+        *operands, valid, entropy, logsumexp = ctx.saved_tensors
+        kept, ctx.kept = ctx.kept, None  # it is used up: a second backward pass makes the exponentials again
+        needed, of_entropy = d_logp != 0, None
+        if d_entropy is None and kept is not None and options.entropy_grad:  # it has kept logits
+            d_entropy = torch.zeros_like(d_logp)
+        if d_entropy is not None:
+            of_entropy = EntropyGradient(d_entropy.contiguous(), entropy, logsumexp)
+            needed = needed | (d_entropy != 0)
+        sparse = None if sparse_tol is None else Sparse.of(sparse_tol, operands[-1])
+        return *gradients(*operands, valid & needed, d_logp, of_entropy, sparse, kept), *(None,) * 4
 
 
 @eager
 def linear_logp(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | Head,
     target_ids: Tensor,
     *,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
+    return_entropy: bool = False,
+    entropy_grad: bool = False,
     backend: Literal["auto", "triton", "torch"] = "auto",
     grad_mode: Literal["exact", "sparse"] = "exact",
     sparse_tol: float = DEFAULT_SPARSE_TOL,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
-) -> Tensor:
-    """log p(y) = z_y - logsumexp(z), in nats, differentiable in hidden, weight and bias.
+    keep_bytes: int = DEFAULT_CHUNK_BYTES,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """log p(y) = z_y - logsumexp(z), in nats, differentiable in hidden, weight and bias; and the entropy beside it.
 
-    z = softcap · tanh((h Wᵀ + b) / softcap) / temperature. Nothing logits-sized is kept between forward and backward.
-    With a frozen head (neither weight nor bias requires grad) the forward pass makes d log p / d hidden, and the
-    backward pass scales it. With a trained one the backward pass makes the exponentials again, chunk by chunk; rows
-    whose incoming gradient is 0 cost nothing there.
+    z = softcap · tanh((h Wᵀ + b) / softcap) / temperature, and H = -Σ_v p_v log p_v over the full vocabulary.
+
+    Where the head is frozen (nothing of it requires grad) and the entropy has no gradient, the forward pass makes
+    d log p / d hidden, and the backward pass scales it: nothing logits-sized is kept between the two. Otherwise the
+    gradient is made in the backward pass, of exponentials that were kept, if they fit into keep_bytes; else they are
+    made again, chunk by chunk, and rows whose incoming gradients are 0 cost nothing then.
 
     Args:
         hidden: (B, T, D) or (N, D); bfloat16, float16, float32, or float64 (torch backend). weight: (V, D), the dtype
-            of hidden. bias: (V,), any of those dtypes. All dense (not sparse, nested or quantised) and not on meta.
+            of hidden, or a :class:`egrsd_kernels.Head`, whose bias and softcap then take the place of bias and softcap.
+            bias: (V,), any of those dtypes. All dense (not sparse, nested or quantised) and not on meta.
         target_ids: (B, T) or (N,), of any integer dtype, in [0, V); -100 masks a position. mask: the same shape, bool,
             or 0/1 in an integer or one of those dtypes.
         temperature, softcap, backend, chunk_bytes: as in :func:`egrsd_kernels.fused_egrsd_loss`.
+        return_entropy: True to return also the entropies, which costs next to nothing. entropy_grad: True for entropies
+            that are differentiable, dH/dz = -p (log p + H), as an entropy bonus needs; with return_entropy only.
         grad_mode, sparse_tol: as there. The bound holds for any incoming gradient; with a frozen head a sparse forward
             pass keeps hidden and weight for the backward pass, which makes the tokens again that it would not hold for.
+            Entropies of a gradient need "exact".
+        keep_bytes: the most that a trained head, or entropy_grad, may keep between forward and backward, all or
+            nothing: the exponentials of all valid or masked rows, in the dtype of hidden (N · V · 2 bytes in bfloat16;
+            on the torch backend N · V · 4 of valid rows, twice that under a softcap), and their hidden states. 0: to
+            make them again, which takes one more product of hidden states and head.
 
     Returns:
-        float32 (float64 for float64 input), shaped like target_ids, 0 where masked.
+        float32 (float64 for float64 input), shaped like target_ids, 0 where masked; with return_entropy,
+        (logp, entropy).
 
     Raises:
         TypeError, ValueError: naming the argument, what it got and what it expects. Values of target_ids and mask are
             checked where :func:`egrsd_kernels.fused_egrsd_loss` checks values.
     """
-    operands = hidden, weight, target_ids, bias, mask, temperature, softcap
-    hidden, head, temperature, flat_targets, valid = checks.operands(*operands)
+    given = hidden, weight, target_ids, bias, mask, temperature, softcap
+    hidden, head, temperature, flat_targets, valid = checks.operands(*given)
     chunk_bytes = checks.integer("chunk_bytes", chunk_bytes, low=1)
+    keep_bytes = checks.integer("keep_bytes", keep_bytes, low=0)
+    checks.flag("return_entropy", return_entropy)
+    if checks.flag("entropy_grad", entropy_grad):
+        checks.expect(return_entropy, "entropy_grad", entropy_grad, "False, since return_entropy is False")
     ops = choose(backend, hidden)
     sparse_tolerance = checks.sparse_tolerance(grad_mode, sparse_tol)
-    hidden = checks.batched(hidden)
-    needs = Needs.of(hidden, head.weight, head.bias)
-    options = _Options(temperature, ops, chunk_bytes, needs, sparse_tolerance)
+    if entropy_grad:
+        checks.expect(sparse_tolerance is None, "grad_mode", grad_mode, '"exact", since entropy_grad is True')
+    states, columns = head.join(checks.batched(hidden))
+    needs = Needs.of(states, head.weight, head.bias, columns)
+    options = _Options(
+        temperature, ops, chunk_bytes, keep_bytes, needs, sparse_tolerance, return_entropy, entropy_grad
+    )  # fmt: skip
     with torch.cuda.device_of(hidden):
-        logp: Tensor = _LinearLogp.apply(  # type: ignore[no-untyped-call]
-            hidden, head.weight, head.bias, head, flat_targets, valid, options
+        outputs: tuple[Tensor, Tensor] = _LinearLogp.apply(  # type: ignore[no-untyped-call]
+            states, head.weight, head.bias, columns, head.frame, flat_targets, valid, options
         )
-    return logp.view(target_ids.shape)
+    logp, entropy = (x.view(target_ids.shape) for x in outputs)
+    return (logp, entropy) if return_entropy else logp

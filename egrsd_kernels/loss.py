@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from .backends import (
 from .checks import expect, number
 from .credit import ENTROPY_SCALES, CreditOptions, EntropyScale, Filter, Lookahead, TokenStats, batch_max
 from .eager import eager
-from .head import Head, compute_dtype
+from .head import Head, compute_dtype, widened
 from .rows import Rows
 
 
@@ -87,11 +88,12 @@ class _FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, minibatch: _Minibatch, needs: Needs
-    ) -> tuple[Tensor, ...]:
-        loss, stats, ctx.finish = minibatch.loss(head, hidden, needs)
-        ctx.save_for_backward(hidden, weight, bias)
-        ctx.arguments = head.frame, minibatch, needs
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor | None,
+        frame: Callable[..., Head], minibatch: _Minibatch, needs: Needs,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        loss, stats, ctx.finish = minibatch.loss(frame(widened(weight, columns), bias), hidden, needs)
+        ctx.save_for_backward(hidden, weight, bias, columns)
+        ctx.arguments = frame, minibatch, needs
         ctx.mark_non_differentiable(*stats)
         ctx.set_materialize_grads(False)
         return loss, *stats
@@ -100,14 +102,14 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         checks.refuse_second_derivative("fused_egrsd_loss")
         if d_loss is None:
-            return (None,) * 6
+            return (None,) * 7
         frame, minibatch, needs = ctx.arguments
-        hidden, weight, bias = ctx.saved_tensors
+        hidden, weight, bias, columns = ctx.saved_tensors
         finish, ctx.finish = ctx.finish, None
         if finish is None:
             # A second backward: the first one scaled its gradients in place and gave them away. They are made again.
-            finish = minibatch.loss(frame(weight, bias), hidden, needs)[2]
-        return *finish(d_loss / minibatch.power), *(None,) * 3
+            finish = minibatch.loss(frame(widened(weight, columns), bias), hidden, needs)[2]
+        return *finish(d_loss / minibatch.power).of_operands(needs, columns), *(None,) * 3
 
 
 def _entropy_scale(
@@ -124,38 +126,47 @@ def _entropy_scale(
 
 
 def _teacher(
-    teacher_hidden: Tensor, teacher_weight: object, teacher_bias: object, student_hidden: Tensor, student: Head
-) -> tuple[Tensor, Head]:
-    """The teacher's hidden states and head: its own, or the student's."""
+    teacher_hidden: Tensor, teacher_weight: object, teacher_bias: object, student_hidden: Tensor, student: Head,
+    described: bool,
+) -> tuple[Tensor, Head]:  # fmt: skip
+    """The teacher's hidden states and head: its own, or the student's. described: that one was given as a Head."""
     leading = tuple(student_hidden.shape[:-1])
     same = tuple(teacher_hidden.shape[:-1]) == leading
     expect(same, "teacher_hidden", teacher_hidden, f"shape {(*leading, 'D')}, like student_hidden")
     if teacher_weight is None:
         weight, why = student.weight, "of the student's head, since teacher_weight is not given"
+        own = student.low_rank is None
+        expect(own, "teacher_weight", None, "the teacher's own Head, since the student's has a low-rank part")
         (teacher_hidden,) = checks.autocast(teacher_hidden)
         fits = teacher_hidden.shape[-1] == weight.shape[1]
         expect(fits, "teacher_hidden", teacher_hidden, f"the hidden size {weight.shape[1]} {why}")
         fits = teacher_hidden.dtype == weight.dtype
         expect(fits, "teacher_hidden", teacher_hidden, f"the dtype {weight.dtype} {why}", TypeError)
-        bias = student.bias if teacher_bias is None else teacher_bias
+        if teacher_bias is None:
+            return teacher_hidden, student.detach()
+        why = "None, since student_weight is a Head, which has its own"
+        expect(not described, "teacher_bias", teacher_bias, why)
+        softcap = student.softcap
     else:
+        same = isinstance(teacher_weight, Head) == described
+        expect(same, "teacher_weight", teacher_weight, f"a {'Head' if described else 'tensor'}, as student_weight is")
         teacher_hidden, weight = checks.autocast(teacher_hidden, teacher_weight)
-        bias = teacher_bias
-    head = checks.head("teacher_", "teacher_hidden", teacher_hidden, weight, bias, student.softcap)
-    vocabulary = student.weight.shape[0]
-    expect(weight.shape[0] == vocabulary, "teacher_weight", weight, f"the student's vocabulary, {vocabulary} rows")
+        softcap = None if described else student.softcap
+    head = checks.head("teacher_", "teacher_hidden", teacher_hidden, weight, teacher_bias, softcap)
+    rows = student.weight.shape[0]
+    expect(head.weight.shape[0] == rows, "teacher_weight", head.weight, f"the student's vocabulary, {rows} rows")
     return teacher_hidden, head.detach()
 
 
 @eager
 def fused_egrsd_loss(
     student_hidden: Tensor,
-    student_weight: Tensor,
+    student_weight: Tensor | Head,
     teacher_hidden: Tensor | None,
     target_ids: Tensor,
     advantages: Tensor,
     *,
-    teacher_weight: Tensor | None = None,
+    teacher_weight: Tensor | Head | None = None,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     mask: Tensor | None = None,
@@ -194,7 +205,9 @@ def fused_egrsd_loss(
     Args:
         student_hidden: (B, T, D), or packed (N, D); bfloat16, float16, float32, or float64 (torch backend). Like every
             tensor here dense (not sparse, nested, quantised or complex), and on a device that holds values (not meta).
-        student_weight: (V, D), the student's LM head, in the dtype of student_hidden.
+        student_weight: (V, D), the student's LM head, in the dtype of student_hidden; or a :class:`egrsd_kernels.Head`,
+            whose bias and softcap take the place of student_bias and softcap. Beside a low-rank part the call holds a
+            copy of the head, V · (D + r) numbers of its dtype; the gradient of W is made only if W requires it.
         teacher_hidden: like student_hidden, never differentiated; its D and dtype may differ when teacher_weight is
             given. None when teacher_logp and teacher_entropy are given.
         target_ids: (B, T) or (N,), of any integer dtype: the token that each position predicts, in [0, V). -100 masks
@@ -203,7 +216,8 @@ def fused_egrsd_loss(
             Packed sequences as many as tokens (S = N, some of them empty) make the shape ambiguous: refused where
             values can be seen; elsewhere one a token wins. Leave empty sequences out of cu_seqlens.
         teacher_weight, teacher_bias: the teacher's head. Without teacher_weight the teacher shares the student's head,
-            its bias included unless teacher_bias is given. Neither without teacher_hidden.
+            its bias included unless teacher_bias is given. Neither without teacher_hidden. A Head where student_weight
+            is one, and needed where that has a low-rank part.
         student_bias: (V,). Biases may be of any of those dtypes.
         mask: (B, T) or (N,), bool, or 0/1 in an integer or one of those dtypes. Masked positions are never read and
             cost nothing.
@@ -259,10 +273,10 @@ def fused_egrsd_loss(
         is_group = torch.distributed.is_available() and isinstance(data_group, torch.distributed.ProcessGroup)
         expect(is_group, "data_group", data_group, "a torch.distributed.ProcessGroup or None", TypeError)
     checks.flag("return_stats", return_stats)
-    student_hidden, student_weight = checks.autocast(student_hidden, student_weight)
-    student = checks.head("student_", "student_hidden", student_hidden, student_weight, student_bias, softcap)
+    student_hidden, given_head = checks.autocast(student_hidden, student_weight)
+    student = checks.head("student_", "student_hidden", student_hidden, given_head, student_bias, softcap)
     temperature = number("temperature", temperature, low=0, strict=True)
-    flat_targets, valid = checks.targets(target_ids, student_hidden, student_weight.shape[0], mask)
+    flat_targets, valid = checks.targets(target_ids, student_hidden, student.weight.shape[0], mask)
     n, dtype = valid.numel(), compute_dtype(student_hidden.dtype)
     boundaries = checks.boundaries(cu_seqlens, student_hidden)
     sequence = checks.sequence_of(boundaries, n)
@@ -283,7 +297,7 @@ def fused_egrsd_loss(
     chunk_bytes = checks.integer("chunk_bytes", chunk_bytes, low=1)
     ops = choose(backend, *(x for x in (student_hidden, teacher_hidden) if x is not None))
     sparse_tolerance = checks.sparse_tolerance(grad_mode, sparse_tol)
-    hidden = checks.batched(student_hidden)
+    hidden, columns = student.join(checks.batched(student_hidden))
 
     with torch.cuda.device_of(student_hidden), torch.no_grad():
         rows = Rows.build(valid, flat_advantages != 0)
@@ -295,10 +309,10 @@ def fused_egrsd_loss(
         else:
             unused = teacher_logp if teacher_logp is not None else teacher_entropy
             expect(unused is None, "teacher_logp, teacher_entropy", unused, "None beside teacher_hidden")
-            teacher_hidden, teacher = _teacher(teacher_hidden, teacher_weight, teacher_bias, student_hidden, student)
-            logp, entropy, _ = ops.statistics(
-                teacher, temperature, checks.batched(teacher_hidden), flat_targets, rows, chunk_bytes
-            )
+            described = isinstance(student_weight, Head)
+            read = _teacher(teacher_hidden, teacher_weight, teacher_bias, student_hidden, student, described)
+            states, teacher = read[1].joined(checks.batched(read[0]))
+            logp, entropy, _ = ops.statistics(teacher, temperature, states, flat_targets, rows, chunk_bytes)
         logp, entropy = logp.to(dtype), entropy.to(dtype)
         end_of_sequence = (boundaries[1:] - 1)[sequence].clamp(max=n - 1).to(torch.int32)
         lookahead_entropy = ops.lookahead_entropy(entropy, valid, end_of_sequence, window)
@@ -312,9 +326,9 @@ def fused_egrsd_loss(
         )  # fmt: skip
 
     with torch.cuda.device_of(student_hidden):
-        needs = Needs.of(hidden, student.weight, student.bias)
+        needs = Needs.of(hidden, student.weight, student.bias, columns)
         outputs: tuple[Tensor, ...] = _FusedLoss.apply(  # type: ignore[no-untyped-call]
-            hidden, student.weight, student.bias, student, minibatch, needs
+            hidden, student.weight, student.bias, columns, student.frame, minibatch, needs
         )
     loss, *stats = outputs
     if not return_stats:

@@ -10,6 +10,7 @@ from torch import Tensor
 from . import checks
 from .backends import DEFAULT_CHUNK_BYTES, choose
 from .eager import eager
+from .head import Head
 from .rows import Rows
 
 
@@ -25,7 +26,7 @@ class TokenStatistics(NamedTuple):
 @torch.no_grad()
 def token_statistics(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | Head,
     target_ids: Tensor,
     *,
     bias: Tensor | None = None,
@@ -41,7 +42,8 @@ def token_statistics(
 
     Args:
         hidden: (B, T, D) or (N, D); bfloat16, float16, float32, or float64 (torch backend). weight: (V, D), the dtype
-            of hidden. bias: (V,), any of those dtypes. All dense (not sparse, nested or quantised) and not on meta.
+            of hidden, or a :class:`egrsd_kernels.Head`, whose bias and softcap then take the place of bias and softcap.
+            bias: (V,), any of those dtypes. All dense (not sparse, nested or quantised) and not on meta.
         target_ids: (B, T) or (N,), of any integer dtype, in [0, V); -100 masks a position. mask: the same shape, bool,
             or 0/1 in an integer or one of those dtypes.
         temperature, softcap, backend, chunk_bytes: as in :func:`egrsd_kernels.fused_egrsd_loss`.
@@ -56,5 +58,6 @@ def token_statistics(
     ops = choose(backend, hidden)
     with torch.cuda.device_of(hidden):
         rows = Rows.build(valid, valid)
-        out = ops.statistics(head, temperature, checks.batched(hidden), flat_targets, rows, chunk_bytes)
+        states, head = head.joined(checks.batched(hidden))
+        out = ops.statistics(head, temperature, states, flat_targets, rows, chunk_bytes)
     return TokenStatistics(*(x.view(target_ids.shape) for x in out))

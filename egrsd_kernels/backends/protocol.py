@@ -18,15 +18,20 @@ DEFAULT_CHUNK_BYTES = 1 << 30  # the most logits-sized memory that a call holds 
 
 
 class Needs(NamedTuple):
-    """Which gradients will be asked for."""
+    """Which gradients will be asked for; the weight's from ``first_column`` on."""
 
     hidden: bool
     weight: bool
     bias: bool
+    first_column: int = 0
 
     @classmethod
-    def of(cls, *operands: Tensor | None) -> Needs:
-        return cls(*(torch.is_grad_enabled() and x is not None and x.requires_grad for x in operands))
+    def of(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor | None = None) -> Needs:
+        """columns: what a head's low-rank part adds to a weight that may be frozen."""
+        asked, whole, of_bias, beside = (
+            torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias, columns)
+        )
+        return cls(asked, whole or beside, of_bias, weight.shape[1] if beside and not whole else 0)
 
     @property
     def head(self) -> bool:
@@ -34,11 +39,19 @@ class Needs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """In the operands' dtypes; None where not needed."""
+    """In the operands' dtypes; None where not needed. The weight's has the columns that :class:`Needs` says."""
 
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+
+    def of_operands(self, needs: Needs, columns: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Of (hidden, weight, bias, columns), as autograd takes them."""
+        weight, beside = self.weight, None
+        if columns is not None and weight is not None:
+            width = weight.shape[1] - columns.shape[1]
+            weight, beside = (weight[:, :width], weight[:, width:]) if width else (None, weight)
+        return self.hidden, weight, self.bias, beside
 
 
 Finish = Callable[[Tensor | None], Gradients]
@@ -47,6 +60,19 @@ Finish = Callable[[Tensor | None], Gradients]
 Credit = Callable[[int, int], Tensor]
 """dL/dlogp (N,) in the compute dtype, of (first row of the order, number of rows) whose log p has been written, and of
 the rows before them."""
+
+
+class EntropyGradient(NamedTuple):
+    """dL/dentropy (N,), and what an earlier pass said of the same rows: entropy and logsumexp (N,), in nats."""
+
+    gradient: Tensor
+    entropy: Tensor
+    logsumexp: Tensor
+
+
+Kept = Callable[[Head, Tensor, Tensor, "EntropyGradient | None"], Finish]
+"""A pass whose exponentials are there still: what finishes the gradients, given the head and the hidden states of that
+pass, dL/dlogp (N,), and dL/dentropy where its pass was told of one. Once."""
 
 
 class Backend(Protocol):
@@ -74,11 +100,23 @@ class Backend(Protocol):
 
     def student_pass(
         self, head: Head, temperature: float, hidden: Tensor, target_ids: Tensor, rows: Rows, logp: Tensor,
-        credit: Credit, needs: Needs, chunk_bytes: int, sparse: Sparse | None = None,
+        credit: Credit, needs: Needs, chunk_bytes: int, sparse: Sparse | None = None, entropy: Tensor | None = None,
+        entropy_gradient: EntropyGradient | None = None,
     ) -> Finish:  # fmt: skip
         """Write log p of the targets into ``logp`` (N,), 0 at masked rows, and leave the gradients all but done.
 
         credit: called chunk by chunk, in the order of ``rows``, once the chunk's ``logp`` is there.
         sparse: what may be left out of the gradients; takes what was. None: exact gradients. A backend whose gradients
             are always exact leaves it alone.
+        entropy: takes the entropies (N,), 0 at masked rows.
+        entropy_gradient: what the loss takes of the entropies, which adds to the gradients. Not with ``sparse``.
+        """
+
+    def keep(
+        self, head: Head, temperature: float, hidden: Tensor, target_ids: Tensor, rows: Rows,
+        statistics: tuple[Tensor, Tensor, Tensor], needs: Needs, entropy_gradient: bool, keep_bytes: int,
+    ) -> Kept | None:  # fmt: skip
+        """Write (logp, entropy, logsumexp), as :meth:`statistics` returns them, and keep what gradients are made of.
+
+        None, with nothing done, where that takes more than ``keep_bytes``. entropy_gradient: whether there will be one.
         """

@@ -7,6 +7,7 @@ operands as they are: a half-precision head is upcast block by block, never as a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,13 +17,14 @@ from egrsd_kernels.credit import lookahead_entropy, token_credit
 from egrsd_kernels.head import Head, compute_dtype
 from egrsd_kernels.rows import Rows
 
-from .protocol import Credit, Finish, Gradients, Needs
+from .protocol import Credit, EntropyGradient, Finish, Gradients, Kept, Needs
 from .scaling import scaled
 from .sparsity import Sparse
 
-__all__ = ["lookahead_entropy", "statistics", "student_pass", "takes", "token_credit"]
+__all__ = ["keep", "lookahead_entropy", "statistics", "student_pass", "takes", "token_credit"]
 
 UPCAST_BYTES = 64 << 20
+FLOOR = -1e4  # of log p in the sums: e^FLOOR is 0 in float64, too, and 0 times FLOOR is 0
 
 
 def _head_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -91,86 +93,160 @@ def _chunks(rows: Rows, head: Head, dtype: torch.dtype, chunk_bytes: int) -> Ite
         yield first, rows.order[first : min(first + size, count)].long()
 
 
-def _zero_masked(rows: Rows, *values: Tensor) -> None:
+def _zero_masked(rows: Rows, *values: Tensor | None) -> None:
     """Zero, in place, the entries of the (N,) ``values`` at masked rows."""
     order = rows.order.long()
     masked = torch.empty_like(order, dtype=torch.bool)
     masked[order] = ~rows.among(0, 0, order.numel())
     for value in values:
-        value.masked_fill_(masked, 0)
+        if value is not None:
+            value.masked_fill_(masked, 0)
+
+
+class _Softmax(NamedTuple):
+    """Rows ``first``, ... of the order, at ``index`` (n,): log p (n, V), at least FLOOR, and the softcap's factor."""
+
+    first: int
+    index: Tensor
+    log_p: Tensor
+    softcap_grad: Tensor | None
+
+
+def _passes(
+    head: Head, temperature: float, hidden: Tensor, target_ids: Tensor, rows: Rows, chunk_bytes: int,
+    logp: Tensor, entropy: Tensor | None = None, logsumexp: Tensor | None = None,
+) -> Iterator[_Softmax]:  # fmt: skip
+    """Chunk by chunk, with the statistics (N,) of its rows written, and once all is done those of masked rows."""
+    dtype = compute_dtype(hidden.dtype)
+    for first, index in _chunks(rows, head, dtype, chunk_bytes):
+        z, softcap_grad = _logits(head, temperature, _select(hidden, index, dtype))
+        log_p, lse = _log_softmax(z)
+        logp[index] = _target_logp(log_p, target_ids[index])
+        log_p.clamp_(min=FLOOR)
+        if entropy is not None:
+            entropy[index] = -log_p.exp().mul_(log_p).sum(1)
+        if logsumexp is not None:
+            logsumexp[index] = lse
+        yield _Softmax(first, index, log_p, softcap_grad)
+    _zero_masked(rows, logp, entropy, logsumexp)
 
 
 def statistics(
     head: Head, temperature: float, hidden: Tensor, target_ids: Tensor, rows: Rows, chunk_bytes: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logp, entropy, logsumexp), each (N,), in nats, 0 at masked rows."""
-    dtype = compute_dtype(hidden.dtype)
-    logp_y, entropy, logsumexp = torch.zeros(3, target_ids.numel(), dtype=dtype, device=hidden.device)
-    for _, index in _chunks(rows, head, dtype, chunk_bytes):
-        z, _ = _logits(head, temperature, _select(hidden, index, dtype))
-        logp, logsumexp[index] = _log_softmax(z)
-        logp_y[index] = _target_logp(logp, target_ids[index])
-        p = logp.exp()
-        # p = 0 has no share in the entropy, but 0 · -inf would be NaN.
-        entropy[index] = -p.mul_(logp.clamp_(min=torch.finfo(dtype).min)).sum(1)
-    _zero_masked(rows, logp_y, entropy, logsumexp)
-    return logp_y, entropy, logsumexp
+    out = torch.zeros(3, target_ids.numel(), dtype=compute_dtype(hidden.dtype), device=hidden.device)
+    logp, entropy, logsumexp = out
+    for _ in _passes(head, temperature, hidden, target_ids, rows, chunk_bytes, logp, entropy, logsumexp):
+        pass
+    return logp, entropy, logsumexp
 
 
-def student_pass(
-    head: Head, temperature: float, hidden: Tensor, target_ids: Tensor, rows: Rows, logp: Tensor, credit: Credit,
-    needs: Needs, chunk_bytes: int, sparse: Sparse | None = None,
-) -> Finish:  # fmt: skip
-    """See :meth:`~.protocol.Backend.student_pass`. The gradients are exact: within any tolerance of ``sparse``."""
-    dtype = compute_dtype(hidden.dtype)
-    d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs.hidden else None
-    d_weight = (
-        torch.zeros_like(head.weight, dtype=dtype, memory_format=torch.contiguous_format) if needs.weight else None
-    )
-    d_bias = torch.zeros_like(head.bias, dtype=dtype) if needs.bias and head.bias is not None else None
-    divisor = head.cap_and_temperature(temperature)[1]
-    active = _count(rows, 1)
-    for first, index in _chunks(rows, head, dtype, chunk_bytes):
-        h = _select(hidden, index, dtype)
-        z, softcap_grad = _logits(head, temperature, h)
-        log_p, _ = _log_softmax(z)
-        logp[index] = _target_logp(log_p, target_ids[index])
-        g = credit(first, index.numel())[index][: max(0, active - first)]
-        if not g.numel():
-            continue
-        n, index = g.numel(), index[: g.numel()]
-        g = torch.where(rows.among(1, first, n), g.to(dtype) / divisor, 0)
-        # dL/dz = g (1_y - p)
-        dz = log_p[:n].exp_().neg_()
-        target = target_ids[index].clamp(0, dz.shape[1] - 1)[:, None]
-        # 1 - p_y as the sum of all other p: near p_y = 1 the difference would cancel.
+class _Sums:
+    """The gradients that chunks of rows add up in, in the compute dtype; the hidden states' in their own."""
+
+    def __init__(
+        self, head: Head, temperature: float, hidden: Tensor, target_ids: Tensor, rows: Rows, needs: Needs
+    ):  # fmt: skip
+        self.head, self.hidden, self.target_ids, self.rows, self.needs = head, hidden, target_ids, rows, needs
+        self.dtype = compute_dtype(hidden.dtype)
+        self.divisor = head.cap_and_temperature(temperature)[1]
+        self.active = _count(rows, 1)
+        vocabulary, width = head.weight.shape
+        self.d_hidden = self.d_weight = self.d_bias = None
+        if needs.hidden:
+            self.d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+        if needs.weight:
+            self.d_weight = hidden.new_zeros(vocabulary, width - needs.first_column, dtype=self.dtype)
+        if needs.bias:
+            self.d_bias = hidden.new_zeros(vocabulary, dtype=self.dtype)
+
+    def add(self, chunk: _Softmax, gradient: Tensor, of_entropy: EntropyGradient | None = None) -> None:
+        """gradient: dL/dlogp (N,). Takes the place of the chunk's log p."""
+        first, index, log_p, softcap_grad = chunk
+        n = min(index.numel(), max(0, self.active - first))
+        if not n:
+            return
+        index, log_p = index[:n], log_p[:n]
+        ours = self.rows.among(1, first, n)
+
+        def share(of_logit: Tensor) -> Tensor:
+            return torch.where(ours, of_logit[index].to(self.dtype) / self.divisor, 0)
+
+        g = share(gradient)
+        nothing = g == 0
+        if of_entropy is None:
+            dz = log_p.exp_().mul_(-g[:, None])
+        else:
+            # dH/dz = -p (log p + H), so with dlogp_y/dz = 1_y - p the others get -p (g + g_H (log p + H)).
+            g_entropy = share(of_entropy.gradient)
+            nothing = nothing & (g_entropy == 0)
+            p = log_p.exp()
+            slope = log_p.add_(of_entropy.entropy[index, None]).mul_(g_entropy[:, None]).add_(g[:, None])
+            dz = slope.mul_(p).neg_()
+        target = self.target_ids[index].clamp(0, dz.shape[1] - 1)[:, None]
+        # A row sums to 0. Its target's entry as what the others leave: near p_y = 1 a difference would cancel.
         dz.scatter_(1, target, 0)
         dz.scatter_(1, target, -dz.sum(1, keepdim=True))
         if softcap_grad is not None:
             dz *= softcap_grad[:n]
-        dz *= g[:, None]
         # Chosen, not multiplied: where no count was asked for, a masked row may hold anything, NaN included.
-        nothing = (g == 0)[:, None]
-        dz.masked_fill_(nothing, 0)
-        h = h[:n].masked_fill(nothing, 0)
-        if d_hidden is not None:
+        dz.masked_fill_(nothing[:, None], 0)
+        h = _select(self.hidden, index, self.dtype).masked_fill(nothing[:, None], 0)
+        if self.d_hidden is not None:
             row_gradient = torch.zeros_like(h)
-            for block, weight in _head_blocks(head.weight, dtype):
+            for block, weight in _head_blocks(self.head.weight, self.dtype):
                 row_gradient.addmm_(dz[:, block], weight)
-            d_hidden.view(-1, d_hidden.shape[-1])[index] = row_gradient.to(d_hidden.dtype)
-        if d_weight is not None:
-            d_weight.addmm_(dz.t(), h)
-        if d_bias is not None:
-            d_bias += dz.sum(0)
-    _zero_masked(rows, logp)
+            self.d_hidden.view(-1, self.d_hidden.shape[-1])[index] = row_gradient.to(self.d_hidden.dtype)
+        if self.d_weight is not None:
+            self.d_weight.addmm_(dz.t(), h[:, self.needs.first_column :])
+        if self.d_bias is not None:
+            self.d_bias += dz.sum(0)
 
-    dtypes = hidden.dtype, head.weight.dtype, dtype if head.bias is None else head.bias.dtype
+    def finish(self) -> Finish:
+        """Holds on to the sums alone."""
+        sums = self.d_hidden, self.d_weight, self.d_bias
+        bias = self.dtype if self.head.bias is None else self.head.bias.dtype
+        dtypes = self.hidden.dtype, self.head.weight.dtype, bias
 
-    def finish(factor: Tensor | None) -> Gradients:
-        made = zip((d_hidden, d_weight, d_bias), dtypes, strict=True)
-        return Gradients(*(scaled(gradient, factor, dtype, multiply) for gradient, dtype in made))
+        def finish(factor: Tensor | None) -> Gradients:
+            made = zip(sums, dtypes, strict=True)
+            return Gradients(*(scaled(gradient, factor, dtype, multiply) for gradient, dtype in made))
 
-    return finish
+        return finish
+
+
+def student_pass(
+    head: Head, temperature: float, hidden: Tensor, target_ids: Tensor, rows: Rows, logp: Tensor, credit: Credit,
+    needs: Needs, chunk_bytes: int, sparse: Sparse | None = None, entropy: Tensor | None = None,
+    entropy_gradient: EntropyGradient | None = None,
+) -> Finish:  # fmt: skip
+    """See :meth:`~.protocol.Backend.student_pass`. The gradients are exact: within any tolerance of ``sparse``."""
+    problem = head, temperature, hidden, target_ids, rows
+    sums = _Sums(*problem, needs)
+    for chunk in _passes(*problem, chunk_bytes, logp, entropy):
+        sums.add(chunk, credit(chunk.first, chunk.index.numel()), entropy_gradient)
+    return sums.finish()
+
+
+def keep(
+    head: Head, temperature: float, hidden: Tensor, target_ids: Tensor, rows: Rows,
+    statistics: tuple[Tensor, Tensor, Tensor], needs: Needs, entropy_gradient: bool, keep_bytes: int,
+) -> Kept | None:  # fmt: skip
+    """See :meth:`~.protocol.Backend.keep`: log p of all rows in the compute dtype, and the softcap's factor."""
+    matrices = 1 if head.softcap is None else 2
+    size = _count(rows, 0) * head.weight.shape[0] * compute_dtype(hidden.dtype).itemsize
+    if matrices * size > keep_bytes:
+        return None
+    chunks = list(_passes(head, temperature, hidden, target_ids, rows, 3 * max(1, size), *statistics))
+
+    def kept(head: Head, hidden: Tensor, gradient: Tensor, of_entropy: EntropyGradient | None) -> Finish:
+        sums = _Sums(head, temperature, hidden, target_ids, rows, needs)
+        while chunks:
+            sums.add(chunks.pop(), gradient, of_entropy)
+        return sums.finish()
+
+    return kept
 
 
 def multiply(source: Tensor, factor: Tensor, out: Tensor) -> Tensor:

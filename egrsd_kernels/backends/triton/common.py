@@ -91,6 +91,11 @@ def tma_ready(weight: torch.Tensor) -> bool:
     return weight.stride(1) == 1 and all(start % 16 == 0 for start in starts) and weight.numel() > 0
 
 
+def tiled(matrix: torch.Tensor, rows: int, cols: int, tma: bool):
+    """What the kernels read and write tiles of rows x cols through: a descriptor, or without TMA the matrix."""
+    return TensorDescriptor.from_tensor(matrix, [rows, cols]) if tma else matrix
+
+
 def interpreted(kernel) -> bool:
     """Whether Triton runs this kernel in its CPU interpreter (TRITON_INTERPRET=1)."""
     return isinstance(kernel, InterpretedFunction)

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from egrsd_kernels.head import Head
 
-from .common import LOG2E, NEG, Machine, TensorDescriptor, logits_of, rows_in_chunk
+from .common import LOG2E, NEG, Machine, logits_of, rows_in_chunk, tiled
 
 
 @triton.jit
@@ -64,17 +64,21 @@ class Chunk:
         row_counts: (n_valid, n_active), how many leading rows are valid and how many of those have a gradient, int32 on
             the device. retry: the same for a second attempt: 0 until the first one sets them.
 
-    Rows past the valid ones hold anything.
+    Rows past the valid ones hold anything. hidden: memory for them, or None.
     """
 
-    def __init__(self, head: Head, temperature: float, rows: int, machine: Machine):
+    def __init__(
+        self, head: Head, temperature: float, rows: int, machine: Machine, hidden: torch.Tensor | None = None
+    ):  # fmt: skip
         self.head, self.rows = head, rows
         self.given_temperature = temperature
         self.softcap, self.temperature = head.cap_and_temperature(temperature)
         self.programs, self.tma, self.configs = machine
         self.V, self.D = head.weight.shape
         device = head.weight.device
-        self.hidden = torch.empty(rows, self.D, dtype=head.weight.dtype, device=device)
+        if hidden is None:
+            hidden = torch.empty(rows, self.D, dtype=head.weight.dtype, device=device)
+        self.hidden = hidden
         self.logit, self.softcap_grad, self.offset = self.floats(3, rows)
         self.target = torch.empty(rows, dtype=torch.int32, device=device)
         # 16 bytes apart: Triton compiles a kernel again for a pointer that is less aligned.
@@ -89,7 +93,7 @@ class Chunk:
 
     def tiled(self, matrix: torch.Tensor, rows: int, cols: int):
         """What the kernels read and write tiles of rows x cols through: a descriptor, or without TMA the matrix."""
-        return TensorDescriptor.from_tensor(matrix, [rows, cols]) if self.tma else matrix
+        return tiled(matrix, rows, cols, self.tma)
 
     @property
     def logit_scale(self) -> float:

@@ -9,6 +9,8 @@ p_y near 1 to cancellation. The rest is matrix products. With factor = -(dL/dlog
 
 Under a softcap each entry of E, and R here, is damped by dz/d(product) / scale <= 1.
 
+entropy.py has what E is where entropies have a gradient as well; the products are the same.
+
 dhidden needs factor, hence S, only at the end, so a slice of the vocabulary is stored, multiplied and forgotten: its
 memory does not grow with the vocabulary. dW needs factor before the product, so all of a chunk's E has to be there.
 """
@@ -24,9 +26,10 @@ import triton.language as tl
 
 from egrsd_kernels.head import Head
 
-from ..protocol import Finish, Gradients, Needs
+from ..protocol import EntropyGradient, Finish, Gradients, Needs
 from ..scaling import scaled
-from .common import PRECISION, ROW_TILE, Machine, interpreted, load_tile
+from .common import PRECISION, ROW_TILE, Machine, interpreted, load_tile, tiled
+from .entropy import make_entries, make_slopes
 from .gather import Chunk
 from .plan import MAX_SPLITS, PARTIAL_STEPS, Plan, ceil_div, chunk_plan
 from .vocab import StoringPass
@@ -97,20 +100,37 @@ def hidden_kernel(
 
 @triton.jit
 def factor_kernel(
-    exponentials, stride_e, softcap_grad, others, total, target, gradient, order, row_counts,
+    exponentials, stride_e, softcap_grad, others, total, moment, slope, target, gradient, order, row_counts,
     factor, entry, head_factor, n_slots, temperature, e_unit, HEAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """factor = -g / (S temperature) and entry = -R (1 - tanh^2) of each slot, 0 past the n_active; (n_slots,) float32.
 
     Grid: (n_slots / BLOCK,). gradient: g = dL/dlogp (N,) float32. others, total: R and S (n_slots,) float32.
+    slope: where E has entries of entropy.py instead, its (4, n_slots); with moment, U (n_slots,) float32. Or None.
     HEAD: also E[slot, target] = entry, and head_factor = factor / e_unit, corrected for the rounding of that entry.
     """
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ours = slot < tl.load(row_counts + 1)
     t = tl.load(order + slot, mask=ours, other=0)
     s = tl.load(total + slot, mask=ours, other=1.0)
-    e = -tl.load(others + slot, mask=ours, other=0.0) * tl.load(softcap_grad + slot, mask=ours, other=0.0)
-    f = tl.where(ours, -tl.load(gradient + t, mask=ours, other=0.0) / (s * temperature), 0.0)
+    g = tl.load(gradient + t, mask=ours, other=0.0)
+    e = -tl.load(others + slot, mask=ours, other=0.0)
+    if slope is None:
+        f = -g / (s * temperature)
+        moving = g != 0
+    else:
+        a = tl.load(slope + slot, mask=ours, other=0.0)
+        b = tl.load(slope + n_slots + slot, mask=ours, other=0.0)
+        e = a * e - b * tl.load(moment + slot, mask=ours, other=0.0)
+        e *= tl.exp2(tl.load(slope + 2 * n_slots + slot, mask=ours, other=0.0))
+        size = tl.load(slope + 3 * n_slots + slot, mask=ours, other=0.0)
+        # A target outside the vocabulary makes S a NaN, and log p with it.
+        f = tl.where((s == s) | (g == 0), size * (e_unit / temperature), float("nan"))
+        moving = size != 0
+    e *= tl.load(softcap_grad + slot, mask=ours, other=0.0)
+    # Chosen, not multiplied: a row that is not to move may hold anything, NaN included.
+    e = tl.where(ours & moving, e, 0.0)
+    f = tl.where(ours & moving, f, 0.0)
     inside = slot < n_slots
     tl.store(factor + slot, f, mask=inside)
     tl.store(entry + slot, e, mask=inside)
@@ -155,7 +175,8 @@ def finish_hidden_kernel(
             mask=inside & (y >= 0)[:, None], other=0.0,
         )  # fmt: skip
         product += tl.load(entry + slot, mask=ours, other=0.0)[:, None] * w.to(tl.float32)
-        product *= tl.load(factor + slot, mask=ours, other=0.0)[:, None]
+        f = tl.load(factor + slot, mask=ours, other=0.0)[:, None]
+        product = tl.where(f == 0, 0.0, product * f)  # chosen, not multiplied: a row that is not to move may hold a NaN
         row = tl.load(order + slot, mask=ours, other=0).to(tl.int64)
         tl.store(out + row[:, None] * D + col[None, :], product.to(out.dtype.element_ty), mask=inside)
 
@@ -187,7 +208,7 @@ def put_tile(out, row, col, tile, ADD: tl.constexpr, REDUCE: tl.constexpr):
 
 @triton.jit
 def head_kernel(
-    exponentials, stride_e, hidden, out, factor, row_counts, n_slots, width, D, V, scale,
+    exponentials, stride_e, hidden, stride_h, out, factor, row_counts, n_slots, width, D, V, scale,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
     TMA: tl.constexpr, EVEN: tl.constexpr, SCALED: tl.constexpr, ACCUMULATE: tl.constexpr, REDUCE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -214,7 +235,7 @@ def head_kernel(
         # The chunk is whole tiles of rows; past the n that count, those of ``exponentials`` and ``hidden`` are zero.
         for r in range(0, n, DEPTH):
             e = load_tile(exponentials, r, row, n_slots, width, stride_e, 1, DEPTH, ROWS, TMA, True, EVEN)
-            h = load_tile(hidden, r, col, n_slots, D, D, 1, DEPTH, COLS, TMA, True, False)
+            h = load_tile(hidden, r, col, n_slots, D, stride_h, 1, DEPTH, COLS, TMA, True, False)
             product = tl.dot(e.T, h, product, input_precision=PRECISION)
         product *= scale
         if TMA:
@@ -266,36 +287,48 @@ def multiply(source: torch.Tensor, factor: torch.Tensor, out: torch.Tensor) -> t
     return out
 
 
+@triton.jit
+def clear_kernel(exponentials, factor, row_counts, width, BLOCK: tl.constexpr):
+    """E (n_slots, width) = 0 in each of the n_active rows whose ``factor`` is 0. Grid: (n_slots, width / BLOCK)."""
+    r = tl.program_id(0)
+    if (r < tl.load(row_counts + 1)) & (tl.load(factor + r) == 0):
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        zeros = tl.zeros([BLOCK], exponentials.dtype.element_ty)
+        tl.store(exponentials + r.to(tl.int64) * width + column, zeros, mask=column < width)
+
+
 class HeadProduct:
-    """dW = E^T (factor * hidden) of a chunk, whose E and hidden states, then scaled, are kept for it."""
+    """dW = E^T (factor * hidden) of a chunk, from ``first_column`` on: of ``exponentials`` and of hidden states, which
+    are scaled already. row_counts: how many of them are valid, and how many have a gradient."""
 
-    def __init__(self, chunk: Chunk, exponentials: torch.Tensor, e_unit: float):
-        self.chunk, self.exponentials, self.e_unit = chunk, exponentials, e_unit
+    def __init__(self, chunk: Chunk, exponentials: torch.Tensor, hidden: torch.Tensor, row_counts, first_column: int):
+        self.programs, self.tma, self.V, self.row_counts = chunk.programs, chunk.tma, chunk.V, row_counts
         c = self.config = chunk.configs.head
-        self.operands = chunk.tiled(exponentials, c.depth, c.rows), chunk.tiled(chunk.hidden, c.depth, c.cols)
-
-    def scale_hidden(self, factor: torch.Tensor) -> None:
-        block = min(1024, triton.next_power_of_2(self.chunk.D))
-        chunk = self.chunk
-        scale_rows_kernel[(chunk.rows,)](chunk.hidden, factor, chunk.row_counts, chunk.D, BLOCK=block)
+        self.exponentials, self.hidden = exponentials, hidden[:, first_column:]
+        self.operands = chunk.tiled(exponentials, c.depth, c.rows), chunk.tiled(self.hidden, c.depth, c.cols)
+        self.e_unit = 2.0 ** -shift_of(hidden.dtype)
 
     def __call__(self, out: torch.Tensor, accumulate: bool = False, factor: torch.Tensor | None = None):
-        """out (V, D) = the product times ``factor`` (0-d float32, or 1), in its dtype; or add to float32."""
-        chunk, c, e = self.chunk, self.config, self.exponentials
-        head_kernel[(chunk.programs,)](
-            self.operands[0], e.stride(0), self.operands[1], chunk.tiled(out, c.rows, c.cols // 2), factor,
-            chunk.row_counts, chunk.rows, e.shape[1], chunk.D, chunk.V, self.e_unit,
-            GROUP=8, PROGRAMS=chunk.programs, TMA=chunk.tma, EVEN=e.shape[1] % c.rows == 0,
+        """out (V, columns) = the product times ``factor`` (0-d float32, or 1), in its dtype; or add to float32."""
+        c, e, (rows, columns) = self.config, self.exponentials, self.hidden.shape
+        head_kernel[(self.programs,)](
+            self.operands[0], e.stride(0), self.operands[1], self.hidden.stride(0),
+            tiled(out, c.rows, c.cols // 2, self.tma), factor, self.row_counts, rows, e.shape[1], columns, self.V,
+            self.e_unit, GROUP=8, PROGRAMS=self.programs, TMA=self.tma, EVEN=e.shape[1] % c.rows == 0,
             SCALED=factor is not None, ACCUMULATE=accumulate, REDUCE=not interpreted(head_kernel),
             PRECISION=PRECISION, **c.tile, **c.launch,
         )  # fmt: skip
 
     def rounded(self, factor: torch.Tensor | None) -> torch.Tensor:
-        """The product times ``factor`` (V, D), in the head's dtype."""
-        weight = self.chunk.head.weight
-        out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+        """The product times ``factor`` (V, columns), in the hidden states' dtype."""
+        out = self.hidden.new_empty(self.V, self.hidden.shape[1])
         self(out, factor=factor)
         return out
+
+
+def shift_of(dtype: torch.dtype) -> float:
+    """float16 cannot hold small probabilities: there E is in units of 2^-15, taken back in float32 at the end."""
+    return 15.0 if dtype == torch.float16 else 0.0
 
 
 class ChunkGradients:
@@ -304,47 +337,71 @@ class ChunkGradients:
     plan: how much of the vocabulary is stored at a time, all of it for ``head``; and room for parts of dhidden.
     out_hidden: (N, D) in the hidden states' dtype, filled at the rows with a gradient, or None.
     head: whether the head's gradients are asked for. They come after each chunk's backward pass, from :meth:`head` or
-        :attr:`head_product`.
+        :attr:`head_product`; the weight's from ``first_column`` on.
+    stored: what the pass stores, the exponentials without it.
     """
 
-    def __init__(self, chunk: Chunk, plan: Plan, out_hidden: torch.Tensor | None, head: bool):
-        self.chunk, self.configs, self.out_hidden = chunk, chunk.configs, out_hidden
-        weight = chunk.head.weight
-        # float16 cannot hold small probabilities: there E is in units of 2^-15, taken back in float32 at the end.
-        self.shift = 15.0 if weight.dtype == torch.float16 else 0.0
-        self.e_unit = 2.0**-self.shift
-        self.vocab = StoringPass(chunk, plan.slice_tiles)
-        e = self.exponentials = self.vocab.exponentials
+    def __init__(
+        self, chunk: Chunk, plan: Plan, out_hidden: torch.Tensor | None, head: bool, first_column: int = 0,
+        stored: StoringPass | None = None,
+    ):  # fmt: skip
+        self.chunk, self.configs, self.trained = chunk, chunk.configs, head
+        self.shift = shift_of(chunk.hidden.dtype)
+        self.vocab = StoringPass(chunk, plan.slice_tiles) if stored is None else stored
+        e, self.logits = self.vocab.exponentials, self.vocab.logits
+        self.exponentials = e
         self.others, self.total, self.factor, self.entry, self.head_factor = chunk.floats(5, chunk.rows)
-        if out_hidden is not None:
-            c = self.configs.hidden
-            self.limit = plan.partial_tiles
-            self.dhidden_parts = chunk.floats(self.limit * c.rows * c.cols)
-            self.hidden_operands = chunk.tiled(e, c.rows, c.depth), chunk.tiled(weight, c.depth, c.cols)
-        self.head_product = HeadProduct(chunk, e, self.e_unit) if head else None
+        self.moment = chunk.floats(chunk.rows) if len(self.vocab.sums) == 2 else None
+        self.slope = None if self.vocab.what == "exponentials" else chunk.floats(4, chunk.rows)
+        self.aim(out_hidden, plan.partial_tiles)
+        self.head_product = HeadProduct(chunk, e, chunk.hidden, chunk.row_counts, first_column) if head else None
 
-    def forward(self, order: torch.Tensor, logp: torch.Tensor) -> None:
+    def aim(self, out_hidden: torch.Tensor | None, limit: int, parts: torch.Tensor | None = None) -> None:
+        """Where hidden gradients go, with room for so many tiles of them; ``parts`` is what has that room."""
+        self.out_hidden, self.limit, c = out_hidden, limit, self.configs.hidden
+        if out_hidden is not None:
+            self.dhidden_parts = self.chunk.floats(limit * c.rows * c.cols) if parts is None else parts
+            weight = self.chunk.head.weight
+            self.hidden_operands = (
+                self.chunk.tiled(self.exponentials, c.rows, c.depth), self.chunk.tiled(weight, c.depth, c.cols)
+            )  # fmt: skip
+
+    def forward(self, order: torch.Tensor, logp: torch.Tensor, entropy=None, logsumexp=None) -> None:
         """Write log p (nats) of row i at order[i] of ``logp`` (N,), and leave E, S and the products E W behind.
+
+        entropy, logsumexp: (N,), written as well, where the pass keeps the sums for them; or None.
 
         The target's logit is the first choice of offset, known before the pass: e^(z - z_y) sums to 1/p_y, which a
         sampled token keeps far from float32's and bfloat16's largest number. Should a row reach 2^100 all the same, the
         chunk is done again with the exact logsumexp as offset; whether that happens is decided on the device. float16
-        has no room for 1/p_y, so there the stored value is always p * 2^shift.
+        has no room for 1/p_y, so there the stored value is always p * 2^shift, but for logits.
         """
-        chunk = self.chunk
+        chunk, out = self.chunk, (logp, entropy, logsumexp)
         exact = chunk.row_counts
-        if chunk.hidden.dtype != torch.float16:
-            self._attempt(chunk.row_counts, order, logp, retry=chunk.retry)
+        if chunk.hidden.dtype != torch.float16 or self.vocab.what == "logits":
+            self._attempt(chunk.row_counts, order, out, retry=chunk.retry)
             exact = chunk.retry
         self.vocab.exact_offset(exact, self.shift)
-        self._attempt(exact, order, logp)
+        self._attempt(exact, order, out)
 
-    def _attempt(self, row_counts, order, logp, retry=None) -> None:
+    def again(self, order: torch.Tensor, gradient: torch.Tensor, of_entropy: EntropyGradient) -> None:
+        """The same of rows with known entropies, for dL/dlogp, ``gradient`` (N,): E holds the entries of dL/dz."""
+        chunk = self.chunk
+        make_slopes(gradient, of_entropy, None, order, chunk.row_counts, chunk.offset, self.slope, self.shift)
+        self._attempt(chunk.row_counts, order, (None,) * 3)
+
+    def turn(self, order: torch.Tensor, gradient: torch.Tensor, of_entropy: EntropyGradient) -> None:
+        """Of stored logits make the entries of dL/dz in E."""
+        chunk = self.chunk
+        make_slopes(gradient, of_entropy, self.total, order, chunk.row_counts, None, self.slope, self.shift)
+        make_entries(self.logits, self.exponentials, self.slope, chunk)
+
+    def _attempt(self, row_counts, order, out, retry=None) -> None:
         for first_tile in self.vocab.slices():
-            self.vocab.store(row_counts, first_tile)
+            self.vocab.store(row_counts, first_tile, self.slope)
             if self.out_hidden is not None:
                 self.hidden_product(row_counts, first_tile * self.configs.vocab.cols)
-        self.vocab.combine_sums(row_counts, order, self.others, self.total, logp, retry)
+        self.vocab.combine_sums(row_counts, order, self.others, self.total, self.moment, out, retry)
 
     def hidden_product(self, row_counts, first_col: int) -> None:
         """dhidden_parts += E W for the stored slice of the vocabulary, without the targets' entries."""
@@ -361,9 +418,9 @@ class ChunkGradients:
         """Turn dL/dlogp, ``gradient`` (N,) float32, into the chunk's hidden gradients, and E into the head's."""
         chunk, e, weight = self.chunk, self.exponentials, self.chunk.head.weight
         factor_kernel[(triton.cdiv(chunk.rows, SLOTS),)](
-            e, e.stride(0), chunk.softcap_grad, self.others, self.total, chunk.target, gradient, order,
-            chunk.row_counts, self.factor, self.entry, self.head_factor, chunk.rows, chunk.temperature, self.e_unit,
-            HEAD=self.head_product is not None, BLOCK=SLOTS,
+            e, e.stride(0), chunk.softcap_grad, self.others, self.total, self.moment, self.slope, chunk.target,
+            gradient, order, chunk.row_counts, self.factor, self.entry, self.head_factor, chunk.rows,
+            chunk.temperature, 2.0**-self.shift, HEAD=self.trained, BLOCK=SLOTS,
         )  # fmt: skip
         if self.out_hidden is not None:
             c = self.configs.hidden
@@ -372,17 +429,29 @@ class ChunkGradients:
                 chunk.row_counts, self.out_hidden, e.shape[1], chunk.D, self.limit, PROGRAMS=chunk.programs,
                 MAX_SPLITS=MAX_SPLITS, PARTIAL_STEPS=PARTIAL_STEPS, BLOCK=REDUCE_ROWS, **c.tile,
             )  # fmt: skip
-        if self.head_product is not None:
-            self.head_product.scale_hidden(self.head_factor)
+        if self.trained:
+            block = min(1024, triton.next_power_of_2(chunk.D))
+            scale_rows_kernel[(chunk.rows,)](chunk.hidden, self.head_factor, chunk.row_counts, chunk.D, BLOCK=block)
+
+    def let_go(self) -> None:
+        """After the forward pass: hold on to no head. It comes back as ``chunk.head``, before :meth:`aim`."""
+        del self.vocab, self.chunk.head
+
+    def clear(self) -> None:
+        """After the backward pass: E = 0 in rows without gradient, whatever it was, NaN included."""
+        rows, width = self.exponentials.shape
+        block = min(4096, triton.next_power_of_2(width))
+        grid = rows, triton.cdiv(width, block)
+        clear_kernel[grid](self.exponentials, self.factor, self.chunk.row_counts, width, BLOCK=block)
 
     def head(self, out_weight: torch.Tensor | None, out_bias: torch.Tensor | None, accumulate: bool) -> None:
-        """out_weight (V, D) and out_bias (V,), both float32: E^T (factor * hidden) and E^T factor, or add them."""
+        """out_weight (V, columns) and out_bias (V,), float32: E^T (factor * hidden) and E^T factor, or add them."""
         chunk, e = self.chunk, self.exponentials
         if self.head_product is not None and out_weight is not None:
             self.head_product(out_weight, accumulate=accumulate)
         if out_bias is not None:
             bias_kernel[(triton.cdiv(chunk.V, 128),)](
-                e, e.stride(0), self.head_factor, out_bias, chunk.row_counts, chunk.rows, chunk.V, self.e_unit,
+                e, e.stride(0), self.head_factor, out_bias, chunk.row_counts, chunk.rows, chunk.V, 2.0**-self.shift,
                 ROWS=32, COLS=128, ACCUMULATE=accumulate,
             )  # fmt: skip
 
@@ -390,31 +459,41 @@ class ChunkGradients:
 class ExactGradients:
     """Log p and gradients of all rows, one ``chunk`` after another, in the order that these are gathered in.
 
-    hidden: all hidden states, (B, T, D). needs: which gradients will be asked for.
+    hidden: all hidden states, (B, T, D). needs: which gradients will be asked for. entropy: whether entropies are.
+    known: whether :meth:`again` makes them, of rows with known entropies, instead of :meth:`forward`.
     """
 
     def __init__(
-        self, head: Head, temperature: float, hidden: torch.Tensor, how: Machine, chunk_bytes: int, needs: Needs
-    ):
-        (V, D), n = head.weight.shape, hidden.shape[0] * hidden.shape[1]
-        plan = chunk_plan(ceil_div(n, ROW_TILE), V, D, hidden.dtype.itemsize, how, chunk_bytes, needs)
+        self, head: Head, temperature: float, hidden: torch.Tensor, how: Machine, chunk_bytes: int, needs: Needs,
+        entropy: bool = False, known: bool = False,
+    ):  # fmt: skip
+        (V, D), n, moment = head.weight.shape, hidden.shape[0] * hidden.shape[1], entropy or known
+        plan = chunk_plan(ceil_div(n, ROW_TILE), V, D, hidden.dtype.itemsize, how, chunk_bytes, needs, 1 + moment)
         chunk = self.chunk = Chunk(head, temperature, plan.rows, how)
         self.d_hidden = hidden.new_zeros(hidden.shape) if needs.hidden else None
         # All rows in one chunk: its product is the whole gradient, so it waits for the factor and is rounded to the
         # head's dtype on its way out. That spares a float32 gradient, more memory than the chunk that waits.
-        self.d_weight = chunk.floats(V, D) if needs.weight and n > plan.rows else None
+        one = n <= plan.rows
+        self.d_weight = chunk.floats(V, D - needs.first_column) if needs.weight and not one else None
         self.d_bias = chunk.floats(V) if needs.bias else None
-        self.needs, self.gradients, self.begun = needs, ChunkGradients(chunk, plan, self.d_hidden, needs.head), False
+        stored = StoringPass(chunk, plan.slice_tiles, "gradient" if known else "exponentials", moment)
+        self.gradients = ChunkGradients(chunk, plan, self.d_hidden, needs.head, needs.first_column, stored)
+        self.needs, self.begun = needs, False
 
-    def forward(self, order: torch.Tensor, logp: torch.Tensor) -> None:
-        """Write log p (nats) of row i of the chunk at order[i] of ``logp`` (N,)."""
-        self.gradients.forward(order, logp)
+    def forward(self, order: torch.Tensor, logp: torch.Tensor, entropy: torch.Tensor | None = None) -> None:
+        """Write log p and entropies (nats) of row i of the chunk at order[i] of ``logp`` and ``entropy`` (N,)."""
+        self.gradients.forward(order, logp, entropy)
 
     def backward(self, order: torch.Tensor, gradient: torch.Tensor) -> None:
         """Make of dL/dlogp, ``gradient`` (N,) float32, the gradients of the chunk."""
         self.gradients.backward(order, gradient)
         self.gradients.head(self.d_weight, self.d_bias, accumulate=self.begun)
         self.begun = True
+
+    def again(self, order: torch.Tensor, gradient: torch.Tensor, of_entropy: EntropyGradient) -> None:
+        """The same for dL/dlogp and dL/dentropy."""
+        self.gradients.again(order, gradient, of_entropy)
+        self.backward(order, gradient)
 
     def finish(self) -> Finish:
         product = self.gradients.head_product

@@ -67,13 +67,14 @@ def _product_steps(tiles: int, steps: int, most: int, programs: int) -> int:
 @functools.lru_cache(maxsize=1024)
 def chunk_plan(
     row_tiles: int, vocabulary: int, hidden_size: int, itemsize: int, machine: Machine, budget: int,
-    needs: Needs,
+    needs: Needs, sums: int = 1,
 ) -> Plan:  # fmt: skip
     """The fastest plan by the model, among those whose buffers stay within ``budget`` bytes (or are the smallest).
 
     The gradient of a head in float32, which chunks add up in, is beside that budget.
 
-    row_tiles: rows to work on, in tiles of ROW_TILE. needs: gradients of (hidden, weight, bias).
+    row_tiles: rows to work on, in tiles of ROW_TILE. needs: which gradients will be asked for. sums: how many a row and
+    tile of the vocabulary leave.
     """
     programs, tma, configs = machine
     c = configs.vocab
@@ -106,7 +107,7 @@ def chunk_plan(
                 total += count * steps
         if needs.weight:
             o = configs.head
-            outputs = ceil_div(vocabulary, o.rows) * ceil_div(hidden_size, o.cols)
+            outputs = ceil_div(vocabulary, o.rows) * ceil_div(hidden_size - needs.first_column, o.cols)
             depth = ceil_div(tiles * ROW_TILE, o.depth)
             steps = max(depth + REDUCE_STEPS, PARTIAL_STEPS) if tma else depth + PARTIAL_STEPS
             total += ceil_div(outputs, programs) * steps
@@ -116,7 +117,7 @@ def chunk_plan(
         """Bytes beside the exponentials: gathered rows, row sums of the vocabulary pass, and tiles of dhidden."""
         rows = tiles * ROW_TILE
         partial = room * configs.hidden.rows * configs.hidden.cols
-        return rows * (hidden_size * itemsize + 4 * col_tiles + 32) + 4 * partial * needs.hidden
+        return rows * (hidden_size * itemsize + 4 * sums * col_tiles + 32) + 4 * partial * needs.hidden
 
     def widths(tiles: int, room: int, budget: int) -> set[int]:
         """Slice widths worth a look: equal slices, and ones that end with a full round of the vocabulary pass."""
@@ -142,7 +143,7 @@ def chunk_plan(
         return ((tiles, width, room) for room in rooms(tiles) for width in widths(tiles, room, budget))
 
     # One chunk needs no float32 gradient of the head, to add up in and to convert; what that spares it may take.
-    spared = vocabulary * hidden_size * max(0, 4 - itemsize)
+    spared = vocabulary * (hidden_size - needs.first_column) * max(0, 4 - itemsize)
     found = list(options(row_tiles, budget + spared)) if needs.weight else []
     if not found:
         most_tiles = row_tiles if whole else min(row_tiles, MOST_ROWS // ROW_TILE)
@@ -150,3 +151,17 @@ def chunk_plan(
     smallest = (1, col_tiles if whole else 1, rooms(1)[0])
     tiles, width, room = min(found, key=lambda option: steps(*option), default=smallest)
     return Plan(tiles * ROW_TILE, width, room)
+
+
+def kept_plan(
+    row_tiles: int, vocabulary: int, hidden_size: int, itemsize: int, machine: Machine, needs: Needs
+) -> tuple[Plan, int]:
+    """Chunks of all rows, as equal as can be, of which the whole vocabulary is stored; and the bytes that all keep."""
+    programs, _, configs = machine
+    tiles = ceil_div(row_tiles, ceil_div(row_tiles, MOST_ROWS // ROW_TILE))
+    col_tiles = ceil_div(vocabulary, configs.vocab.cols)
+    # Twice the room: sums that are cut fill the last round.
+    room = 2 * least_partial_tiles(configs.hidden, tiles * ROW_TILE, hidden_size, programs)
+    width = col_tiles * configs.vocab.cols + (hidden_size if needs.head else 0)
+    rows = ceil_div(row_tiles, tiles) * tiles * ROW_TILE
+    return Plan(tiles * ROW_TILE, col_tiles, room), rows * (width * itemsize + 64)

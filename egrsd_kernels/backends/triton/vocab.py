@@ -1,10 +1,15 @@
 """One pass over the vocabulary, hidden x head fused with the softmax: the logits of a tile stay on chip in float32.
 
-Two uses of one kernel. ``statistics``: each (row, vocabulary tile) leaves its maximum m, S = sum e^(z-m) and
-U = sum e^(z-m) (z-m); combined over the tiles they give logsumexp and entropy. ``exponentials``: the tile e^(z-offset)
-is stored in the operands' dtype, and its float32 row sum kept, so that the gradient is a plain matrix product later.
-Both leave the target out, whose logit the gather has made: a sum is then what 1 - p_y is made of, without a difference,
-and log p compares the target with the others by the same two numbers in both, so that teacher and student of the same
+Two uses of one kernel. Statistics: each (row, vocabulary tile) leaves its maximum m, S = sum e^(z-m) and
+U = sum e^(z-m) (z-m); combined over the tiles they give logsumexp and entropy. Or a tile is stored, and its float32 row
+sums kept, S = sum e^x and perhaps U = sum e^x x of x = z - offset. What is stored is one of
+
+    "exponentials"  e^x in the operands' dtype, so that the gradient of log p is a plain matrix product later
+    "logits"        x, in a dtype as wide: the gradient of an entropy needs log p and p
+    "gradient"      e^x (a + b x): that gradient, where dL/dlogp and dL/dentropy are known before the pass
+
+All leave the target out, whose logit the gather has made: a sum is then what 1 - p_y is made of, without a difference,
+and log p compares the target with the others by the same two numbers in all, so that teacher and student of the same
 weights agree to the last bits.
 All logits here are in units of ln 2, because exp2 and log2 are what the hardware has.
 """
@@ -23,6 +28,8 @@ from .plan import ceil_div
 GROUP = 16
 # Above this sum of exponentials the products with the head could leave float32; the row's offset is then unsuited.
 SUM_LIMIT = tl.constexpr(2.0**100)
+# Stands for all smaller x, whose e^x is 0: float16 holds it.
+LEAST = tl.constexpr(-30000.0)
 # Rows of a program that goes through all tiles of its rows, so many at a time.
 ROW_BLOCK = 8
 TILE_BLOCK = 128
@@ -30,18 +37,19 @@ TILE_BLOCK = 128
 
 @triton.jit(do_not_specialize=["first_tile", "n_tiles"])
 def vocab_kernel(
-    hidden, weight, stride_wv, stride_wd, bias, exponentials, stride_e, offset, target, tile_stats, row_counts,
+    hidden, weight, stride_wv, stride_wd, bias, stored, stride_e, offset, slope, target, tile_stats, row_counts,
     first_tile, n_tiles, n_slots, V, softcap, scale,
     D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr, TMA: tl.constexpr, STORE: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PROGRAMS: tl.constexpr, TMA: tl.constexpr, STORE: tl.constexpr, MOMENT: tl.constexpr, BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """z = h W^T + b of ``n_tiles`` vocabulary tiles from ``first_tile`` on, softcapped and scaled, on chip; then
 
-    STORE: exponentials (n_slots, n_tiles COLS) = e^(z - offset) times 1 - tanh^2, 0 for the target, in their dtype, and
-        tile_stats (tiles, n_slots) float32 = the row sums of e^(z - offset) over each tile;
-    else: tile_stats (3, tiles, n_slots) float32 = m, S, U of each row and tile.
+    STORE: stored (n_slots, n_tiles COLS) = what it names, but for logits times 1 - tanh^2 and 0 for the target, in its
+        dtype; and tile_stats (1 or 2, tiles, n_slots) float32 = S of each row and tile, and U with MOMENT;
+    else: tile_stats (3, tiles, n_slots) float32 = m, S, U.
 
+    offset: (n_slots,) float32. slope: (2 or more, n_slots) float32, a and b of each row, for "gradient".
     Grid: (PROGRAMS,), persistent over tiles of ROWS x COLS. hidden: (n_slots, D). weight: (V, D). row_counts: (2,).
     """
     # The chunk's buffers are whole tiles of rows: what a tile holds past n_valid is computed and never used.
@@ -71,23 +79,31 @@ def vocab_kernel(
             z = tl.where(z == float("-inf"), NEG, z)
         weighted = (v < V)[None, :] & (v[None, :] != tl.load(target + r)[:, None])
         at = tile_stats + col_tile * n_slots + r
-        if STORE:
-            e = tl.where(weighted, tl.exp2(z - tl.load(offset + r)[:, None]), 0.0)
+        plane = tl.cdiv(V, COLS) * n_slots
+        if STORE is not None:
+            z -= tl.load(offset + r)[:, None]
+            e = tl.where(weighted, tl.exp2(z), 0.0)
             tl.store(at, tl.sum(e, 1))
-            # Rows without gradient become zeros: the products that sum over rows then need no mask.
-            e = tl.where((r < n_active)[:, None], e * softcap_grad, 0.0)
+            if MOMENT:
+                tl.store(at + plane, tl.sum(e * z, 1))
+            if STORE == "logits":
+                e = tl.where(weighted, tl.maximum(z, LEAST), LEAST)
+            else:
+                if STORE == "gradient":
+                    e *= tl.load(slope + r)[:, None] + tl.load(slope + n_slots + r)[:, None] * z
+                # Rows without gradient become zeros: the products that sum over rows then need no mask.
+                e = tl.where((r < n_active)[:, None], e * softcap_grad, 0.0)
             if TMA:
-                exponentials.store([row_tile * ROWS, slice_tile * COLS], e.to(exponentials.dtype))
+                stored.store([row_tile * ROWS, slice_tile * COLS], e.to(stored.dtype))
             else:
                 column = slice_tile * COLS + tl.arange(0, COLS)
-                pointers = exponentials + r.to(tl.int64)[:, None] * stride_e + column[None, :]
-                tl.store(pointers, e.to(exponentials.dtype.element_ty))
+                pointers = stored + r.to(tl.int64)[:, None] * stride_e + column[None, :]
+                tl.store(pointers, e.to(stored.dtype.element_ty))
         else:
             z = tl.where(weighted, z, NEG)
             m = tl.max(z, 1)
             z -= m[:, None]
             e = tl.exp2(z)
-            plane = tl.cdiv(V, COLS) * n_slots
             tl.store(at, m)
             tl.store(at + plane, tl.sum(e, 1))
             tl.store(at + 2 * plane, tl.sum(e * z, 1))
@@ -146,32 +162,47 @@ def combine_statistics_kernel(
 
 @triton.jit
 def combine_sums_kernel(
-    tile_stats, logit, offset, order, row_counts, retry, others, total, logp, n_slots, col_tiles,
-    RETRY: tl.constexpr, ROW_BLOCK: tl.constexpr, TILE_BLOCK: tl.constexpr,
+    tile_stats, logit, offset, order, row_counts, retry, others, total, moment, logp, entropy, logsumexp,
+    n_slots, col_tiles, ROW_BLOCK: tl.constexpr, TILE_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """others = the sum of a row's tile sums, total = others + e^(z_y - offset), log p = z_y - offset - log total.
+    """others = the sum of a row's S, total = others + e^(z_y - offset), log p = z_y - offset - log total, in nats.
 
-    Grid: (n_slots / ROW_BLOCK,). tile_stats: (col_tiles, n_slots) float32. others, total: (n_slots,) float32.
-    logp: (N,) float32, in nats. RETRY: retry = row_counts if any total reaches SUM_LIMIT.
+    Grid: (n_slots / ROW_BLOCK,). tile_stats: (1 or 2, col_tiles, n_slots) float32. others, total: (n_slots,) float32.
+    moment: (n_slots,) float32 = the sum of a row's U, or None. logp, entropy, logsumexp: (N,) float32, in nats, or
+    None; the last two with ``moment`` only. retry: becomes row_counts if any total reaches SUM_LIMIT; or None.
     """
     n_valid = tl.load(row_counts)
     r = tl.program_id(0) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
     ours = r < n_valid
     if tl.program_id(0) * ROW_BLOCK < n_valid:
         s = tl.zeros([ROW_BLOCK], tl.float32)
+        u = tl.zeros([ROW_BLOCK], tl.float32)
         for start in range(0, col_tiles, TILE_BLOCK):
             tile = start + tl.arange(0, TILE_BLOCK)
             inside = (tile < col_tiles)[:, None] & ours[None, :]
-            s += tl.sum(tl.load(tile_stats + tile[:, None] * n_slots + r[None, :], mask=inside, other=0.0), 0)
+            at = tile_stats + tile[:, None] * n_slots + r[None, :]
+            s += tl.sum(tl.load(at, mask=inside, other=0.0), 0)
+            if moment is not None:
+                u += tl.sum(tl.load(at + col_tiles * n_slots, mask=inside, other=0.0), 0)
         tl.store(others + r, s, mask=ours)
         z = tl.load(logit + r, mask=ours, other=0.0)
-        relative = z - tl.load(offset + r, mask=ours, other=0.0)
-        s += tl.exp2(relative)
+        base = tl.load(offset + r, mask=ours, other=0.0)
+        own = tl.exp2(z - base)
+        s += own
         tl.store(total + r, s, mask=ours)
+        log_s = tl.log2(s)
         row = tl.load(order + r, mask=ours, other=0)
-        value = (relative - tl.log2(s)) * LN2
-        tl.store(logp + row, tl.where(z == NEG, float("-inf"), value), mask=ours)
-        if RETRY:  # a NaN target logit is a target outside the vocabulary: no offset would help
+        if logp is not None:
+            value = (z - base - log_s) * LN2
+            tl.store(logp + row, tl.where(z == NEG, float("-inf"), value), mask=ours)
+        if moment is not None:
+            tl.store(moment + r, u, mask=ours)
+        if entropy is not None:
+            u += own * (z - base)
+            tl.store(entropy + row, (log_s - u / s) * LN2, mask=ours)
+        if logsumexp is not None:
+            tl.store(logsumexp + row, (base + log_s) * LN2, mask=ours)
+        if retry is not None:  # a NaN target logit is a target outside the vocabulary: no offset would help
             unsuited = tl.max(tl.where(s < SUM_LIMIT, 0, (ours & (z == z)).to(tl.int32)), 0)
             # Every program that has such a row stores the same two numbers.
             tl.store(retry, n_valid, mask=unsuited > 0)
@@ -192,14 +223,14 @@ class VocabPass:
         floats = 3 * self.col_tiles * chunk.rows
         self.tile_stats = chunk.floats(floats) if memory is None else memory[: 4 * floats].view(torch.float32)
 
-    def _launch(self, row_counts, first_tile: int, n_tiles: int, tile_stats, stored=None, stride=0, offset=None):
+    def _launch(self, row_counts, first_tile: int, n_tiles: int, tile_stats, store=None, stored=(None, 0, None, None)):
         chunk, head = self.chunk, self.chunk.head
         vocab_kernel[(chunk.programs,)](
-            *self.operands, *head.weight.stride(), head.bias, stored, stride, offset, chunk.target, tile_stats,
+            *self.operands, *head.weight.stride(), head.bias, *stored, chunk.target, tile_stats,
             row_counts, first_tile, n_tiles, chunk.rows, chunk.V, chunk.softcap or 0.0, chunk.logit_scale,
-            D=chunk.D, GROUP=GROUP, PROGRAMS=chunk.programs, TMA=chunk.tma, STORE=stored is not None,
-            BIAS=head.bias is not None, SOFTCAP=chunk.softcap is not None, PRECISION=PRECISION,
-            **self.config.tile, **self.config.launch,
+            D=chunk.D, GROUP=GROUP, PROGRAMS=chunk.programs, TMA=chunk.tma, STORE=store,
+            MOMENT=store is not None and len(tile_stats) == 2, BIAS=head.bias is not None,
+            SOFTCAP=chunk.softcap is not None, PRECISION=PRECISION, **self.config.tile, **self.config.launch,
         )  # fmt: skip
 
     def _statistics(self, row_counts, order=None, offset=None, shift=0.0, out=(None,) * 3) -> None:
@@ -219,41 +250,50 @@ class VocabPass:
 
 
 class StoringPass(VocabPass):
-    """A pass that stores exponentials, a slice of the vocabulary of ``slice_tiles`` tiles at a time.
+    """A pass that stores a matrix, a slice of the vocabulary of ``slice_tiles`` tiles at a time.
+
+    store: what: "exponentials", "logits" or "gradient". moment: whether U is wanted, the sums of e^x x.
+    memory: uint8, for the matrix; its own where it is None.
 
     Attributes:
-        exponentials: (chunk.rows, whole tiles), in the operands' dtype. sums: (tiles, chunk.rows) float32.
+        exponentials: (chunk.rows, whole tiles), in the operands' dtype. logits: the same memory, in float16 where that
+            is as wide. sums: (1 or 2, tiles, chunk.rows) float32, S and U.
     """
 
-    def __init__(self, chunk: Chunk, slice_tiles: int):
-        self.slice_tiles, c, dtype = slice_tiles, chunk.configs.vocab, chunk.hidden.dtype
-        # Maxima and sums of the tiles are combined before exponentials are stored, so they share that memory.
+    def __init__(
+        self, chunk: Chunk, slice_tiles: int, store: str = "exponentials", moment: bool = False,
+        memory: torch.Tensor | None = None,
+    ):  # fmt: skip
+        self.slice_tiles, self.what, c, dtype = slice_tiles, store, chunk.configs.vocab, chunk.hidden.dtype
+        # Maxima and sums of the tiles are combined before anything is stored, so they share that memory.
         width = slice_tiles * c.cols
         room, stats = chunk.rows * width * dtype.itemsize, 12 * ceil_div(chunk.V, c.cols) * chunk.rows
-        memory = torch.empty(max(stats, room), dtype=torch.uint8, device=chunk.hidden.device)
+        if memory is None:
+            memory = torch.empty(max(stats, room), dtype=torch.uint8, device=chunk.hidden.device)
         super().__init__(chunk, memory)
         self.exponentials = memory[:room].view(dtype).view(chunk.rows, width)
-        self.stored = chunk.tiled(self.exponentials, c.rows, c.cols)
-        self.sums = chunk.floats(self.col_tiles, chunk.rows)
+        self.logits = self.exponentials.view(torch.float32 if dtype == torch.float32 else torch.float16)
+        self.stored = chunk.tiled(self.logits if store == "logits" else self.exponentials, c.rows, c.cols)
+        self.sums = chunk.floats(1 + moment, self.col_tiles, chunk.rows)
 
     def slices(self) -> range:
         """The first tile of each slice of the vocabulary."""
         return range(0, self.col_tiles, self.slice_tiles)
 
-    def store(self, row_counts, first_tile: int) -> None:
-        """Store e^(z - offset) of the slice from ``first_tile`` on, 0 for the targets, and keep its row sums."""
+    def store(self, row_counts, first_tile: int, slope: torch.Tensor | None = None) -> None:
+        """Store the slice from ``first_tile`` on, and keep its row sums. slope: (2 or more, rows), for "gradient"."""
         n_tiles = min(self.slice_tiles, self.col_tiles - first_tile)
-        kept = self.stored, self.exponentials.stride(0), self.chunk.offset
-        self._launch(row_counts, first_tile, n_tiles, self.sums, *kept)
+        stored = self.stored, self.exponentials.stride(0), self.chunk.offset, slope
+        self._launch(row_counts, first_tile, n_tiles, self.sums, self.what, stored)
 
-    def combine_sums(self, row_counts, order, others, total, logp, retry=None) -> None:
-        """After the last slice: total (rows,) = Σ e^(z - offset), others (rows,) the same without the target, and log p
-        (nats) of row i at order[i] of ``logp``.
+    def combine_sums(self, row_counts, order, others, total, moment=None, out=(None,) * 3, retry=None) -> None:
+        """After the last slice: total (rows,) = Σ e^x, others (rows,) the same without the target, ``moment`` (rows,)
+        Σ e^x x without it; and log p, entropy and logsumexp (nats) of row i at order[i] of ``out``, where not None.
 
         A row whose total reaches 2^100 sets ``retry``, where that is given.
         """
         chunk = self.chunk
         combine_sums_kernel[(triton.cdiv(chunk.rows, ROW_BLOCK),)](
-            self.sums, chunk.logit, chunk.offset, order, row_counts, retry, others, total, logp,
-            chunk.rows, self.col_tiles, RETRY=retry is not None, ROW_BLOCK=ROW_BLOCK, TILE_BLOCK=TILE_BLOCK,
+            self.sums, chunk.logit, chunk.offset, order, row_counts, retry, others, total, moment, *out,
+            chunk.rows, self.col_tiles, ROW_BLOCK=ROW_BLOCK, TILE_BLOCK=TILE_BLOCK,
         )  # fmt: skip

@@ -47,10 +47,11 @@ class Reserve:
     flush (4,) int32: twice how many rows are made next. stored (1,) int32: how many wait.
     """
 
-    def __init__(self, chunk: Chunk, plan: Plan, out_hidden, out_weight, out_bias):
+    def __init__(self, chunk: Chunk, plan: Plan, out_hidden, out_weight, out_bias, first_column: int = 0):
         self.out_hidden, self.out_weight, self.out_bias = out_hidden, out_weight, out_bias
         self.chunk = chunk.another(plan.rows)
-        self.exact = ChunkGradients(self.chunk, plan, out_hidden, head=out_weight is not None or out_bias is not None)
+        trained = out_weight is not None or out_bias is not None
+        self.exact = ChunkGradients(self.chunk, plan, out_hidden, trained, first_column)
         self.floats, self.ints = planes_of(self.exact)
         self.flush, self.stored = self.chunk.row_counts, torch.zeros_like(self.ints[0, :1])
 

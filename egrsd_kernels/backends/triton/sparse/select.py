@@ -87,10 +87,11 @@ def select_kernel(
 
 def list_entries(seen: ChunkGradients, floats, ints, budget, order, gradient, tolerance, tile_of, entry_of, value_of):
     """Weigh the rows of the chunk of ``seen``, which has their exponentials, and list their entries."""
-    chunk, e, cols, (tiles, rows) = seen.chunk, seen.exponentials, seen.vocab.config.cols, seen.vocab.sums.shape
+    chunk, e, cols, sums = seen.chunk, seen.exponentials, seen.vocab.config.cols, seen.vocab.sums[0]
+    tiles, rows = sums.shape
     known = floats, ints, budget
     weigh_kernel[(1,)](gradient, order, chunk.row_counts, *known, rows, tolerance, SOFTCAP=chunk.softcap is not None)
-    tiles_kernel[(rows // ROW_BLOCK,)](seen.vocab.sums, *known, tile_of, rows, tiles, ROWS=ROW_BLOCK, TILES=TILE_BLOCK)
+    tiles_kernel[(rows // ROW_BLOCK,)](sums, *known, tile_of, rows, tiles, ROWS=ROW_BLOCK, TILES=TILE_BLOCK)
     select_kernel[(rows,)](
         e, tile_of, *known, entry_of, value_of, rows, tiles, 2.0**-25 if e.dtype == torch.float16 else 0.0,
         COLS=cols, AT_ONCE=2048 // cols, CAPACITY=entry_of.shape[1],
