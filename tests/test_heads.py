@@ -196,6 +196,13 @@ def test_what_a_function_returns():
         with_head(model, by_head, input_ids=IDS, labels=IDS)
 
 
+@torch.no_grad()
+def test_a_parameter_is_returned_without_gradients_too():
+    model = Strange()
+    weight, _ = with_head(model, lambda hidden, head: head.weight, input_ids=IDS)
+    assert weight is model.quack.weight
+
+
 def test_read_hidden_is_what_the_head_reads():
     model = Strange()
     seen = []

@@ -59,7 +59,8 @@ def run(
         leaves, structure = _pytree.tree_flatten(function(hidden, head))
         if odd := next((leaf for leaf in leaves if not isinstance(leaf, (Tensor, *PLAIN))), None):
             raise TypeError(f"function: expected tensors in tuples, lists and dicts, got {type(odd).__name__}")
-        where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        grad = torch.is_grad_enabled()  # without it, parameters still require theirs
+        where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad and grad]
         column = hidden.new_zeros(*hidden.shape[:-1], 1)
         column, *carried = _Carry.apply(column, *(leaves[i] for i in where)) if where else (column,)
         results.append((leaves, structure, where, carried))
