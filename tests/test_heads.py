@@ -518,8 +518,18 @@ def test_a_lora_of_another_dtype_than_the_weight(autocast):
 )
 def test_adapters_that_are_more_than_a_product_are_refused(options, train, says):
     model = adapted(**options).train(train)
-    with pytest.raises(ValueError, match=f"^model: Qwen3ForCausalLM: {says}"):
-        with_head(model, by_head, input_ids=IDS)
+    for read in (lambda: with_head(model, by_head, input_ids=IDS), lambda: head_of(model)):
+        with pytest.raises(ValueError, match=f"^model: Qwen3ForCausalLM: {says}"):
+            read()
+
+
+def test_prompt_tuning_puts_rows_before_those_of_the_tokens():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with torch.no_grad():
+        ours, _ = with_head(model, logits_of, input_ids=IDS)
+        torch.testing.assert_close(ours, model(input_ids=IDS).logits)
+    assert ours.shape[:2] == (2, 4 + 12)
 
 
 def test_other_adapters_than_lora_are_refused_by_name():

@@ -86,9 +86,11 @@ def head_of(model: nn.Module) -> Head:
         ModelError: a ValueError, in one line with the difference in nats, where the logits are not
             softcap · tanh(logit_scale · (h (W + s·B A)ᵀ + b) / softcap), or depend on later tokens.
     """
-    found = _prove(model)
-    module = module_at(language_model(model), found.path)
-    return head_at(module, found.frame)
+    base, found = language_model(model), _prove(model)
+    try:
+        return head_at(module_at(base, found.path), found.frame)
+    except ModelError as refusal:  # of the mode that the model is in
+        raise ModelError(f"model: {type(base).__name__}: {refusal}") from None
 
 
 def found_in(model: nn.Module) -> Found:
@@ -304,7 +306,8 @@ def _roundoff(logits: Tensor, dtypes: list[torch.dtype]) -> float:
 
 def _check_causal(hidden: Tensor, other: Tensor, roundoff: float) -> None:
     """A ModelError where what the head has read before the last token depends on that token."""
-    if hidden.shape != other.shape or hidden.shape[:-1] != (1, TOKENS):
+    # Prompt tuning puts rows of its own before those of the tokens.
+    if hidden.shape != other.shape or hidden.ndim != 3 or hidden.shape[0] != 1 or hidden.shape[1] < TOKENS:
         raise ModelError(f"its head reads {tuple(hidden.shape)} of a row of {TOKENS} tokens, which is not supported")
     one, two = hidden[:, :-1].float(), other[:, :-1].float()
     off = ((one - two).norm(dim=-1) / two.norm(dim=-1)).max().item()
