@@ -374,11 +374,9 @@ DOES_NOT = {
     "Gemma2": functools.partial(small, "Gemma2", query_pre_attn_scalar=16, sliding_window=8),
     "Gemma3": functools.partial(small, "Gemma3", "Text", query_pre_attn_scalar=16, sliding_window=8),
     "Mamba": functools.partial(small, "Mamba", state_size=8, time_step_rank=4),
-    "FalconH1": functools.partial(small, "FalconH1", mamba_d_ssm=64, lm_head_multiplier=1.0, **MAMBA),
+    "FalconH1": functools.partial(small, "FalconH1", mamba_d_ssm=64, **MAMBA),
     "Bamba": functools.partial(small, "Bamba", attn_layer_indices=[1], **MAMBA),
-    "Mixtral": functools.partial(
-        small, "Mixtral", num_local_experts=4, output_router_logits=False, router_aux_loss_coef=0.0
-    ),
+    "Mixtral": functools.partial(small, "Mixtral", num_local_experts=4),
 }
 
 
