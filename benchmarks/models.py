@@ -6,8 +6,8 @@
 For every architecture of transformers' causal, image-text-to-text and sequence-to-sequence mappings it builds a tiny
 model with random weights, in float32, whose scales, caps, biases and windows have values that show. It asks the package
 for the head (``head_of``), reads log p and entropy of the last tokens of a left-padded batch through ``with_head``, and
-compares them with the softmax of the model's own logits; and the gradient of a weighted sum of log p in every weight
-with autograd's through the logits. Vision-language models are read a second time with an image. Outcomes:
+compares them with the softmax of the model's own logits; and the gradient of a weighted sum of both, in every weight,
+with autograd's through the logits. Vision-language models get an image, where one can be made by hand. Outcomes:
 
     right      log p and entropy agree to ``TOLERANCE`` nat, and gradients to ``GRADIENT_TOLERANCE``
     refused    the package raised a ValueError
@@ -47,9 +47,11 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
+from benchmarks import table
 from benchmarks.measure import environment, write
-from egrsd_kernels import Head, head_of, linear_logp, token_statistics, with_head
+from egrsd_kernels import Head, head_of, linear_logp, with_head
 
+RESULTS = table.ROOT / "benchmarks" / "results" / "models.json"
 TOLERANCE = 1e-4  # nat: 26 roundings of a float32 logit of 100; a head that is read otherwise is off by 1e-2 and more
 GRADIENT_TOLERANCE = 1e-4  # of its length: sums of float32 products in another order, through some layers
 SECONDS = 60.0  # for an architecture
@@ -87,6 +89,8 @@ TELLING = {
     "audio_token_id": 292,
     "vision_start_token_id": 293,
     "vision_end_token_id": 294,
+    "mm_tokens_per_image": 4,
+    "image_grid_pinpoints": [[28, 28]],
 }
 TEXT = TELLING | {
     "vocab_size": VOCABULARY,
@@ -266,8 +270,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "falcon_mamba": {"state_size": 8, "time_step_rank": 8},
     "mamba": {"state_size": 8, "time_step_rank": 8},
     "mamba2": {"num_heads": 8, "state_size": 16, "n_groups": 1, "chunk_size": 8},
-    "xlstm": {"chunk_size": 3, "mode": "train", "qk_dim_factor": 1.0},  # it divides the length of every row
+    "xlstm": {"chunk_size": 1, "mode": "train", "qk_dim_factor": 1.0},  # it divides the length of every row
     # images
+    "aria": {"projector_patch_to_query_dict": {4: 4}},
+    "qwen2_vl_vision": {"embed_dim": 32, "hidden_size": 64},
     "chameleon": {"vocabulary_map": IMAGE_TOKENS},
     "emu3": {"vocabulary_map": {"<|extra_200|>": 281, "<image>": 290, "<|visual token 000000|>": 282}},
     "granite4_vision": {  # its projector has a head for every 64 columns
@@ -370,14 +376,16 @@ class Numbers(NamedTuple):
     logp: Tensor
     entropy: Tensor
 
-    def off(self, other: Numbers) -> float:
-        """The largest difference in nats; a NaN is as wrong as can be."""
-        worst = torch.stack([(a - b).abs().max() for a, b in zip(self, other, strict=True)]).max().item()
-        return math.inf if math.isnan(worst) else worst
+    def off(self, other: Numbers) -> dict[str, float]:
+        """The largest difference of each in nats; a NaN is as wrong as can be."""
+        return {
+            name: (a - b).abs().nan_to_num(nan=math.inf).max().item()
+            for name, a, b in zip(self._fields, self, other, strict=True)
+        }
 
 
 class Batch(NamedTuple):
-    """What a model is called with, and how many of its tokens stand before the text of ``batch()``."""
+    """What a model is called with."""
 
     inputs: Mapping[str, Tensor]
 
@@ -472,15 +480,14 @@ def numbers_of(logits: Tensor, ids: Tensor) -> Numbers:
     return Numbers(logp, -(log_p.exp() * log_p.clamp(min=-1e9)).sum(-1))  # 0, not NaN, where p = 0
 
 
-def our_numbers(model: nn.Module, given: Batch) -> Numbers:
+def our_numbers(model: nn.Module, given: Batch, **options: Any) -> Numbers:
     """The same through the package."""
 
-    def read(hidden: Tensor, head: Head) -> tuple[Tensor, ...]:
-        softcap, temperature = head.cap_and_temperature(1.0)
-        options = {"bias": head.bias, "softcap": softcap, "temperature": temperature, "backend": "torch"}
-        return tuple(token_statistics(hidden[:, -WIDTH - 1 : -1], head.weight, given.ids[:, -WIDTH:], **options))
+    def read(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+        states, targets = hidden[:, -WIDTH - 1 : -1], given.ids[:, -WIDTH:]
+        return linear_logp(states, head, targets, return_entropy=True, backend="torch", **options)
 
-    (logp, entropy, _), _ = with_head(model, read, **given.inputs)
+    (logp, entropy), _ = with_head(model, read, **given.inputs)
     return Numbers(logp.double(), entropy.double())
 
 
@@ -492,26 +499,22 @@ def gradient(model: nn.Module, loss: Tensor) -> Tensor:
 
 
 def gradients_off(model: nn.Module, given: Batch) -> float | None:
-    """How far the gradient of a weighted sum of log p is from autograd's through the logits, by its length.
+    """How far the gradient of a weighted sum of log p and entropies is from autograd's through the logits.
 
-    None where autograd has none.
+    By its length; None where autograd has none.
     """
-    weights = torch.linspace(-1, 1, WIDTH)
 
-    def read(hidden: Tensor, head: Head) -> Tensor:
-        softcap, temperature = head.cap_and_temperature(1.0)
-        options = {"bias": head.bias, "softcap": softcap, "temperature": temperature, "backend": "torch"}
-        logp = linear_logp(hidden[:, -WIDTH - 1 : -1], head.weight, given.ids[:, -WIDTH:], **options)
-        return (logp * weights).sum()
+    def weighed(numbers: Numbers) -> Tensor:
+        return (numbers.logp * torch.linspace(-1, 1, WIDTH)).sum() - 0.3 * numbers.entropy.sum()
 
     with torch.enable_grad():
         try:
-            own = gradient(model, (numbers_of(own_logits(model, given), given.ids).logp * weights).sum())
+            own = gradient(model, weighed(numbers_of(own_logits(model, given), given.ids)))
         except (AssertionError, RuntimeError):
             return None
         if not own.isfinite().all():
             return None
-        ours = gradient(model, with_head(model, read, **given.inputs)[0])
+        ours = gradient(model, weighed(our_numbers(model, given, entropy_grad=True)))
     off = ((ours - own).norm() / own.norm()).item()
     return math.inf if math.isnan(off) else off
 
@@ -531,7 +534,8 @@ def own_numbers(model: nn.Module, given: Batch) -> tuple[Numbers, float]:
     own = numbers_of(logits, given.ids)
     if not all(x.isfinite().all() for x in own):
         raise ValueError("its own log p is not finite")
-    return own, numbers_of(own_logits(model, with_another_end(given)), given.ids).off(own)
+    another = numbers_of(own_logits(model, with_another_end(given)), given.ids)
+    return own, max(another.off(own).values())
 
 
 def compare(model: nn.Module, given: Batch, own: Numbers, seen: float) -> dict[str, Any]:
@@ -541,9 +545,9 @@ def compare(model: nn.Module, given: Batch, own: Numbers, seen: float) -> dict[s
         ours = our_numbers(model, given)
     except ValueError as error:
         return {"outcome": "refused", "reason": one_line(error)}
-    off = ours.off(own)
-    row = {"scale": head.logit_scale, "softcap": head.softcap, "off": off, "gradient": gradients_off(model, given)}
-    if off > TOLERANCE:
+    row = {"scale": head.logit_scale, "softcap": head.softcap, **ours.off(own)}
+    row["gradient"] = gradients_off(model, given)
+    if (off := max(row["logp"], row["entropy"])) > TOLERANCE:
         return {"outcome": "WRONG", "reason": f"off by {off:.2g} nat", **row}
     if (row["gradient"] or 0) > GRADIENT_TOLERANCE:
         return {"outcome": "WRONG", "reason": f"its gradient is off by {row['gradient']:.2g} of its length", **row}
@@ -552,28 +556,40 @@ def compare(model: nn.Module, given: Batch, own: Numbers, seen: float) -> dict[s
     return {"outcome": "right", **row}
 
 
+def refusal(model: nn.Module) -> dict[str, Any]:
+    """The outcome for a model that has to be refused, whatever its own forward needs."""
+    try:
+        head_of(model)
+    except ValueError as error:
+        return {"outcome": "refused", "reason": one_line(error)}
+    return {"outcome": "WRONG", "reason": "an encoder-decoder is not refused"}
+
+
 def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or "no message"
-    return (text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}")[:200]
+    return (text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}")[:400]
 
 
 @torch.no_grad()
 def judge(architecture: Architecture) -> dict[str, Any]:
     """Build and compare one architecture, in this process."""
+    model = None
     try:
         model, given = build(architecture.class_name, tiny_config(CONFIG_MAPPING[architecture.model_type])), batch()
         if architecture.kind == "vision-language":
             given = with_image(model) or given
         own, seen = own_numbers(model, given)
     except Exception as error:
+        if model is not None and model.config.is_encoder_decoder:  # which asks for more than tokens
+            return refusal(model)
         return {"outcome": "not built", "reason": one_line(error)}
-    image = {"image": "input_ids" in given.inputs and len(given.inputs) > 3}
+    image = {"image": "pixel_values" in given.inputs}
     try:
         row = compare(model, given, own, seen) | image
         if row["outcome"] == "right" and "position_ids" in given.inputs:
             alone = [our_numbers(model, given.row(i, n)) for i, n in enumerate(PADDING)]
             padded = Numbers(*map(torch.cat, zip(*alone, strict=True)))
-            row["padding"] = our_numbers(model, given).off(padded)
+            row["padding"] = max(our_numbers(model, given).off(padded).values())
         return row
     except Exception as error:
         return {"outcome": "fails", "reason": one_line(error)}
@@ -630,7 +646,7 @@ def isolated(
 def line(row: dict[str, Any]) -> str:
     figures = ""
     if row["outcome"] == "right":
-        figures = f"off by {row['off']:.1e} nat, gradient {row['gradient'] or math.nan:.1e}"
+        figures = f"off by {max(row['logp'], row['entropy']):.1e} nat, gradient {row['gradient'] or math.nan:.1e}"
         figures += ", an image" * row["image"]
     return f"{row['kind']:<22}{row['model_type']:<28}{row['outcome']:<10}{row.get('reason', figures)}"
 
@@ -648,7 +664,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for an architecture")
     parser.add_argument("--all-rows", action="store_true", help="print those that are right as well")
-    parser.add_argument("--output", type=Path, help="a result file (JSON)")
+    parser.add_argument(
+        "--output", type=Path, help="a result file (JSON); of all: models.json, and docs/models.md of it"
+    )
     args = parser.parse_args(argv)
     if unknown := set(args.model_types) - {architecture.model_type for architecture in known}:
         parser.error(f"MODEL_TYPE: expected one that transformers {transformers.__version__} maps, got {min(unknown)}")
@@ -659,10 +677,12 @@ def main(argv: list[str] | None = None) -> int:
         if args.all_rows or found["outcome"] != "right":
             print(line(rows[-1]), flush=True)
     print(*summary(rows), sep="\n")
-    if args.output:
+    if args.output or not args.model_types:
         rows.sort(key=lambda row: (row["kind"], row["model_type"], row["class_name"]))
-        about = environment(torch.device("cpu"), ["transformers", "trl"])
-        write(args.output, {"environment": about, "tolerance": TOLERANCE, "rows": rows})
+        about = environment(torch.device("cpu"), ["transformers"])
+        write(args.output or RESULTS, {"environment": about, "tolerance": TOLERANCE, "rows": rows})
+    if not (args.output or args.model_types):
+        table.main([])
     return int(any(row["outcome"] in ("WRONG", "fails") for row in rows))
 
 

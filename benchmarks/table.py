@@ -1,6 +1,6 @@
-"""The figures in README.md and benchmarks/README.md, from the committed result files.
+"""The figures in README.md, benchmarks/README.md and docs/models.md, from the committed result files.
 
-python -m benchmarks.table            # rewrites both between their performance markers
+python -m benchmarks.table            # rewrites them between their performance markers
 python -m benchmarks.table --check    # fails where that would change one
 """
 
@@ -10,6 +10,7 @@ import argparse
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -230,7 +231,47 @@ def summary(results: Path) -> str:
     return ""
 
 
-PLACES = {"README.md": summary, "benchmarks/README.md": section}
+KINDS = {"causal": "Causal", "vision-language": "Vision-language", "sequence-to-sequence": "Sequence-to-sequence"}
+
+
+def models(results: Path) -> str:
+    """What stands in docs/models.md."""
+    path = results / "models.json"
+    if not path.exists():
+        return ""
+    report = json.loads(path.read_text(encoding="utf-8"))
+    packages = report["environment"]
+    outcomes = ("right", "refused", "WRONG", "fails", "not built")
+    counted = {kind: Counter(row["outcome"] for row in report["rows"] if row["kind"] == kind) for kind in KINDS}
+    shown = [outcome for outcome in outcomes if any(counted[kind][outcome] for kind in KINDS)]
+    blocks = [
+        f"transformers {packages['packages']['transformers']}, torch {packages['torch']}, on a CPU in float32:",
+        table(["", *shown], [[name, *(str(counted[kind][o]) for o in shown)] for kind, name in KINDS.items()]),
+    ]
+    for kind, name in KINDS.items():
+        rows = [row for row in report["rows"] if row["kind"] == kind]
+        blocks.append(f"## {name} models")
+        if right := [row for row in rows if row["outcome"] == "right"]:
+            headings = ["`model_type`", "scale", "softcap", "log p, nat", "entropy, nat", "gradient", "read with"]
+            blocks.append(table(headings, map(_right, right)))
+        for outcome in shown[1:]:
+            if others := [row for row in rows if row["outcome"] == outcome]:
+                lines = [f"- `{row['model_type']}`: {_reason(row)}" for row in others]
+                blocks += [f"### {outcome[0].upper()}{outcome[1:]}", "\n".join(lines)]
+    return "\n\n".join(blocks)
+
+
+def _right(row: dict) -> list[str]:
+    scale, cap = (f"{x:.6g}" if x not in (None, 1) else "" for x in (row["scale"], row["softcap"]))
+    off = [power(row[name]) for name in ("logp", "entropy", "gradient")]
+    return [f"`{row['model_type']}`", scale, cap, *off, "an image" if row["image"] else "text"]
+
+
+def _reason(row: dict) -> str:
+    return re.sub(r"([<>|_*\[\]`])", r"\\\1", row["reason"])
+
+
+PLACES = {"README.md": summary, "benchmarks/README.md": section, "docs/models.md": models}
 
 
 def replaced(text: str, new: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -78,9 +78,8 @@ class _LinearLogp(torch.autograd.Function):
             Rows.build(valid, valid),
         )
         dtype = compute_dtype(hidden.dtype)
-        found = tuple(torch.zeros_like(valid, dtype=dtype) for _ in range(3))
+        logp, entropy, logsumexp = (torch.zeros_like(valid, dtype=dtype) for _ in range(3))
         if options.ahead:
-            logp, entropy, _ = found
             ones = torch.ones_like(logp)
             sparse = None if sparse_tol is None else Sparse.of(sparse_tol / 2, target_ids)
             finish = backend.student_pass(
@@ -96,10 +95,10 @@ class _LinearLogp(torch.autograd.Function):
             ctx.save_for_backward(finish(None).hidden, *again)
         else:
             if any(needs) and sparse_tol is None:
+                found = logp, entropy, logsumexp
                 ctx.kept = backend.keep(*problem, found, needs, options.entropy_grad, options.keep_bytes)
             if ctx.kept is None:
-                found = backend.statistics(*problem, options.chunk_bytes)
-            logp, entropy, logsumexp = found
+                logp, entropy, logsumexp = backend.statistics(*problem, options.chunk_bytes)
             ctx.save_for_backward(*operands, valid, entropy, logsumexp)
         if not options.entropy_grad:
             ctx.mark_non_differentiable(entropy)
@@ -111,34 +110,10 @@ class _LinearLogp(torch.autograd.Function):
         if d_logp is None and d_entropy is None:
             return (None,) * 8
         options: _Options = ctx.options
-        needs, sparse_tol = options.needs, options.sparse_tol
+        sparse_tol = options.sparse_tol
         given = d_logp if d_logp is not None else d_entropy
         assert given is not None
         d_logp = torch.zeros_like(given) if d_logp is None else d_logp.contiguous()
-
-        def gradients(
-            hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor | None, target_ids: Tensor,
-            needed: Tensor, d_logp: Tensor, of_entropy: EntropyGradient | None = None, sparse: Sparse | None = None,
-            kept: Kept | None = None,
-        ) -> tuple[Tensor | None, ...]:  # fmt: skip
-            head, power = ctx.frame(widened(weight, columns), bias), None
-            if hidden.dtype == torch.float16 and d_logp.numel():
-                # The head's product has dL/dlogp times hidden as an operand: a loss scale would leave float16's range.
-                largest = d_logp.abs().nan_to_num(0, 0, 0).amax()
-                if of_entropy is not None:
-                    largest = largest.maximum(of_entropy.gradient.abs().nan_to_num(0, 0, 0).amax())
-                power = power_of_two(largest)
-                d_logp = d_logp / power
-                of_entropy = of_entropy and of_entropy._replace(gradient=of_entropy.gradient / power)
-            if kept is not None:
-                finish = kept(head, hidden, d_logp, of_entropy)
-            else:
-                problem = head, options.temperature, hidden, target_ids, Rows.build(needed, needed)
-                finish = options.backend.student_pass(
-                    *problem, torch.zeros_like(d_logp), lambda *_: d_logp, needs, options.chunk_bytes, sparse,
-                    entropy_gradient=of_entropy,
-                )  # fmt: skip
-            return finish(power).of_operands(needs, columns)
 
         if options.ahead:
             direction, *again = ctx.saved_tensors
@@ -149,7 +124,7 @@ class _LinearLogp(torch.autograd.Function):
             if sparse_tol is not None:
                 *operands, dropped, mass = again
                 beyond = exceeding(dropped, mass, d_logp, sparse_tol)
-                exact = gradients(*operands, beyond, d_logp)[0]
+                exact = _gradients(ctx, operands, beyond, d_logp)[0]
                 assert exact is not None  # since needs.hidden
                 d_hidden = d_hidden.masked_fill_(beyond.view(factor.shape), 0).add_(exact)
             return d_hidden, *(None,) * 7
@@ -162,7 +137,35 @@ class _LinearLogp(torch.autograd.Function):
             of_entropy = EntropyGradient(d_entropy.contiguous(), entropy, logsumexp)
             needed = needed | (d_entropy != 0)
         sparse = None if sparse_tol is None else Sparse.of(sparse_tol, operands[-1])
-        return *gradients(*operands, valid & needed, d_logp, of_entropy, sparse, kept), *(None,) * 4
+        return *_gradients(ctx, operands, valid & needed, d_logp, of_entropy, sparse, kept), *(None,) * 4
+
+
+def _gradients(
+    ctx: Any, operands: Sequence[Any], needed: Tensor, d_logp: Tensor, of_entropy: EntropyGradient | None = None,
+    sparse: Sparse | None = None, kept: Kept | None = None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Of (hidden, weight, bias, columns), from the rows ``needed`` or from what was ``kept``."""
+    options: _Options = ctx.options
+    hidden, weight, bias, columns, target_ids = operands
+    head, power = ctx.frame(widened(weight, columns), bias), None
+    if hidden.dtype == torch.float16 and d_logp.numel():
+        # The head's product has dL/dlogp times hidden as an operand: a loss scale would leave float16's range.
+        largest = d_logp.abs().nan_to_num(0, 0, 0).amax()
+        if of_entropy is not None:
+            largest = largest.maximum(of_entropy.gradient.abs().nan_to_num(0, 0, 0).amax())
+        power = power_of_two(largest)
+        d_logp = d_logp / power
+        if of_entropy is not None:
+            of_entropy = of_entropy._replace(gradient=of_entropy.gradient / power)
+    if kept is not None:
+        finish = kept(head, hidden, d_logp, of_entropy)
+    else:
+        problem = head, options.temperature, hidden, target_ids, Rows.build(needed, needed)
+        finish = options.backend.student_pass(
+            *problem, torch.zeros_like(d_logp), lambda *_: d_logp, options.needs, options.chunk_bytes, sparse,
+            entropy_gradient=of_entropy,
+        )  # fmt: skip
+    return finish(power).of_operands(options.needs, columns)
 
 
 @eager

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks import compare, measure, plots, sparse, table
+from benchmarks import compare, losses, measure, plots, sparse, table
 from benchmarks.data import GENERATORS, head_weight, summary, teacher_hidden
 from benchmarks.peers import PEERS, Calls, Peer, without_parents
 from benchmarks.problem import Exact, Problem, Step, wrong
@@ -390,6 +390,7 @@ def test_table(tmp_path, results, pages):
     assert first == {name: page.read_text() for name, page in pages.items()}
     for text in first.values():
         assert text.startswith("# before\n") and text.endswith("after\n") and "old" not in text
+    for text in (first["README.md"], first["benchmarks/README.md"]):
         assert "| **egrsd_kernels** | 1.10 ms, 1.10 × | 3.30 ms, 1.10 × | 4.40 ms, 1.10 × | 1,100 / 1,100 |" in text
         assert "One GPU" in text
     text = first["benchmarks/README.md"]
@@ -464,6 +465,31 @@ def test_sparse_beside_exact(tmp_path, capsys):
     assert "--tolerances -10 -6" in report["command"] and "2^-6" in capsys.readouterr().out
     plots.main([str(path), "--output", str(tmp_path / "pictures")])
     assert (tmp_path / "pictures" / "sparse.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_losses_beside_the_bare_products(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "losses.json"
+    options = ["--shapes=64:40", "--vocabulary=300", "--device=cpu", "--rounds=3", "--budget=0.01"]
+    losses.main([*options, "--output", str(path)])
+    (entry,) = json.loads(path.read_text())["shapes"]
+    assert [row["name"] for row in entry["rows"]] == [subject.name for subject in losses.SUBJECTS]
+    for row in entry["rows"]:
+        counts = zip((1, 1, int(row["trained"])), entry["products"].values(), strict=True)
+        assert row["ratio"] == pytest.approx(row["ms"] / sum(count * product["ms"] for count, product in counts))
+        assert ("entropy_max_nat" in row["error"]) == row["entropy"]
+        assert ("dweight_relative" in row["error"]) == row["trained"]
+    assert "entropy's gradient again" in capsys.readouterr().out
+    # What is wrong has no time: entropies with the sign turned.
+    right = losses.linear_logp
+
+    def wrong(*args, **options):
+        out = right(*args, **options)
+        return (out[0], -out[1]) if isinstance(out, tuple) else out
+
+    monkeypatch.setattr(losses, "linear_logp", wrong)
+    losses.main([*options, "--output", str(path)])
+    (entry,) = json.loads(path.read_text())["shapes"]
+    assert all(("note" in row) == row["entropy"] and ("ms" in row) != row["entropy"] for row in entry["rows"])
 
 
 @pytest.mark.skipif(not triton_backend.takes(torch.zeros(1)), reason="needs Triton's interpreter")

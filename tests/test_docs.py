@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import egrsd_kernels
-from egrsd_kernels import fused_egrsd_loss, token_statistics
+from egrsd_kernels import fused_egrsd_loss, head_of, read_hidden, token_statistics
 from egrsd_kernels.credit import REGIMES
+from egrsd_kernels.rl import response_hidden
 from tests.support.doc_examples import ROOT, blocks, language_model
 
 PAGES = sorted(page.name for page in (ROOT / "docs").glob("*.md"))
@@ -128,6 +129,33 @@ def one_process(tmp_path):
     torch.distributed.destroy_process_group()
 
 
+def some_model(kind: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """(a tiny model, what it is called with)"""
+    from benchmarks import models
+
+    architecture = next(a for a in models.architectures() if a.model_type == kind)
+    model = models.build(architecture.class_name, models.tiny_config(models.CONFIG_MAPPING[kind]))
+    given = models.batch() if architecture.kind == "causal" else models.with_image(model)
+    return model, dict(given.inputs)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "granite", "qwen2_5_vl"])
+def test_the_first_lines_are_right_for_any_model(kind):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    model, inputs = some_model(kind)
+    targets = inputs["input_ids"][:, 1:]
+    names = {"model": model, "inputs": inputs, "targets": targets}
+    exec(blocks("docs/own-loop.md")[0], names)
+    found = [p.grad for p in model.parameters()]
+    assert ("pixel_values" in inputs) == (kind == "qwen2_5_vl")
+    own = model(**inputs).logits[:, :-1].log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
+    torch.testing.assert_close(names["logp"], own, rtol=0, atol=1e-4)
+    model.zero_grad(set_to_none=True)
+    (-own.mean()).backward()
+    for got, parameter in zip(found, model.parameters(), strict=True):
+        torch.testing.assert_close(got, parameter.grad, rtol=1e-3, atol=1e-6)
+
+
 def test_own_loop(one_process):
     """All ways of the page to compute the loss of one batch give the same gradients and the same number."""
     names = language_model()
@@ -138,16 +166,18 @@ def test_own_loop(one_process):
                 parameter.normal_(std=0.1)
     trained = [p for p in model.parameters() if p.requires_grad]
     found = []
-    for block in blocks("docs/own-loop.md"):
+    names |= {"inputs": {"input_ids": torch.arange(12)[None]}, "targets": torch.arange(1, 12)[None]}
+    for index, block in enumerate(blocks("docs/own-loop.md")):
         exec(block, names)
         if any(p.grad is not None for p in trained):
-            found.append([p.grad.clone() for p in trained])
+            found += [[p.grad.clone() for p in trained]] if index else []
             model.zero_grad(set_to_none=True)
 
-    batch, head = names["batch"], names["head"].weight
+    batch, head = names["batch"], head_of(model)
+    read = lambda inputs, positions: response_hidden(read_hidden(model, **inputs), positions)  # noqa: E731
     with torch.no_grad(), model.disable_adapter():
-        teacher_hidden = names["read"](batch.teacher, batch.teacher_positions)
-    hidden = names["read"](batch.student, batch.student_positions)
+        teacher_hidden = read(batch.teacher, batch.teacher_positions)
+    hidden = read(batch.student, batch.student_positions)
     options = {"mask": batch.mask, "gamma": 0.3, "lookahead": 3}
     loss, stats = fused_egrsd_loss(
         hidden, head, teacher_hidden, batch.target_ids, names["advantages"], return_stats=True, **options
@@ -165,8 +195,8 @@ def test_own_loop(one_process):
     lengths = [len(p) + len(r) for p, r in zip(names["student_prompts"], names["responses"], strict=True)]
     offsets = torch.tensor([0, *lengths]).cumsum(0)
     from_verl = names["egrsd_from_verl_tensors"](
-        names["backbone"](**packed, use_cache=False).last_hidden_state,
-        head,
+        read_hidden(model, **packed),
+        head.weight,
         torch.nested.nested_tensor_from_jagged(packed["input_ids"][0], offsets),
         torch.tensor([len(prompt) for prompt in names["student_prompts"]]),
         batch.mask,

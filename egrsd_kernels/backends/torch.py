@@ -104,10 +104,10 @@ def _zero_masked(rows: Rows, *values: Tensor | None) -> None:
 
 
 class _Softmax(NamedTuple):
-    """Rows ``first``, ... of the order, at ``index`` (n,): log p (n, V), at least FLOOR, and the softcap's factor."""
+    """Rows ``first``, ... of the order, tokens (n,): log p (n, V), at least FLOOR, and the softcap's factor."""
 
     first: int
-    index: Tensor
+    tokens: Tensor
     log_p: Tensor
     softcap_grad: Tensor | None
 
@@ -225,7 +225,7 @@ def student_pass(
     problem = head, temperature, hidden, target_ids, rows
     sums = _Sums(*problem, needs)
     for chunk in _passes(*problem, chunk_bytes, logp, entropy):
-        sums.add(chunk, credit(chunk.first, chunk.index.numel()), entropy_gradient)
+        sums.add(chunk, credit(chunk.first, chunk.tokens.numel()), entropy_gradient)
     return sums.finish()
 
 

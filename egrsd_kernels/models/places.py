@@ -1,8 +1,12 @@
-"""Where a model's head is, below what wraps the model and what wraps the head, and what its weights are."""
+"""Where a model's head is, below what wraps the model and what wraps the head, and what its weights are.
+
+Wrappers and adapters are told by what they hold: torch.compile's ``_orig_mod``; PEFT's ``base_layer``,
+``original_module`` and ``modules_to_save``. Nothing of PEFT is imported, so such modules are typed as Any.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +18,7 @@ from egrsd_kernels.head import Head
 from .errors import ModelError
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: Any) -> Any:
     """The model without torch.compile's and DDP's wrappers: each process can call it alone."""
     while True:
         if "_orig_mod" in model._modules:
@@ -25,7 +29,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def language_model(model: nn.Module) -> nn.Module:
+def language_model(model: Any) -> Any:
     """The module whose forward makes the logits, below PEFT and everything that wraps a model as its ``module``."""
     while True:
         model = unwrapped(model)
@@ -35,9 +39,9 @@ def language_model(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def module_at(base: nn.Module, path: str) -> nn.Module:
+def module_at(base: nn.Module, path: str) -> Any:
     """The module that is called for the head at ``path``: of PEFT's copies the active one."""
-    module = base.get_submodule(path)
+    module: Any = base.get_submodule(path)
     while True:
         if "_orig_mod" in module._modules:  # torch.compile's
             module = module._orig_mod
@@ -61,7 +65,7 @@ def place_of(base: nn.Module, path: str) -> str:
     return path
 
 
-def plain(module: nn.Module) -> nn.Module:
+def plain(module: nn.Module) -> Any:
     """The module that holds a head's (V, D) weight: below an adapter's layer, if there is one."""
     return module._modules.get("base_layer", module)
 
@@ -69,7 +73,7 @@ def plain(module: nn.Module) -> nn.Module:
 def size_of(module: nn.Module) -> int:
     """V of a head, however it is sharded."""
     weight = plain(module).weight
-    return getattr(weight, "ds_shape", weight.shape)[0]
+    return int(getattr(weight, "ds_shape", weight.shape)[0])
 
 
 def kind_of(module: nn.Module) -> str:
@@ -82,7 +86,7 @@ def kind_of(module: nn.Module) -> str:
     return " ".join([f"{forward.__module__}.{forward.__qualname__}", *adapters])
 
 
-def head_at(module: nn.Module, frame: Callable[..., Head]) -> Head:
+def head_at(module: Any, frame: Callable[..., Head]) -> Head:
     """The head that the module is now, with its own parameters.
 
     A ModelError for an adapter that is no plain LoRA, and for quantised weights.
@@ -121,18 +125,19 @@ def check_whole(head: Head) -> None:
             raise ModelError("its head's weights are offloaded where its forward begins, which is not supported")
 
 
-def tensors_of(head: Head) -> Iterable[Tensor]:
-    return [x for x in (head.weight, head.bias, *(head.low_rank or ())[:2]) if x is not None]
+def tensors_of(head: Head) -> list[Tensor]:
+    a, b, _ = head.low_rank or (None, None, None)
+    return [x for x in (head.weight, head.bias, a, b) if x is not None]
 
 
-def _active(wrapper: nn.Module) -> list[str]:
+def _active(wrapper: Any) -> list[str]:
     if wrapper.disable_adapters:
         return []
     names = wrapper.active_adapter
     return [names] if isinstance(names, str) else [*names]
 
 
-def _adapters(layer: nn.Module) -> list[str]:
+def _adapters(layer: Any) -> list[str]:
     """The names of the adapters that a PEFT layer applies now."""
     if layer.disable_adapters:
         if layer.merged:
@@ -144,7 +149,7 @@ def _adapters(layer: nn.Module) -> list[str]:
     return [name for name in _active(layer) if any(name in adapters for adapters in held)]
 
 
-def _check_lora(layer: nn.Module, name: str) -> None:
+def _check_lora(layer: Any, name: str) -> None:
     """A ModelError where the layer computes more than x Wᵀ + s·(x Aᵀ) Bᵀ."""
     kind, factors = type(layer).__name__, getattr(layer, "lora_A", {})
     if name not in factors or not isinstance(factors[name], nn.Linear):

@@ -43,6 +43,7 @@ _KEPT = "_proved_heads"
 _lock = threading.RLock()  # a proof puts the model into another mode
 
 Ours = Callable[["Found", dict[str, Tensor]], tuple[Tensor, Tensor]]
+More = Callable[[Tensor], dict[str, Tensor]]
 
 
 class Behind(NamedTuple):
@@ -141,7 +142,7 @@ def prove(
         raise ModelError(text) from failure
 
 
-def _proof(model: nn.Module, base: nn.Module, ours: Ours | None, more: Callable | None) -> Found:
+def _proof(model: nn.Module, base: nn.Module, ours: Ours | None, more: More | None) -> Found:
     ids = _probe(base)
     other = torch.cat([ids[:, :-1], ids[:, :1]], dim=1)
     arguments, changed = ({"input_ids": x} | (more(x) if more else {}) for x in (ids, other))
@@ -319,9 +320,9 @@ def _check_causal(hidden: Tensor, other: Tensor, roundoff: float) -> None:
 # ------------------------------------------------------------------------------------------------------------ the head
 
 
-def _probe(base: nn.Module) -> Tensor:
+def _probe(base: Any) -> Tensor:
     """(1, 16) ordinary tokens."""
-    config = getattr(base, "config", None)
+    config: Any = getattr(base, "config", None)
     parts = [config, config.get_text_config()] if hasattr(config, "get_text_config") else []
     # A padding, image or end token may be treated as more than text.
     named = {name: value for part in parts for name, value in part.to_dict().items()}
@@ -348,7 +349,7 @@ def _noting_calls(base: nn.Module) -> Iterator[list[_Call]]:
     """While this is entered, the list collects the calls of modules that could be a head: with a (V, D) weight."""
     calls: list[_Call] = []
 
-    def note(path: str, _: nn.Module, arguments: tuple, named: dict[str, Any], out: Any) -> None:
+    def note(path: str, _: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], out: Any) -> None:
         hidden = next((x for x in (*arguments, *named.values()) if isinstance(x, Tensor)), None)
         if hidden is not None and hidden.is_floating_point() and isinstance(out, Tensor):
             calls.append(_Call(path, hidden.detach(), out.shape[-1]))
@@ -365,7 +366,7 @@ def _noting_calls(base: nn.Module) -> Iterator[list[_Call]]:
             handle.remove()
 
 
-def _head_among(base: nn.Module, calls: Sequence[_Call], width: int) -> tuple[str, Tensor]:
+def _head_among(base: Any, calls: Sequence[_Call], width: int) -> tuple[str, Tensor]:
     """(path, what it has read) of the module that makes logits (..., ``width``), by what the model says, or does."""
     named = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     inside = {id(module) for module in named.modules()} if named is not None else set()
@@ -411,18 +412,21 @@ def _random_adapters(model: nn.Module) -> Iterator[None]:
         _reshard(model)
 
 
-def _reshard(model: nn.Module) -> None:
+def _reshard(model: Any) -> None:
     """FSDP2's root keeps what it has gathered in a forward without gradients, and would go on with old values."""
     for module in model.modules():
         if hasattr(type(module), "reshard"):
             module.reshard()
 
 
-def _held(parameter: nn.Parameter) -> Tensor:
+def _held(parameter: Any) -> Tensor:
     """What this process holds of a parameter: all of it, or its shard under FSDP2 or ZeRO-3."""
+    held: Tensor = parameter.data
     if hasattr(parameter, "to_local"):
-        return parameter.to_local()
-    return parameter.data if parameter.numel() else getattr(parameter, "ds_tensor", parameter.data)
+        held = parameter.to_local()
+    elif not held.numel():
+        held = getattr(parameter, "ds_tensor", held)
+    return held
 
 
 def _line(error: Exception) -> str:

@@ -39,11 +39,16 @@ PLAIN = (type(None), bool, int, float, str)  # what a result may hold beside ten
 
 
 def run(
-    model: nn.Module, path: str, frame: Callable[..., Head], function: Callable[[Tensor, Head], Any], inputs: Mapping
+    model: nn.Module,
+    path: str,
+    frame: Callable[..., Head],
+    function: Callable[[Tensor, Head], Any],
+    inputs: Mapping[str, Any],
 ) -> tuple[Any, Any]:
     """(function(hidden, head), the model's output without logits) of ``model(**inputs)``, for the head at ``path``."""
     base = language_model(model)
-    name, module, results = type(base).__name__, module_at(base, path), []
+    name, module = type(base).__name__, module_at(base, path)
+    results: list[tuple[list[Any], Any, list[int], list[Tensor]]] = []
 
     def read(hidden: Tensor, *more: Any, **options: Any) -> Tensor:
         if more or options:
@@ -57,12 +62,13 @@ def run(
             raise ModelError(f"model: {name}: {refusal}") from None
         hidden = hidden.to(head.weight.device)  # a LoRA's layer has no hook of its own that would
         leaves, structure = _pytree.tree_flatten(function(hidden, head))
-        if odd := next((leaf for leaf in leaves if not isinstance(leaf, (Tensor, *PLAIN))), None):
-            raise TypeError(f"function: expected tensors in tuples, lists and dicts, got {type(odd).__name__}")
+        odd = [type(leaf).__name__ for leaf in leaves if not isinstance(leaf, (Tensor, *PLAIN))]
+        if odd:  # its tensors would not leave as part of the output
+            raise TypeError(f"function: expected tensors in tuples, lists and dicts, got {odd[0]}")
         grad = torch.is_grad_enabled()  # without it, parameters still require theirs
         where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad and grad]
         column = hidden.new_zeros(*hidden.shape[:-1], 1)
-        column, *carried = _Carry.apply(column, *(leaves[i] for i in where)) if where else (column,)
+        column, *carried = _Carry.apply(column, *(leaves[i] for i in where)) if where else (column,)  # type: ignore[no-untyped-call]
         results.append((leaves, structure, where, carried))
         return column
 
@@ -77,7 +83,8 @@ def run(
             raise ModelError(
                 f"model: {name}: its output does not depend on its head, so its wrappers would not train it"
             )
-        for i, tensor in zip(where, _Tie.apply(left, *carried), strict=True):
+        tied = _Tie.apply(left, *carried)  # type: ignore[no-untyped-call]
+        for i, tensor in zip(where, tied, strict=True):
             leaves[i] = tensor
     return _pytree.tree_unflatten(leaves, structure), _without_logits(output)
 
@@ -113,7 +120,7 @@ def _without_logits(output: Any) -> Any:
 def _without_cache(base: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """A cache of keys and values is of no use here, and transformers' models make one unless they are told."""
     takes = inspect.signature(type(base).forward).parameters
-    passed_on = hasattr(base, "config") and any(one.kind is one.VAR_KEYWORD for one in takes.values())
+    passed_on = hasattr(base, "base_model_prefix") and any(one.kind is one.VAR_KEYWORD for one in takes.values())
     return {"use_cache": False, **inputs} if "use_cache" in takes or passed_on else dict(inputs)
 
 

@@ -92,9 +92,8 @@ def keep(
     """See :meth:`..protocol.Backend.keep`."""
     if not target_ids.numel():
         return lambda head, hidden, *_: _zeros(head, hidden, needs)
-    how = machine(head.weight)
-    tiles = ceil_div(target_ids.numel(), ROW_TILE)
-    plan, size = kept_plan(tiles, *head.weight.shape, hidden.dtype.itemsize, how, needs)
+    how, (V, D) = machine(head.weight), head.weight.shape
+    plan, size = kept_plan(ceil_div(target_ids.numel(), ROW_TILE), V, D, hidden.dtype.itemsize, how, needs)
     if size > keep_bytes:
         return None
     return KeptPass(head, temperature, hidden, target_ids, rows, statistics, how, plan, needs, entropy_gradient)

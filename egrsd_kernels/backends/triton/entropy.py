@@ -9,11 +9,11 @@ in units of ln 2, e = 2^x and S = sum e, an entry is 2^c e (a + b x) in units of
 
     b = -ln 2 h / s    a = -(g + h H) / s - b log2 S    c = shift - log2 S
 
-and the target's is what the others leave, -2^c (a R + b U) with their sums R of e and U of e x: near p_y = 1 nothing
-is lost to cancellation. Entries are stored by a pass that knows offset = logsumexp - shift, so that log2 S = shift. Or
-they are made of logits x that a forward pass has kept. Beside 16-bit operands these are float16, off by 2^-11 |x| at
-most: p is off by less than of a bfloat16 e, 2^-8, down to x = -11, and log p by far less where p is large. Near p = 1
-that counts, since log p + H is small there: of a bfloat16 e it would have no digit left.
+and the target's is what the others leave: near p_y = 1 nothing is lost to cancellation. Entries are stored by a pass
+that knows offset = logsumexp - shift, so that log2 S = shift and c = 0, and sums them. Or they are made of logits x
+that a forward pass has kept, whose sums R of e and U of e x add up to 2^c (a R + b U). Beside 16-bit operands these
+logits are float16, off by 2^-11 |x| at most: p is off by less than of a bfloat16 e, 2^-8, down to x = -11, and log p by
+far less where p is large. Near p = 1 that counts, since log p + H is small there: a bfloat16 e would leave no digit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ..protocol import EntropyGradient
 from .common import LN2, LOG2E, ROW_TILE
+from .gather import Chunk
 
 SLOTS = 128
 TILE = tl.constexpr(ROW_TILE)
@@ -84,18 +86,16 @@ def entries_kernel(
             tl.store(entries + at, y.to(entries.dtype.element_ty), mask=inside)
 
 
-def make_slopes(
-    gradient: torch.Tensor, entropy_gradient, total, order, row_counts, offset, slope: torch.Tensor, shift: float
-) -> None:
-    """See the kernel. entropy_gradient: an :class:`~egrsd_kernels.backends.protocol.EntropyGradient`."""
+def make_slopes(gradient, entropy_gradient: EntropyGradient, total, order, row_counts, offset, slope, shift) -> None:
+    """See the kernel."""
     n = slope.shape[1]
     slope_kernel[(triton.cdiv(n, SLOTS),)](
         gradient, *entropy_gradient, total, order, row_counts, offset, slope, n, shift, BLOCK=SLOTS
     )
 
 
-def make_entries(logits, entries, slope, chunk) -> None:
-    """See the kernel. chunk: the :class:`~.gather.Chunk` that the logits are of."""
+def make_entries(logits: torch.Tensor, entries: torch.Tensor, slope, chunk: Chunk) -> None:
+    """See the kernel. chunk: whose logits they are."""
     rows, width = logits.shape
     block = min(4096, triton.next_power_of_2(width))
     entries_kernel[(rows, triton.cdiv(width, block))](

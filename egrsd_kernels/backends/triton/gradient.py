@@ -106,7 +106,8 @@ def factor_kernel(
     """factor = -g / (S temperature) and entry = -R (1 - tanh^2) of each slot, 0 past the n_active; (n_slots,) float32.
 
     Grid: (n_slots / BLOCK,). gradient: g = dL/dlogp (N,) float32. others, total: R and S (n_slots,) float32.
-    slope: where E has entries of entropy.py instead, its (4, n_slots); with moment, U (n_slots,) float32. Or None.
+    slope: where E has entries of entropy.py instead, its (4, n_slots) float32; or None. ``others`` is then the sum of a
+    row's entries, or R as before with moment, U (n_slots,) float32.
     HEAD: also E[slot, target] = entry, and head_factor = factor / e_unit, corrected for the rounding of that entry.
     """
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -119,10 +120,11 @@ def factor_kernel(
         f = -g / (s * temperature)
         moving = g != 0
     else:
-        a = tl.load(slope + slot, mask=ours, other=0.0)
-        b = tl.load(slope + n_slots + slot, mask=ours, other=0.0)
-        e = a * e - b * tl.load(moment + slot, mask=ours, other=0.0)
-        e *= tl.exp2(tl.load(slope + 2 * n_slots + slot, mask=ours, other=0.0))
+        if moment is not None:
+            a = tl.load(slope + slot, mask=ours, other=0.0)
+            b = tl.load(slope + n_slots + slot, mask=ours, other=0.0)
+            e = a * e - b * tl.load(moment + slot, mask=ours, other=0.0)
+            e *= tl.exp2(tl.load(slope + 2 * n_slots + slot, mask=ours, other=0.0))
         size = tl.load(slope + 3 * n_slots + slot, mask=ours, other=0.0)
         # A target outside the vocabulary makes S a NaN, and log p with it.
         f = tl.where((s == s) | (g == 0), size * (e_unit / temperature), float("nan"))
@@ -467,8 +469,8 @@ class ExactGradients:
         self, head: Head, temperature: float, hidden: torch.Tensor, how: Machine, chunk_bytes: int, needs: Needs,
         entropy: bool = False, known: bool = False,
     ):  # fmt: skip
-        (V, D), n, moment = head.weight.shape, hidden.shape[0] * hidden.shape[1], entropy or known
-        plan = chunk_plan(ceil_div(n, ROW_TILE), V, D, hidden.dtype.itemsize, how, chunk_bytes, needs, 1 + moment)
+        (V, D), n = head.weight.shape, hidden.shape[0] * hidden.shape[1]
+        plan = chunk_plan(ceil_div(n, ROW_TILE), V, D, hidden.dtype.itemsize, how, chunk_bytes, needs, 1 + entropy)
         chunk = self.chunk = Chunk(head, temperature, plan.rows, how)
         self.d_hidden = hidden.new_zeros(hidden.shape) if needs.hidden else None
         # All rows in one chunk: its product is the whole gradient, so it waits for the factor and is rounded to the
@@ -476,7 +478,7 @@ class ExactGradients:
         one = n <= plan.rows
         self.d_weight = chunk.floats(V, D - needs.first_column) if needs.weight and not one else None
         self.d_bias = chunk.floats(V) if needs.bias else None
-        stored = StoringPass(chunk, plan.slice_tiles, "gradient" if known else "exponentials", moment)
+        stored = StoringPass(chunk, plan.slice_tiles, "gradient" if known else "exponentials", entropy)
         self.gradients = ChunkGradients(chunk, plan, self.d_hidden, needs.head, needs.first_column, stored)
         self.needs, self.begun = needs, False
 

@@ -2,11 +2,13 @@
 
 Two uses of one kernel. Statistics: each (row, vocabulary tile) leaves its maximum m, S = sum e^(z-m) and
 U = sum e^(z-m) (z-m); combined over the tiles they give logsumexp and entropy. Or a tile is stored, and its float32 row
-sums kept, S = sum e^x and perhaps U = sum e^x x of x = z - offset. What is stored is one of
+sums kept. With x = z - offset, what is stored is one of
 
     "exponentials"  e^x in the operands' dtype, so that the gradient of log p is a plain matrix product later
     "logits"        x, in a dtype as wide: the gradient of an entropy needs log p and p
     "gradient"      e^x (a + b x): that gradient, where dL/dlogp and dL/dentropy are known before the pass
+
+and the sums are those of what is stored, but S = sum e^x beside logits; and perhaps U = sum e^x x.
 
 All leave the target out, whose logit the gather has made: a sum is then what 1 - p_y is made of, without a difference,
 and log p compares the target with the others by the same two numbers in all, so that teacher and student of the same
@@ -46,7 +48,7 @@ def vocab_kernel(
     """z = h W^T + b of ``n_tiles`` vocabulary tiles from ``first_tile`` on, softcapped and scaled, on chip; then
 
     STORE: stored (n_slots, n_tiles COLS) = what it names, but for logits times 1 - tanh^2 and 0 for the target, in its
-        dtype; and tile_stats (1 or 2, tiles, n_slots) float32 = S of each row and tile, and U with MOMENT;
+        dtype; and tile_stats (1 or 2, tiles, n_slots) float32 = the sum of each row and tile, and U with MOMENT;
     else: tile_stats (3, tiles, n_slots) float32 = m, S, U.
 
     offset: (n_slots,) float32. slope: (2 or more, n_slots) float32, a and b of each row, for "gradient".
@@ -83,14 +85,14 @@ def vocab_kernel(
         if STORE is not None:
             z -= tl.load(offset + r)[:, None]
             e = tl.where(weighted, tl.exp2(z), 0.0)
+            if STORE == "gradient":
+                e *= tl.load(slope + r)[:, None] + tl.load(slope + n_slots + r)[:, None] * z
             tl.store(at, tl.sum(e, 1))
             if MOMENT:
                 tl.store(at + plane, tl.sum(e * z, 1))
             if STORE == "logits":
                 e = tl.where(weighted, tl.maximum(z, LEAST), LEAST)
             else:
-                if STORE == "gradient":
-                    e *= tl.load(slope + r)[:, None] + tl.load(slope + n_slots + r)[:, None] * z
                 # Rows without gradient become zeros: the products that sum over rows then need no mask.
                 e = tl.where((r < n_active)[:, None], e * softcap_grad, 0.0)
             if TMA:
@@ -165,7 +167,7 @@ def combine_sums_kernel(
     tile_stats, logit, offset, order, row_counts, retry, others, total, moment, logp, entropy, logsumexp,
     n_slots, col_tiles, ROW_BLOCK: tl.constexpr, TILE_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """others = the sum of a row's S, total = others + e^(z_y - offset), log p = z_y - offset - log total, in nats.
+    """others = the sum of a row's sums, total = others + e^(z_y - offset), log p = z_y - offset - log total, in nats.
 
     Grid: (n_slots / ROW_BLOCK,). tile_stats: (1 or 2, col_tiles, n_slots) float32. others, total: (n_slots,) float32.
     moment: (n_slots,) float32 = the sum of a row's U, or None. logp, entropy, logsumexp: (N,) float32, in nats, or
@@ -257,7 +259,7 @@ class StoringPass(VocabPass):
 
     Attributes:
         exponentials: (chunk.rows, whole tiles), in the operands' dtype. logits: the same memory, in float16 where that
-            is as wide. sums: (1 or 2, tiles, chunk.rows) float32, S and U.
+            is as wide. sums: (1 or 2, tiles, chunk.rows) float32, and U.
     """
 
     def __init__(
