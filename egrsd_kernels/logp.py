@@ -70,27 +70,16 @@ class _LinearLogp(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         backend, needs, sparse_tol = options.backend, options.needs, options.sparse_tol
         operands = hidden, weight, bias, columns, target_ids
-        problem = (
-            frame(widened(weight, columns), bias),
-            options.temperature,
-            hidden,
-            target_ids,
-            Rows.build(valid, valid),
-        )
-        dtype = compute_dtype(hidden.dtype)
-        logp, entropy, logsumexp = (torch.zeros_like(valid, dtype=dtype) for _ in range(3))
+        head, rows = frame(widened(weight, columns), bias), Rows.build(valid, valid)
+        problem = head, options.temperature, hidden, target_ids, rows
+        logp, entropy, logsumexp = (torch.zeros_like(valid, dtype=compute_dtype(hidden.dtype)) for _ in range(3))
         if options.ahead:
             ones = torch.ones_like(logp)
             sparse = None if sparse_tol is None else Sparse.of(sparse_tol / 2, target_ids)
+            returned = entropy if options.entropy else None
             finish = backend.student_pass(
-                *problem,
-                logp,
-                lambda *_: ones,
-                needs,
-                options.chunk_bytes,
-                sparse,
-                entropy if options.entropy else None,
-            )
+                *problem, logp, lambda *_: ones, needs, options.chunk_bytes, sparse, entropy=returned
+            )  # fmt: skip
             again = () if sparse is None else (*operands, sparse.dropped, sparse.mass)
             ctx.save_for_backward(finish(None).hidden, *again)
         else:
@@ -99,7 +88,9 @@ class _LinearLogp(torch.autograd.Function):
                 ctx.kept = backend.keep(*problem, found, needs, options.entropy_grad, options.keep_bytes)
             if ctx.kept is None:
                 logp, entropy, logsumexp = backend.statistics(*problem, options.chunk_bytes)
-            ctx.save_for_backward(*operands, valid, entropy, logsumexp)
+            # Of entropies without a gradient nothing is needed again; others may be changed in place.
+            known = (entropy.clone(), logsumexp) if options.entropy_grad else (None, None)
+            ctx.save_for_backward(*operands, valid, *known)
         if not options.entropy_grad:
             ctx.mark_non_differentiable(entropy)
         return logp, entropy
@@ -192,7 +183,7 @@ def linear_logp(
 
     Where the head is frozen (nothing of it requires grad) and the entropy has no gradient, the forward pass makes
     d log p / d hidden, and the backward pass scales it: nothing logits-sized is kept between the two. Otherwise the
-    gradient is made in the backward pass, of exponentials that were kept, if they fit into keep_bytes; else they are
+    gradient is made in the backward pass, of exponentials that were kept if they fit into keep_bytes. Else these are
     made again, chunk by chunk, and rows whose incoming gradients are 0 cost nothing then.
 
     Args:
@@ -202,15 +193,15 @@ def linear_logp(
         target_ids: (B, T) or (N,), of any integer dtype, in [0, V); -100 masks a position. mask: the same shape, bool,
             or 0/1 in an integer or one of those dtypes.
         temperature, softcap, backend, chunk_bytes: as in :func:`egrsd_kernels.fused_egrsd_loss`.
-        return_entropy: True to return also the entropies, which costs next to nothing. entropy_grad: True for entropies
-            that are differentiable, dH/dz = -p (log p + H), as an entropy bonus needs; with return_entropy only.
+        return_entropy: True to return the entropies, too, which costs next to nothing.
+        entropy_grad: True for entropies that are differentiable, dH/dz = -p (log p + H); with return_entropy only.
         grad_mode, sparse_tol: as there. The bound holds for any incoming gradient; with a frozen head a sparse forward
             pass keeps hidden and weight for the backward pass, which makes the tokens again that it would not hold for.
-            Entropies of a gradient need "exact".
-        keep_bytes: the most that a trained head, or entropy_grad, may keep between forward and backward, all or
-            nothing: the exponentials of all valid or masked rows, in the dtype of hidden (N · V · 2 bytes in bfloat16;
-            on the torch backend N · V · 4 of valid rows, twice that under a softcap), and their hidden states. 0: to
-            make them again, which takes one more product of hidden states and head.
+            With entropy_grad gradients are exact.
+        keep_bytes: the most that is kept between forward and backward, all or nothing: the exponentials of all rows, in
+            16 bits N · V · 2 bytes, and a trained head's hidden states beside them. On the torch backend log p of all
+            valid rows in the compute dtype, and as much again under a softcap. What is kept is used up by the first
+            backward pass. 0: nothing, and one more product of hidden states and head in the backward pass.
 
     Returns:
         float32 (float64 for float64 input), shaped like target_ids, 0 where masked; with return_entropy,

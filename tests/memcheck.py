@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from egrsd_kernels import fused_egrsd_loss, linear_logp, token_statistics
+from egrsd_kernels import Head, fused_egrsd_loss, linear_logp, token_statistics
 
 # Tokens, vocabulary: one, few, just past whole tiles, and a chunk that is full beside an odd number of tiles.
 SHAPES = [(1, 1), (3, 130), (131, 515), (300, 1003), (128, 190)]
@@ -38,7 +38,13 @@ def run(n: int, vocabulary: int, size: int, dtype: torch.dtype) -> None:
                 for mode in ("exact", "sparse"):
                     arguments = hidden, head, hidden + 1, target_ids, advantages
                     fused_egrsd_loss(*arguments, **options, grad_mode=mode).backward()
-    linear_logp(hidden, weight, target_ids).sum().backward()
+    for head, softcap in itertools.product((weight, weight.detach()), (None, 5.0)):
+        for keep_bytes, entropy_grad in itertools.product((0, 1 << 30), (False, True)):
+            options = {"return_entropy": True, "entropy_grad": entropy_grad, "keep_bytes": keep_bytes}
+            logp, entropy = linear_logp(hidden, head, target_ids, softcap=softcap, **options)
+            (logp + entropy if entropy_grad else logp).sum().backward()
+    low_rank = normal(5, size), normal(vocabulary, 5), 0.5
+    linear_logp(hidden, Head(weight.detach(), bias, low_rank=low_rank), target_ids).sum().backward()
     linear_logp(hidden, weight * 200, target_ids).sum().backward()  # 1/p_y beyond float32: done again
     token_statistics(hidden, weight, target_ids)
 

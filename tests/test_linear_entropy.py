@@ -350,6 +350,19 @@ def test_refused(options, error, words):
     assert str(found.value) == words
 
 
+@few_combos
+@ways
+def test_results_may_be_changed_in_place(combo, frozen, keep_bytes):
+    operands, targets, _ = make_operands(combo, 2, 3)
+    incoming = incoming_of(combo, (2, 3))
+    *_, want = package(combo, operands, targets, incoming, frozen, keep_bytes=keep_bytes)
+    leaves = {k: x.clone().requires_grad_(k == "hidden" or not frozen) for k, x in operands.items()}
+    options = {"return_entropy": True, "entropy_grad": True, "keep_bytes": keep_bytes, "backend": combo.backend}
+    logp, h = linear_logp(**leaves, target_ids=targets, **options)
+    torch.autograd.backward([logp.add_(1), h.add_(1)], list(incoming))
+    assert all(torch.equal(leaves[k].grad.cpu(), x) for k, x in want.items())
+
+
 @pytest.mark.cuda
 @cuda_combos
 @ways

@@ -10,8 +10,10 @@ from egrsd_kernels.backends import Needs
 from egrsd_kernels.backends.triton.common import ROW_TILE, Configs, Machine
 from egrsd_kernels.backends.triton.plan import (
     FROZEN_BYTES,
+    MOST_ROWS,
     ceil_div,
     chunk_plan,
+    kept_plan,
 )
 from egrsd_kernels.backends.triton.sparse.plan import LISTED_ENTRIES, sparse_plan
 from egrsd_kernels.backends.triton.tuning import FLOAT32, HALF, configs
@@ -104,3 +106,23 @@ def test_sparse_plans_are_within_their_memory():
                     if tokens > plan.rows:  # two tiles of rows more would not fit
                         share = 3 if needs[1] else 2
                         assert used(plan, needs) + 2 * share * ROW_TILE * V * itemsize > 0.95 * allowed
+
+
+@given(
+    tokens=st.integers(1, 70_000),
+    size=st.integers(2, 700).map(lambda x: 8 * x),
+    needs=st.sampled_from([FROZEN, TRAINED, Needs(True, True, False, first_column=16)]),
+    config=st.sampled_from([*HALF, FLOAT32]),
+    programs=st.integers(1, 200),
+)
+def test_what_is_kept_of_all_rows(tokens, size, needs, config, programs):
+    """All rows in equal chunks, with less than a tile of rows too many in each; the whole vocabulary of each row."""
+    how = Machine(programs, True, Configs(config, config, config))
+    row_tiles, col_tiles = ceil_div(tokens, ROW_TILE), ceil_div(V, config.cols)
+    plan, kept = kept_plan(row_tiles, V, size, 2, how, needs)
+    chunks = ceil_div(tokens, plan.rows)
+    assert plan.slice_tiles == col_tiles and plan.rows % ROW_TILE == 0 and plan.rows <= MOST_ROWS
+    assert chunks * plan.rows < tokens + (chunks + 1) * ROW_TILE
+    numbers = col_tiles * config.cols + (size if needs.weight else 0)
+    assert 2 * numbers <= kept / (chunks * plan.rows) <= 2 * numbers + 64
+    assert plan.partial_tiles >= ceil_div(plan.rows, config.rows) * ceil_div(size, config.cols)

@@ -135,8 +135,7 @@ def statistics(
     head: Head, temperature: float, hidden: Tensor, target_ids: Tensor, rows: Rows, chunk_bytes: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logp, entropy, logsumexp), each (N,), in nats, 0 at masked rows."""
-    out = torch.zeros(3, target_ids.numel(), dtype=compute_dtype(hidden.dtype), device=hidden.device)
-    logp, entropy, logsumexp = out
+    logp, entropy, logsumexp = (torch.zeros_like(target_ids, dtype=compute_dtype(hidden.dtype)) for _ in range(3))
     for _ in _passes(head, temperature, hidden, target_ids, rows, chunk_bytes, logp, entropy, logsumexp):
         pass
     return logp, entropy, logsumexp

@@ -50,7 +50,7 @@ def statistics(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :meth:`..protocol.Backend.statistics`."""
     n = target_ids.numel()
-    logp, entropy, logsumexp = torch.zeros(3, n, dtype=torch.float32, device=hidden.device)
+    logp, entropy, logsumexp = (torch.zeros(n, dtype=torch.float32, device=hidden.device) for _ in range(3))
     if n:
         chunk = Chunk(head, temperature, min(STATISTICS_ROWS, ceil_div(n, ROW_TILE) * ROW_TILE), machine(head.weight))
         vocab = VocabPass(chunk)
