@@ -21,7 +21,7 @@ class Called(nn.Module):
 
     def __init__(self, model: nn.Module, router_loss: bool):
         super().__init__()
-        self.module = model
+        self.module = model  # below a module of this name head_of finds the model
         self.router_loss = router_loss
 
     def forward(self, input_ids: Tensor, **options: Any) -> Any:

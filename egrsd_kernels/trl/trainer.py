@@ -32,7 +32,7 @@ from accelerate.utils import gather_object, is_peft_model, send_to_device
 from torch import Tensor
 from trl import GRPOTrainer
 
-from egrsd_kernels import Head, TokenStats, fused_egrsd_loss, head_of, token_statistics, with_head
+from egrsd_kernels import TokenStats, fused_egrsd_loss, head_of, token_statistics, with_head
 from egrsd_kernels.credit import Lookahead, batch_max, lookahead_entropy
 from egrsd_kernels.models.places import tensors_of
 from egrsd_kernels.models.proof import evaluating
@@ -406,7 +406,7 @@ class EGRSDTrainer(GRPOTrainer):
             advantages = (advantages[:, None] * ratio).expand(mask.shape)
         args = self.args
 
-        def loss_of(hidden: Tensor, head: Head) -> tuple[Tensor, TokenStats]:
+        def loss_of(hidden, head):
             return fused_egrsd_loss(
                 hidden,
                 head,
