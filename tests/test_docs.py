@@ -191,8 +191,8 @@ def test_own_loop(one_process):
     torch.testing.assert_close(names["packed_loss"], loss)
 
     # A loss with an entropy bonus, from full logits; and a Head in place of a weight.
-    hidden = names["read"](batch.student, batch.student_positions)
-    log_p = torch.nn.functional.linear(hidden, head).log_softmax(-1)
+    hidden = read(batch.student, batch.student_positions)
+    log_p = torch.nn.functional.linear(hidden, head.weight).log_softmax(-1)
     chosen = batch.target_ids.clamp(min=0)[..., None]
     logp, entropy = log_p.gather(-1, chosen)[..., 0], -(log_p.exp() * log_p).sum(-1)
     bonus = names["advantages"][:, None] * (logp - logp.detach()).exp() + 0.01 * entropy
