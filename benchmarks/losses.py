@@ -4,7 +4,8 @@
 
 A row is a forward and a backward pass with random dL/dlogp and, where the entropy has a gradient, dL/dentropy, beside
 the bare matrix products of the same run: 1 forward and 1 backward product for a frozen head, and 1 more for a trained
-one. ``kept``: what the backward pass needs is kept, whatever it takes; ``again``: keep_bytes = 0, it is made again.
+one. ``kept``: what the backward pass needs is kept, whatever it takes; ``1 GiB``: by as many rows as fit, keep_bytes'
+default; ``again``: keep_bytes = 0, it is made again.
 Memory is what is held above operands. Accuracy is checked against float64 before a time counts: log p, entropy and
 hidden gradient of the first rows, and some rows of the head's gradient over all tokens.
 """
@@ -28,7 +29,7 @@ FLOORS = {
     False: (1, 1, 0),
     True: (1, 1, 1),
 }  # bare products (forward, dhidden, dweight), by whether the head is trained
-KEEP = {"kept": 1 << 40, "again": 0}
+KEEP = {"kept": 1 << 40, "1 GiB": 1 << 30, "again": 0}
 # |Δ log p| as the package promises; entropies and gradients as tests allow them.
 LARGEST_ERROR = {"logp_max_nat": 2e-4, "entropy_max_nat": 1e-3, "dhidden_relative": 5e-3, "dweight_relative": 5e-3}
 

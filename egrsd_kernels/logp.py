@@ -85,8 +85,9 @@ class _LinearLogp(torch.autograd.Function):
         else:
             if any(needs) and sparse_tol is None:
                 found = logp, entropy, logsumexp
-                ctx.kept = backend.keep(*problem, found, needs, options.entropy_grad, options.keep_bytes)
-            if ctx.kept is None:
+                room = options.keep_bytes, options.chunk_bytes
+                ctx.kept = backend.keep(*problem, found, needs, options.entropy_grad, *room)
+            else:
                 logp, entropy, logsumexp = backend.statistics(*problem, options.chunk_bytes)
             # Of entropies without a gradient nothing is needed again; others may be changed in place.
             known = (entropy.clone(), logsumexp) if options.entropy_grad else (None, None)
@@ -135,7 +136,7 @@ def _gradients(
     ctx: Any, operands: Sequence[Any], needed: Tensor, d_logp: Tensor, of_entropy: EntropyGradient | None = None,
     sparse: Sparse | None = None, kept: Kept | None = None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Of (hidden, weight, bias, columns), from the rows ``needed`` or from what was ``kept``."""
+    """Of (hidden, weight, bias, columns), from the rows ``needed``, with what was ``kept`` of them."""
     options: _Options = ctx.options
     hidden, weight, bias, columns, target_ids = operands
     head, power = ctx.frame(widened(weight, columns), bias), None
@@ -149,7 +150,7 @@ def _gradients(
         if of_entropy is not None:
             of_entropy = of_entropy._replace(gradient=of_entropy.gradient / power)
     if kept is not None:
-        finish = kept(head, hidden, d_logp, of_entropy)
+        finish = kept(head, hidden, d_logp, of_entropy, needed, options.chunk_bytes)
     else:
         problem = head, options.temperature, hidden, target_ids, Rows.build(needed, needed)
         finish = options.backend.student_pass(
@@ -183,8 +184,8 @@ def linear_logp(
 
     Where the head is frozen (nothing of it requires grad) and the entropy has no gradient, the forward pass makes
     d log p / d hidden, and the backward pass scales it: nothing logits-sized is kept between the two. Otherwise the
-    gradient is made in the backward pass, of exponentials that were kept if they fit into keep_bytes. Else these are
-    made again, chunk by chunk, and rows whose incoming gradients are 0 cost nothing then.
+    gradient is made in the backward pass, of exponentials that were kept as far as they fit into keep_bytes. Others are
+    made again, chunk by chunk; rows whose incoming gradients are 0 cost nothing then.
 
     Args:
         hidden: (B, T, D) or (N, D); bfloat16, float16, float32, or float64 (torch backend). weight: (V, D), the dtype
@@ -198,10 +199,10 @@ def linear_logp(
         grad_mode, sparse_tol: as there. The bound holds for any incoming gradient; with a frozen head a sparse forward
             pass keeps hidden and weight for the backward pass, which makes the tokens again that it would not hold for.
             With entropy_grad gradients are exact.
-        keep_bytes: the most that is kept between forward and backward, all or nothing: the exponentials of all rows, in
-            16 bits N · V · 2 bytes, and a trained head's hidden states beside them. On the torch backend log p of all
-            valid rows in the compute dtype, and as much again under a softcap. What is kept is used up by the first
-            backward pass. 0: nothing, and one more product of hidden states and head in the backward pass.
+        keep_bytes: the most that is kept between forward and backward: the exponentials of as many rows as fit, V · 2
+            bytes each in 16 bits, and a trained head's hidden states beside them; on the torch backend log p in the
+            compute dtype, and as much again under a softcap. The others' are made again in the backward pass, which
+            takes one more product of hidden states and head, as are all of a second backward pass. 0: nothing.
 
     Returns:
         float32 (float64 for float64 input), shaped like target_ids, 0 where masked; with return_entropy,

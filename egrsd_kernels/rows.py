@@ -29,3 +29,10 @@ class Rows(NamedTuple):
     def among(self, which: int, first: int, n: int) -> torch.Tensor:
         """Which of the rows first, ..., first + n - 1 of the order are among the leading ``counts[which]`` (n,)."""
         return torch.arange(first, first + n, device=self.order.device) < self.counts[which]
+
+    def split(self, n: int) -> tuple[Rows, Rows]:
+        """The first n of the order, and the others."""
+        return (
+            Rows(self.order[:n], self.counts.clamp(max=n)),
+            Rows(self.order[n:], (self.counts - n).clamp_(min=0)),
+        )

@@ -147,6 +147,23 @@ def test_masks_and_many_chunks(combo, frozen, keep_bytes, monkeypatch):
 
 
 @all_combos
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+@pytest.mark.parametrize("options", [{}, {"softcap": 8.0}], ids=str)
+def test_some_rows_are_kept_and_others_made_again(combo, frozen, options, monkeypatch):
+    """Two tiles of rows are kept, each a chunk of its own, and the third is made again."""
+    monkeypatch.setattr(plan, "MOST_ROWS", triton_backend.ROW_TILE)
+    plan.chunk_plan.cache_clear()
+    if combo.backend == "triton":
+        shape, columns = (2, 170), (256 if combo.dtype.itemsize == 2 else 128) + 16
+        keep_bytes = 256 * (columns * combo.dtype.itemsize + 64)
+    else:
+        shape, keep_bytes = (2, 9), 7 * 70 * combo.compute_dtype.itemsize * (2 if options else 1)
+    operands, targets, _ = make_operands(combo, *shape, vocabulary=70, bias=True)
+    targets[0, ::5] = -100
+    check(combo, operands, targets, incoming_of(combo, shape), frozen, keep_bytes=keep_bytes, chunk_bytes=1, **options)
+
+
+@all_combos
 @ways
 @pytest.mark.parametrize("options", [{"softcap": 30.0}, {}], ids=str)
 def test_extreme_logits(combo, frozen, keep_bytes, options):
@@ -318,17 +335,18 @@ def test_gradcheck(options, keep_bytes):
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_what_keeping_takes(monkeypatch, softcap):
-    """Log p of valid rows on a CPU, within keep_bytes, all or nothing; logits are made once then, and twice without."""
+    """Log p of valid rows on a CPU, as many as fit into keep_bytes; logits of the others are made twice."""
     made = []
     make = torch_backend._logits
     monkeypatch.setattr(torch_backend, "_logits", lambda *args: made.append(len(args[2])) or make(*args))
     operands, targets, incoming = make_operands(Combo("torch", "cpu", torch.float32), 4, 50, vocabulary=1000)
     targets[0] = -100
     kept = 150 * 1000 * 4 * (1 if softcap is None else 2)
-    for keep_bytes in (kept, kept - 1):
+    for keep_bytes in (kept, kept * 60 // 150 + 5, 0):
         leaves = {k: x.requires_grad_() for k, x in operands.items()}
         linear_logp(**leaves, target_ids=targets, softcap=softcap, keep_bytes=keep_bytes).backward(incoming)
-    assert made == [150, 150, int(((incoming != 0) & (targets != -100)).sum())]
+    learned = ((incoming != 0) & (targets != -100))[targets != -100]
+    assert made == [150, 60, 90, int(learned[60:].sum()), 150, int(learned.sum())]
 
 
 @pytest.mark.parametrize(

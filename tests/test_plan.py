@@ -111,18 +111,21 @@ def test_sparse_plans_are_within_their_memory():
 @given(
     tokens=st.integers(1, 70_000),
     size=st.integers(2, 700).map(lambda x: 8 * x),
+    budget=st.one_of(st.integers(0, 2 << 30), st.just(1 << 40)),
     needs=st.sampled_from([FROZEN, TRAINED, Needs(True, True, False, first_column=16)]),
     config=st.sampled_from([*HALF, FLOAT32]),
     programs=st.integers(1, 200),
 )
-def test_what_is_kept_of_all_rows(tokens, size, needs, config, programs):
-    """All rows in equal chunks, with less than a tile of rows too many in each; the whole vocabulary of each row."""
+def test_what_is_kept_of_how_many_rows(tokens, size, budget, needs, config, programs):
+    """As many tiles of rows as fit, in chunks of nearly equal size; the whole vocabulary of each row."""
     how = Machine(programs, True, Configs(config, config, config))
     row_tiles, col_tiles = ceil_div(tokens, ROW_TILE), ceil_div(V, config.cols)
-    plan, kept = kept_plan(row_tiles, V, size, 2, how, needs)
-    chunks = ceil_div(tokens, plan.rows)
-    assert plan.slice_tiles == col_tiles and plan.rows % ROW_TILE == 0 and plan.rows <= MOST_ROWS
-    assert chunks * plan.rows < tokens + (chunks + 1) * ROW_TILE
+    plan, rows = kept_plan(row_tiles, V, size, 2, how, budget, needs)
     numbers = col_tiles * config.cols + (size if needs.weight else 0)
-    assert 2 * numbers <= kept / (chunks * plan.rows) <= 2 * numbers + 64
-    assert plan.partial_tiles >= ceil_div(plan.rows, config.rows) * ceil_div(size, config.cols)
+    assert rows % ROW_TILE == 0 and plan.rows % ROW_TILE == 0 and plan.rows <= MOST_ROWS
+    assert plan.slice_tiles == col_tiles and 2 * numbers * rows <= budget
+    if rows < tokens:
+        assert (2 * numbers + 64) * (rows + ROW_TILE) > budget
+    if rows:
+        assert rows < ceil_div(rows, plan.rows) * (plan.rows + ROW_TILE)
+        assert plan.partial_tiles >= ceil_div(plan.rows, config.rows) * ceil_div(size, config.cols)

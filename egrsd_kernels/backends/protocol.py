@@ -70,9 +70,9 @@ class EntropyGradient(NamedTuple):
     logsumexp: Tensor
 
 
-Kept = Callable[[Head, Tensor, Tensor, "EntropyGradient | None"], Finish]
-"""A pass whose exponentials are there still: what finishes the gradients, given the head and the hidden states of that
-pass, dL/dlogp (N,), and dL/dentropy where its pass was told of one. Once."""
+Kept = Callable[[Head, Tensor, Tensor, "EntropyGradient | None", Tensor, int], Finish]
+"""A pass that has kept exponentials: what finishes the gradients, given the head and the hidden states of that pass,
+dL/dlogp (N,), dL/dentropy if that was announced, the tokens (N,) that either is not 0 of, and chunk_bytes. Once."""
 
 
 class Backend(Protocol):
@@ -115,8 +115,9 @@ class Backend(Protocol):
     def keep(
         self, head: Head, temperature: float, hidden: Tensor, target_ids: Tensor, rows: Rows,
         statistics: tuple[Tensor, Tensor, Tensor], needs: Needs, entropy_gradient: bool, keep_bytes: int,
-    ) -> Kept | None:  # fmt: skip
+        chunk_bytes: int,
+    ) -> Kept:  # fmt: skip
         """Write (logp, entropy, logsumexp), as :meth:`statistics` returns them, and keep what gradients are made of.
 
-        None, with nothing done, where that takes more than ``keep_bytes``. entropy_gradient: whether there will be one.
+        Of as many rows as ``keep_bytes`` allow; the others' is made again. entropy_gradient: whether there will be one.
         """

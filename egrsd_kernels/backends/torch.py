@@ -96,11 +96,10 @@ def _chunks(rows: Rows, head: Head, dtype: torch.dtype, chunk_bytes: int) -> Ite
 def _zero_masked(rows: Rows, *values: Tensor | None) -> None:
     """Zero, in place, the entries of the (N,) ``values`` at masked rows."""
     order = rows.order.long()
-    masked = torch.empty_like(order, dtype=torch.bool)
-    masked[order] = ~rows.among(0, 0, order.numel())
+    kept = rows.among(0, 0, order.numel())
     for value in values:
         if value is not None:
-            value.masked_fill_(masked, 0)
+            value[order] = torch.where(kept, value[order], 0)
 
 
 class _Softmax(NamedTuple):
@@ -147,10 +146,10 @@ class _Sums:
     def __init__(
         self, head: Head, temperature: float, hidden: Tensor, target_ids: Tensor, rows: Rows, needs: Needs
     ):  # fmt: skip
-        self.head, self.hidden, self.target_ids, self.rows, self.needs = head, hidden, target_ids, rows, needs
+        self.head, self.hidden, self.target_ids, self.needs = head, hidden, target_ids, needs
+        self.turn_to(rows)
         self.dtype = compute_dtype(hidden.dtype)
         self.divisor = head.cap_and_temperature(temperature)[1]
-        self.active = _count(rows, 1)
         vocabulary, width = head.weight.shape
         self.d_hidden = self.d_weight = self.d_bias = None
         if needs.hidden:
@@ -159,6 +158,10 @@ class _Sums:
             self.d_weight = hidden.new_zeros(vocabulary, width - needs.first_column, dtype=self.dtype)
         if needs.bias:
             self.d_bias = hidden.new_zeros(vocabulary, dtype=self.dtype)
+
+    def turn_to(self, rows: Rows) -> None:
+        """What is added next is of these rows."""
+        self.rows, self.active = rows, _count(rows, 1)
 
     def add(self, chunk: _Softmax, gradient: Tensor, of_entropy: EntropyGradient | None = None) -> None:
         """gradient: dL/dlogp (N,). Takes the place of the chunk's log p."""
@@ -230,19 +233,27 @@ def student_pass(
 
 def keep(
     head: Head, temperature: float, hidden: Tensor, target_ids: Tensor, rows: Rows,
-    statistics: tuple[Tensor, Tensor, Tensor], needs: Needs, entropy_gradient: bool, keep_bytes: int,
-) -> Kept | None:  # fmt: skip
-    """See :meth:`~.protocol.Backend.keep`: log p of all rows in the compute dtype, and the softcap's factor."""
-    matrices = 1 if head.softcap is None else 2
-    size = _count(rows, 0) * head.weight.shape[0] * compute_dtype(hidden.dtype).itemsize
-    if matrices * size > keep_bytes:
-        return None
-    chunks = list(_passes(head, temperature, hidden, target_ids, rows, 3 * max(1, size), *statistics))
+    statistics: tuple[Tensor, Tensor, Tensor], needs: Needs, entropy_gradient: bool, keep_bytes: int, chunk_bytes: int,
+) -> Kept:  # fmt: skip
+    """See :meth:`~.protocol.Backend.keep`: log p in the compute dtype, and the softcap's factor."""
+    size = head.weight.shape[0] * compute_dtype(hidden.dtype).itemsize
+    n = min(_count(rows, 0), keep_bytes // (size if head.softcap is None else 2 * size))
+    first, others = rows.split(n)
+    chunks = list(_passes(head, temperature, hidden, target_ids, first, 3 * max(1, n * size), *statistics))
+    for _ in _passes(head, temperature, hidden, target_ids, others, chunk_bytes, *statistics):
+        pass
 
-    def kept(head: Head, hidden: Tensor, gradient: Tensor, of_entropy: EntropyGradient | None) -> Finish:
-        sums = _Sums(head, temperature, hidden, target_ids, rows, needs)
+    def kept(
+        head: Head, hidden: Tensor, gradient: Tensor, of_entropy: EntropyGradient | None, needed: Tensor,
+        chunk_bytes: int,
+    ) -> Finish:  # fmt: skip
+        sums = _Sums(head, temperature, hidden, target_ids, first, needs)
         while chunks:
             sums.add(chunks.pop(), gradient, of_entropy)
+        again = needed.index_fill(0, first.order.long(), False)
+        sums.turn_to(Rows.build(again, again))
+        for chunk in _passes(head, temperature, hidden, target_ids, sums.rows, chunk_bytes, torch.zeros_like(gradient)):
+            sums.add(chunk, gradient, of_entropy)
         return sums.finish()
 
     return kept

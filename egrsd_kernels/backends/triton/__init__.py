@@ -26,7 +26,7 @@ from ..sparsity import Sparse
 from .common import ROW_TILE, interpreted
 from .credit import lookahead_entropy, token_credit
 from .gather import Chunk, gather_kernel
-from .gradient import ExactGradients
+from .gradient import ExactGradients, Outputs, finishing
 from .kept import KeptPass
 from .plan import ceil_div, kept_plan
 from .sparse import SparseGradients
@@ -51,13 +51,20 @@ def statistics(
     """See :meth:`..protocol.Backend.statistics`."""
     n = target_ids.numel()
     logp, entropy, logsumexp = (torch.zeros(n, dtype=torch.float32, device=hidden.device) for _ in range(3))
+    _statistics(head, temperature, hidden, target_ids, rows, logp, entropy, logsumexp)
+    return logp, entropy, logsumexp
+
+
+def _statistics(
+    head: Head, temperature: float, hidden: Tensor, target_ids: Tensor, rows: Rows, *out: Tensor
+) -> None:  # fmt: skip
+    n = len(rows.order)
     if n:
         chunk = Chunk(head, temperature, min(STATISTICS_ROWS, ceil_div(n, ROW_TILE) * ROW_TILE), machine(head.weight))
         vocab = VocabPass(chunk)
         for first_row in range(0, n, chunk.rows):
             chunk.gather(hidden, target_ids, rows, first_row)
-            vocab.statistics(rows.order[first_row:], logp, entropy, logsumexp)
-    return logp, entropy, logsumexp
+            vocab.statistics(rows.order[first_row:], *out)
 
 
 def student_pass(
@@ -66,18 +73,22 @@ def student_pass(
     entropy_gradient: EntropyGradient | None = None,
 ) -> Finish:  # fmt: skip
     """See :meth:`..protocol.Backend.student_pass`."""
-    if not target_ids.numel():
+    n = target_ids.numel()
+    if not n:
         return _zeros(head, hidden, needs)
-    problem = head, temperature, hidden, machine(head.weight), chunk_bytes, needs
-    if entropy_gradient is not None:
-        known = ExactGradients(*problem, known=True)
-        for first_row in range(0, target_ids.numel(), known.chunk.rows):
-            known.chunk.gather(hidden, target_ids, rows, first_row)
-            known.again(rows.order[first_row:], credit(first_row, known.chunk.rows), entropy_gradient)
-        return known.finish()
-    returned = entropy is not None
-    work = ExactGradients(*problem, returned) if sparse is None else SparseGradients(*problem, sparse, returned)
-    for first_row in range(0, target_ids.numel(), work.chunk.rows):
+    problem, returned = (head, temperature, hidden, machine(head.weight), chunk_bytes, needs), entropy is not None
+    if sparse is None:
+        work = ExactGradients(*problem, n, returned, entropy_gradient)
+        return work_through(work, hidden, target_ids, rows, n, logp, credit, entropy)
+    return work_through(SparseGradients(*problem, sparse, returned), hidden, target_ids, rows, n, logp, credit, entropy)
+
+
+def work_through(
+    work: ExactGradients | SparseGradients, hidden: Tensor, target_ids: Tensor, rows: Rows, n: int, logp: Tensor,
+    credit: Credit, entropy: Tensor | None = None,
+) -> Finish:  # fmt: skip
+    """The first n rows, chunk by chunk."""
+    for first_row in range(0, n, work.chunk.rows):
         order = rows.order[first_row:]
         work.chunk.gather(hidden, target_ids, rows, first_row)
         work.forward(order, logp, entropy)
@@ -87,16 +98,39 @@ def student_pass(
 
 def keep(
     head: Head, temperature: float, hidden: Tensor, target_ids: Tensor, rows: Rows,
-    statistics: tuple[Tensor, Tensor, Tensor], needs: Needs, entropy_gradient: bool, keep_bytes: int,
-) -> Kept | None:  # fmt: skip
+    statistics: tuple[Tensor, Tensor, Tensor], needs: Needs, entropy_gradient: bool, keep_bytes: int, chunk_bytes: int,
+) -> Kept:  # fmt: skip
     """See :meth:`..protocol.Backend.keep`."""
     if not target_ids.numel():
         return lambda head, hidden, *_: _zeros(head, hidden, needs)
     how, (V, D) = machine(head.weight), head.weight.shape
-    plan, size = kept_plan(ceil_div(target_ids.numel(), ROW_TILE), V, D, hidden.dtype.itemsize, how, needs)
-    if size > keep_bytes:
-        return None
-    return KeptPass(head, temperature, hidden, target_ids, rows, statistics, how, plan, needs, entropy_gradient)
+    shape = ceil_div(target_ids.numel(), ROW_TILE), V, D, hidden.dtype.itemsize
+    plan, room = kept_plan(*shape, how, keep_bytes, needs)
+    first, others = rows.split(room)
+    problem = head, temperature, hidden, target_ids
+    passed = KeptPass(*problem, first, room, how, plan, needs, entropy_gradient, statistics) if room else None
+    _statistics(*problem, others, *statistics)
+
+    def kept(
+        head: Head, hidden: Tensor, gradient: Tensor, of_entropy: EntropyGradient | None, needed: Tensor,
+        chunk_bytes: int,
+    ) -> Finish:  # fmt: skip
+        left, out = len(others.order), None
+        if passed is not None:
+            out = Outputs.of(head, hidden, needs, whole=not left)
+            product = passed.gradients(head, gradient, of_entropy, out)
+            if not left:
+                return finishing(head, out, None if product is None else product.rounded)
+            if product is not None and out.weight is not None:
+                product(out.weight)
+            del product
+            passed.forget()  # the others' exponentials take the memory
+        again = needed.index_fill(0, first.order.long(), False)
+        work = ExactGradients(head, temperature, hidden, how, chunk_bytes, needs, left, False, of_entropy, out)
+        left_rows = Rows.build(again, again)
+        return work_through(work, hidden, target_ids, left_rows, left, torch.zeros_like(gradient), lambda *_: gradient)
+
+    return kept
 
 
 def _zeros(head: Head, hidden: Tensor, needs: Needs) -> Finish:

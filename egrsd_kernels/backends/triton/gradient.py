@@ -18,7 +18,7 @@ memory does not grow with the vocabulary. dW needs factor before the product, so
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from typing import NamedTuple
 
 import torch
 import triton
@@ -458,63 +458,76 @@ class ChunkGradients:
             )  # fmt: skip
 
 
+class Outputs(NamedTuple):
+    """Gradients of all rows: of hidden states (N, D), in their dtype; float32, of the head. None where not needed."""
+
+    hidden: torch.Tensor | None
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+
+    @classmethod
+    def of(cls, head: Head, hidden: torch.Tensor, needs: Needs, whole: bool) -> Outputs:
+        """whole: whether the weight's gradient comes out of one product, and is not to be added up."""
+        V, D = head.weight.shape
+        return cls(
+            hidden.new_zeros(hidden.shape) if needs.hidden else None,
+            hidden.new_empty(V, D - needs.first_column, dtype=torch.float32) if needs.weight and not whole else None,
+            hidden.new_empty(V, dtype=torch.float32) if needs.bias else None,
+        )
+
+
 class ExactGradients:
-    """Log p and gradients of all rows, one ``chunk`` after another, in the order that these are gathered in.
+    """Log p and gradients of ``n`` rows, one ``chunk`` after another, in the order that these are gathered in.
 
     hidden: all hidden states, (B, T, D). needs: which gradients will be asked for. entropy: whether entropies are.
-    known: whether :meth:`again` makes them, of rows with known entropies, instead of :meth:`forward`.
+    of_entropy: what the loss takes of entropies that are known; log p is not made then.
+    begun: the gradients of other rows, to be added to.
     """
 
     def __init__(
         self, head: Head, temperature: float, hidden: torch.Tensor, how: Machine, chunk_bytes: int, needs: Needs,
-        entropy: bool = False, known: bool = False,
+        n: int, entropy: bool = False, of_entropy: EntropyGradient | None = None, begun: Outputs | None = None,
     ):  # fmt: skip
-        (V, D), n = head.weight.shape, hidden.shape[0] * hidden.shape[1]
-        plan = chunk_plan(ceil_div(n, ROW_TILE), V, D, hidden.dtype.itemsize, how, chunk_bytes, needs, 1 + entropy)
+        V, D = head.weight.shape
+        shape = ceil_div(n, ROW_TILE), V, D, hidden.dtype.itemsize
+        plan = chunk_plan(*shape, how, chunk_bytes, needs, sums=1 + entropy, alone=begun is None)
         chunk = self.chunk = Chunk(head, temperature, plan.rows, how)
-        self.d_hidden = hidden.new_zeros(hidden.shape) if needs.hidden else None
         # All rows in one chunk: its product is the whole gradient, so it waits for the factor and is rounded to the
         # head's dtype on its way out. That spares a float32 gradient, more memory than the chunk that waits.
-        one = n <= plan.rows
-        self.d_weight = chunk.floats(V, D - needs.first_column) if needs.weight and not one else None
-        self.d_bias = chunk.floats(V) if needs.bias else None
-        stored = StoringPass(chunk, plan.slice_tiles, "gradient" if known else "exponentials", entropy)
-        self.gradients = ChunkGradients(chunk, plan, self.d_hidden, needs.head, needs.first_column, stored)
-        self.needs, self.begun = needs, False
+        self.out = Outputs.of(head, hidden, needs, whole=n <= plan.rows) if begun is None else begun
+        self.needs, self.of_entropy, self.begun = needs, of_entropy, begun is not None
+        stored = StoringPass(chunk, plan.slice_tiles, "exponentials" if of_entropy is None else "gradient", entropy)
+        self.gradients = ChunkGradients(chunk, plan, self.out.hidden, needs.head, needs.first_column, stored)
 
     def forward(self, order: torch.Tensor, logp: torch.Tensor, entropy: torch.Tensor | None = None) -> None:
         """Write log p and entropies (nats) of row i of the chunk at order[i] of ``logp`` and ``entropy`` (N,)."""
-        self.gradients.forward(order, logp, entropy)
+        if self.of_entropy is None:
+            self.gradients.forward(order, logp, entropy)
 
     def backward(self, order: torch.Tensor, gradient: torch.Tensor) -> None:
         """Make of dL/dlogp, ``gradient`` (N,) float32, the gradients of the chunk."""
+        if self.of_entropy is not None:
+            self.gradients.again(order, gradient, self.of_entropy)
         self.gradients.backward(order, gradient)
-        self.gradients.head(self.d_weight, self.d_bias, accumulate=self.begun)
+        self.gradients.head(self.out.weight, self.out.bias, accumulate=self.begun)
         self.begun = True
-
-    def again(self, order: torch.Tensor, gradient: torch.Tensor, of_entropy: EntropyGradient) -> None:
-        """The same for dL/dlogp and dL/dentropy."""
-        self.gradients.again(order, gradient, of_entropy)
-        self.backward(order, gradient)
 
     def finish(self) -> Finish:
         product = self.gradients.head_product
-        if product is not None and self.needs.weight and self.d_weight is None:
-            return finishing(self.chunk.head, self.d_hidden, product.rounded, self.d_bias)
-        weight = partial(scaled, self.d_weight, dtype=self.chunk.hidden.dtype, multiply=multiply)
-        return finishing(self.chunk.head, self.d_hidden, weight, self.d_bias)
+        if product is None or not self.needs.weight or self.out.weight is not None:
+            return finishing(self.chunk.head, self.out)
+        return finishing(self.chunk.head, self.out, product.rounded)
 
 
 def finishing(
-    head: Head, d_hidden: torch.Tensor | None, d_weight: Callable[[torch.Tensor | None], torch.Tensor | None],
-    d_bias: torch.Tensor | None,
-) -> Finish:  # fmt: skip
-    """Gives the gradients times a factor; ``d_weight`` of it is asked for first, since that may complete the bias's."""
+    head: Head, out: Outputs, d_weight: Callable[[torch.Tensor | None], torch.Tensor | None] | None = None
+) -> Finish:
+    """Gives the gradients times a factor; ``d_weight`` of it, where given, comes first: it may complete the bias's."""
     dtype, bias_dtype = head.weight.dtype, None if head.bias is None else head.bias.dtype
 
     def finish(factor: torch.Tensor | None) -> Gradients:
-        weight = d_weight(factor)
-        bias = None if bias_dtype is None else scaled(d_bias, factor, bias_dtype, multiply)
-        return Gradients(scaled(d_hidden, factor, dtype, multiply), weight, bias)
+        weight = scaled(out.weight, factor, dtype, multiply) if d_weight is None else d_weight(factor)
+        bias = None if bias_dtype is None else scaled(out.bias, factor, bias_dtype, multiply)
+        return Gradients(scaled(out.hidden, factor, dtype, multiply), weight, bias)
 
     return finish

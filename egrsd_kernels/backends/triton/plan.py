@@ -67,14 +67,14 @@ def _product_steps(tiles: int, steps: int, most: int, programs: int) -> int:
 @functools.lru_cache(maxsize=1024)
 def chunk_plan(
     row_tiles: int, vocabulary: int, hidden_size: int, itemsize: int, machine: Machine, budget: int,
-    needs: Needs, sums: int = 1,
+    needs: Needs, sums: int = 1, alone: bool = True,
 ) -> Plan:  # fmt: skip
     """The fastest plan by the model, among those whose buffers stay within ``budget`` bytes (or are the smallest).
 
     The gradient of a head in float32, which chunks add up in, is beside that budget.
 
     row_tiles: rows to work on, in tiles of ROW_TILE. needs: which gradients will be asked for. sums: how many a row and
-    tile of the vocabulary leave.
+    tile of the vocabulary leave. alone: whether the head's gradient is these rows' and no others'.
     """
     programs, tma, configs = machine
     c = configs.vocab
@@ -144,7 +144,7 @@ def chunk_plan(
 
     # One chunk needs no float32 gradient of the head, to add up in and to convert; what that spares it may take.
     spared = vocabulary * (hidden_size - needs.first_column) * max(0, 4 - itemsize)
-    found = list(options(row_tiles, budget + spared)) if needs.weight else []
+    found = list(options(row_tiles, budget + spared)) if needs.weight and alone else []
     if not found:
         most_tiles = row_tiles if whole else min(row_tiles, MOST_ROWS // ROW_TILE)
         found = [option for tiles in range(1, most_tiles + 1) for option in options(tiles, budget)]
@@ -154,14 +154,14 @@ def chunk_plan(
 
 
 def kept_plan(
-    row_tiles: int, vocabulary: int, hidden_size: int, itemsize: int, machine: Machine, needs: Needs
+    row_tiles: int, vocabulary: int, hidden_size: int, itemsize: int, machine: Machine, budget: int, needs: Needs
 ) -> tuple[Plan, int]:
-    """Chunks of all rows, as equal as can be, of which the whole vocabulary is stored; and the bytes that all keep."""
+    """How many rows may be kept, of which the whole vocabulary is stored, within ``budget`` bytes; and their chunks."""
     programs, _, configs = machine
-    tiles = ceil_div(row_tiles, ceil_div(row_tiles, MOST_ROWS // ROW_TILE))
     col_tiles = ceil_div(vocabulary, configs.vocab.cols)
+    width = col_tiles * configs.vocab.cols + (hidden_size if needs.head else 0)
+    kept = min(row_tiles, budget // (ROW_TILE * (width * itemsize + 64)))
+    tiles = ceil_div(kept, max(1, ceil_div(kept, MOST_ROWS // ROW_TILE)))
     # Twice the room: sums that are cut fill the last round.
     room = 2 * least_partial_tiles(configs.hidden, tiles * ROW_TILE, hidden_size, programs)
-    width = col_tiles * configs.vocab.cols + (hidden_size if needs.head else 0)
-    rows = ceil_div(row_tiles, tiles) * tiles * ROW_TILE
-    return Plan(tiles * ROW_TILE, col_tiles, room), rows * (width * itemsize + 64)
+    return Plan(tiles * ROW_TILE, col_tiles, room), kept * ROW_TILE

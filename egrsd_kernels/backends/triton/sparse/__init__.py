@@ -15,7 +15,7 @@ from ...protocol import Finish, Needs
 from ...sparsity import Sparse
 from ..common import ROW_TILE, Machine
 from ..gather import Chunk
-from ..gradient import ChunkGradients, finishing
+from ..gradient import ChunkGradients, Outputs, finishing
 from ..plan import Plan, ceil_div
 from ..vocab import StoringPass
 from . import certify
@@ -95,10 +95,10 @@ class SparseGradients:
         self.reserve.flush.copy_(self.reserve.stored)
         self.reserve.make(self.gradient)
         if not self.trained:
-            return finishing(self.chunk.head, self.d_hidden, lambda factor: None, None)
+            return finishing(self.chunk.head, Outputs(self.d_hidden, None, None))
         dtype = self.hidden.dtype
         weight = partial(add_to_head, self._sorted(), self.hidden, self.d_weight, self.d_bias, dtype)
-        return finishing(self.chunk.head, self.d_hidden, weight, self.d_bias)
+        return finishing(self.chunk.head, Outputs(self.d_hidden, None, self.d_bias), weight)
 
     def _sorted(self) -> tuple[torch.Tensor, ...]:
         rows = slice(self.end)
