@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from egrsd_kernels import Head, head_of, read_hidden, with_head
-from egrsd_kernels.models.proof import TOKENS
+from egrsd_kernels.models.proof import TOKENS, behind_head, ladder
 
 DTYPES = [torch.float32, torch.bfloat16]
 VOCABULARY, WIDTH = 90, 32
@@ -105,6 +105,31 @@ def test_a_model_that_nobody_knows(scale, cap, dtype):
         assert output is None
         # Some ten roundings to bfloat16 of logits of a few nats, averaged over 24 tokens.
         torch.testing.assert_close(ours, logp_of(model(input_ids=IDS)).mean(), rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 90, 1001])
+@pytest.mark.parametrize("factor", [1.0, 0.02, 16.0])
+@pytest.mark.parametrize("cap", [None, 0.5, 30.0, 1000.0])
+def test_the_ladder_is_read_back(size, factor, cap):
+    steps = factor * ladder(size, torch.device("cpu"))
+    behind = behind_head((steps if cap is None else cap * (steps / cap).tanh())[None], size)
+    if size > 2:
+        assert behind == (pytest.approx(factor, rel=1e-4), cap and pytest.approx(cap))
+
+
+def test_a_difference_below_what_rounding_allows_passes_and_above_it_does_not():
+    """In float32 logits of 1 to 10 are rounded by 6e-7: 1e-4 nat is a fault there, and noise in bfloat16."""
+
+    def disturbed(dtype):
+        model = Strange(scale=1.0, cap=None).to(dtype)
+        inner = model.quack.forward
+        noise = 2e-4 * torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(1))
+        model.quack.forward = lambda x: (inner(x).float() + noise).to(dtype)
+        return model
+
+    with pytest.raises(ValueError, match=r"off by 0\.000\d+ nat"):
+        head_of(disturbed(torch.float32))
+    assert head_of(disturbed(torch.bfloat16)).logit_scale == 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -521,6 +546,18 @@ def test_the_teacher_has_the_plain_head(options, first):
     check_same(model)
 
 
+def test_adapters_take_part_in_the_proof_and_come_back():
+    """A fresh LoRA is the identity, and would show nothing."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny(), peft.LoraConfig(target_modules=["q_proj", "lm_head"])).train()
+    before = copy.deepcopy(model.state_dict())
+    seen, head = [], model.base_model.model.lm_head
+    head.register_forward_pre_hook(lambda module, arguments: seen.append(head.lora_B["default"].weight.any().item()))
+    head_of(model)
+    assert seen == [True] * 3
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_several_active_adapters_and_merged_ones():
     peft = pytest.importorskip("peft")
     model = adapted().eval()
@@ -556,8 +593,18 @@ def test_a_lora_of_another_dtype_than_the_weight(autocast):
 )
 def test_adapters_that_are_more_than_a_product_are_refused(options, train, says):
     model = adapted(**options).train(train)
-    with pytest.raises(ValueError, match=f"^model: Qwen3ForCausalLM: {says}"):
-        with_head(model, by_head, input_ids=IDS)
+    for read in (lambda: with_head(model, by_head, input_ids=IDS), lambda: head_of(model)):
+        with pytest.raises(ValueError, match=f"^model: Qwen3ForCausalLM: {says}"):
+            read()
+
+
+def test_prompt_tuning_puts_rows_before_those_of_the_tokens():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with torch.no_grad():
+        ours, _ = with_head(model, logits_of, input_ids=IDS)
+        torch.testing.assert_close(ours, model(input_ids=IDS).logits)
+    assert ours.shape[:2] == (2, 4 + 12)
 
 
 def test_other_adapters_than_lora_are_refused_by_name():

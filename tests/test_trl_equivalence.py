@@ -67,14 +67,14 @@ def model():
     return tiny
 
 
-def loss_on_full_logits(*tensors, backend, chunk_bytes, grad_mode, sparse_tol, **options):
+def loss_on_full_logits(hidden, head, *tensors, backend, chunk_bytes, grad_mode, sparse_tol, **options):
     """The trainer's call of fused_egrsd_loss, without what only the kernels have."""
-    loss, stats = reference.egrsd_loss(*tensors, **options)
+    loss, stats = reference.egrsd_loss(hidden, head.weight, *tensors, **options)
     return loss, TokenStats(*stats, torch.zeros_like(stats[0]))
 
 
-def statistics_on_full_logits(hidden, weight, target_ids, *, bias, mask, temperature, softcap, backend, chunk_bytes):
-    logits = reference.logits(hidden, weight, bias, softcap, temperature)
+def statistics_on_full_logits(hidden, head, target_ids, *, mask, temperature, backend, chunk_bytes):
+    logits = reference.logits(hidden, head.weight, temperature=temperature)
     found = reference.log_prob(logits, target_ids), reference.entropy(logits), logits.logsumexp(-1)
     return TokenStatistics(*(x * mask for x in found))
 

@@ -17,7 +17,8 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch.optim.swa_utils import AveragedModel
 from trl.trainer.utils import add_fused_lm_head
 
-from egrsd_kernels.trl.hidden import hand_out_hidden_states
+from egrsd_kernels import read_hidden
+from egrsd_kernels.trl.fused_head import take_off_fused_head
 from egrsd_kernels.trl.teacher import AdaptersOff, make_teacher
 from tests.support.trl_tiny import LORA, make, tiny_model, tokenizer, weights
 
@@ -36,9 +37,9 @@ def zeroed(model):
     return model
 
 
+@torch.no_grad()
 def hidden(model):
-    with torch.no_grad():
-        return model(input_ids=IDS, read_hidden=lambda hidden, weight, bias: hidden)
+    return read_hidden(model, input_ids=IDS)
 
 
 # ------------------------------------------------------------------------------------------------------------- copies
@@ -91,12 +92,12 @@ def test_trls_fused_head_is_taken_off_and_copies_of_it_are_set_right():
     model = tiny_model()
     for _ in range(2):
         add_fused_lm_head(model)
+    assert hidden(model).any()  # a head that is proved: zeros would prove nothing
     twin = zeroed(copy.deepcopy(model))
     assert torch.equal(logits(twin), logits(model))  # TRL's copies compute with the original's
     for each in (model, twin):
-        hand_out_hidden_states(each)
-        add_fused_lm_head(each)  # another trainer's
-        hand_out_hidden_states(each)
+        take_off_fused_head(each)
+        assert "forward" not in vars(each)
     assert not logits(twin).any() and not hidden(twin).any()
     assert logits(model).any() and hidden(model).any()
 
@@ -120,7 +121,7 @@ def test_what_else_was_put_on_the_forward_stays():
     add_fused_lm_head(model)
     twin = copy.deepcopy(model)
     for each in (model, twin):
-        hand_out_hidden_states(each)
+        take_off_fused_head(each)
     logits(zeroed(twin))
     assert (model._hf_hook.calls, twin._hf_hook.calls) == (0, 1)
     third = copy.deepcopy(twin)
@@ -130,7 +131,7 @@ def test_what_else_was_put_on_the_forward_stays():
     model = tiny_model()
     model.forward = types.MethodType(lambda self, **inputs: type(self).forward(self, **inputs).logits, model)
     add_fused_lm_head(model)
-    hand_out_hidden_states(model)
+    take_off_fused_head(model)
     assert isinstance(model(input_ids=IDS), torch.Tensor)
 
 
@@ -140,7 +141,7 @@ def test_a_second_trainer_comes_on_top_of_what_the_first_run_wrapped():
     expected = logits(model)
     for _ in range(3):
         add_fused_lm_head(model)
-        hand_out_hidden_states(model)
+        take_off_fused_head(model)
         # As Accelerate does for mixed precision.
         model.forward = types.MethodType(convert_outputs_to_fp32(model.forward.__func__), model)
     assert torch.equal(logits(model), expected)
@@ -373,11 +374,9 @@ DOES_NOT = {
     "Gemma2": functools.partial(small, "Gemma2", query_pre_attn_scalar=16, sliding_window=8),
     "Gemma3": functools.partial(small, "Gemma3", "Text", query_pre_attn_scalar=16, sliding_window=8),
     "Mamba": functools.partial(small, "Mamba", state_size=8, time_step_rank=4),
-    "FalconH1": functools.partial(small, "FalconH1", mamba_d_ssm=64, lm_head_multiplier=1.0, **MAMBA),
+    "FalconH1": functools.partial(small, "FalconH1", mamba_d_ssm=64, **MAMBA),
     "Bamba": functools.partial(small, "Bamba", attn_layer_indices=[1], **MAMBA),
-    "Mixtral": functools.partial(
-        small, "Mixtral", num_local_experts=4, output_router_logits=False, router_aux_loss_coef=0.0
-    ),
+    "Mixtral": functools.partial(small, "Mixtral", num_local_experts=4),
 }
 
 

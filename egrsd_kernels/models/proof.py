@@ -42,9 +42,6 @@ VOCABULARY_BLOCK = 8192  # entries of the head that are held in float32 at once
 _KEPT = "_proved_heads"
 _lock = threading.RLock()  # a proof puts the model into another mode
 
-Ours = Callable[["Found", dict[str, Tensor]], tuple[Tensor, Tensor]]
-More = Callable[[Tensor], dict[str, Tensor]]
-
 
 class Behind(NamedTuple):
     """softcap · tanh(factor · z / softcap), or factor · z where softcap is None."""
@@ -87,9 +84,11 @@ def head_of(model: nn.Module) -> Head:
         ModelError: a ValueError, in one line with the difference in nats, where the logits are not
             softcap · tanh(logit_scale · (h (W + s·B A)ᵀ + b) / softcap), or depend on later tokens.
     """
-    found = _prove(model)
-    module = module_at(language_model(model), found.path)
-    return head_at(module, found.frame)
+    base, found = language_model(model), _prove(model)
+    try:
+        return head_at(module_at(base, found.path), found.frame)
+    except ModelError as refusal:  # of the mode that the model is in
+        raise ModelError(f"model: {type(base).__name__}: {refusal}") from None
 
 
 def found_in(model: nn.Module) -> Found:
@@ -114,19 +113,13 @@ def _prove(model: nn.Module) -> Found:
     return found
 
 
-def prove(
-    model: nn.Module, ours: Ours | None = None, more: Callable[[Tensor], dict[str, Tensor]] | None = None
-) -> Found:
-    """The proof itself.
-
-    ``ours(found, arguments)``: our logits and their error, default those at the head itself. ``more(input_ids)``: what
-    the model is called with beside these.
-    """
+def prove(model: nn.Module) -> Found:
+    """The proof itself."""
     model, base = unwrapped(model), language_model(model)
     name = type(base).__name__
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"), evaluating(model):
-            return _proof(model, base, ours, more)
+            return _proof(model, base)
     except torch.OutOfMemoryError:
         raise
     except Exception as failure:  # whatever a model's forward may raise
@@ -140,10 +133,9 @@ def prove(
         raise ModelError(text) from failure
 
 
-def _proof(model: nn.Module, base: nn.Module, ours: Ours | None, more: More | None) -> Found:
+def _proof(model: nn.Module, base: nn.Module) -> Found:
     ids = _probe(base)
-    other = torch.cat([ids[:, :-1], ids[:, :1]], dim=1)
-    arguments, changed = ({"input_ids": x} | (more(x) if more else {}) for x in (ids, other))
+    arguments, changed = {"input_ids": ids}, {"input_ids": torch.cat([ids[:, :-1], ids[:, :1]], dim=1)}
     with _random_adapters(model):
         with _noting_calls(base) as calls:
             own = logits_of(model(**arguments)).clone()  # nothing that follows may change it in place
@@ -156,10 +148,7 @@ def _proof(model: nn.Module, base: nn.Module, ours: Ours | None, more: More | No
         except ModelError as refusal:
             off = _off_without(model, module, own, arguments)
             raise ModelError(f"{refusal}: log p would be off by {off:.3g} nat, which is not supported") from None
-        if ours is None:
-            (logits, error), _ = run(model, path, found.frame, functools.partial(our_logits, roundoff), arguments)
-        else:
-            logits, error = ours(found, arguments)
+        (logits, error), _ = run(model, path, found.frame, functools.partial(our_logits, roundoff), arguments)
     if own.shape != logits.shape:
         raise ModelError(f"its logits are {tuple(own.shape)}, those of its head {tuple(logits.shape)}")
     off, allowed = difference(own.float(), logits, error, roundoff)
@@ -305,7 +294,8 @@ def _roundoff(logits: Tensor, dtypes: list[torch.dtype]) -> float:
 
 def _check_causal(hidden: Tensor, other: Tensor, roundoff: float) -> None:
     """A ModelError where what the head has read before the last token depends on that token."""
-    if hidden.shape != other.shape or hidden.shape[:-1] != (1, TOKENS):
+    # Prompt tuning puts rows of its own before those of the tokens.
+    if hidden.shape != other.shape or hidden.ndim != 3 or hidden.shape[0] != 1 or hidden.shape[1] < TOKENS:
         raise ModelError(f"its head reads {tuple(hidden.shape)} of a row of {TOKENS} tokens, which is not supported")
     one, two = hidden[:, :-1].float(), other[:, :-1].float()
     off = ((one - two).norm(dim=-1) / two.norm(dim=-1)).max().item()

@@ -66,8 +66,9 @@ OTHER_RUN = (
     "generation_batch_size", "generation_kwargs", "gradient_accumulation_steps", "learning_rate", "loss_type",
     "lr_scheduler_kwargs", "lr_scheduler_type", "mask_truncated_completions", "max_completion_length", "max_grad_norm",
     "min_p", "multi_objective_aggregation", "num_generations", "num_iterations", "optim", "optim_args",
-    "per_device_train_batch_size", "repetition_penalty", "reward_weights", "scale_rewards", "seed", "shuffle_dataset",
-    "steps_per_generation", "temperature", "top_k", "top_p", "warmup_ratio", "warmup_steps", "weight_decay",
+    "per_device_train_batch_size", "repetition_penalty", "reward_weights", "router_aux_loss_coef", "scale_rewards",
+    "seed", "shuffle_dataset", "steps_per_generation", "temperature", "top_k", "top_p", "warmup_ratio", "warmup_steps",
+    "weight_decay",
 )  # fmt: skip
 # Which teacher, with the defaults. A run is told by them where its teacher moves; the checkpoint knows the other kinds.
 TEACHER = {"teacher_model_kind": "base", "teacher_update_rate": 0.001, "teacher_sync_steps": 1}
@@ -199,8 +200,6 @@ class EGRSDConfig(GRPOConfig):
         for name in NOT_OURS:
             value, default = getattr(self, name), defaults[name]
             expect(value == default, name, value, f"{default!r}, as EGRSD's loss has no such term")
-        # None is the model's own coefficient: what that means is seen with the model.
-        expect(not self.router_aux_loss_coef, "router_aux_loss_coef", self.router_aux_loss_coef, "0 or None")
         if self.advantage == "welford":
             for name in GROUP_ONLY:
                 value, default = getattr(self, name), defaults[name]

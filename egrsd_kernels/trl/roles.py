@@ -46,14 +46,14 @@ class Roles:
     """Student and teacher, and how a step reads them.
 
     ``model``: the student. ``embeddings``: its input embeddings. ``as_teacher``: while what it returns is entered, the
-    model is the teacher. ``read``: (hidden, weight, bias) of prompt_ids, prompt_mask, completion_ids, completion_mask.
-    ``vocabulary``: every id below it is a token's.
+    model is the teacher. ``read``: the hidden states and the head's tensors, for prompt_ids, prompt_mask,
+    completion_ids and completion_mask. ``vocabulary``: every id below it is a token's.
     """
 
     model: nn.Module
     embeddings: nn.Module
     as_teacher: Callable[[], AbstractContextManager[None]]
-    read: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
+    read: Callable[..., tuple[Tensor, ...]]
     vocabulary: int
     pad_token_id: int
     device: torch.device
@@ -120,9 +120,9 @@ class Roles:
         return [part[rows, cut] for cut in cuts for part in (ids, mask)]
 
 
-def _leaves(outputs: Iterable[Tensor | None]) -> Iterator[Tensor]:
+def _leaves(outputs: Iterable[Tensor]) -> Iterator[Tensor]:
     """The tensors whose gradients a backward pass would make, without the pass and its memory."""
-    tensors = [output for output in outputs if output is not None and output.requires_grad]
+    tensors = [output for output in outputs if output.requires_grad]
     yield from (tensor for tensor in tensors if tensor.is_leaf)
     nodes, seen = [tensor.grad_fn for tensor in tensors], set()
     while nodes:

@@ -3,11 +3,11 @@
 Generation, reward functions, logging, checkpoints and Accelerate stay GRPOTrainer's. What is ours hangs on a few of its
 methods, each the narrowest that does the job:
 
-    __init__                          refuse what the loss cannot honour; let the model hand out hidden states
+    __init__                          refuse what the loss cannot honour; prove the model's head
     _calculate_rewards                no infinite reward; length-shaped reward; remember those of all processes
     _generate_and_score_completions   Welford advantages; one teacher pass over the fresh rollouts
     _prepare_inputs                   the loss's normaliser and entropy scale, over an optimizer step and all processes
-    _compute_loss                     fused_egrsd_loss inside the model's own forward; metrics; export of rollouts
+    _compute_loss                     fused_egrsd_loss where the model would make logits; metrics; export of rollouts
     log                               tokens per second begin anew
     train                             which run goes on, in which folder
     _save_rng_state, _load_rng_state  everything else that a bit-exact resume needs
@@ -32,12 +32,14 @@ from accelerate.utils import gather_object, is_peft_model, send_to_device
 from torch import Tensor
 from trl import GRPOTrainer
 
-from egrsd_kernels import TokenStats, fused_egrsd_loss, token_statistics
+from egrsd_kernels import TokenStats, fused_egrsd_loss, head_of, token_statistics, with_head
 from egrsd_kernels.credit import Lookahead, batch_max, lookahead_entropy
+from egrsd_kernels.models.places import tensors_of
 from egrsd_kernels.models.proof import evaluating
 from egrsd_kernels.rl import TWO_TURN, Message, WelfordAdvantage, length_shaped_reward
 from egrsd_kernels.rollouts import Rollout, write_rollouts
 
+from .calling import Called, in_training, inputs_of
 from .checkpoint import (
     EndAtMaxSteps,
     ResumableSampler,
@@ -51,9 +53,8 @@ from .checkpoint import (
 from .config import EGRSDConfig
 from .context import Reader, check_columns, check_rows, context_window, privileged_conversation, row_name
 from .export import rollout_file, rollouts_of
-from .hidden import hand_out_hidden_states
+from .fused_head import adapters_on_head_allowed, take_off_fused_head
 from .metrics import peak_memory_gib, token_metrics
-from .proof import prove_head
 from .rewards import LARGEST, checked, excerpt, without_infinite
 from .roles import Roles, check_trained, weights_at_hand
 from .teacher import AdaptersOff, EarlierWeights, MoveTeacher, make_teacher, pad_prompts
@@ -121,25 +122,20 @@ class EGRSDTrainer(GRPOTrainer):
                 raise ValueError("eval_dataset: expected at least 1 row, got 0")
         for name, dataset in datasets.items():
             check_columns(name, dataset, args.solution_column)
-        super().__init__(model, reward_funcs, args, **datasets, **kwargs)
+        with adapters_on_head_allowed():
+            super().__init__(model, reward_funcs, args, **datasets, **kwargs)
         if self.get_tp_size() > 1:
             raise ValueError("deepspeed: expected autotp_size 1, tensor parallelism is not supported")
         if self.processing_class.chat_template is None:
             raise ValueError("processing_class: expected a tokenizer with a chat template, which this model's has not")
         if self._is_vlm:
             raise ValueError("model: vision-language models are not supported")
-        if self.aux_loss_enabled:
-            raise ValueError(
-                "router_aux_loss_coef: set it to 0 to train this mixture of experts without its router's "
-                f"load-balancing loss (its own coefficient is {self.router_aux_loss_coef}), which is not supported"
-            )
         check_trained(self.model, self.optimizer)
         self._teacher_template = teacher_template
         for name, dataset in datasets.items():
             check_rows(name, dataset, self._reader)
 
-        base = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        hand_out_hidden_states(base)
+        take_off_fused_head(self.model.get_base_model() if is_peft_model(self.model) else self.model)
         zero_stage = getattr(self.accelerator.state.deepspeed_plugin, "zero_stage", 0)
         self._sharded = self.is_fsdp_enabled or zero_stage == 3
         kind, rate = self.args.teacher_model_kind, self.args.teacher_update_rate  # EGRSDConfig has put in the defaults
@@ -151,6 +147,7 @@ class EGRSDTrainer(GRPOTrainer):
             self._prove()
         self.welford = WelfordAdvantage(args.welford_warmup_steps)
         self._step_stats: list[Tensor] = []  # (fields of TokenStats, valid tokens) of the optimizer step so far
+        self._step_aux: list[Tensor] = []  # load-balancing losses, one a micro-batch
         self._step_rollouts: list[Rollout] = []
         self._export_failed = False
         named = zip(self.reward_funcs, self.reward_func_names, strict=True)
@@ -164,9 +161,13 @@ class EGRSDTrainer(GRPOTrainer):
 
     def _prove(self) -> None:
         """Run the model on a few tokens: what we compute is what it computes, and each has its role."""
-        with self.accelerator.autocast():
-            self._softcap = prove_head(self.model)
-        self._vocab_size = self.accelerator.unwrap_model(self.model).get_output_embeddings().out_features
+        called = Called(self.model, self.aux_loss_enabled)
+        with self.accelerator.autocast(), in_training(self.model):
+            head = head_of(called)
+        if head.low_rank is not None and isinstance(self.teacher, AdaptersOff):  # whose head is another
+            with self.accelerator.autocast(), self._as_teacher():
+                head_of(called)
+        self._vocab_size = getattr(head.weight, "ds_shape", head.weight.shape)[0]  # ZeRO-3 has taken the rows away
         self._check_roles()
         self._proved = True
 
@@ -176,7 +177,7 @@ class EGRSDTrainer(GRPOTrainer):
             model=self.model,
             embeddings=self.accelerator.unwrap_model(self.model).get_input_embeddings(),
             as_teacher=self._as_teacher,
-            read=lambda *row: self._read(lambda *read: read, self.model, *row),
+            read=lambda *row: self._read(lambda hidden, head: (hidden, *tensors_of(head)), self.model, *row)[0],
             vocabulary=min(self._vocab_size, len(self.processing_class)),
             pad_token_id=self._pad_token_id,
             device=self.accelerator.device,
@@ -285,18 +286,15 @@ class EGRSDTrainer(GRPOTrainer):
         with evaluating(self.model), self.teacher.active():
             yield
 
-    def _read(self, function: Callable, model, prompt_ids, prompt_mask, completion_ids, completion_mask) -> Any:
-        """function(hidden, weight, bias), with the (B, T, D) hidden states that predict the completion's tokens."""
-        mask = torch.cat([prompt_mask, completion_mask], dim=1)
-        width = completion_ids.shape[1]
+    def _read(self, function: Callable, model, prompt_ids, prompt_mask, completion_ids, completion_mask, router=False):
+        """(function(hidden, head), output), with the (B, T, D) hidden states that predict the completion's tokens."""
+        ids, mask = torch.cat([prompt_ids, completion_ids], dim=1), torch.cat([prompt_mask, completion_mask], dim=1)
+        # Prompts are padded on the left, so every completion begins in the same column and is predicted one column
+        # earlier. That holds for student and teacher, whatever the lengths of their prompts.
+        rows = slice(-completion_ids.shape[1] - 1, -1)
         with self.accelerator.autocast():
-            return model(
-                input_ids=torch.cat([prompt_ids, completion_ids], dim=1),
-                attention_mask=mask,
-                position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-                # Prompts are padded on the left, so every completion begins in the same column and is predicted one
-                # column earlier. That holds for student and teacher, whatever the lengths of their prompts.
-                read_hidden=lambda hidden, weight, bias: function(hidden[:, -width - 1 : -1], weight, bias),
+            return with_head(
+                model, lambda hidden, head: function(hidden[:, rows], head), **inputs_of(ids, mask, router)
             )
 
     @torch.no_grad()
@@ -309,12 +307,11 @@ class EGRSDTrainer(GRPOTrainer):
                 target_ids=completion_ids[rows],
                 mask=mask[rows],
                 temperature=self.temperature,
-                softcap=self._softcap,
                 backend=self.args.backend,
                 chunk_bytes=self.args.chunk_mib << 20,
             )
             batch = (x[rows] for x in (prompt_ids, prompt_mask, completion_ids, completion_mask))
-            out = self._read(lambda h, w, b, f=statistics: f(h, w, bias=b), self.model, *batch)
+            out, _ = self._read(statistics, self.model, *batch)
             parts.append((out.logp, out.entropy))
         return tuple(torch.cat(x) for x in zip(*parts, strict=True))
 
@@ -409,14 +406,13 @@ class EGRSDTrainer(GRPOTrainer):
             advantages = (advantages[:, None] * ratio).expand(mask.shape)
         args = self.args
 
-        def loss_of(hidden, weight, bias):
+        def loss_of(hidden, head):
             return fused_egrsd_loss(
                 hidden,
-                weight,
+                head,
                 None,
                 inputs["completion_ids"],
                 advantages,
-                student_bias=bias,
                 mask=mask,
                 teacher_logp=inputs["teacher_logp"],
                 teacher_entropy=inputs["teacher_entropy"],
@@ -429,7 +425,6 @@ class EGRSDTrainer(GRPOTrainer):
                 entropy_scale=inputs["entropy_scale"],
                 min_entropy_scale=args.min_entropy_scale,
                 temperature=self.temperature,
-                softcap=self._softcap,
                 normalizer=inputs["normalizer"],
                 backend=args.backend,
                 grad_mode=args.grad_mode,
@@ -439,8 +434,14 @@ class EGRSDTrainer(GRPOTrainer):
             )
 
         keys = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
-        loss, stats = self._read(loss_of, model, *(inputs[key] for key in keys))
+        batch = (inputs[key] for key in keys)
+        (loss, stats), output = self._read(loss_of, model, *batch, router=self.aux_loss_enabled)
         self._step_stats.append(torch.stack(stats)[:, mask])
+        if self.aux_loss_enabled:
+            # As TRL weighs it: the mean over micro-batches, whatever their tokens.
+            accumulation = self.current_gradient_accumulation_steps if self._mode == "train" else 1
+            loss = loss + self.router_aux_loss_coef * output.aux_loss / accumulation
+            self._step_aux.append(output.aux_loss.detach())
         step = self.state.global_step + 1
         export = self._mode == "train" and args.rollout_steps and step % args.rollout_steps == 0
         if export:
@@ -476,6 +477,9 @@ class EGRSDTrainer(GRPOTrainer):
             "gamma": self.gamma,
             "peak_memory_gib": self.accelerator.gather(memory).max().item(),
         }
+        if self._step_aux:
+            metrics["aux_loss"] = self.accelerator.gather(torch.stack(self._step_aux)).mean().item()
+            self._step_aux.clear()
         for name, value in metrics.items():
             self._metrics[self._mode][name].append(value)
         # TRL logs a mean over steps, of which only some generate: hence one value, of all tokens and all the time.
