@@ -55,9 +55,16 @@ def test_loss(call):
     same(call(loss))
 
 
-def test_linear_logp(call):
+@pytest.mark.parametrize("keep_bytes", [0, 8 * 50 * 4, 1 << 30], ids=["nothing kept", "8 rows kept", "all kept"])
+@pytest.mark.parametrize("entropy_grad", [False, True], ids=["logp", "entropy"])
+def test_linear_logp(call, keep_bytes, entropy_grad):
     def logp(hidden, weight, target_ids, mask, advantages, chunk_bytes):
-        return [linear_logp(hidden, weight, target_ids, mask=mask, backend="torch", chunk_bytes=chunk_bytes)]
+        options = {"backend": "torch", "chunk_bytes": chunk_bytes, "keep_bytes": keep_bytes}
+        out = linear_logp(
+            hidden, weight, target_ids, mask=mask, return_entropy=True, entropy_grad=entropy_grad, **options
+        )
+        # Some rows have no gradient.
+        return [(out[0] + out[1] * entropy_grad)[:, ::2], *out]
 
     same(call(logp))
 

@@ -199,7 +199,7 @@ class _Sums:
             row_gradient = torch.zeros_like(h)
             for block, weight in _head_blocks(self.head.weight, self.dtype):
                 row_gradient.addmm_(dz[:, block], weight)
-            # Added, where most is 0: rows that this pass leaves alone may have had their gradient in an earlier one.
+            # Added: a row of another chunk's may be here again, with nothing.
             self.d_hidden.view(-1, self.d_hidden.shape[-1])[index] += row_gradient.to(self.d_hidden.dtype)
         if self.d_weight is not None:
             self.d_weight.addmm_(dz.t(), h[:, self.needs.first_column :])
@@ -251,13 +251,11 @@ def keep(
         sums = _Sums(head, temperature, hidden, target_ids, first, needs)
         while chunks:
             sums.add(chunks.pop(), gradient, of_entropy)
-        if others.order.numel():
-            again = needed.index_fill(0, first.order.long(), False)
-            sums.turn_to(Rows.build(again, again))
-            for chunk in _passes(
-                head, temperature, hidden, target_ids, sums.rows, chunk_bytes, torch.zeros_like(gradient)
-            ):
-                sums.add(chunk, gradient, of_entropy)
+        again = needed.index_fill(0, first.order.long(), False)
+        # Those that may need it, and no more: where no count was asked for, all of them are worked on.
+        sums.turn_to(Rows.build(again, again).split(len(others.order))[0])
+        for chunk in _passes(head, temperature, hidden, target_ids, sums.rows, chunk_bytes, torch.zeros_like(gradient)):
+            sums.add(chunk, gradient, of_entropy)
         return sums.finish()
 
     return kept
