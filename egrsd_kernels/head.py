@@ -41,7 +41,7 @@ class Head:
         return partial(Head, logit_scale=self.logit_scale, softcap=self.softcap)
 
     def join(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(``[h, u]``, B) with h (W + s·B A)ᵀ = ``[h, u] [W, B]ᵀ``, where u = s·h Aᵀ; (h, None) without a low-rank part.
+        """(``[h, u]``, B) with h (W + s·B A)ᵀ = ``[h, u] [W, B]ᵀ`` and u = s·h Aᵀ; (h, None) without a low-rank part.
 
         u is made as by a linear layer in the hidden states' dtype; B gets the weight's. Differentiable in h, A and B.
         The rank is filled up with zeros to a multiple of RANK_STEP.

@@ -83,12 +83,12 @@ class _LinearLogp(torch.autograd.Function):
             again = () if sparse is None else (*operands, sparse.dropped, sparse.mass)
             ctx.save_for_backward(finish(None).hidden, *again)
         else:
+            found = logp, entropy, logsumexp
             if any(needs) and sparse_tol is None:
-                found = logp, entropy, logsumexp
                 room = options.keep_bytes, options.chunk_bytes
                 ctx.kept = backend.keep(*problem, found, needs, options.entropy_grad, *room)
             else:
-                logp, entropy, logsumexp = backend.statistics(*problem, options.chunk_bytes)
+                backend.statistics(*problem, found, options.chunk_bytes)
             # Of entropies without a gradient nothing is needed again; others may be changed in place.
             known = (entropy.clone(), logsumexp) if options.entropy_grad else (None, None)
             ctx.save_for_backward(*operands, valid, *known)

@@ -19,6 +19,7 @@ from .backends import (
     Needs,
     Sparse,
     choose,
+    no_statistics,
     power_of_two,
 )
 from .checks import expect, number
@@ -78,7 +79,8 @@ class _Minibatch:
             if sparse is not None:
                 bound.copy_(sparse.error_bound(token_advantage))
         else:
-            logp.copy_(self.backend.statistics(*problem, self.chunk_bytes)[0])
+            others = torch.zeros_like(logp), torch.zeros_like(logp)
+            self.backend.statistics(*problem, (logp, *others), self.chunk_bytes)
             credit(0, logp.numel())
         return terms.sum() / self.normalizer, stats, finish
 
@@ -312,7 +314,8 @@ def fused_egrsd_loss(
             described = isinstance(student_weight, Head)
             read = _teacher(teacher_hidden, teacher_weight, teacher_bias, student_hidden, student, described)
             states, teacher = read[1].joined(checks.batched(read[0]))
-            logp, entropy, _ = ops.statistics(teacher, temperature, states, flat_targets, rows, chunk_bytes)
+            logp, entropy, _ = out = no_statistics(n, states)
+            ops.statistics(teacher, temperature, states, flat_targets, rows, out, chunk_bytes)
         logp, entropy = logp.to(dtype), entropy.to(dtype)
         end_of_sequence = (boundaries[1:] - 1)[sequence].clamp(max=n - 1).to(torch.int32)
         lookahead_entropy = ops.lookahead_entropy(entropy, valid, end_of_sequence, window)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .backends import DEFAULT_CHUNK_BYTES, choose
+from .backends import DEFAULT_CHUNK_BYTES, choose, no_statistics
 from .eager import eager
 from .head import Head
 from .rows import Rows
@@ -59,5 +59,6 @@ def token_statistics(
     with torch.cuda.device_of(hidden):
         rows = Rows.build(valid, valid)
         states, head = head.joined(checks.batched(hidden))
-        out = ops.statistics(head, temperature, states, flat_targets, rows, chunk_bytes)
+        out = no_statistics(valid.numel(), states)
+        ops.statistics(head, temperature, states, flat_targets, rows, out, chunk_bytes)
     return TokenStatistics(*(x.view(target_ids.shape) for x in out))

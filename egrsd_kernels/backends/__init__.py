@@ -11,13 +11,23 @@ from torch import Tensor
 
 from egrsd_kernels.checks import describe, expect
 
-from .protocol import DEFAULT_CHUNK_BYTES, Backend, Credit, EntropyGradient, Finish, Gradients, Kept, Needs
+from .protocol import (
+    DEFAULT_CHUNK_BYTES,
+    Backend,
+    Credit,
+    EntropyGradient,
+    Finish,
+    Gradients,
+    Kept,
+    Needs,
+    no_statistics,
+)
 from .scaling import power_of_two
 from .sparsity import DEFAULT_SPARSE_TOL, Sparse, exceeding
 
 __all__ = [
     "DEFAULT_CHUNK_BYTES", "DEFAULT_SPARSE_TOL", "Backend", "Credit", "EntropyGradient", "Finish", "Gradients", "Kept",
-    "Needs", "Sparse", "choose", "exceeding", "power_of_two",
+    "Needs", "Sparse", "choose", "exceeding", "no_statistics", "power_of_two",
 ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from egrsd_kernels.credit import CreditOptions, Lookahead, TokenStats
-from egrsd_kernels.head import Head
+from egrsd_kernels.head import Head, compute_dtype
 from egrsd_kernels.rows import Rows
 
 from .sparsity import Sparse
@@ -62,6 +62,16 @@ Credit = Callable[[int, int], Tensor]
 the rows before them."""
 
 
+Statistics = tuple[Tensor, Tensor, Tensor]
+"""(logp, entropy, logsumexp), each (N,), zeros to begin with."""
+
+
+def no_statistics(n: int, hidden: Tensor) -> Statistics:
+    """Zeros, of n rows of such hidden states."""
+    logp, entropy, logsumexp = torch.zeros(3, n, dtype=compute_dtype(hidden.dtype), device=hidden.device).unbind()
+    return logp, entropy, logsumexp
+
+
 class EntropyGradient(NamedTuple):
     """dL/dentropy (N,), and what an earlier pass said of the same rows: entropy and logsumexp (N,), in nats."""
 
@@ -85,9 +95,10 @@ class Backend(Protocol):
         """Whether it works on operands of this dtype and device."""
 
     def statistics(
-        self, head: Head, temperature: float, hidden: Tensor, target_ids: Tensor, rows: Rows, chunk_bytes: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(logp, entropy, logsumexp), each (N,), in nats, 0 at masked rows."""
+        self, head: Head, temperature: float, hidden: Tensor, target_ids: Tensor, rows: Rows, out: Statistics,
+        chunk_bytes: int,
+    ) -> None:  # fmt: skip
+        """Write ``out`` in nats, 0 at masked rows."""
 
     def lookahead_entropy(self, entropy: Tensor, valid: Tensor, seq_end: Tensor, lookahead: Lookahead) -> Tensor:
         """See :func:`egrsd_kernels.credit.lookahead_entropy`."""
@@ -114,10 +125,10 @@ class Backend(Protocol):
 
     def keep(
         self, head: Head, temperature: float, hidden: Tensor, target_ids: Tensor, rows: Rows,
-        statistics: tuple[Tensor, Tensor, Tensor], needs: Needs, entropy_gradient: bool, keep_bytes: int,
+        out: Statistics, needs: Needs, entropy_gradient: bool, keep_bytes: int,
         chunk_bytes: int,
     ) -> Kept:  # fmt: skip
-        """Write (logp, entropy, logsumexp), as :meth:`statistics` returns them, and keep what gradients are made of.
+        """Write ``out``, as :meth:`statistics` does, and keep what gradients are made of.
 
         Of as many rows as ``keep_bytes`` allow; the others' is made again. entropy_gradient: whether there will be one.
         """

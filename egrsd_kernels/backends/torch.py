@@ -17,7 +17,7 @@ from egrsd_kernels.credit import lookahead_entropy, token_credit
 from egrsd_kernels.head import Head, compute_dtype
 from egrsd_kernels.rows import Rows
 
-from .protocol import Credit, EntropyGradient, Finish, Gradients, Kept, Needs
+from .protocol import Credit, EntropyGradient, Finish, Gradients, Kept, Needs, Statistics
 from .scaling import scaled
 from .sparsity import Sparse
 
@@ -131,13 +131,11 @@ def _passes(
 
 
 def statistics(
-    head: Head, temperature: float, hidden: Tensor, target_ids: Tensor, rows: Rows, chunk_bytes: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(logp, entropy, logsumexp), each (N,), in nats, 0 at masked rows."""
-    logp, entropy, logsumexp = (torch.zeros_like(target_ids, dtype=compute_dtype(hidden.dtype)) for _ in range(3))
-    for _ in _passes(head, temperature, hidden, target_ids, rows, chunk_bytes, logp, entropy, logsumexp):
+    head: Head, temperature: float, hidden: Tensor, target_ids: Tensor, rows: Rows, out: Statistics, chunk_bytes: int
+) -> None:
+    """See :meth:`~.protocol.Backend.statistics`."""
+    for _ in _passes(head, temperature, hidden, target_ids, rows, chunk_bytes, *out):
         pass
-    return logp, entropy, logsumexp
 
 
 class _Sums:
@@ -234,15 +232,14 @@ def student_pass(
 
 def keep(
     head: Head, temperature: float, hidden: Tensor, target_ids: Tensor, rows: Rows,
-    statistics: tuple[Tensor, Tensor, Tensor], needs: Needs, entropy_gradient: bool, keep_bytes: int, chunk_bytes: int,
+    out: Statistics, needs: Needs, entropy_gradient: bool, keep_bytes: int, chunk_bytes: int,
 ) -> Kept:  # fmt: skip
     """See :meth:`~.protocol.Backend.keep`: log p in the compute dtype, and the softcap's factor."""
     size = head.weight.shape[0] * compute_dtype(hidden.dtype).itemsize
     n = min(_count(rows, 0), keep_bytes // (size if head.softcap is None else 2 * size))
     first, others = rows.split(n)
-    chunks = list(_passes(head, temperature, hidden, target_ids, first, 3 * max(1, n * size), *statistics))
-    for _ in _passes(head, temperature, hidden, target_ids, others, chunk_bytes, *statistics):
-        pass
+    chunks = list(_passes(head, temperature, hidden, target_ids, first, 3 * max(1, n * size), *out))
+    statistics(head, temperature, hidden, target_ids, others, out, chunk_bytes)
 
     def kept(
         head: Head, hidden: Tensor, gradient: Tensor, of_entropy: EntropyGradient | None, needed: Tensor,

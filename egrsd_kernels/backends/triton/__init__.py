@@ -21,7 +21,7 @@ from torch import Tensor
 from egrsd_kernels.head import Head
 from egrsd_kernels.rows import Rows
 
-from ..protocol import Credit, EntropyGradient, Finish, Gradients, Kept, Needs
+from ..protocol import Credit, EntropyGradient, Finish, Gradients, Kept, Needs, Statistics
 from ..sparsity import Sparse
 from .common import ROW_TILE, interpreted
 from .credit import lookahead_entropy, token_credit
@@ -46,18 +46,9 @@ def takes(hidden: Tensor) -> bool:
 
 
 def statistics(
-    head: Head, temperature: float, hidden: Tensor, target_ids: Tensor, rows: Rows, chunk_bytes: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    head: Head, temperature: float, hidden: Tensor, target_ids: Tensor, rows: Rows, out: Statistics, chunk_bytes: int
+) -> None:
     """See :meth:`..protocol.Backend.statistics`."""
-    n = target_ids.numel()
-    logp, entropy, logsumexp = (torch.zeros(n, dtype=torch.float32, device=hidden.device) for _ in range(3))
-    _statistics(head, temperature, hidden, target_ids, rows, logp, entropy, logsumexp)
-    return logp, entropy, logsumexp
-
-
-def _statistics(
-    head: Head, temperature: float, hidden: Tensor, target_ids: Tensor, rows: Rows, *out: Tensor
-) -> None:  # fmt: skip
     n = len(rows.order)
     if n:
         chunk = Chunk(head, temperature, min(STATISTICS_ROWS, ceil_div(n, ROW_TILE) * ROW_TILE), machine(head.weight))
@@ -98,7 +89,7 @@ def work_through(
 
 def keep(
     head: Head, temperature: float, hidden: Tensor, target_ids: Tensor, rows: Rows,
-    statistics: tuple[Tensor, Tensor, Tensor], needs: Needs, entropy_gradient: bool, keep_bytes: int, chunk_bytes: int,
+    out: Statistics, needs: Needs, entropy_gradient: bool, keep_bytes: int, chunk_bytes: int,
 ) -> Kept:  # fmt: skip
     """See :meth:`..protocol.Backend.keep`."""
     if not target_ids.numel():
@@ -108,25 +99,25 @@ def keep(
     plan, room = kept_plan(*shape, how, keep_bytes, needs)
     first, others = rows.split(room)
     problem = head, temperature, hidden, target_ids
-    passed = KeptPass(*problem, first, room, how, plan, needs, entropy_gradient, statistics) if room else None
-    _statistics(*problem, others, *statistics)
+    passed = KeptPass(*problem, first, room, how, plan, needs, entropy_gradient, out) if room else None
+    statistics(*problem, others, out, chunk_bytes)
 
     def kept(
         head: Head, hidden: Tensor, gradient: Tensor, of_entropy: EntropyGradient | None, needed: Tensor,
         chunk_bytes: int,
     ) -> Finish:  # fmt: skip
-        left, out = len(others.order), None
+        left, sums = len(others.order), None
         if passed is not None:
-            out = Outputs.of(head, hidden, needs, whole=not left)
-            product = passed.gradients(head, gradient, of_entropy, out)
+            sums = Outputs.of(head, hidden, needs, whole=not left)
+            product = passed.gradients(head, gradient, of_entropy, sums)
             if not left:
-                return finishing(head, out, None if product is None else product.rounded)
-            if product is not None and out.weight is not None:
-                product(out.weight)
+                return finishing(head, sums, None if product is None else product.rounded)
+            if product is not None and sums.weight is not None:
+                product(sums.weight)
             del product
             passed.forget()  # the others' exponentials take the memory
         again = needed.index_fill(0, first.order.long(), False)
-        work = ExactGradients(head, temperature, hidden, how, chunk_bytes, needs, left, False, of_entropy, out)
+        work = ExactGradients(head, temperature, hidden, how, chunk_bytes, needs, left, False, of_entropy, sums)
         left_rows = Rows.build(again, again)
         return work_through(work, hidden, target_ids, left_rows, left, torch.zeros_like(gradient), lambda *_: gradient)
 

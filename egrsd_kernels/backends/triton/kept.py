@@ -8,7 +8,7 @@ from torch import Tensor
 from egrsd_kernels.head import Head
 from egrsd_kernels.rows import Rows
 
-from ..protocol import EntropyGradient, Needs
+from ..protocol import EntropyGradient, Needs, Statistics
 from .common import Machine
 from .gather import Chunk
 from .gradient import ChunkGradients, HeadProduct, Outputs
@@ -27,9 +27,9 @@ class KeptPass:
 
     def __init__(
         self, head: Head, temperature: float, hidden: Tensor, target_ids: Tensor, rows: Rows, n: int, how: Machine,
-        plan: Plan, needs: Needs, entropy_gradient: bool, statistics: tuple[Tensor, Tensor, Tensor],
+        plan: Plan, needs: Needs, entropy_gradient: bool, out: Statistics,
     ):  # fmt: skip
-        """Write (logp, entropy, logsumexp) of the rows."""
+        """Write ``out`` of the rows."""
         self.rows, self.plan, self.needs = rows, plan, needs
         self.matrix = hidden.new_empty(n, plan.slice_tiles * how.configs.vocab.cols)
         self.hidden = hidden.new_empty(n if needs.head else plan.rows, hidden.shape[-1])
@@ -43,7 +43,7 @@ class KeptPass:
             stored = StoringPass(chunk, plan.slice_tiles, what, moment=True, memory=memory)
             gradients = ChunkGradients(chunk, Plan(size, plan.slice_tiles, 0), None, needs.head, stored=stored)
             chunk.gather(hidden, target_ids, rows, first_row)
-            gradients.forward(rows.order[first_row:], *statistics)
+            gradients.forward(rows.order[first_row:], *out)
             gradients.let_go()
             self.chunks.append(gradients)
 
