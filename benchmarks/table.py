@@ -200,9 +200,32 @@ def end_to_end_section(path: Path) -> list[str]:
     ]
 
 
+def losses_section(path: Path) -> list[str]:
+    report = json.loads(path.read_text(encoding="utf-8"))
+    shapes = report["shapes"]
+    names = dict.fromkeys(row["name"] for shape in shapes for row in shape["rows"])
+    found = [{row["name"]: row for row in shape["rows"]} for shape in shapes]
+
+    def cell(row: dict) -> str:
+        return (
+            f"{row['ratio']:.2f} ×, {row['peak_mib'] or 0:,.0f} MiB" if "ms" in row else row["note"].replace("|", "/")
+        )
+
+    headings = (f"{model(shape['hidden_size'])}, N = {shape['tokens']:,}" for shape in shapes)
+    return [
+        "`linear_logp` behind any loss: a forward and a backward pass over the bare products, 2 for a frozen head and "
+        f"3 for a trained one, and the peak, on one {report['device']}. What the backward pass needs is kept whole, "
+        "kept as far as 1 GiB goes (the default of `keep_bytes`), or made again:",
+        table(["", *headings], [[name, *(cell(rows[name]) for rows in found)] for name in names]),
+        f"Commit {report['commit']}. All figures: [{path.name}](results/{path.name}). To rerun:",
+        commands_of([report], path),
+    ]
+
+
 def section(results: Path) -> str:
     """What stands in benchmarks/README.md; the same result files give the same text."""
     blocks = [block for path in sorted(results.glob("compare-*.json")) for block in compare_section(path)]
+    blocks += [block for path in sorted(results.glob("losses-*.json")) for block in losses_section(path)]
     blocks += [block for path in sorted(results.glob("end_to_end-*.json")) for block in end_to_end_section(path)]
     return "\n\n".join(blocks)
 

@@ -473,6 +473,8 @@ def test_losses_beside_the_bare_products(tmp_path, capsys, monkeypatch):
     losses.main([*options, "--output", str(path)])
     (entry,) = json.loads(path.read_text())["shapes"]
     assert [row["name"] for row in entry["rows"]] == [subject.name for subject in losses.SUBJECTS]
+    shown = "\n".join(table.losses_section(path))
+    assert all(f"\n| {row['name']} | {row['ratio']:.2f} ×, " in shown for row in entry["rows"])
     for row in entry["rows"]:
         counts = zip((1, 1, int(row["trained"])), entry["products"].values(), strict=True)
         assert row["ratio"] == pytest.approx(row["ms"] / sum(count * product["ms"] for count, product in counts))
