@@ -12,7 +12,7 @@ from torch.nn import functional as F
 RANK_STEP = 8  # rows of whole 16 bytes stay so beside a low-rank part
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Head:
     """Logits z = softcap · tanh(logit_scale · x / softcap) of x = h (W + s·B A)ᵀ + b, in nats.
 
@@ -40,22 +40,23 @@ class Head:
         """Makes the same head of another (weight, bias, low_rank=), and holds on to none of this one."""
         return partial(Head, logit_scale=self.logit_scale, softcap=self.softcap)
 
-    def join(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def join(self, hidden: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(``[h, u]``, B) with h (W + s·B A)ᵀ = ``[h, u] [W, B]ᵀ`` and u = s·h Aᵀ; (h, None) without a low-rank part.
 
         u is made as by a linear layer in the hidden states' dtype; B gets the weight's. Differentiable in h, A and B.
-        The rank is filled up with zeros to a multiple of RANK_STEP.
+        The rank is filled up with zeros to a multiple of RANK_STEP. Rows not ``wanted`` (N,) may hold anything.
         """
         if self.low_rank is None:
             return hidden, None
         a, b, scale = self.low_rank
         fill = -a.shape[0] % RANK_STEP
-        u = F.linear(hidden, F.pad(scale * a, (0, 0, 0, fill)).to(hidden.dtype))
+        rows = hidden.masked_fill(~wanted.view(*hidden.shape[:-1], 1), 0)  # else A's gradient would be 0 · NaN
+        u = F.linear(rows, F.pad(scale * a, (0, 0, 0, fill)).to(hidden.dtype))
         return torch.cat([hidden, u], -1), F.pad(b, (0, fill)).to(self.weight.dtype)
 
-    def joined(self, hidden: torch.Tensor) -> tuple[torch.Tensor, Head]:
+    def joined(self, hidden: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, Head]:
         """The same logits from other hidden states, by a head without a low-rank part."""
-        hidden, columns = self.join(hidden)
+        hidden, columns = self.join(hidden, wanted)
         return hidden, self.frame(widened(self.weight, columns), self.bias)
 
     def cap_and_temperature(self, temperature: float) -> tuple[float | None, float]:

@@ -202,7 +202,8 @@ def linear_logp(
         keep_bytes: the most that is kept between forward and backward: the exponentials of as many rows as fit, V · 2
             bytes each in 16 bits, and a trained head's hidden states beside them; on the torch backend log p in the
             compute dtype, and as much again under a softcap. The others' are made again in the backward pass, which
-            takes one more product of hidden states and head, as are all of a second backward pass. 0: nothing.
+            takes one more product of hidden states and head, as are all of a second backward pass. 0: nothing. This is
+            of each call, and saved-tensor hooks do not see it: pass 0 under checkpointing.
 
     Returns:
         float32 (float64 for float64 input), shaped like target_ids, 0 where masked; with return_entropy,
@@ -223,7 +224,7 @@ def linear_logp(
     sparse_tolerance = checks.sparse_tolerance(grad_mode, sparse_tol)
     if entropy_grad:
         checks.expect(sparse_tolerance is None, "grad_mode", grad_mode, '"exact", since entropy_grad is True')
-    states, columns = head.join(checks.batched(hidden))
+    states, columns = head.join(checks.batched(hidden), valid)
     needs = Needs.of(states, head.weight, head.bias, columns)
     options = _Options(
         temperature, ops, chunk_bytes, keep_bytes, needs, sparse_tolerance, return_entropy, entropy_grad

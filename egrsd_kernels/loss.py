@@ -299,7 +299,7 @@ def fused_egrsd_loss(
     chunk_bytes = checks.integer("chunk_bytes", chunk_bytes, low=1)
     ops = choose(backend, *(x for x in (student_hidden, teacher_hidden) if x is not None))
     sparse_tolerance = checks.sparse_tolerance(grad_mode, sparse_tol)
-    hidden, columns = student.join(checks.batched(student_hidden))
+    hidden, columns = student.join(checks.batched(student_hidden), valid & (flat_advantages != 0))
 
     with torch.cuda.device_of(student_hidden), torch.no_grad():
         rows = Rows.build(valid, flat_advantages != 0)
@@ -313,7 +313,7 @@ def fused_egrsd_loss(
             expect(unused is None, "teacher_logp, teacher_entropy", unused, "None beside teacher_hidden")
             described = isinstance(student_weight, Head)
             read = _teacher(teacher_hidden, teacher_weight, teacher_bias, student_hidden, student, described)
-            states, teacher = read[1].joined(checks.batched(read[0]))
+            states, teacher = read[1].joined(checks.batched(read[0]), valid)
             logp, entropy, _ = out = no_statistics(n, states)
             ops.statistics(teacher, temperature, states, flat_targets, rows, out, chunk_bytes)
         logp, entropy = logp.to(dtype), entropy.to(dtype)

@@ -58,7 +58,7 @@ def token_statistics(
     ops = choose(backend, hidden)
     with torch.cuda.device_of(hidden):
         rows = Rows.build(valid, valid)
-        states, head = head.joined(checks.batched(hidden))
+        states, head = head.joined(checks.batched(hidden), valid)
         out = no_statistics(valid.numel(), states)
         ops.statistics(head, temperature, states, flat_targets, rows, out, chunk_bytes)
     return TokenStatistics(*(x.view(target_ids.shape) for x in out))

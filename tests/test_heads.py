@@ -151,6 +151,27 @@ def test_linear_logp(combo, rank, keep_bytes, entropy_grad):
         check_gradients(combo, leaves, want, targets.numel(), more=3.0)
 
 
+@few_combos
+def test_rows_that_do_not_count_may_hold_anything(combo):
+    """Beside a low-rank part, too, whose product with hidden states is made of all rows at once."""
+    case = make_case(combo, bias=True, lengths=(7, 7), width=24, vocabulary=130)
+    hidden, targets = case["student_hidden"].detach().clone(), case["target_ids"]
+    mask = torch.ones_like(targets, dtype=torch.bool)
+    mask[0, 1:3] = False
+    student, advantages = make_head(combo, case, 3), torch.randn(targets.shape, device=combo.device)
+    found = []
+    for value in (0.0, math.nan):
+        hidden[~mask] = value
+        head, leaves = leaves_of(student, trained=True)
+        leaves["hidden"] = hidden.clone().requires_grad_()
+        options = {"mask": mask, "backend": combo.backend}
+        linear_logp(leaves["hidden"], head, targets, **options).sum().backward()
+        teacher = {"teacher_weight": make_head(combo, case, 0)}
+        fused_egrsd_loss(leaves["hidden"], head, hidden, targets, advantages, **teacher, **options).backward()
+        found.append({name: leaf.grad for name, leaf in leaves.items()})
+    assert all(torch.equal(gradient, found[0][name]) for name, gradient in found[1].items())
+
+
 @all_combos
 @pytest.mark.parametrize("rank", [*RANKS, 0])
 def test_statistics(combo, rank):

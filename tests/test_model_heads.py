@@ -300,6 +300,36 @@ def test_results_may_be_differentiated_twice():
 # ------------------------------------------------------------------------------------------- one call, and no trace
 
 
+def test_results_may_be_changed_in_place():
+    model = Strange()
+    loss, _ = with_head(model, by_head, input_ids=IDS)
+    loss /= 4
+    loss.backward()
+    found = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    (logp_of(model(input_ids=IDS)).mean() / 4).backward()
+    for gradient, parameter in zip(found, model.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad)
+
+
+def test_the_proof_leaves_modules_in_their_mode():
+    """Whatever a module's own train() does, such as to merge an adapter where it is told to evaluate."""
+
+    class Merging(nn.Linear):
+        merged = False
+
+        def train(self, mode: bool = True):
+            self.merged |= not mode
+            return super().train(mode)
+
+    model = Strange()
+    model.transform[0] = Merging(WIDTH, WIDTH)
+    model.meow.eval()
+    head_of(model)
+    modes = {name: module.training for name, module in model.named_modules()}
+    assert not model.transform[0].merged and not modes.pop("meow") and all(modes.values())
+
+
 def test_nothing_stays_after_an_exception():
     model = Strange()
     with pytest.raises(ZeroDivisionError):
@@ -412,6 +442,12 @@ def test_compiled(what):
     assert called(input_ids=IDS).logits.shape[-1] == VOCABULARY  # compiled before, and not to be taken instead
     check_same(model, called)
     assert called(input_ids=IDS).logits.shape[-1] == VOCABULARY
+
+
+def test_the_first_call_may_be_in_a_compiled_function():
+    model = tiny()
+    step = torch.compile(lambda ids: with_head(model, by_head, input_ids=ids)[0], backend="aot_eager")
+    torch.testing.assert_close(step(IDS), logp_of(model(input_ids=IDS).logits).mean())
 
 
 def test_compiled_frames_are_used_again():

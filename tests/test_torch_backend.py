@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from egrsd_kernels import fused_egrsd_loss, linear_logp, token_statistics
+from egrsd_kernels import checks, fused_egrsd_loss, linear_logp, token_statistics
 from egrsd_kernels.backends import torch as torch_backend
 from reference import egrsd_loss
 
@@ -91,3 +91,15 @@ def test_teacher_of_another_dtype(student, teacher):
     assert loss.dtype == torch.float32 and torch.isclose(loss.double(), expected, rtol=1e-5)
     for a, b in zip(stats[:-1], expected_stats, strict=True):
         assert a.dtype == torch.float32 and torch.allclose(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("keep_bytes", [1 << 30, 0], ids=["kept", "again"])
+def test_a_target_outside_the_vocabulary_makes_nan(keep_bytes, monkeypatch):
+    """Where values are not looked at, as on a GPU. An invented gradient would be taken for a real one."""
+    monkeypatch.setattr(checks, "values_checked", lambda value: False)
+    monkeypatch.setattr(torch_backend, "_count", lambda rows, which: rows.order.numel())
+    hidden, weight = (torch.randn(*shape).requires_grad_() for shape in ((3, 4), (7, 4)))
+    logp = linear_logp(hidden, weight, torch.tensor([2, 9, 6]), backend="torch", keep_bytes=keep_bytes)
+    logp.sum().backward()
+    assert logp.isnan().tolist() == [False, True, False]
+    assert hidden.grad.isnan().all(1).tolist() == [False, True, False] and weight.grad.isnan().all()

@@ -173,7 +173,10 @@ class _Sums:
         def share(of_logit: Tensor) -> Tensor:
             return torch.where(ours, of_logit[index].to(self.dtype) / self.divisor, 0)
 
+        target = self.target_ids[index]
+        inside = (target >= 0) & (target < log_p.shape[1])
         g = share(gradient)
+        g = torch.where(inside | (g == 0), g, torch.nan)
         nothing = g == 0
         if of_entropy is None:
             dz = log_p.exp_().mul_(-g[:, None])
@@ -184,7 +187,7 @@ class _Sums:
             p = log_p.exp()
             slope = log_p.add_(of_entropy.entropy[index, None]).mul_(g_entropy[:, None]).add_(g[:, None])
             dz = slope.mul_(p).neg_()
-        target = self.target_ids[index].clamp(0, dz.shape[1] - 1)[:, None]
+        target = target.clamp(0, dz.shape[1] - 1)[:, None]
         # A row sums to 0. Its target's entry as what the others leave: near p_y = 1 a difference would cancel.
         dz.scatter_(1, target, 0)
         dz.scatter_(1, target, -dz.sum(1, keepdim=True))
@@ -238,7 +241,7 @@ def keep(
     size = head.weight.shape[0] * compute_dtype(hidden.dtype).itemsize
     n = min(_count(rows, 0), keep_bytes // (size if head.softcap is None else 2 * size))
     first, others = rows.split(n)
-    chunks = list(_passes(head, temperature, hidden, target_ids, first, 3 * max(1, n * size), *out))
+    chunks = list(_passes(head, temperature, hidden, target_ids, first, chunk_bytes, *out))
     statistics(head, temperature, hidden, target_ids, others, out, chunk_bytes)
 
     def kept(

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from egrsd_kernels import checks
+from egrsd_kernels.eager import eager
 from egrsd_kernels.head import Head
 
 from .errors import ModelError
@@ -62,13 +63,14 @@ class Found(NamedTuple):
         return functools.partial(Head, logit_scale=self.factor, softcap=self.softcap)
 
 
+@eager
 def head_of(model: nn.Module) -> Head:
     """The model's head as it is now, read off the model and proved against its own logits.
 
     The model runs three times on 16 tokens, in evaluation mode and without gradients; no other logits are made.
     Weights, modes and random states are afterwards what they were. Every process of a sharded model has to call it. A
-    change to the model's code or settings behind its head has to be followed by another call; :func:`with_head` makes
-    the first one itself.
+    change to the model's code, settings or weights behind its head has to be followed by another call;
+    :func:`with_head` makes the first one itself.
 
     Args:
         model: a causal language model, of transformers or any module whose forward takes ``input_ids`` (B, L) and
@@ -91,6 +93,7 @@ def head_of(model: nn.Module) -> Head:
         raise ModelError(f"model: {type(base).__name__}: {refusal}") from None
 
 
+@eager
 def found_in(model: nn.Module) -> Found:
     """What an earlier proof has found, while its head is still of the same kind; else a proof's."""
     base = language_model(model)
@@ -373,7 +376,9 @@ def _head_among(base: Any, calls: Sequence[_Call], width: int) -> tuple[str, Ten
 def evaluating(model: nn.Module) -> Iterator[None]:
     """No dropout and no gradient checkpointing; afterwards each module is in its own mode again."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    # Flags alone, both ways: a module's own eval() may do more than train() takes back.
+    for module in training:
+        module.training = False
     try:
         yield
     finally:

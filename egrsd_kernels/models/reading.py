@@ -189,7 +189,7 @@ class _Carry(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, column: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        return (column.clone(), *(tensor.view_as(tensor) for tensor in tensors))
+        return (column.clone(), *(tensor.detach() for tensor in tensors))
 
     @staticmethod
     def backward(ctx: Any, _: Tensor | None, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -203,7 +203,7 @@ class _Tie(torch.autograd.Function):
     def forward(ctx: Any, left: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.left = left.shape, left.dtype, left.device
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
+        return tuple(tensor.detach() for tensor in tensors)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -35,7 +35,8 @@ class Called(nn.Module):
 def in_training(model: nn.Module) -> Iterator[None]:
     """The model in training mode, where a head with dropout is refused; each module is in its own afterwards."""
     evaluating = [module for module in model.modules() if not module.training]
-    model.train()
+    for module in evaluating:
+        module.training = True
     try:
         yield
     finally:

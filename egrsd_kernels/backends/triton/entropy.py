@@ -12,8 +12,9 @@ in units of ln 2, e = 2^x and S = sum e, an entry is 2^c e (a + b x) in units of
 and the target's is what the others leave: near p_y = 1 nothing is lost to cancellation. Entries are stored by a pass
 that knows offset = logsumexp - shift, so that log2 S = shift and c = 0, and sums them. Or they are made of logits x
 that a forward pass has kept, whose sums R of e and U of e x add up to 2^c (a R + b U). Beside 16-bit operands these
-logits are float16, off by 2^-11 |x| at most: p is off by less than of a bfloat16 e, 2^-8, down to x = -11, and log p by
-far less where p is large. Near p = 1 that counts, since log p + H is small there: a bfloat16 e would leave no digit.
+logits are float16, off by 2^-11 |x| at most: p is off by less than of a bfloat16 e, 2^-8, for |x| up to 11. Beyond, the
+entries are small, or the target is: from p_y = 2^-32 on the offset is logsumexp, so that no x is above 32. Near p = 1
+that counts, since log p + H is small there: a bfloat16 e would leave no digit.
 """
 
 from __future__ import annotations

@@ -28,8 +28,9 @@ from .plan import ceil_div
 
 # Row tiles that share their pass over the vocabulary, so that a tile of the head is read from L2 by all of them.
 GROUP = 16
-# Above this sum of exponentials the products with the head could leave float32; the row's offset is then unsuited.
-SUM_LIMIT = tl.constexpr(2.0**100)
+# Above this sum of exponentials a row's offset is unsuited. The products with the head could leave float32, and of
+# stored logits the largest would have few digits behind the point.
+SUM_LIMIT = {"exponentials": 2.0**100, "logits": 2.0**32, "gradient": 2.0**100}
 # Stands for all smaller x, whose e^x is 0: float16 holds it.
 LEAST = tl.constexpr(-30000.0)
 # Rows of a program that goes through all tiles of its rows, so many at a time.
@@ -165,13 +166,13 @@ def combine_statistics_kernel(
 @triton.jit
 def combine_sums_kernel(
     tile_stats, logit, offset, order, row_counts, retry, others, total, moment, logp, entropy, logsumexp,
-    n_slots, col_tiles, ROW_BLOCK: tl.constexpr, TILE_BLOCK: tl.constexpr,
+    n_slots, col_tiles, limit, ROW_BLOCK: tl.constexpr, TILE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """others = the sum of a row's sums, total = others + e^(z_y - offset), log p = z_y - offset - log total, in nats.
 
     Grid: (n_slots / ROW_BLOCK,). tile_stats: (1 or 2, col_tiles, n_slots) float32. others, total: (n_slots,) float32.
     moment: (n_slots,) float32 = the sum of a row's U, or None. logp, entropy, logsumexp: (N,) float32, in nats, or
-    None; the last two with ``moment`` only. retry: becomes row_counts if any total reaches SUM_LIMIT; or None.
+    None; the last two with ``moment`` only. retry: becomes row_counts if any total reaches ``limit``; or None.
     """
     n_valid = tl.load(row_counts)
     r = tl.program_id(0) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
@@ -205,7 +206,7 @@ def combine_sums_kernel(
         if logsumexp is not None:
             tl.store(logsumexp + row, (base + log_s) * LN2, mask=ours)
         if retry is not None:  # a NaN target logit is a target outside the vocabulary: no offset would help
-            unsuited = tl.max(tl.where(s < SUM_LIMIT, 0, (ours & (z == z)).to(tl.int32)), 0)
+            unsuited = tl.max(tl.where(s < limit, 0, (ours & (z == z)).to(tl.int32)), 0)
             # Every program that has such a row stores the same two numbers.
             tl.store(retry, n_valid, mask=unsuited > 0)
             tl.store(retry + 1, tl.load(row_counts + 1), mask=unsuited > 0)
@@ -292,10 +293,10 @@ class StoringPass(VocabPass):
         """After the last slice: total (rows,) = Σ e^x, others (rows,) the same without the target, ``moment`` (rows,)
         Σ e^x x without it; and log p, entropy and logsumexp (nats) of row i at order[i] of ``out``, where not None.
 
-        A row whose total reaches 2^100 sets ``retry``, where that is given.
+        A row whose total reaches its limit sets ``retry``, where that is given.
         """
         chunk = self.chunk
         combine_sums_kernel[(triton.cdiv(chunk.rows, ROW_BLOCK),)](
             self.sums, chunk.logit, chunk.offset, order, row_counts, retry, others, total, moment, *out,
-            chunk.rows, self.col_tiles, ROW_BLOCK=ROW_BLOCK, TILE_BLOCK=TILE_BLOCK,
+            chunk.rows, self.col_tiles, SUM_LIMIT[self.what], ROW_BLOCK=ROW_BLOCK, TILE_BLOCK=TILE_BLOCK,
         )  # fmt: skip
