@@ -299,7 +299,7 @@ def fused_egrsd_loss(
     chunk_bytes = checks.integer("chunk_bytes", chunk_bytes, low=1)
     ops = choose(backend, *(x for x in (student_hidden, teacher_hidden) if x is not None))
     sparse_tolerance = checks.sparse_tolerance(grad_mode, sparse_tol)
-    hidden, columns = student.join(checks.batched(student_hidden), valid & (flat_advantages != 0))
+    hidden, columns = student.join(checks.batched(student_hidden), valid)
 
     with torch.cuda.device_of(student_hidden), torch.no_grad():
         rows = Rows.build(valid, flat_advantages != 0)

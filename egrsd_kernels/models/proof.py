@@ -30,7 +30,7 @@ from torch.nn import functional
 
 from egrsd_kernels import checks
 from egrsd_kernels.eager import eager
-from egrsd_kernels.head import Head
+from egrsd_kernels.head import Head, compute_dtype
 
 from .errors import ModelError
 from .places import head_at, kind_of, language_model, module_at, place_of, size_of, tensors_of, unwrapped
@@ -178,7 +178,7 @@ def behind_head(logits: Tensor, size: int) -> Behind:
     if logits.shape[-1] != size:
         raise ModelError(f"it makes {logits.shape[-1]} logits of the {size} that its head returns")
     seen = logits.double()
-    steps = ladder(size, logits.device, _ladder_dtype(logits.dtype)).double()
+    steps = ladder(size, logits.device, compute_dtype(logits.dtype)).double()
     tolerance = max(1e-4, 2 * torch.finfo(logits.dtype).eps)
 
     def explains(expected: Tensor) -> bool:
@@ -211,7 +211,7 @@ def _ladder_through(
         torch.set_grad_enabled(True)
         # Not in 16 bits: rounded numbers would fit nothing.
         return (
-            ladder(size_of(module), hidden.device, _ladder_dtype(hidden.dtype)).expand(*hidden.shape[:-1], -1).clone()
+            ladder(size_of(module), hidden.device, compute_dtype(hidden.dtype)).expand(*hidden.shape[:-1], -1).clone()
         )
 
     with torch.no_grad(), redirected(module, steps):
@@ -235,10 +235,6 @@ def _off_without(model: nn.Module, module: nn.Module, own: Tensor, arguments: di
         model(**arguments)
     logp = plain_logits[0].log_softmax(-1)[..., : own.shape[-1]]
     return (logp - own.float().log_softmax(-1)).abs().nan_to_num(nan=torch.inf).max().item()
-
-
-def _ladder_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 # ------------------------------------------------------------------------------------------------------ the criterion

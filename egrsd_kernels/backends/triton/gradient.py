@@ -347,7 +347,7 @@ class ChunkGradients:
         self, chunk: Chunk, plan: Plan, out_hidden: torch.Tensor | None, head: bool, first_column: int = 0,
         stored: StoringPass | None = None,
     ):  # fmt: skip
-        self.chunk, self.configs, self.trained = chunk, chunk.configs, head
+        self.chunk, self.configs = chunk, chunk.configs
         self.shift = shift_of(chunk.hidden.dtype)
         self.vocab = StoringPass(chunk, plan.slice_tiles) if stored is None else stored
         e, self.logits = self.vocab.exponentials, self.vocab.logits
@@ -422,7 +422,7 @@ class ChunkGradients:
         factor_kernel[(triton.cdiv(chunk.rows, SLOTS),)](
             e, e.stride(0), chunk.softcap_grad, self.others, self.total, self.moment, self.slope, chunk.target,
             gradient, order, chunk.row_counts, self.factor, self.entry, self.head_factor, chunk.rows,
-            chunk.temperature, 2.0**-self.shift, HEAD=self.trained, BLOCK=SLOTS,
+            chunk.temperature, 2.0**-self.shift, HEAD=self.head_product is not None, BLOCK=SLOTS,
         )  # fmt: skip
         if self.out_hidden is not None:
             c = self.configs.hidden
@@ -431,7 +431,7 @@ class ChunkGradients:
                 chunk.row_counts, self.out_hidden, e.shape[1], chunk.D, self.limit, PROGRAMS=chunk.programs,
                 MAX_SPLITS=MAX_SPLITS, PARTIAL_STEPS=PARTIAL_STEPS, BLOCK=REDUCE_ROWS, **c.tile,
             )  # fmt: skip
-        if self.trained:
+        if self.head_product is not None:
             block = min(1024, triton.next_power_of_2(chunk.D))
             scale_rows_kernel[(chunk.rows,)](chunk.hidden, self.head_factor, chunk.row_counts, chunk.D, BLOCK=block)
 
