@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -22,7 +23,7 @@ CHOICES = {
     "grad_mode": ("exact", "sparse"),
     "lookahead_filter": FILTERS,
     "gamma_schedule": ("constant", "linear", "cosine"),
-    "loss_type": ("dapo", "dr_grpo"),
+    "loss_type": ("dapo", "dr_grpo", "grpo", "bnpo", "cispo", "sapo", "vespo", "luspo"),
     "teacher_model_kind": ("base", "adapters_off", "frozen", "ema"),
 }
 # Whole numbers; and others, which are at least 0.
@@ -33,6 +34,12 @@ AT_LEAST = {
 }  # fmt: skip
 BOUNDS: dict[str, dict[str, float]] = {
     "learning_rate": {},
+    "beta": {},
+    "epsilon": {},
+    "epsilon_high": {},
+    "delta": {"strict": True},
+    "top_entropy_quantile": {"high": 1},
+    "off_policy_mask_threshold": {},
     "temperature": {"strict": True},
     "min_p": {"high": 1},
     "top_p": {"high": 1, "strict": True},
@@ -49,11 +56,15 @@ BOUNDS: dict[str, dict[str, float]] = {
 }
 SCALES = (*ENTROPY_SCALES, "log_vocab")
 
-# What TRL's objective has and this loss has not: ignoring such a setting in silence would be worse than an error.
-NOT_OURS = (
-    "beta", "cast_lm_head_to_fp32", "delta", "entropy_coef", "epsilon", "epsilon_high", "importance_sampling_level",
-    "off_policy_mask_threshold", "sync_ref_model", "top_entropy_quantile",
-    "use_adaptive_entropy", "use_liger_kernel",
+# TRL's settings that have to keep their defaults, and why: ignoring one in silence would be worse than an error.
+REFUSED = {
+    "cast_lm_head_to_fp32": "logits are made in float32 anyway",
+    "use_liger_kernel": 'TRL gives it up; model_init_kwargs={"use_kernels": True} has such layers',
+}
+LEVELS = ("token", "sequence_token")
+# Terms and masks of TRL's loss that its plain policy gradient lacks. With their defaults they change nothing.
+TERMS = (
+    "beta", "delta", "entropy_coef", "off_policy_mask_threshold", "top_entropy_quantile", "use_adaptive_entropy",
 )  # fmt: skip
 GROUP_ONLY = ("multi_objective_aggregation", "scale_rewards")
 PARALLEL = {"tp_size": "tensor", "cp_size": "context", "sp_size": "sequence"}
@@ -62,12 +73,18 @@ PARALLEL = {"tp_size": "tensor", "cp_size": "context", "sp_size": "sequence"}
 # change, and what it logs, saves and writes.
 SAME_RUN = ("backend", "chunk_mib", "rollout_steps", "tau_low", "tau_high", "overwrite_output_dir", "resume_changed")
 OTHER_RUN = (
-    "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "chat_template_kwargs", "data_seed", "fp16",
-    "generation_batch_size", "generation_kwargs", "gradient_accumulation_steps", "learning_rate", "loss_type",
-    "lr_scheduler_kwargs", "lr_scheduler_type", "mask_truncated_completions", "max_completion_length", "max_grad_norm",
-    "min_p", "multi_objective_aggregation", "num_generations", "num_iterations", "optim", "optim_args",
-    "per_device_train_batch_size", "repetition_penalty", "reward_weights", "router_aux_loss_coef", "scale_rewards",
-    "seed", "shuffle_dataset", "steps_per_generation", "temperature", "top_k", "top_p", "warmup_ratio", "warmup_steps",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "beta", "bf16", "chat_template_kwargs", "data_seed", "delta",
+    "entropy_coef", "entropy_coef_delta", "entropy_coef_max", "entropy_coef_min", "entropy_target", "epsilon",
+    "epsilon_high", "fp16", "generation_batch_size", "generation_kwargs", "gradient_accumulation_steps",
+    "importance_sampling_level", "learning_rate", "loss_type", "lr_scheduler_kwargs", "lr_scheduler_type",
+    "mask_truncated_completions", "max_completion_length", "max_grad_norm", "max_tool_calling_iterations", "min_p",
+    "multi_objective_aggregation", "num_generations", "num_iterations", "off_policy_mask_threshold", "optim",
+    "optim_args", "per_device_train_batch_size", "ref_model_mixup_alpha", "ref_model_sync_steps", "repetition_penalty",
+    "reward_weights", "router_aux_loss_coef", "sapo_temperature_neg", "sapo_temperature_pos", "scale_rewards", "seed",
+    "shuffle_dataset", "steps_per_generation", "sync_ref_model", "temperature", "top_entropy_quantile", "top_k",
+    "top_p", "use_adaptive_entropy", "use_bias_correction_kl", "vespo_k_neg", "vespo_k_pos", "vespo_lambda_neg",
+    "vespo_lambda_pos", "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min",
+    "vllm_importance_sampling_correction", "vllm_importance_sampling_mode", "warmup_ratio", "warmup_steps",
     "weight_decay",
 )  # fmt: skip
 # Which teacher, with the defaults. A run is told by them where its teacher moves; the checkpoint knows the other kinds.
@@ -79,8 +96,11 @@ class EGRSDConfig(GRPOConfig):
     """GRPOConfig with the settings of EGRSD and CL-EGRSD (arXiv 2605.13255); each field's ``help`` says what it does.
 
     Baselines: ``gamma=0`` is RLSD; ``gamma=0, clip_eps=0`` is REINFORCE with Welford advantages; with
-    ``advantage="group", length_beta=0`` besides it is on-policy GRPO. The loss has no importance ratio π/π_old, so
-    ``num_iterations`` above 1 learns from rollouts of an earlier policy as if they were its own.
+    ``advantage="group", length_beta=0`` besides it is GRPO.
+
+    The objective is TRL's, with Â = A · w · ω in the place of its advantage: ``loss_type``, ``num_iterations``,
+    ``epsilon``, ``beta`` and the others mean what GRPOConfig says. :attr:`direct` tells where it is the paper's plain
+    policy gradient.
 
     Raises:
         TypeError, ValueError: in one line that names the setting, what it got and what it expects.
@@ -111,15 +131,24 @@ class EGRSDConfig(GRPOConfig):
         default="batch_max",
         metadata={
             "help": 'What entropies are divided by: "batch_max", the largest teacher entropy of the optimizer step '
-            '(Eq. 8); "batch_max_lookahead", the largest after the lookahead (Algorithm 1); "log_vocab"; or nats.'
+            '(Eq. 8), or of the generation where that does not hold whole steps; "batch_max_lookahead", the largest '
+            'after the lookahead (Algorithm 1); "log_vocab"; or nats.'
         },
     )
     min_entropy_scale: float = field(default=1.0, metadata={"help": "Lower bound of that scale, nats."})
     loss_type: str = field(
         default="dapo",
         metadata={
-            "help": 'What the sum over tokens is divided by: "dapo", the response tokens of the optimizer step; '
-            '"dr_grpo", its rollouts times max_completion_length.'
+            "help": 'The policy loss, in TRL\'s words: "dapo" is divided by the response tokens of the optimizer step, '
+            '"dr_grpo" by its rollouts times max_completion_length; "grpo", "bnpo", "cispo", "sapo", "vespo" and '
+            '"luspo" are as GRPOConfig has them.'
+        },
+    )
+    importance_sampling_level: str = field(
+        default="token",
+        metadata={
+            "help": 'Of the ratio π/π_old: "token"; or "sequence_token" (GSPO-token), the sequence\'s ratio with each '
+            "token's own gradient. TRL's \"sequence\" is refused: it gives every token the mean of their credits."
         },
     )
     advantage: str = field(
@@ -197,9 +226,9 @@ class EGRSDConfig(GRPOConfig):
             expect(absent, "generation_kwargs", self.generation_kwargs, f"no {name}: set {ours}, which the loss reads")
 
         defaults = {f.name: f.default for f in fields(GRPOConfig)}
-        for name in NOT_OURS:
+        for name, why in REFUSED.items():
             value, default = getattr(self, name), defaults[name]
-            expect(value == default, name, value, f"{default!r}, as EGRSD's loss has no such term")
+            expect(value == default, name, value, f"{default!r}: {why}")
         if self.advantage == "welford":
             for name in GROUP_ONLY:
                 value, default = getattr(self, name), defaults[name]
@@ -207,11 +236,33 @@ class EGRSDConfig(GRPOConfig):
         if self.length_beta or self.loss_type == "dr_grpo":
             why = 'a number of tokens: length_beta and loss_type="dr_grpo" divide by it'
             expect(self.max_completion_length is not None, "max_completion_length", None, why)
-        # The tokens of an optimizer step are counted before its first backward, so a rollout batch holds whole steps.
-        accumulation = self.gradient_accumulation_steps
-        expected = f"a multiple of gradient_accumulation_steps = {accumulation}"
-        whole = self.steps_per_generation % accumulation == 0
-        expect(whole, "steps_per_generation", self.steps_per_generation, expected)
+        self._check_loss()
+
+    def _check_loss(self) -> None:
+        """A ValueError for settings of TRL's loss that contradict one another, or token credit."""
+        level, why = self.importance_sampling_level, '"sequence" would give each token the mean of the tokens\' credits'
+        expect(level in LEVELS, "importance_sampling_level", level, f"one of {', '.join(LEVELS)}: {why}")
+        bound = 'at least 1 with loss_type="cispo", which clamps the weight of the gradient there'
+        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        expect(self.loss_type != "cispo" or high >= 1, "epsilon_high", self.epsilon_high, bound)
+        why = "False with beta 0, which has no reference model"
+        expect(bool(self.beta) or not self.sync_ref_model, "sync_ref_model", self.sync_ref_model, why)
+        bonus = bool(self.entropy_coef) or self.use_adaptive_entropy
+        why = '"exact" with an entropy bonus, whose gradient is not sparse'
+        expect(self.grad_mode == "exact" or not bonus, "grad_mode", self.grad_mode, why)
+
+    @property
+    def direct(self) -> bool:
+        """Whether the loss is −Σ Â log p over the tokens of an optimizer step, or over their most, and nothing else.
+
+        So it is where each rollout serves one update, by the policy that made it (TRL's ratio is 1 then), and no
+        setting adds a term or a mask. :func:`egrsd_kernels.fused_egrsd_loss` then makes it, with the gradient in the
+        same pass. A generation is one optimizer step's, whose tokens are therefore known before its first backward.
+        """
+        defaults = {f.name: f.default for f in fields(GRPOConfig)}
+        once = self.num_iterations == 1 and self.steps_per_generation == self.gradient_accumulation_steps
+        plain = self.loss_type in ("dapo", "dr_grpo")
+        return once and plain and all(getattr(self, name) == defaults[name] for name in TERMS)
 
     def _take_former_names(self) -> None:
         """Say by their present names what is given by former ones."""
@@ -234,7 +285,8 @@ class EGRSDConfig(GRPOConfig):
 
     def _check_values(self) -> None:
         """Each setting by itself, and what only settings of ours say of one another."""
-        optional = {f.name for f in fields(GRPOConfig)}.difference(CHOICES)  # TRL says what None means there
+        # TRL says what None means there.
+        optional = {f.name for f in fields(GRPOConfig) if f.default is None or re.search("None|Optional", str(f.type))}
         checks: list[tuple[Callable[..., Any], str, dict[str, Any]]]
         checks = [(integer, name, {"low": low}) for name, low in AT_LEAST.items()]
         checks += [(number, name, {"low": 0} | bounds) for name, bounds in BOUNDS.items()]
@@ -242,7 +294,7 @@ class EGRSDConfig(GRPOConfig):
         checks += [(_scale, "entropy_scale", {})]
         for check, name, bounds in checks:
             value = getattr(self, name)
-            if value is not None or name not in optional:
+            if value is not None or name not in optional or name in CHOICES:
                 setattr(self, name, check(name, value, **bounds))
         expect(self.tau_low < self.tau_high, "tau_low", self.tau_low, f"less than tau_high = {self.tau_high}")
         Lookahead.checked(self.lookahead, self.lookahead_filter, self.lookahead_decay)

@@ -21,7 +21,7 @@ def token_metrics(
     gamma: float,
     gate_floor: float,
     clip_eps: float,
-    scale: float,
+    scale: float | Tensor,
     log_vocab: float,
     tau_low: float,
     tau_high: float,
@@ -44,7 +44,7 @@ def token_metrics(
     Args:
         stats: the fields of :class:`egrsd_kernels.TokenStats`, each (N,), of valid tokens only.
         gamma, gate_floor, clip_eps: as in the loss.
-        scale: what entropies were divided by in the gate, nats.
+        scale: what entropies were divided by in the gate, nats: of all, or (N,) of each token.
         log_vocab: log V, what the regimes compare entropies with, nats.
         tau_low, tau_high: the regimes' thresholds.
         sparse_calls: how many calls of the loss with sparse gradients the tokens are of.

@@ -1,21 +1,24 @@
 """EGRSD and CL-EGRSD (arXiv 2605.13255) in TRL: :class:`EGRSDTrainer`.
 
-Generation, reward functions, logging, checkpoints and Accelerate stay GRPOTrainer's. What is ours hangs on a few of its
-methods, each the narrowest that does the job:
+Generation, reward functions, the loss, logging, checkpoints and Accelerate stay GRPOTrainer's. What is ours hangs on a
+few of its methods, each the narrowest that does the job:
 
-    __init__                          refuse what the loss cannot honour; prove the model's head
-    _calculate_rewards                no infinite reward; length-shaped reward; remember those of all processes
-    _generate_and_score_completions   Welford advantages; one teacher pass over the fresh rollouts
-    _prepare_inputs                   the loss's normaliser and entropy scale, over an optimizer step and all processes
-    _compute_loss                     fused_egrsd_loss where the model would make logits; metrics; export of rollouts
-    log                               tokens per second begin anew
+    __init__                              refuse what token credit cannot honour; prove the model's head
+    _calculate_rewards                    no infinite reward; length-shaped reward; remember those of all processes
+    _generate_and_score_completions       Welford advantages; one teacher pass over the fresh rollouts
+    _prepare_inputs                       entropy scale and normaliser, over an optimizer step and all processes
+    _get_per_token_logps_and_entropies    log p without logits, for student, reference and teacher; token advantages
+    _compute_loss                         TRL's on those, or fused_egrsd_loss; metrics; export of rollouts
+    log                                   tokens per second begin anew
     train                             which run goes on, in which folder
     _save_rng_state, _load_rng_state  everything else that a bit-exact resume needs
     _get_train_sampler                the same order of prompts after a resume
 
 The teacher's log p and entropy of each rollout token are (B, T) tensors made once, when the rollout is made. They ride
 through TRL's buffer like its own old_per_token_logps: a teacher batch is never kept, and several passes over the same
-rollouts cost one teacher pass.
+rollouts cost one teacher pass. The token advantage Â = A · w · ω is made anew in each of them, with w against the log p
+of the policy as it is then: in a rollout's second update w asks whether the teacher still is further along in the
+direction of A, while TRL's ratio π/π_old accounts for what the first update has done.
 """
 
 import functools
@@ -31,9 +34,10 @@ import torch
 from accelerate.utils import gather_object, is_peft_model, send_to_device
 from torch import Tensor
 from trl import GRPOTrainer
+from trl.trainer.utils import FusedCausalLMOutput
 
-from egrsd_kernels import TokenStats, fused_egrsd_loss, head_of, token_statistics, with_head
-from egrsd_kernels.credit import Lookahead, batch_max, lookahead_entropy
+from egrsd_kernels import Head, TokenStats, fused_egrsd_loss, head_of, linear_logp, token_statistics, with_head
+from egrsd_kernels.credit import Lookahead, batch_max, gate, lookahead_entropy, magnitude, token_advantage
 from egrsd_kernels.models.places import tensors_of
 from egrsd_kernels.models.proof import evaluating
 from egrsd_kernels.rl import TWO_TURN, Message, WelfordAdvantage, length_shaped_reward
@@ -60,10 +64,11 @@ from .roles import Roles, check_trained, weights_at_hand
 from .teacher import AdaptersOff, EarlierWeights, MoveTeacher, make_teacher, pad_prompts
 
 logger = logging.getLogger(__name__)
+IGNORED = -100  # a label that is not scored
 
 
 class EGRSDTrainer(GRPOTrainer):
-    """GRPOTrainer with the EGRSD loss.
+    """GRPOTrainer with EGRSD's token advantages.
 
     The dataset needs a column ``prompt`` (conversations) and one with the reference solution as text, which the teacher
     reads and the student never does. The tokenizer's chat template renders both, with ``chat_template_kwargs`` (for
@@ -131,6 +136,8 @@ class EGRSDTrainer(GRPOTrainer):
         if self._is_vlm:
             raise ValueError("model: vision-language models are not supported")
         check_trained(self.model, self.optimizer)
+        # GSPO-token reaches TRL's loss through π_old: see _put_token_advantages.
+        self.importance_sampling_level = "token"
         self._teacher_template = teacher_template
         for name, dataset in datasets.items():
             check_rows(name, dataset, self._reader)
@@ -146,7 +153,10 @@ class EGRSDTrainer(GRPOTrainer):
         if not self._sharded and weights_at_hand(self.model, self.accelerator.device):
             self._prove()
         self.welford = WelfordAdvantage(args.welford_warmup_steps)
-        self._step_stats: list[Tensor] = []  # (fields of TokenStats, valid tokens) of the optimizer step so far
+        self._in_loss: dict[str, Any] | None = None  # the batch of the loss of TRL's that is being made
+        self._stats: TokenStats | None = None  # of that batch
+        # (fields of TokenStats and the entropy scale, valid tokens) of the optimizer step so far.
+        self._step_stats: list[Tensor] = []
         self._step_aux: list[Tensor] = []  # load-balancing losses, one a micro-batch
         self._step_rollouts: list[Rollout] = []
         self._export_failed = False
@@ -300,33 +310,59 @@ class EGRSDTrainer(GRPOTrainer):
     @torch.no_grad()
     def _statistics(self, prompt_ids, prompt_mask, completion_ids, completion_mask, mask, size: int):
         """log p and entropy (B, T) of the completion's tokens, from the model as it is now, ``size`` rows at a time."""
-        parts = []
-        for rows in torch.arange(len(completion_ids), device=completion_ids.device).split(size):
-            statistics = functools.partial(
-                token_statistics,
-                target_ids=completion_ids[rows],
-                mask=mask[rows],
-                temperature=self.temperature,
-                backend=self.args.backend,
-                chunk_bytes=self.args.chunk_mib << 20,
-            )
-            batch = (x[rows] for x in (prompt_ids, prompt_mask, completion_ids, completion_mask))
-            out, _ = self._read(statistics, self.model, *batch)
-            parts.append((out.logp, out.entropy))
-        return tuple(torch.cat(x) for x in zip(*parts, strict=True))
+        ids, attended = torch.cat([prompt_ids, completion_ids], dim=1), torch.cat([prompt_mask, completion_mask], dim=1)
+        logp, entropy, _ = self._get_per_token_logps_and_entropies(
+            self.model, ids, attended, completion_ids.shape[1], size, compute_entropy=True
+        )
+        return tuple(x.masked_fill(mask == 0, 0) for x in (logp, entropy))
 
     def _rows_at_a_time(self) -> int:
         train = self._mode == "train"
         return self.args.per_device_train_batch_size if train else self.args.per_device_eval_batch_size
 
-    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *_, **__):
-        # TRL asks for the student's log p of fresh rollouts. Only vLLM's importance ratio needs it: the loss has none.
-        logps = entropies = None
-        if self.use_vllm and self.vllm_importance_sampling_correction:
-            cut = slice(None, -logits_to_keep), slice(-logits_to_keep, None)
-            batch = [x[:, part] for part in cut for x in (input_ids, attention_mask)]
-            logps, entropies = self._statistics(*batch, batch[3], self._rows_at_a_time())
-        return logps, entropies, None
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        """TRL's, in front of ``model`` as we read it: TRL cuts batches into parts, and images with them."""
+
+        def read(input_ids, attention_mask, labels, fused_lm_head, output_router_logits=False):
+            parts = (x.tensor_split([-logits_to_keep], dim=1) for x in (input_ids, attention_mask, labels))
+            ids, attended, (_, labels) = parts
+            row = ids[0], attended[0], ids[1], attended[1]
+            (logp, entropy), output = self._read(
+                functools.partial(self._score, labels), model, *row, router=output_router_logits
+            )
+            aux_loss = output.aux_loss if output_router_logits else None
+            return FusedCausalLMOutput(log_probs=logp, entropy=entropy, aux_loss=aux_loss)
+
+        found = super()._get_per_token_logps_and_entropies(
+            read, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+        )
+        if self._in_loss is not None:
+            self._put_token_advantages(self._in_loss, found[0].detach())
+        return found
+
+    def _score(self, labels: Tensor, hidden: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+        """log p and entropy (B, T) of labels (B, T) where they are not -100; entropies differentiable for a bonus."""
+        mask = labels != IGNORED
+        options = {
+            "target_ids": labels.masked_fill(~mask, 0),
+            "mask": mask,
+            "temperature": self.temperature,
+            "backend": self.args.backend,
+            "chunk_bytes": self.args.chunk_mib << 20,
+        }
+        if not torch.is_grad_enabled():
+            found = token_statistics(hidden, head, **options)
+            return found.logp, found.entropy
+        return linear_logp(
+            hidden,
+            head,
+            **options,
+            return_entropy=True,
+            entropy_grad=self._entropy_bonus_enabled,
+            keep_bytes=options["chunk_bytes"],
+            grad_mode=self.args.grad_mode,
+            sparse_tol=self.args.sparse_tol,
+        )
 
     def _generate_and_score_completions(self, inputs):
         if not self._proved:  # weights that were elsewhere at construction
@@ -361,50 +397,109 @@ class EGRSDTrainer(GRPOTrainer):
         buffered = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         if self._mode == "eval":
-            self._measure_steps([inputs], 1)
+            self._measure_steps([inputs])
         elif self._buffered_inputs is not buffered:
-            self._measure_steps(self._buffered_inputs, self.args.gradient_accumulation_steps)
+            self._measure_steps(self._buffered_inputs)
         return inputs
 
-    def _measure_steps(self, batches: list[dict[str, Any]], accumulation: int) -> None:
-        """Put the normaliser and the entropy scale of its optimizer step into each micro-batch.
+    def _measure_steps(self, batches: list[dict[str, Any]]) -> None:
+        """Put the entropy scale of its optimizer step, and the direct loss's normaliser, into each micro-batch.
 
         Both are taken over the step's micro-batches on all processes: the loss is then the same however a step's
-        rollouts are cut up.
+        rollouts are cut up. Where a generation does not hold whole steps, its micro-batches are one group.
         """
         local = torch.stack([self._amount_and_peak(batch) for batch in batches])
         every = self.accelerator.gather(local[None])  # (processes, batches, 2)
-        for start in range(0, len(batches), accumulation):
-            step = every[:, start : start + accumulation]
+        accumulation = self.args.gradient_accumulation_steps
+        size = len(batches) if len(batches) % accumulation else accumulation
+        for start in range(0, len(batches), size):
+            group = every[:, start : start + size]
+            scale = group[..., 1].max().clamp(min=self.args.min_entropy_scale)
             # DDP, FSDP and DeepSpeed average gradients over processes: hence the division.
-            normalizer = step[..., 0].sum().clamp(min=1) / self.accelerator.num_processes
-            scale = step[..., 1].max().clamp(min=self.args.min_entropy_scale)
-            for batch in batches[start : start + accumulation]:
-                batch["normalizer"], batch["entropy_scale"] = normalizer.float(), scale.float()
+            normalizer = group[..., 0].sum().clamp(min=1) / self.accelerator.num_processes
+            for batch in batches[start : start + size]:
+                batch["entropy_scale"] = scale.float()
+                if self.args.direct:
+                    batch["normalizer"] = normalizer.float()
 
     def _amount_and_peak(self, batch: dict[str, Any]) -> Tensor:
         """(2,) float64 of one micro-batch: what it adds to the normaliser, and its entropy scale in nats."""
-        entropy, mask = batch["teacher_entropy"], batch["completion_mask"].bool()  # entropy is 0 where masked
+        entropy, mask = batch["teacher_entropy"], _learned(batch)  # entropy is 0 where masked
         scale = self.args.entropy_scale
         if scale == "batch_max":
             peak = batch_max(entropy)
         elif scale == "batch_max_lookahead":
-            rows, width = mask.shape
-            last = torch.arange(rows, device=mask.device).repeat_interleave(width) * width + width - 1
-            window = Lookahead(self.args.lookahead, self.args.lookahead_filter, self.args.lookahead_decay)
-            peak = batch_max(lookahead_entropy(entropy.flatten(), mask.flatten(), last, window))
+            peak = batch_max(self._lookahead_entropy(entropy, mask))
         else:
             peak = entropy.new_tensor(math.log(self._vocab_size) if scale == "log_vocab" else scale)
         dr_grpo = self.args.loss_type == "dr_grpo"
         amount = entropy.new_tensor(len(mask) * self.max_completion_length) if dr_grpo else mask.sum()
         return torch.stack([amount.double(), peak.double()])
 
+    def _lookahead_entropy(self, entropy: Tensor, mask: Tensor) -> Tensor:
+        """H^CL (B, T) of entropies (B, T)."""
+        rows, width = mask.shape
+        last = torch.arange(rows, device=mask.device).repeat_interleave(width) * width + width - 1
+        window = Lookahead(self.args.lookahead, self.args.lookahead_filter, self.args.lookahead_decay)
+        return lookahead_entropy(entropy.flatten(), mask.flatten(), last, window).view_as(entropy)
+
+    def _token_stats(self, inputs: Mapping[str, Any], student_logp: Tensor) -> TokenStats:
+        """Â and what it is made of, each (B, T): from student, teacher and the sequences' advantages."""
+        args, mask = self.args, _learned(inputs)
+        entropy = inputs["teacher_entropy"]
+        advantages = inputs["advantages"][:, None].expand(mask.shape)
+        ahead = self._lookahead_entropy(entropy, mask)
+        w = magnitude(advantages, inputs["teacher_logp"] - student_logp, args.clip_eps)
+        omega = gate(ahead, inputs["entropy_scale"], self.gamma, args.gate_floor)
+        credit = token_advantage(advantages, w, omega)
+        stats = student_logp, inputs["teacher_logp"], entropy, ahead, w, omega, credit, torch.zeros_like(credit)
+        return TokenStats(*(x.masked_fill(~mask, 0) for x in stats))
+
+    def _put_token_advantages(self, inputs: dict[str, Any], student_logp: Tensor) -> None:
+        """Put Â (B, T), a constant, into the batch of TRL's loss, which reads it after the policy's log p."""
+        advantages = inputs.pop("sequence_advantages")
+        self._stats = self._token_stats({**inputs, "advantages": advantages}, student_logp)
+        inputs["advantages"] = self._stats.token_advantage
+        old = inputs.get("old_per_token_logps")
+        if self.args.importance_sampling_level == "sequence_token" and old is not None:
+            # GSPO-token: π/π_old of each token is the sequence's as a number, and π's own as a gradient.
+            mask = _learned(inputs)
+            log_ratio = ((student_logp - old) * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+            inputs["old_per_token_logps"] = student_logp - log_ratio
+
     def _compute_loss(self, model, inputs):
-        mask, advantages = inputs["completion_mask"].bool(), inputs["advantages"]
+        loss, stats = (self._direct_loss if self.args.direct else self._trl_loss)(model, inputs)
+        mask = _learned(inputs)
+        scale = inputs["entropy_scale"].expand(mask.shape)
+        self._step_stats.append(torch.stack([*stats, scale])[:, mask])
+        step = self.state.global_step + 1
+        export = self._mode == "train" and self.args.rollout_steps and step % self.args.rollout_steps == 0
+        if export:
+            self._step_rollouts += rollouts_of(inputs, mask, stats, step, self._vocab_size, self.processing_class)
+        if self._mode == "eval" or self.accelerator.sync_gradients:  # the step's last micro-batch
+            self._log_step()
+            if export:
+                self._write_rollouts(step)
+        return loss
+
+    def _trl_loss(self, model, inputs) -> tuple[Tensor, TokenStats]:
+        """TRL's loss of a batch whose advantages are Â. The batch itself stays: it may serve another update."""
+        batch = {name: value for name, value in inputs.items() if name != "advantages"}  # read too early, it is missed
+        batch["sequence_advantages"] = inputs["advantages"]
+        self._in_loss = batch
+        try:
+            loss = super()._compute_loss(model, batch)
+        finally:
+            self._in_loss = None
+        stats, self._stats = self._stats, None
+        return loss, stats
+
+    def _direct_loss(self, model, inputs) -> tuple[Tensor, TokenStats]:
+        """The same with the gradient in the loss's own pass: see :attr:`EGRSDConfig.direct`."""
+        args, mask, advantages = self.args, _learned(inputs), inputs["advantages"]
         ratio = inputs.get("importance_sampling_ratio")
         if ratio is not None:  # vLLM's correction; it is not negative, so it leaves sign(A) alone
             advantages = (advantages[:, None] * ratio).expand(mask.shape)
-        args = self.args
 
         def loss_of(hidden, head):
             return fused_egrsd_loss(
@@ -436,23 +531,14 @@ class EGRSDTrainer(GRPOTrainer):
         keys = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
         batch = (inputs[key] for key in keys)
         (loss, stats), output = self._read(loss_of, model, *batch, router=self.aux_loss_enabled)
-        self._step_stats.append(torch.stack(stats)[:, mask])
         if self.aux_loss_enabled:
             # As TRL weighs it: the mean over micro-batches, whatever their tokens.
             accumulation = self.current_gradient_accumulation_steps if self._mode == "train" else 1
             loss = loss + self.router_aux_loss_coef * output.aux_loss / accumulation
             self._step_aux.append(output.aux_loss.detach())
-        step = self.state.global_step + 1
-        export = self._mode == "train" and args.rollout_steps and step % args.rollout_steps == 0
-        if export:
-            self._step_rollouts += rollouts_of(inputs, mask, stats, step, self._vocab_size, self.processing_class)
-        if self._mode == "eval" or self.accelerator.sync_gradients:  # the step's last micro-batch
-            self._log_step(inputs["entropy_scale"].item())
-            if export:
-                self._write_rollouts(step)
-        return loss
+        return loss, stats
 
-    def _log_step(self, scale: float) -> None:
+    def _log_step(self) -> None:
         """Metrics of one optimizer step, exact over its micro-batches and processes, into TRL's own averages."""
         calls = len(self._step_stats) * self.accelerator.num_processes
         local = torch.cat(self._step_stats, dim=1).T.contiguous()
@@ -460,7 +546,8 @@ class EGRSDTrainer(GRPOTrainer):
         # Processes hold different numbers of tokens; padding is told from tokens by an infinite entropy.
         local = self.accelerator.pad_across_processes(local, dim=0, pad_index=math.inf)
         every = self.accelerator.gather(local).T
-        stats = TokenStats(*every[:, every[TokenStats._fields.index("teacher_entropy")] != math.inf])
+        *fields, scale = every[:, every[TokenStats._fields.index("teacher_entropy")] != math.inf]
+        stats = TokenStats(*fields)
         metrics = token_metrics(
             stats._asdict(),
             gamma=self.gamma,
@@ -470,7 +557,7 @@ class EGRSDTrainer(GRPOTrainer):
             log_vocab=math.log(self._vocab_size),
             tau_low=self.args.tau_low,
             tau_high=self.args.tau_high,
-            sparse_calls=0 if self.args.grad_mode == "exact" else calls,
+            sparse_calls=calls if self.args.direct and self.args.grad_mode == "sparse" else 0,
         )
         memory = torch.tensor([peak_memory_gib(self.accelerator.device)], device=self.accelerator.device)
         metrics |= {
@@ -563,3 +650,9 @@ class EGRSDTrainer(GRPOTrainer):
             self._metrics["train"].update(state["metrics"])
             self._buffered_inputs = send_to_device(state["rollouts"], self.accelerator.device)
             self._step = state["step"]
+
+
+def _learned(inputs: Mapping[str, Any]) -> Tensor:
+    """(B, T) bool: the completion's tokens that the policy made and learns from, without those that tools returned."""
+    mask = inputs["completion_mask"].bool()
+    return mask & inputs["tool_mask"].bool() if "tool_mask" in inputs else mask
