@@ -46,13 +46,14 @@ def rollouts(rows: int, length: int, seed: int, options: dict) -> tuple[TokenEvi
     )  # fmt: skip
     peak = entropy[mask].max() if mask.any() else entropy.new_zeros(())
     gamma, eps = options.get("gamma", 0.3), options.get("clip_eps", 0.2)
-    context = ContextStatistics(logp.masked_fill(~mask, 0), entropy.masked_fill(~mask, 0), peak.clamp(min=1.0))
+    context = ContextStatistics(logp.masked_fill(~mask, 0), entropy.masked_fill(~mask, 0))
     evidence = TokenEvidence(
         mask=mask,
         student_logp=stats.student_logp,
         advantages=advantages,
         rewards=advantages,
         contexts={"teacher": context},
+        entropy_scale=peak.clamp(min=1.0),
         options=CreditOptions(gamma, 0.1, eps),
         lookahead=Lookahead.checked(
             options.get("lookahead", 0), options.get("lookahead_filter", "minimum"), options.get("lookahead_decay", 1.0)

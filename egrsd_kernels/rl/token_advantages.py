@@ -37,8 +37,6 @@ class ContextStatistics(NamedTuple):
     """log p_T(y) (B, T), nats; 0 where masked."""
     entropy: Tensor
     """H (B, T), nats; 0 where masked."""
-    entropy_scale: Tensor
-    """What the gate divides this context's entropies by (0-d, nats)."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +54,8 @@ class TokenEvidence:
     """(B,), weighted sums of the reward functions; NaN where none judged the rollout."""
     contexts: Mapping[str, ContextStatistics]
     """By name, what the teacher says in each context; empty without a teacher."""
+    entropy_scale: Tensor
+    """What the gate divides entropies by (0-d, nats): one for all contexts, so that their gates compare."""
     options: CreditOptions
     """γ, the gate's floor, and ε."""
     lookahead: Lookahead
@@ -115,7 +115,7 @@ def token_stats(evidence: TokenEvidence) -> TokenStats:
     advantages = sequence_advantage(evidence)
     ahead = padded_lookahead_entropy(context.entropy, mask, evidence.lookahead)
     w = magnitude(advantages, context.logp - evidence.student_logp, options.clip_eps)
-    omega = gate(ahead, context.entropy_scale, options.gamma, options.gate_floor)
+    omega = gate(ahead, evidence.entropy_scale, options.gamma, options.gate_floor)
     credit = token_advantage(advantages, w, omega)
     signals = evidence.student_logp, context.logp, context.entropy, ahead, w, omega, credit, torch.zeros_like(w)
     return TokenStats(*(torch.where(mask, signal, 0) for signal in signals))
