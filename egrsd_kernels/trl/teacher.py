@@ -43,6 +43,21 @@ class Teacher(Protocol):
         ...
 
 
+class NoTeacher:
+    """Of a token advantage without one."""
+
+    moves = False
+
+    def active(self) -> AbstractContextManager[nn.Module]:
+        raise ValueError("teacher: there is none without a context")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        _expect_kind(state, ())
+
+
 class AdaptersOff:
     """The base model under the adapters of a PEFT model: no second copy of anything."""
 
