@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object, is_peft_model, send_to_device
-from torch import Tensor
+from torch import Tensor, nn
 from trl import GRPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -130,6 +130,9 @@ class EGRSDTrainer(GRPOTrainer):
                 raise ValueError(f"{name}: not supported, the teacher would not see what it adds to the prompt")
         if (getattr(model, "_tp_size", None) or 1) > 1:
             raise ValueError("model: expected one that is whole on each process, tensor parallelism is not supported")
+        adapters = kwargs.get("peft_config") is not None or (isinstance(model, nn.Module) and is_peft_model(model))
+        if args.sync_ref_model and adapters:
+            raise ValueError("sync_ref_model: expected False with adapters, whose reference is no model of its own")
         datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         if isinstance(train_dataset, Sized):  # else TRL would train nothing, and say nothing
             prompts = args.generation_batch_size // args.num_generations
@@ -163,6 +166,10 @@ class EGRSDTrainer(GRPOTrainer):
         take_off_fused_head(self.model.get_base_model() if is_peft_model(self.model) else self.model)
         zero_stage = getattr(self.accelerator.state.deepspeed_plugin, "zero_stage", 0)
         self._sharded = self.is_fsdp_enabled or zero_stage == 3
+        if self._sharded and args.sync_ref_model:
+            raise ValueError(
+                "sync_ref_model: not supported with sharded weights, a checkpoint would lack the reference"
+            )
         self.teacher = self._make_teacher()
         if isinstance(self.teacher, EarlierWeights) and self.teacher.moves:
             self.add_callback(MoveTeacher(self.teacher))
@@ -655,6 +662,8 @@ class EGRSDTrainer(GRPOTrainer):
             "welford": self.welford.state_dict(),
             "teacher": self.teacher.state_dict(),
         }
+        if self.args.sync_ref_model:  # it moves, and TRL does not save it
+            state["reference"] = self.ref_model.state_dict()
         write_state(self.args, output_dir, self._settings, state)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
@@ -673,6 +682,8 @@ class EGRSDTrainer(GRPOTrainer):
             state = read_state(self.args, checkpoint)
             self.teacher.load_state_dict(state["teacher"])
             self.welford.load_state_dict(state["welford"])
+            if self.args.sync_ref_model and "reference" in state:  # else the run has changed, and it begins here
+                self.ref_model.load_state_dict(state["reference"])
             self._metrics["train"].update(state["metrics"])
             self._buffered_inputs = send_to_device(state["rollouts"], self.accelerator.device)
             self._step = state["step"]
