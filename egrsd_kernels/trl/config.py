@@ -3,19 +3,22 @@
 import json
 import math
 import os
-import re
+import typing
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from types import NoneType
+from typing import Any, ClassVar
 
 from trl import GRPOConfig
 
 from egrsd_kernels.backends import DEFAULT_SPARSE_TOL
 from egrsd_kernels.checks import expect, integer, number
 from egrsd_kernels.credit import ENTROPY_SCALES, FILTERS, TAU_HIGH, TAU_LOW, Lookahead
+from egrsd_kernels.rl.token_advantages import WITHOUT_TEACHER
 
 from .former import RENAMED, check_former, in_present_words
+from .methods import TEACHER, settle
 
 CHOICES = {
     "advantage": ("welford", "group"),
@@ -71,7 +74,11 @@ PARALLEL = {"tp_size": "tensor", "cp_size": "context", "sp_size": "sequence"}
 
 # A run is told by all settings of ours but SAME_RUN, and by OTHER_RUN of TRL's and transformers'. Its length may
 # change, and what it logs, saves and writes.
-SAME_RUN = ("backend", "chunk_mib", "rollout_steps", "tau_low", "tau_high", "overwrite_output_dir", "resume_changed")
+# What token_advantage makes of other settings tells a run; which model teaches, the checkpoint knows by its weights.
+SAME_RUN = (
+    "backend", "chunk_mib", "rollout_steps", "tau_low", "tau_high", "overwrite_output_dir", "resume_changed",
+    "token_advantage", "teacher_model_name_or_path", "teacher_model_revision", "teacher_model_init_kwargs",
+)  # fmt: skip
 OTHER_RUN = (
     "adam_beta1", "adam_beta2", "adam_epsilon", "beta", "bf16", "chat_template_kwargs", "data_seed", "delta",
     "entropy_coef", "entropy_coef_delta", "entropy_coef_max", "entropy_coef_min", "entropy_target", "epsilon",
@@ -87,16 +94,14 @@ OTHER_RUN = (
     "vllm_importance_sampling_correction", "vllm_importance_sampling_mode", "warmup_ratio", "warmup_steps",
     "weight_decay",
 )  # fmt: skip
-# Which teacher, with the defaults. A run is told by them where its teacher moves; the checkpoint knows the other kinds.
-TEACHER = {"teacher_model_kind": "base", "teacher_update_rate": 0.001, "teacher_sync_steps": 1}
 
 
 @dataclass
 class EGRSDConfig(GRPOConfig):
     """GRPOConfig with the settings of EGRSD and CL-EGRSD (arXiv 2605.13255); each field's ``help`` says what it does.
 
-    Baselines: ``gamma=0`` is RLSD; ``gamma=0, clip_eps=0`` is REINFORCE with Welford advantages; with
-    ``advantage="group", length_beta=0`` besides it is GRPO.
+    Baselines have names, as ``token_advantage``; ``gamma=0`` is RLSD, too, and ``gamma=0, clip_eps=0`` is REINFORCE
+    that watches a teacher.
 
     The objective is TRL's, with Â = A · w · ω in the place of its advantage: ``loss_type``, ``num_iterations``,
     ``epsilon``, ``beta`` and the others mean what GRPOConfig says. :attr:`direct` tells where it is the paper's plain
@@ -106,7 +111,19 @@ class EGRSDConfig(GRPOConfig):
         TypeError, ValueError: in one line that names the setting, what it got and what it expects.
     """
 
-    gamma: float = field(default=0.3, metadata={"help": "Strength γ of the entropy gate. 0 is RLSD."})
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*GRPOConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
+
+    # None is the default that the help states, or what token_advantage fixes; it tells what is given from what is not.
+    token_advantage: str | None = field(
+        default=None,
+        metadata={
+            "help": 'What a token is worth: "grpo" or "reinforce", without a teacher; "rlsd", without a gate; "egrsd"; '
+            '"cl_egrsd". Default: what gamma, lookahead and clip_eps make of EGRSD.'
+        },
+    )
+    gamma: float | None = field(
+        default=None, metadata={"help": "Strength γ of the entropy gate. 0 is RLSD. Default: 0.3."}
+    )
     gamma_schedule: str = field(
         default="constant", metadata={"help": '"constant", or "linear" or "cosine" from gamma to gamma_end.'}
     )
@@ -115,7 +132,10 @@ class EGRSDConfig(GRPOConfig):
         default=None, metadata={"help": "Optimizer steps until gamma_end is reached. Default: the whole run."}
     )
     gate_floor: float = field(default=0.1, metadata={"help": "Lower bound of the gate."})
-    lookahead: int = field(default=0, metadata={"help": "Lookahead window W in tokens. 0 is EGRSD, more CL-EGRSD."})
+    lookahead: int | None = field(
+        default=None,
+        metadata={"help": "Lookahead window W in tokens. 0 is EGRSD, more CL-EGRSD. Default: 0; 3 for cl_egrsd."},
+    )
     lookahead_filter: str = field(
         default="minimum",
         metadata={
@@ -126,7 +146,9 @@ class EGRSDConfig(GRPOConfig):
     lookahead_decay: float = field(
         default=1.0, metadata={"help": 'λ in (0, 1], of the filter "discounted"; 1 is the minimum.'}
     )
-    clip_eps: float = field(default=0.2, metadata={"help": "ε: the magnitude is clipped to 1 ± ε. 0 turns it off."})
+    clip_eps: float | None = field(
+        default=None, metadata={"help": "ε: the magnitude is clipped to 1 ± ε. 0 turns it off. Default: 0.2."}
+    )
     entropy_scale: str = field(
         default="batch_max",
         metadata={
@@ -151,9 +173,12 @@ class EGRSDConfig(GRPOConfig):
             "token's own gradient. TRL's \"sequence\" is refused: it gives every token the mean of their credits."
         },
     )
-    advantage: str = field(
-        default="welford",
-        metadata={"help": '"welford": running statistics of all rewards; "group": TRL\'s, relative to the prompt.'},
+    advantage: str | None = field(
+        default=None,
+        metadata={
+            "help": '"welford": running statistics of all rewards; "group": TRL\'s, relative to the prompt. Default: '
+            '"welford"; "group" for grpo.'
+        },
     )
     welford_warmup_steps: int = field(
         default=10, metadata={"help": "Generations with a judged rollout that have the fixed baseline 0.5."}
@@ -178,6 +203,15 @@ class EGRSDConfig(GRPOConfig):
     )
     teacher_sync_steps: int | None = field(
         default=None, metadata={"help": "Optimizer steps between updates of the EMA teacher. Default: 1."}
+    )
+    teacher_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "A model of its own as the teacher. Default: teacher_model_kind makes one of the student."},
+    )
+    teacher_model_revision: str | None = field(default=None, metadata={"help": "Its revision."})
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "What its from_pretrained gets, for example dtype and device_map."},
     )
     backend: str = field(default="auto", metadata={"help": 'Kernels: "auto", "triton" or "torch".'})
     chunk_mib: int = field(default=1024, metadata={"help": "The most working memory of the loss, MiB."})
@@ -216,9 +250,7 @@ class EGRSDConfig(GRPOConfig):
         why = "False: reward functions read the columns that it would remove"
         expect(not self.remove_unused_columns, "remove_unused_columns", self.remove_unused_columns, why)
         self._take_former_names()
-        for name, default in TEACHER.items():
-            if getattr(self, name) is None:
-                setattr(self, name, default)
+        settle(self)
         self._check_values()  # before TRL divides by some of them
         super().__post_init__()
         for name, ours in {"max_new_tokens": "max_completion_length", "temperature": "temperature"}.items():
@@ -262,7 +294,8 @@ class EGRSDConfig(GRPOConfig):
         defaults = {f.name: f.default for f in fields(GRPOConfig)}
         once = self.num_iterations == 1 and self.steps_per_generation == self.gradient_accumulation_steps
         plain = self.loss_type in ("dapo", "dr_grpo")
-        return once and plain and all(getattr(self, name) == defaults[name] for name in TERMS)
+        taught = self.token_advantage not in WITHOUT_TEACHER
+        return taught and once and plain and all(getattr(self, name) == defaults[name] for name in TERMS)
 
     def _take_former_names(self) -> None:
         """Say by their present names what is given by former ones."""
@@ -286,7 +319,10 @@ class EGRSDConfig(GRPOConfig):
     def _check_values(self) -> None:
         """Each setting by itself, and what only settings of ours say of one another."""
         # TRL says what None means there.
-        optional = {f.name for f in fields(GRPOConfig) if f.default is None or re.search("None|Optional", str(f.type))}
+        hints = typing.get_type_hints(GRPOConfig)  # a parser has changed the fields' own types
+        optional = {
+            f.name for f in fields(GRPOConfig) if f.default is None or NoneType in typing.get_args(hints[f.name])
+        }
         checks: list[tuple[Callable[..., Any], str, dict[str, Any]]]
         checks = [(integer, name, {"low": low}) for name, low in AT_LEAST.items()]
         checks += [(number, name, {"low": 0} | bounds) for name, bounds in BOUNDS.items()]
@@ -330,12 +366,13 @@ class EGRSDConfig(GRPOConfig):
         """The settings that a run cannot change and remain the same run, as JSON has them."""
         ours = {f.name for f in fields(self)} - {f.name for f in fields(GRPOConfig)}
         names = ours.difference(SAME_RUN, RENAMED, TEACHER).union(OTHER_RUN)
-        if self.teacher_model_kind == "ema":
+        if self.teacher_model_kind == "ema":  # the checkpoint knows the other kinds
             names |= TEACHER.keys()
         return json.loads(json.dumps({name: getattr(self, name) for name in sorted(names) if hasattr(self, name)}))
 
     def gamma_at(self, step: int, max_steps: int) -> float:
         """γ of the optimizer step after ``step`` finished ones, in a run of ``max_steps``."""
+        assert self.gamma is not None  # settle has put in its default
         if self.gamma_end is None:  # a constant schedule
             return self.gamma
         done = min(step / max(self.gamma_steps or max_steps, 1), 1.0)

@@ -38,11 +38,11 @@ def privileged_conversation(
     return teacher_messages(prompt, solution, template)
 
 
-def check_columns(name: str, dataset: Any, solution_column: str) -> None:
+def check_columns(name: str, dataset: Any, expected: Sequence[str]) -> None:
     """A ValueError where the dataset (or one of several in a mapping) lacks a column. ``name``: the argument's."""
     for part in _parts(dataset):
         columns = getattr(part, "column_names", None)
-        for column in ("prompt", solution_column):
+        for column in expected:
             if columns is not None and column not in columns:
                 raise ValueError(f"{name}: expected a column {column!r}, got {', '.join(columns)}")
 

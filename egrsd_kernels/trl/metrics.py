@@ -3,7 +3,7 @@
 import math
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -88,6 +88,26 @@ def token_metrics(
             metrics[f"restored/{name}"] = restored[codes == Regime[name.upper()]].mean()
     numbers = torch.stack(list(metrics.values())).tolist()  # one wait for the device
     return dict(zip(metrics, numbers, strict=True)) | {f"regime/{name}": share for name, share in shares.items()}
+
+
+def evidence_metrics(tokens: Mapping[str, Tensor], contexts: Iterable[str]) -> dict[str, float]:
+    """Metrics of tokens whose worth is not EGRSD's: token_advantage/mean and token_advantage/abs_mean, and for each
+    context CONTEXT_entropy/mean (nats) and CONTEXT_abs_log_ratio/mean, |log p_T(y) − log p_S(y)|.
+
+    Args:
+        tokens: (N,) each: student_logp, token_advantage, and CONTEXT_logp and CONTEXT_entropy of the ``contexts``.
+
+    Returns:
+        The metrics; empty without a token.
+    """
+    credit = tokens["token_advantage"]
+    if not credit.numel():
+        return {}
+    metrics = {"token_advantage/mean": credit.mean(), "token_advantage/abs_mean": credit.abs().mean()}
+    for name in contexts:
+        metrics[f"{name}_entropy/mean"] = tokens[f"{name}_entropy"].mean()
+        metrics[f"{name}_abs_log_ratio/mean"] = (tokens[f"{name}_logp"] - tokens["student_logp"]).abs().mean()
+    return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
 
 
 def peak_memory_gib(device: torch.device) -> float:

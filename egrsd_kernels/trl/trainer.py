@@ -14,8 +14,9 @@ few of its methods, each the narrowest that does the job:
     _save_rng_state, _load_rng_state  everything else that a bit-exact resume needs
     _get_train_sampler                the same order of prompts after a resume
 
-The teacher's log p and entropy of each rollout token are (B, T) tensors made once, when the rollout is made. They ride
-through TRL's buffer like its own old_per_token_logps: a teacher batch is never kept, and several passes over the same
+The teacher's log p and entropy of each rollout token are (B, T) tensors, made once in each context, when the rollout is
+made, and named after it: teacher_logp, teacher_entropy. They ride through TRL's buffer like its own
+old_per_token_logps: a teacher batch is never kept, and several passes over the same
 rollouts cost one teacher pass. The token advantage Â = A · w · ω is made anew in each of them, with w against the log p
 of the policy as it is then: in a rollout's second update w asks whether the teacher still is further along in the
 direction of A, while TRL's ratio π/π_old accounts for what the first update has done.
@@ -37,10 +38,10 @@ from trl import GRPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput, pad
 
 from egrsd_kernels import Head, TokenStats, fused_egrsd_loss, head_of, linear_logp, token_statistics, with_head
-from egrsd_kernels.credit import Lookahead, batch_max, gate, lookahead_entropy, magnitude, token_advantage
+from egrsd_kernels.credit import ENTROPY_SCALES
 from egrsd_kernels.models.places import tensors_of
 from egrsd_kernels.models.proof import evaluating
-from egrsd_kernels.rl import TWO_TURN, Message, WelfordAdvantage, length_shaped_reward
+from egrsd_kernels.rl import TWO_TURN, Message, TokenAdvantage, WelfordAdvantage, length_shaped_reward
 from egrsd_kernels.rollouts import Rollout, write_rollouts
 
 from .calling import Called, in_training, inputs_of
@@ -56,12 +57,14 @@ from .checkpoint import (
 )
 from .config import EGRSDConfig
 from .context import Reader, check_columns, check_rows, context_window, images_of, privileged_conversation, row_name
+from .evidence import evidence_of, learned, peak_entropy, signals_of
 from .export import rollout_file, rollouts_of
 from .fused_head import adapters_on_head_allowed, take_off_fused_head
-from .metrics import peak_memory_gib, token_metrics
+from .methods import Context, contexts_of, function_of
+from .metrics import evidence_metrics, peak_memory_gib, token_metrics
 from .rewards import LARGEST, checked, excerpt, without_infinite
 from .roles import Roles, check_trained, weights_at_hand
-from .teacher import AdaptersOff, EarlierWeights, MoveTeacher, make_teacher, pad_prompts
+from .teacher import AdaptersOff, EarlierWeights, MoveTeacher, NoTeacher, Teacher, make_teacher, pad_prompts
 
 logger = logging.getLogger(__name__)
 IGNORED = -100  # a label that is not scored
@@ -81,7 +84,11 @@ class EGRSDTrainer(GRPOTrainer):
     Args:
         model, reward_funcs, args, datasets, and further keywords: as GRPOTrainer's; args is an :class:`EGRSDConfig`.
         teacher_template: messages that follow the prompt in the teacher's conversation, ``{solution}`` where the
-            solution goes. For anything else override :meth:`teacher_prompt`.
+            solution goes.
+        contexts: in the place of that, by name, functions from a row of the dataset to the teacher's messages. The
+            teacher reads each rollout once in every context. Only a ``token_advantage`` of one's own reads several.
+        token_advantage: what a token is worth, a function of an :class:`egrsd_kernels.rl.TokenEvidence`. Default: the
+            one that ``args`` names.
 
     Raises:
         TypeError, ValueError: in one line that names the setting, argument, column or row.
@@ -103,11 +110,20 @@ class EGRSDTrainer(GRPOTrainer):
         eval_dataset: Any = None,
         *,
         teacher_template: Sequence[Message] = TWO_TURN,
+        contexts: Mapping[str, Context] | None = None,
+        token_advantage: TokenAdvantage | None = None,
         **kwargs: Any,
     ):
         args = EGRSDConfig("egrsd") if args is None else args
         if not isinstance(args, EGRSDConfig):
             raise TypeError(f"args: expected an EGRSDConfig, got {type(args).__name__}")
+        self._token_advantage = function_of(args, token_advantage)
+        self._contexts = contexts_of(args, token_advantage is not None, contexts, self.teacher_prompt)
+        if contexts is not None and teacher_template is not TWO_TURN:
+            raise ValueError("teacher_template: expected none beside contexts, which word all that the teacher reads")
+        if self._token_advantage is not None and args.rollout_steps:
+            why = "0, as a token_advantage of one's own has no gate to show"
+            raise ValueError(f"rollout_steps: expected {why}, got {args.rollout_steps}")
         if not reward_funcs:
             raise ValueError("reward_funcs: expected at least one reward function")
         for index, reward in enumerate(reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]):
@@ -132,8 +148,9 @@ class EGRSDTrainer(GRPOTrainer):
         for part in eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset]:
             if isinstance(part, Sized) and not len(part) and args.eval_strategy != "no":
                 raise ValueError("eval_dataset: expected at least 1 row, got 0")
+        columns = ["prompt", args.solution_column] if contexts is None and self._contexts else ["prompt"]
         for name, dataset in datasets.items():
-            check_columns(name, dataset, args.solution_column)
+            check_columns(name, dataset, columns)
         with adapters_on_head_allowed():
             super().__init__(model, reward_funcs, args, **datasets, **kwargs)
         if self.get_tp_size() > 1:
@@ -146,7 +163,8 @@ class EGRSDTrainer(GRPOTrainer):
         self.importance_sampling_level = "token"
         self._teacher_template = teacher_template
         for name, dataset in datasets.items():
-            check_rows(name, dataset, self._reader)
+            for reader in self._readers.values():
+                check_rows(name, dataset, reader)
 
         take_off_fused_head(self.model.get_base_model() if is_peft_model(self.model) else self.model)
         zero_stage = getattr(self.accelerator.state.deepspeed_plugin, "zero_stage", 0)
@@ -155,8 +173,7 @@ class EGRSDTrainer(GRPOTrainer):
             raise ValueError(
                 "sync_ref_model: not supported with sharded weights, a checkpoint would lack the reference"
             )
-        kind, rate = self.args.teacher_model_kind, self.args.teacher_update_rate  # EGRSDConfig has put in the defaults
-        self.teacher = make_teacher(self.model, kind, self._sharded, rate)
+        self.teacher = self._make_teacher()
         if isinstance(self.teacher, EarlierWeights) and self.teacher.moves:
             self.add_callback(MoveTeacher(self.teacher))
         self._proved = False
@@ -164,9 +181,9 @@ class EGRSDTrainer(GRPOTrainer):
             self._prove()
         self.welford = WelfordAdvantage(args.welford_warmup_steps)
         self._in_loss: dict[str, Any] | None = None  # the batch of the loss of TRL's that is being made
-        self._stats: TokenStats | None = None  # of that batch
-        # (fields of TokenStats and the entropy scale, valid tokens) of the optimizer step so far.
-        self._step_stats: list[Tensor] = []
+        self._signals: dict[str, Tensor] = {}  # of that batch
+        # Signals and entropy scale (valid tokens,) of the optimizer step's micro-batches so far.
+        self._step_signals: list[dict[str, Tensor]] = []
         self._step_aux: list[Tensor] = []  # load-balancing losses, one a micro-batch
         self._step_rollouts: list[Rollout] = []
         self._export_failed = False
@@ -175,9 +192,21 @@ class EGRSDTrainer(GRPOTrainer):
         self._named_infinite: set[str] = set()
         self.add_callback(EndAtMaxSteps())
         self._identity = identity(
-            self.model, self.reward_func_names, self.train_dataset, args.solution_column, teacher_template
+            self.model,
+            self.reward_func_names,
+            self.train_dataset,
+            columns,
+            teacher_template if contexts is None and self._contexts else self._contexts,
+            token_advantage,
         )
         self._pace: dict[str, list] = {}  # by mode: tokens since the last log, and when their first step began
+
+    def _make_teacher(self) -> Teacher:
+        args = self.args
+        if not self._contexts:
+            return NoTeacher()
+        # EGRSDConfig has put in the defaults.
+        return make_teacher(self.model, args.teacher_model_kind, self._sharded, args.teacher_update_rate)
 
     def _prove(self) -> None:
         """Run the model on a few tokens: what we compute is what it computes, and each has its role."""
@@ -286,19 +315,25 @@ class EGRSDTrainer(GRPOTrainer):
         return privileged_conversation(example, self.args.solution_column, self._teacher_template)
 
     @property
-    def _reader(self) -> Reader:
+    def _readers(self) -> dict[str, Reader]:
+        """By context, what reads and checks a row; without a teacher, one under no name for the student's prompt."""
         overridden = type(self).teacher_prompt is not EGRSDTrainer.teacher_prompt
-        return Reader(
-            self.processing_class,
-            {"chat_template": self.chat_template, **self.chat_template_kwargs},
-            self.teacher_prompt,
-            self.args.solution_column,
-            context_window(self.model.config),
-            self.max_completion_length,
-            "teacher_prompt" if overridden else "teacher_template",
-            self.args.vllm_max_model_length if self.use_vllm and self.vllm_mode == "colocate" else None,
-            self._is_vlm,
-        )
+        own = "teacher_prompt" if overridden else "teacher_template"
+        words = {name: own if function == self.teacher_prompt else name for name, function in self._contexts.items()}
+        return {
+            name: Reader(
+                self.processing_class,
+                {"chat_template": self.chat_template, **self.chat_template_kwargs},
+                self._contexts.get(name, lambda example: example["prompt"]),
+                self.args.solution_column,
+                context_window(self.model.config),
+                self.max_completion_length,
+                word,
+                self.args.vllm_max_model_length if self.use_vllm and self.vllm_mode == "colocate" else None,
+                self._is_vlm,
+            )
+            for name, word in (words or {"": "prompt"}).items()
+        }
 
     @property
     def _pad_token_id(self) -> int:
@@ -389,25 +424,27 @@ class EGRSDTrainer(GRPOTrainer):
             self._prove()
         # A stream's rows are seen here first, so they are checked before anything is generated.
         names = [row_name(f"{self._mode}_dataset", example) for example in inputs]
-        self._reader.read(list(zip(names, inputs, strict=True)))
+        for reader in self._readers.values():
+            reader.read(list(zip(names, inputs, strict=True)))
         output = super()._generate_and_score_completions(inputs)
         start = self.accelerator.process_index * len(inputs)
         ours = slice(start, start + len(inputs))
         if self.args.advantage == "welford":
             output["advantages"] = self._welford_advantages()[ours]
-        rows = [{**example, "prompt": prompt} for example, prompt in zip(inputs, self._given, strict=True)]
-        prompts, images = self._teacher_prompts(names, rows, output)
-        batch = [
-            x.to(self.accelerator.device) for x in pad_prompts(prompts, self._pad_token_id, self.pad_to_multiple_of)
-        ]
-        completion = output["completion_ids"], output["completion_mask"], _learned(output)
-        with self._as_teacher():
-            output["teacher_logp"], output["teacher_entropy"] = self._statistics(
-                *batch, *completion, self._rows_at_a_time(), **images
-            )
+        output["reward"] = self._rewards[ours]
+        given = [{**example, "prompt": prompt} for example, prompt in zip(inputs, self._given, strict=True)]
+        completion = output["completion_ids"], output["completion_mask"], learned(output)
+        for context in self._contexts:
+            prompts, images = self._teacher_prompts(context, names, given, output)
+            batch = [
+                x.to(self.accelerator.device) for x in pad_prompts(prompts, self._pad_token_id, self.pad_to_multiple_of)
+            ]
+            with self._as_teacher():
+                output[f"{context}_logp"], output[f"{context}_entropy"] = self._statistics(
+                    *batch, *completion, self._rows_at_a_time(), **images
+                )
         if self.args.rollout_steps:
-            output["reward"] = self._rewards[ours]
-            output["reference"] = [example[self.args.solution_column] for example in inputs]
+            output["reference"] = [example.get(self.args.solution_column) for example in inputs]
             ends = {*self.eos_token_ids, self._pad_token_id}
             output["truncated"] = [not ids or ids[-1] not in ends for ids in self._responses]
         return output
@@ -417,10 +454,11 @@ class EGRSDTrainer(GRPOTrainer):
         return super()._generate(prompts)
 
     def _teacher_prompts(
-        self, names: list[str], rows: list[dict[str, Any]], output: dict[str, Any]
+        self, context: str, names: list[str], rows: list[dict[str, Any]], output: dict[str, Any]
     ) -> tuple[list[list[int]], dict[str, Any]]:
-        """The teacher's prompts as token ids, and what TRL's pass over them takes of images: the student's, there."""
-        conversations = self._reader.read(list(zip(names, rows, strict=True)))
+        """A context's prompts as token ids, and what TRL's pass over them takes of images: the student's, there."""
+        reader = self._readers[context]
+        conversations = reader.read(list(zip(names, rows, strict=True)))
         prompts, _, fields = self._tokenize_prompts(conversations)
         if not self._is_vlm:
             return prompts, {}
@@ -428,10 +466,10 @@ class EGRSDTrainer(GRPOTrainer):
             expected, found = images_of(row["prompt"]), images_of(conversation)
             if len(expected) != len(found) or any(a is not b for a, b in zip(expected, found, strict=True)):
                 raise ValueError(
-                    f"{name}: teacher_prompt: expected the {len(expected)} images of the prompt in their order, "
+                    f"{name}: {reader.teacher}: expected the {len(expected)} images of the prompt in their order, "
                     f"got {len(found)}, or others"
                 )
-            room = (self._reader.window or math.inf) - output["completion_ids"].shape[1]
+            room = (reader.window or math.inf) - output["completion_ids"].shape[1]
             if len(ids) > room:
                 raise ValueError(
                     f"{name}: the teacher's prompt has {len(ids)} tokens with its images, and the window has room for "
@@ -479,62 +517,46 @@ class EGRSDTrainer(GRPOTrainer):
             normalizer = group[..., 0].sum().clamp(min=1) / self.accelerator.num_processes
             for batch in batches[start : start + size]:
                 batch["entropy_scale"] = scale.float()
-                if self.args.direct:
+                if self._direct:
                     batch["normalizer"] = normalizer.float()
 
     def _amount_and_peak(self, batch: dict[str, Any]) -> Tensor:
         """(2,) float64 of one micro-batch: what it adds to the normaliser, and its entropy scale in nats."""
-        entropy, mask = batch["teacher_entropy"], _learned(batch)  # entropy is 0 where masked
-        scale = self.args.entropy_scale
-        if scale == "batch_max":
-            peak = batch_max(entropy)
-        elif scale == "batch_max_lookahead":
-            peak = batch_max(self._lookahead_entropy(entropy, mask))
+        mask, scale = learned(batch), self.args.entropy_scale
+        if scale in ENTROPY_SCALES:
+            peak = peak_entropy(batch, self._contexts, self.args)
         else:
-            peak = entropy.new_tensor(math.log(self._vocab_size) if scale == "log_vocab" else scale)
+            peak = torch.tensor(math.log(self._vocab_size) if scale == "log_vocab" else scale, device=mask.device)
         dr_grpo = self.args.loss_type == "dr_grpo"
-        amount = entropy.new_tensor(len(mask) * self.max_completion_length) if dr_grpo else mask.sum()
+        amount = torch.tensor(len(mask) * self.max_completion_length, device=mask.device) if dr_grpo else mask.sum()
         return torch.stack([amount.double(), peak.double()])
-
-    def _lookahead_entropy(self, entropy: Tensor, mask: Tensor) -> Tensor:
-        """H^CL (B, T) of entropies (B, T)."""
-        rows, width = mask.shape
-        last = torch.arange(rows, device=mask.device).repeat_interleave(width) * width + width - 1
-        window = Lookahead(self.args.lookahead, self.args.lookahead_filter, self.args.lookahead_decay)
-        return lookahead_entropy(entropy.flatten(), mask.flatten(), last, window).view_as(entropy)
-
-    def _token_stats(self, inputs: Mapping[str, Any], student_logp: Tensor) -> TokenStats:
-        """Â and what it is made of, each (B, T): from student, teacher and the sequences' advantages."""
-        args, mask = self.args, _learned(inputs)
-        entropy = inputs["teacher_entropy"]
-        advantages = inputs["advantages"][:, None].expand(mask.shape)
-        ahead = self._lookahead_entropy(entropy, mask)
-        w = magnitude(advantages, inputs["teacher_logp"] - student_logp, args.clip_eps)
-        omega = gate(ahead, inputs["entropy_scale"], self.gamma, args.gate_floor)
-        credit = token_advantage(advantages, w, omega)
-        stats = student_logp, inputs["teacher_logp"], entropy, ahead, w, omega, credit, torch.zeros_like(credit)
-        return TokenStats(*(x.masked_fill(~mask, 0) for x in stats))
 
     def _put_token_advantages(self, inputs: dict[str, Any], student_logp: Tensor) -> None:
         """Put Â (B, T), a constant, into the batch of TRL's loss, which reads it after the policy's log p."""
         advantages = inputs.pop("sequence_advantages")
-        self._stats = self._token_stats({**inputs, "advantages": advantages}, student_logp)
-        inputs["advantages"] = self._stats.token_advantage
+        evidence = evidence_of(inputs, advantages, student_logp, self._contexts, self.args, self.gamma)
+        self._signals = signals_of(evidence, self._token_advantage)
+        inputs["advantages"] = self._signals["token_advantage"]
         old = inputs.get("old_per_token_logps")
         if self.args.importance_sampling_level == "sequence_token" and old is not None:
             # GSPO-token: π/π_old of each token is the sequence's as a number, and π's own as a gradient.
-            mask = _learned(inputs)
+            mask = learned(inputs)
             log_ratio = ((student_logp - old) * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
             inputs["old_per_token_logps"] = student_logp - log_ratio
 
+    @property
+    def _direct(self) -> bool:
+        return self.args.direct and self._token_advantage is None
+
     def _compute_loss(self, model, inputs):
-        loss, stats = (self._direct_loss if self.args.direct else self._trl_loss)(model, inputs)
-        mask = _learned(inputs)
-        scale = inputs["entropy_scale"].expand(mask.shape)
-        self._step_stats.append(torch.stack([*stats, scale])[:, mask])
+        loss, signals = (self._direct_loss if self._direct else self._trl_loss)(model, inputs)
+        mask = learned(inputs)
+        signals["entropy_scale"] = inputs["entropy_scale"].expand(mask.shape)
+        self._step_signals.append({name: values[mask] for name, values in signals.items()})
         step = self.state.global_step + 1
         export = self._mode == "train" and self.args.rollout_steps and step % self.args.rollout_steps == 0
         if export:
+            stats = TokenStats(*(signals[name] for name in TokenStats._fields))
             self._step_rollouts += rollouts_of(inputs, mask, stats, step, self._vocab_size, self._tokenizer)
         if self._mode == "eval" or self.accelerator.sync_gradients:  # the step's last micro-batch
             self._log_step()
@@ -542,7 +564,7 @@ class EGRSDTrainer(GRPOTrainer):
                 self._write_rollouts(step)
         return loss
 
-    def _trl_loss(self, model, inputs) -> tuple[Tensor, TokenStats]:
+    def _trl_loss(self, model, inputs) -> tuple[Tensor, dict[str, Tensor]]:
         """TRL's loss of a batch whose advantages are Â. The batch itself stays: it may serve another update."""
         batch = {name: value for name, value in inputs.items() if name != "advantages"}  # read too early, it is missed
         batch["sequence_advantages"] = inputs["advantages"]
@@ -551,12 +573,13 @@ class EGRSDTrainer(GRPOTrainer):
             loss = super()._compute_loss(model, batch)
         finally:
             self._in_loss = None
-        stats, self._stats = self._stats, None
-        return loss, stats
+        signals, self._signals = self._signals, {}
+        return loss, signals
 
-    def _direct_loss(self, model, inputs) -> tuple[Tensor, TokenStats]:
+    def _direct_loss(self, model, inputs) -> tuple[Tensor, dict[str, Tensor]]:
         """The same with the gradient in the loss's own pass: see :attr:`EGRSDConfig.direct`."""
-        args, mask, advantages = self.args, _learned(inputs), inputs["advantages"]
+        args, mask, advantages = self.args, learned(inputs), inputs["advantages"]
+        (context,) = self._contexts
         ratio = inputs.get("importance_sampling_ratio")
         if ratio is not None:  # vLLM's correction; it is not negative, so it leaves sign(A) alone
             advantages = (advantages[:, None] * ratio).expand(mask.shape)
@@ -569,8 +592,8 @@ class EGRSDTrainer(GRPOTrainer):
                 inputs["completion_ids"],
                 advantages,
                 mask=mask,
-                teacher_logp=inputs["teacher_logp"],
-                teacher_entropy=inputs["teacher_entropy"],
+                teacher_logp=inputs[f"{context}_logp"],
+                teacher_entropy=inputs[f"{context}_entropy"],
                 gamma=self.gamma,
                 gate_floor=args.gate_floor,
                 lookahead=args.lookahead,
@@ -597,34 +620,21 @@ class EGRSDTrainer(GRPOTrainer):
             accumulation = self.current_gradient_accumulation_steps if self._mode == "train" else 1
             loss = loss + self.router_aux_loss_coef * output.aux_loss / accumulation
             self._step_aux.append(output.aux_loss.detach())
-        return loss, stats
+        return loss, stats._asdict()
 
     def _log_step(self) -> None:
         """Metrics of one optimizer step, exact over its micro-batches and processes, into TRL's own averages."""
-        calls = len(self._step_stats) * self.accelerator.num_processes
-        local = torch.cat(self._step_stats, dim=1).T.contiguous()
-        self._step_stats.clear()
-        # Processes hold different numbers of tokens; padding is told from tokens by an infinite entropy.
+        calls = len(self._step_signals) * self.accelerator.num_processes
+        names = list(self._step_signals[0])
+        local = torch.stack([torch.cat([signals[name] for signals in self._step_signals]) for name in names], dim=1)
+        self._step_signals.clear()
+        # Processes hold different numbers of tokens; padding is told from tokens by an infinite log p.
         local = self.accelerator.pad_across_processes(local, dim=0, pad_index=math.inf)
         every = self.accelerator.gather(local).T
-        *fields, scale = every[:, every[TokenStats._fields.index("teacher_entropy")] != math.inf]
-        stats = TokenStats(*fields)
-        metrics = token_metrics(
-            stats._asdict(),
-            gamma=self.gamma,
-            gate_floor=self.args.gate_floor,
-            clip_eps=self.args.clip_eps,
-            scale=scale,
-            log_vocab=math.log(self._vocab_size),
-            tau_low=self.args.tau_low,
-            tau_high=self.args.tau_high,
-            sparse_calls=calls if self.args.direct and self.args.grad_mode == "sparse" else 0,
-        )
+        tokens = dict(zip(names, every[:, every[names.index("student_logp")] != math.inf], strict=True))
+        metrics = self._token_metrics(tokens, calls)
         memory = torch.tensor([peak_memory_gib(self.accelerator.device)], device=self.accelerator.device)
-        metrics |= {
-            "gamma": self.gamma,
-            "peak_memory_gib": self.accelerator.gather(memory).max().item(),
-        }
+        metrics["peak_memory_gib"] = self.accelerator.gather(memory).max().item()
         if self._step_aux:
             metrics["aux_loss"] = self.accelerator.gather(torch.stack(self._step_aux)).mean().item()
             self._step_aux.clear()
@@ -632,8 +642,25 @@ class EGRSDTrainer(GRPOTrainer):
             self._metrics[self._mode][name].append(value)
         # TRL logs a mean over steps, of which only some generate: hence one value, of all tokens and all the time.
         pace = self._pace[self._mode]
-        pace[0] += len(stats.gate)
+        pace[0] += len(tokens["student_logp"])
         self._metrics[self._mode]["tokens_per_second"] = [pace[0] / (time.perf_counter() - pace[1])]
+
+    def _token_metrics(self, tokens: Mapping[str, Tensor], calls: int) -> dict[str, float]:
+        """Metrics of ``tokens``: by name, (N,) each, the signals and the entropy scale of ``calls`` micro-batches."""
+        args = self.args
+        if "gate" not in tokens:
+            return evidence_metrics(tokens, self._contexts)
+        return {"gamma": self.gamma} | token_metrics(
+            tokens,
+            gamma=self.gamma,
+            gate_floor=args.gate_floor,
+            clip_eps=args.clip_eps,
+            scale=tokens["entropy_scale"],
+            log_vocab=math.log(self._vocab_size),
+            tau_low=args.tau_low,
+            tau_high=args.tau_high,
+            sparse_calls=calls if self._direct and args.grad_mode == "sparse" else 0,
+        )
 
     def log(self, *args, **kwargs):
         super().log(*args, **kwargs)
@@ -715,9 +742,3 @@ class EGRSDTrainer(GRPOTrainer):
             self._metrics["train"].update(state["metrics"])
             self._buffered_inputs = send_to_device(state["rollouts"], self.accelerator.device)
             self._step = state["step"]
-
-
-def _learned(inputs: Mapping[str, Any]) -> Tensor:
-    """(B, T) bool: the completion's tokens that the policy made and learns from, without those that tools returned."""
-    mask = inputs["completion_mask"].bool()
-    return mask & inputs["tool_mask"].bool() if "tool_mask" in inputs else mask
