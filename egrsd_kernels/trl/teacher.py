@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -19,6 +20,7 @@ from egrsd_kernels import head_of
 from egrsd_kernels.models import ModelError
 
 from .calling import Called
+from .context import context_window
 from .errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -147,6 +149,12 @@ class SeparateModel:
     def active(self) -> Iterator[nn.Module]:
         yield self.model
 
+    @property
+    def window(self) -> float:
+        """The tokens that it reads at most."""
+        config = getattr(self.model, "config", None)
+        return math.inf if config is None else context_window(config) or math.inf
+
     @cached_property
     def _digest(self) -> str:
         return digest_of(self.model.parameters())
@@ -214,7 +222,10 @@ def make_teacher(model: nn.Module, kind: str, sharded: bool, update_rate: float 
     if sharded:
         # Sharding replaces the parameters after this point. And FSDP2 keeps the root's gathered after a forward
         # without a backward, so that the student would read the teacher's.
-        raise ValueError(f"teacher_model_kind: {kind!r} is not supported with sharded weights; train adapters")
+        raise ValueError(
+            f"teacher_model_kind: {kind!r} is not supported with sharded weights; "
+            "train adapters, or pass a teacher_model"
+        )
     teacher = EarlierWeights(model, moves=kind != "frozen")
     halves = {str(weight.dtype) for weight in teacher.own if weight.dtype.itemsize < 4}
     if kind == "ema" and update_rate < 1 and halves:
