@@ -295,7 +295,7 @@ def test_the_default_template_takes_strict_roles(tmp_path):
         ({"solution": "a" * 600}, "the teacher's prompt has "),
         ({"solution": " "}, "solution: expected the text of a reference solution, got ' '"),
         ({"prompt": [{"role": "system", "content": "2+3?"}]}, "prompt: the chat template refuses this conversation ("),
-        ({"images": ["a"]}, "images: images need the model's processor"),
+        ({"images": ["a"]}, "images: images need a model that reads them, and its"),
     ],
 )
 def test_a_row_of_a_stream_is_refused_before_generating(tmp_path, change, message):

@@ -63,8 +63,8 @@ def test_a_name_is_loaded_as_it_is_stored(tmp_path):
     assert teacher_of(name).model.dtype == torch.bfloat16
     assert teacher_of(tmp_path, init_kwargs={"dtype": "float32"}).model.dtype == torch.float32
     placed = teacher_of(name, init_kwargs={"device_map": {"": "cpu"}})
-    assert placed.model.hf_device_map == {"": "cpu"}
     placed.prove(SIZE)
+    assert placed.model.device == CPU
     given = larger()
     assert refusal(given, init_kwargs={"dtype": "float32"}) == (
         "teacher_model_init_kwargs: expected None, as teacher_model is already a model, got {'dtype': 'float32'}"
@@ -73,6 +73,8 @@ def test_a_name_is_loaded_as_it_is_stored(tmp_path):
 
 
 def test_what_is_no_model_of_its_own_is_refused():
+    message = "teacher_model: expected a model that reads images, as the student does, got one that does not"
+    assert refusal(larger(), images=True) == message
     assert refusal(7) == "teacher_model: expected a model, or the name or path of one, got 7"
     student = tiny_model()
     assert refusal(student, student=student).startswith(

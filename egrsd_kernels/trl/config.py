@@ -3,7 +3,7 @@
 import json
 import math
 import os
-import re
+import typing
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -317,8 +317,9 @@ class EGRSDConfig(GRPOConfig):
 
     def _check_values(self) -> None:
         """Each setting by itself, and what only settings of ours say of one another."""
-        # TRL says what None means there.
-        optional = {f.name for f in fields(GRPOConfig) if f.default is None or re.search("None|Optional", str(f.type))}
+        # TRL says what None means there. A field's type would not do: argument parsers take the None out of it.
+        hints = typing.get_type_hints(GRPOConfig)
+        optional = {f.name for f in fields(GRPOConfig) if type(None) in typing.get_args(hints[f.name])}
         checks: list[tuple[Callable[..., Any], str, dict[str, Any]]]
         checks = [(integer, name, {"low": low}) for name, low in AT_LEAST.items()]
         checks += [(number, name, {"low": 0} | bounds) for name, bounds in BOUNDS.items()]

@@ -35,7 +35,7 @@ import torch
 from accelerate.utils import gather_object, is_peft_model, send_to_device
 from torch import Tensor, nn
 from trl import GRPOTrainer
-from trl.trainer.utils import FusedCausalLMOutput
+from trl.trainer.utils import FusedCausalLMOutput, pad
 
 from egrsd_kernels import Head, TokenStats, fused_egrsd_loss, head_of, linear_logp, token_statistics, with_head
 from egrsd_kernels.credit import ENTROPY_SCALES
@@ -56,7 +56,7 @@ from .checkpoint import (
     write_state,
 )
 from .config import EGRSDConfig
-from .context import Reader, check_columns, check_rows, context_window, privileged_conversation, row_name
+from .context import Reader, check_columns, check_rows, context_window, images_of, privileged_conversation, row_name
 from .evidence import evidence_of, learned, peak_entropy, signals_of
 from .export import rollout_file, rollouts_of
 from .fused_head import adapters_on_head_allowed, take_off_fused_head
@@ -78,6 +78,10 @@ from .teacher import (
 
 logger = logging.getLogger(__name__)
 IGNORED = -100  # a label that is not scored
+# What TRL's batches hold of images for the model, and which tokens are theirs.
+MODEL_IMAGES = ("pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes",
+                "image_position_ids")  # fmt: skip
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 
 
 class EGRSDTrainer(GRPOTrainer):
@@ -167,9 +171,8 @@ class EGRSDTrainer(GRPOTrainer):
         if self.get_tp_size() > 1:
             raise ValueError("deepspeed: expected autotp_size 1, tensor parallelism is not supported")
         if self.processing_class.chat_template is None:
-            raise ValueError("processing_class: expected a tokenizer with a chat template, which this model's has not")
-        if self._is_vlm:
-            raise ValueError("model: vision-language models are not supported")
+            kind = "processor" if self._is_vlm else "tokenizer"
+            raise ValueError(f"processing_class: expected a {kind} with a chat template, which this model's has not")
         check_trained(self.model, self.optimizer)
         # GSPO-token reaches TRL's loss through π_old: see _put_token_advantages.
         self.importance_sampling_level = "token"
@@ -222,6 +225,7 @@ class EGRSDTrainer(GRPOTrainer):
                 self.model,
                 self.processing_class,
                 self.accelerator.device,
+                images=self._is_vlm,
                 distributed=self.accelerator.num_processes > 1,
                 revision=args.teacher_model_revision,
                 init_kwargs=args.teacher_model_init_kwargs,
@@ -232,7 +236,7 @@ class EGRSDTrainer(GRPOTrainer):
 
     def _prove(self) -> None:
         """Run the model on a few tokens: what we compute is what it computes, and each has its role."""
-        called = Called(self.model, self.aux_loss_enabled)
+        called = Called(self.model, self.aux_loss_enabled, self._is_vlm)
         with self.accelerator.autocast(), in_training(self.model):
             head = head_of(called)
         if head.low_rank is not None and isinstance(self.teacher, AdaptersOff):  # whose head is another
@@ -252,7 +256,7 @@ class EGRSDTrainer(GRPOTrainer):
             embeddings=lambda model: self.accelerator.unwrap_model(model).get_input_embeddings(),
             as_teacher=self._as_teacher,
             read=lambda *row: self._read(lambda hidden, head: (hidden, *tensors_of(head)), *row)[0],
-            vocabulary=min(self._vocab_size, len(self.processing_class)),
+            vocabulary=min(self._vocab_size, len(self._tokenizer)),
             pad_token_id=self._pad_token_id,
             device=self.accelerator.device,
         )
@@ -337,7 +341,10 @@ class EGRSDTrainer(GRPOTrainer):
     # ------------------------------------------------------------------------------------------------------- teacher
 
     def teacher_prompt(self, example: Mapping[str, Any]) -> list[dict[str, str]]:
-        """The teacher's conversation for one row of the dataset. Override it for another context."""
+        """The teacher's conversation for one row of the dataset. Override it for another context.
+
+        The row's ``prompt`` is what generation was given: with its images in the content's parts.
+        """
         return privileged_conversation(example, self.args.solution_column, self._teacher_template)
 
     @property
@@ -356,14 +363,15 @@ class EGRSDTrainer(GRPOTrainer):
                 self.max_completion_length,
                 word,
                 self.args.vllm_max_model_length if self.use_vllm and self.vllm_mode == "colocate" else None,
+                self._is_vlm,
                 self.teacher.window if isinstance(self.teacher, SeparateModel) else None,
             )
-            for name, word in (words or {"": "prompt"}).items()
+            for name, word in (words or {"": own}).items()
         }
 
     @property
     def _pad_token_id(self) -> int:
-        return self.processing_class.pad_token_id
+        return self._tokenizer.pad_token_id
 
     @contextmanager
     def _as_student(self) -> Iterator[nn.Module]:
@@ -377,7 +385,10 @@ class EGRSDTrainer(GRPOTrainer):
         with evaluating(self.model), self.teacher.active() as teacher:
             yield teacher
 
-    def _read(self, function: Callable, model, prompt_ids, prompt_mask, completion_ids, completion_mask, router=False):
+    def _read(
+        self, function: Callable, model, prompt_ids, prompt_mask, completion_ids, completion_mask, router=False,
+        **images,
+    ):  # fmt: skip
         """(function(hidden, head), output), with the (B, T, D) hidden states that predict the completion's tokens."""
         ids, mask = torch.cat([prompt_ids, completion_ids], dim=1), torch.cat([prompt_mask, completion_mask], dim=1)
         # Prompts are padded on the left, so every completion begins in the same column and is predicted one column
@@ -385,15 +396,18 @@ class EGRSDTrainer(GRPOTrainer):
         rows = slice(-completion_ids.shape[1] - 1, -1)
         with self.accelerator.autocast():
             return with_head(
-                model, lambda hidden, head: function(hidden[:, rows], head), **inputs_of(ids, mask, router)
+                model,
+                lambda hidden, head: function(hidden[:, rows], head),
+                **inputs_of(ids, mask, router, self._is_vlm),
+                **images,
             )
 
     @torch.no_grad()
-    def _statistics(self, model, prompt_ids, prompt_mask, completion_ids, completion_mask, mask, size: int):
+    def _statistics(self, model, prompt_ids, prompt_mask, completion_ids, completion_mask, mask, size: int, **images):
         """log p and entropy (B, T) of the completion's tokens, from the model as it is now, ``size`` rows at a time."""
         ids, attended = torch.cat([prompt_ids, completion_ids], dim=1), torch.cat([prompt_mask, completion_mask], dim=1)
         logp, entropy, _ = self._get_per_token_logps_and_entropies(
-            model, ids, attended, completion_ids.shape[1], size, compute_entropy=True
+            model, ids, attended, completion_ids.shape[1], size, compute_entropy=True, **images
         )
         return tuple(x.to(mask.device).masked_fill(mask == 0, 0) for x in (logp, entropy))
 
@@ -404,12 +418,12 @@ class EGRSDTrainer(GRPOTrainer):
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         """TRL's, in front of ``model`` as we read it: TRL cuts batches into parts, and images with them."""
 
-        def read(input_ids, attention_mask, labels, fused_lm_head, output_router_logits=False):
+        def read(input_ids, attention_mask, labels, fused_lm_head, output_router_logits=False, **images):
             parts = (x.tensor_split([-logits_to_keep], dim=1) for x in (input_ids, attention_mask, labels))
             ids, attended, (_, labels) = parts
             row = ids[0], attended[0], ids[1], attended[1]
             (logp, entropy), output = self._read(
-                functools.partial(self._score, labels), model, *row, router=output_router_logits
+                functools.partial(self._score, labels), model, *row, router=output_router_logits, **images
             )
             aux_loss = output.aux_loss if output_router_logits else None
             return FusedCausalLMOutput(log_probs=logp, entropy=entropy, aux_loss=aux_loss)
@@ -450,34 +464,71 @@ class EGRSDTrainer(GRPOTrainer):
         if not self._proved:  # weights that were elsewhere at construction
             self._prove()
         # A stream's rows are seen here first, so they are checked before anything is generated.
-        named = [(row_name(f"{self._mode}_dataset", example), example) for example in inputs]
-        conversations = {name: reader.read(named) for name, reader in self._readers.items()}
+        names = [row_name(f"{self._mode}_dataset", example) for example in inputs]
+        readers = self._readers
+        for reader in readers.values():
+            reader.read(list(zip(names, inputs, strict=True)))
         output = super()._generate_and_score_completions(inputs)
         start = self.accelerator.process_index * len(inputs)
         ours = slice(start, start + len(inputs))
         if self.args.advantage == "welford":
             output["advantages"] = self._welford_advantages()[ours]
         output["reward"] = self._rewards[ours]
-        size = self._rows_at_a_time()
+        rows = [{**example, "prompt": prompt} for example, prompt in zip(inputs, self._given, strict=True)]
+        completion = output["completion_ids"], output["completion_mask"], learned(output)
         for name in self._contexts:
-            prompts = self._tokenize_prompts(conversations[name])[0]
+            prompts, images = self._teacher_prompts(readers[name], names, rows, output)
             batch = [
                 x.to(self.accelerator.device) for x in pad_prompts(prompts, self._pad_token_id, self.pad_to_multiple_of)
             ]
             with self._as_teacher() as teacher:
                 output[f"{name}_logp"], output[f"{name}_entropy"] = self._statistics(
-                    teacher,
-                    *batch,
-                    output["completion_ids"],
-                    output["completion_mask"],
-                    output["completion_mask"],
-                    size,
+                    teacher, *batch, *completion, self._rows_at_a_time(), **images
                 )
         if self.args.rollout_steps:
             output["reference"] = [example.get(self.args.solution_column) for example in inputs]
             ends = {*self.eos_token_ids, self._pad_token_id}
             output["truncated"] = [not ids or ids[-1] not in ends for ids in self._responses]
         return output
+
+    def _generate(self, prompts):
+        self._given = prompts  # with the images of the rows
+        return super()._generate(prompts)
+
+    def _teacher_prompts(
+        self, reader: Reader, names: list[str], rows: list[dict[str, Any]], output: dict[str, Any]
+    ) -> tuple[list[list[int]], dict[str, Any]]:
+        """The teacher's prompts as token ids, and what TRL's pass over them takes of images: the student's, there."""
+        conversations = reader.read(list(zip(names, rows, strict=True)))
+        prompts, _, fields = self._tokenize_prompts(conversations)
+        if not self._is_vlm:
+            return prompts, {}
+        for name, row, conversation, ids in zip(names, rows, conversations, prompts, strict=True):
+            expected, found = images_of(row["prompt"]), images_of(conversation)
+            if len(expected) != len(found) or any(a is not b for a, b in zip(expected, found, strict=True)):
+                raise ValueError(
+                    f"{name}: {reader.teacher}: expected the {len(expected)} images of the prompt in their order, "
+                    f"got {len(found)}, or others"
+                )
+            window = reader.window if reader.teacher_window is None else reader.teacher_window
+            room = (window or math.inf) - output["completion_ids"].shape[1]
+            if len(ids) > room:
+                raise ValueError(
+                    f"{name}: the teacher's prompt has {len(ids)} tokens with its images, and the window has room for "
+                    f"{room} before the completion; shorten it, or take smaller images"
+                )
+        images = {key: output[key] for key in (*MODEL_IMAGES, "num_images", "num_tiles") if key in output}
+        for key in TOKEN_TYPES:  # of the prompt's tokens, where images are; the student's are of its own
+            if key in output:
+                types = pad(
+                    [torch.as_tensor(row) for row in fields[key]],
+                    padding_value=0,
+                    padding_side="left",
+                    pad_to_multiple_of=self.pad_to_multiple_of,
+                ).to(output[key])
+                completion = types.new_zeros(output["completion_ids"].shape)
+                images[key] = torch.cat([types, completion], dim=1)
+        return prompts, images
 
     # ---------------------------------------------------------------------------------------------------------- loss
 
@@ -548,7 +599,7 @@ class EGRSDTrainer(GRPOTrainer):
         export = self._mode == "train" and self.args.rollout_steps and step % self.args.rollout_steps == 0
         if export:
             stats = TokenStats(*(signals[name] for name in TokenStats._fields))
-            self._step_rollouts += rollouts_of(inputs, mask, stats, step, self._vocab_size, self.processing_class)
+            self._step_rollouts += rollouts_of(inputs, mask, stats, step, self._vocab_size, self._tokenizer)
         if self._mode == "eval" or self.accelerator.sync_gradients:  # the step's last micro-batch
             self._log_step()
             if export:
@@ -604,7 +655,8 @@ class EGRSDTrainer(GRPOTrainer):
 
         keys = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
         batch = (inputs[key] for key in keys)
-        (loss, stats), output = self._read(loss_of, model, *batch, router=self.aux_loss_enabled)
+        images = {key: inputs[key] for key in (*MODEL_IMAGES, *TOKEN_TYPES) if key in inputs}
+        (loss, stats), output = self._read(loss_of, model, *batch, router=self.aux_loss_enabled, **images)
         if self.aux_loss_enabled:
             # As TRL weighs it: the mean over micro-batches, whatever their tokens.
             accumulation = self.current_gradient_accumulation_steps if self._mode == "train" else 1
