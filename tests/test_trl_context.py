@@ -324,8 +324,8 @@ def test_images_are_refused(tmp_path):
     }
     for name, rows in cases.items():
         assert refusal(lambda rows=rows: build(tmp_path, rows=rows)) == (
-            f"train_dataset, row 0: {name}: images need the model's processor, and vision-language training is not "
-            "supported; leave the images out"
+            f"train_dataset, row 0: {name}: images need a model that reads them, and its processor as "
+            "processing_class; leave the images out"
         )
     build(tmp_path, rows=Dataset.from_list([r | {"images": []} for r in dataset(4)])).train()
 

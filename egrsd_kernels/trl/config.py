@@ -7,6 +7,7 @@ import typing
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from types import NoneType
 from typing import Any, ClassVar
 
 from trl import GRPOConfig
@@ -317,9 +318,11 @@ class EGRSDConfig(GRPOConfig):
 
     def _check_values(self) -> None:
         """Each setting by itself, and what only settings of ours say of one another."""
-        # TRL says what None means there. A field's type would not do: argument parsers take the None out of it.
-        hints = typing.get_type_hints(GRPOConfig)
-        optional = {f.name for f in fields(GRPOConfig) if type(None) in typing.get_args(hints[f.name])}
+        # TRL says what None means there.
+        hints = typing.get_type_hints(GRPOConfig)  # a parser has changed the fields' own types
+        optional = {
+            f.name for f in fields(GRPOConfig) if f.default is None or NoneType in typing.get_args(hints[f.name])
+        }
         checks: list[tuple[Callable[..., Any], str, dict[str, Any]]]
         checks = [(integer, name, {"low": low}) for name, low in AT_LEAST.items()]
         checks += [(number, name, {"low": 0} | bounds) for name, bounds in BOUNDS.items()]

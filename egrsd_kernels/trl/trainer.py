@@ -386,7 +386,7 @@ class EGRSDTrainer(GRPOTrainer):
             yield teacher
 
     def _read(
-        self, function: Callable, model, prompt_ids, prompt_mask, completion_ids, completion_mask, router=False,
+        self, function: Callable, model, prompt_ids, prompt_mask, completion_ids, completion_mask, *, router=False,
         **images,
     ):  # fmt: skip
         """(function(hidden, head), output), with the (B, T, D) hidden states that predict the completion's tokens."""
@@ -449,7 +449,7 @@ class EGRSDTrainer(GRPOTrainer):
         if not torch.is_grad_enabled():
             found = token_statistics(hidden, head, **options)
             return found.logp, found.entropy
-        return linear_logp(
+        scored: Any = linear_logp(  # its type depends on return_entropy
             hidden,
             head,
             **options,
@@ -459,14 +459,14 @@ class EGRSDTrainer(GRPOTrainer):
             grad_mode=self.args.grad_mode,
             sparse_tol=self.args.sparse_tol,
         )
+        return scored
 
     def _generate_and_score_completions(self, inputs):
         if not self._proved:  # weights that were elsewhere at construction
             self._prove()
         # A stream's rows are seen here first, so they are checked before anything is generated.
         names = [row_name(f"{self._mode}_dataset", example) for example in inputs]
-        readers = self._readers
-        for reader in readers.values():
+        for reader in self._readers.values():
             reader.read(list(zip(names, inputs, strict=True)))
         output = super()._generate_and_score_completions(inputs)
         start = self.accelerator.process_index * len(inputs)
@@ -474,15 +474,15 @@ class EGRSDTrainer(GRPOTrainer):
         if self.args.advantage == "welford":
             output["advantages"] = self._welford_advantages()[ours]
         output["reward"] = self._rewards[ours]
-        rows = [{**example, "prompt": prompt} for example, prompt in zip(inputs, self._given, strict=True)]
+        given = [{**example, "prompt": prompt} for example, prompt in zip(inputs, self._given, strict=True)]
         completion = output["completion_ids"], output["completion_mask"], learned(output)
-        for name in self._contexts:
-            prompts, images = self._teacher_prompts(readers[name], names, rows, output)
+        for context in self._contexts:
+            prompts, images = self._teacher_prompts(context, names, given, output)
             batch = [
                 x.to(self.accelerator.device) for x in pad_prompts(prompts, self._pad_token_id, self.pad_to_multiple_of)
             ]
             with self._as_teacher() as teacher:
-                output[f"{name}_logp"], output[f"{name}_entropy"] = self._statistics(
+                output[f"{context}_logp"], output[f"{context}_entropy"] = self._statistics(
                     teacher, *batch, *completion, self._rows_at_a_time(), **images
                 )
         if self.args.rollout_steps:
@@ -496,9 +496,10 @@ class EGRSDTrainer(GRPOTrainer):
         return super()._generate(prompts)
 
     def _teacher_prompts(
-        self, reader: Reader, names: list[str], rows: list[dict[str, Any]], output: dict[str, Any]
+        self, context: str, names: list[str], rows: list[dict[str, Any]], output: dict[str, Any]
     ) -> tuple[list[list[int]], dict[str, Any]]:
-        """The teacher's prompts as token ids, and what TRL's pass over them takes of images: the student's, there."""
+        """A context's prompts as token ids, and what TRL's pass over them takes of images: the student's, there."""
+        reader = self._readers[context]
         conversations = reader.read(list(zip(names, rows, strict=True)))
         prompts, _, fields = self._tokenize_prompts(conversations)
         if not self._is_vlm:
