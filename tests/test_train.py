@@ -359,8 +359,8 @@ def fails(arguments: list[str], capsys) -> str:
     [
         ({"gama": 0.3}, "gama: unknown key; did you mean gamma?"),
         ({"gamma": "high"}, "gamma: invalid float value: 'high'"),
-        ({"gamma": None}, "gamma: expected float, got None"),
-        ({"gamma": [0.3]}, "gamma: expected float, got [0.3]"),
+        ({"gate_floor": None}, "gate_floor: expected float, got None"),
+        ({"gate_floor": [0.3]}, "gate_floor: expected float, got [0.3]"),
         ({"lookahead": 1.5}, "lookahead: invalid int value: '1.5'"),
         ({"bf16": "maybe"}, "bf16: "),
         ({"save_strategy": "sometimes"}, "save_strategy: invalid choice: 'sometimes'"),

@@ -492,6 +492,7 @@ class EGRSDTrainer(GRPOTrainer):
         output["reward"] = self._rewards[ours]
         given = [{**example, "prompt": prompt} for example, prompt in zip(inputs, self._given, strict=True)]
         completion = output["completion_ids"], output["completion_mask"], learned(output)
+        size = self._rows_at_a_time()  # of the student's mode: the teacher's is another
         for context in self._contexts:
             prompts, images = self._teacher_prompts(context, names, given, output)
             batch = [
@@ -499,7 +500,7 @@ class EGRSDTrainer(GRPOTrainer):
             ]
             with self._as_teacher() as teacher:
                 output[f"{context}_logp"], output[f"{context}_entropy"] = self._statistics(
-                    teacher, *batch, *completion, self._rows_at_a_time(), **images
+                    teacher, *batch, *completion, size, **images
                 )
         if self.args.rollout_steps:
             output["reference"] = [example.get(self.args.solution_column) for example in inputs]
