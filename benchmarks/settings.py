@@ -20,6 +20,7 @@ from trl import GRPOConfig
 
 from benchmarks.table import ROOT, replaced, table
 from egrsd_kernels.trl import EGRSDConfig
+from egrsd_kernels.trl.config import REFUSED
 
 PAGE = "docs/from-grpo.md"
 BEGIN, END = "<!-- settings: begin -->", "<!-- settings: end -->"
@@ -28,7 +29,7 @@ CPU = {"use_cpu": True, "bf16": False, "report_to": "none"}
 
 @dataclass(frozen=True)
 class Here:
-    """What becomes of a setting: it is honoured, with a ``note``, and in ``contradictions`` refused.
+    """What becomes of a setting: it is honoured, in the way of the ``note``, except in its ``contradictions``.
 
     contradictions: settings that EGRSDConfig refuses in a line that begins with this setting's name.
     """
@@ -41,112 +42,113 @@ def refused(note: str = "", **settings: Any) -> Here:
     return Here(note, (settings,))
 
 
-AS_IN_GRPO = Here()
+HONOURED = Here()
+NEVER = Here("refused")  # the reason is in REFUSED
 
 SETTINGS: dict[str, dict[str, Here]] = {
     "Model": {
         "model_init_kwargs": refused(model_init_kwargs={"tp_plan": "auto"}),
-        "trust_remote_code": Here("of a teacher that is given by name, too"),
-        "disable_dropout": AS_IN_GRPO,
-        "cast_lm_head_to_fp32": refused(cast_lm_head_to_fp32=True),
-        "router_aux_loss_coef": AS_IN_GRPO,
+        "trust_remote_code": Here("for a teacher that is given by name, too"),
+        "disable_dropout": HONOURED,
+        "cast_lm_head_to_fp32": NEVER,
+        "router_aux_loss_coef": HONOURED,
     },
     "Prompts": {
-        "shuffle_dataset": AS_IN_GRPO,
+        "shuffle_dataset": HONOURED,
         "chat_template_kwargs": Here("for the teacher's conversations, too"),
         "pad_to_multiple_of": Here("for the teacher's prompts, too"),
-        "max_tool_calling_iterations": AS_IN_GRPO,
+        "max_tool_calling_iterations": HONOURED,
     },
     "Generation": {
-        "num_generations": AS_IN_GRPO,
-        "num_generations_eval": AS_IN_GRPO,
-        "generation_batch_size": AS_IN_GRPO,
-        "steps_per_generation": AS_IN_GRPO,
-        "max_completion_length": refused("the length bonus divides by it", max_completion_length=None),
-        "temperature": refused("log p of student and teacher are those at this temperature", temperature=0),
-        "top_p": AS_IN_GRPO,
-        "top_k": AS_IN_GRPO,
-        "min_p": AS_IN_GRPO,
-        "repetition_penalty": AS_IN_GRPO,
+        "num_generations": HONOURED,
+        "num_generations_eval": HONOURED,
+        "generation_batch_size": HONOURED,
+        "steps_per_generation": HONOURED,
+        "max_completion_length": refused(max_completion_length=None),
+        "temperature": Here("in log p of student and teacher, too"),
+        "top_p": HONOURED,
+        "top_k": HONOURED,
+        "min_p": HONOURED,
+        "repetition_penalty": HONOURED,
         "generation_kwargs": refused(generation_kwargs={"temperature": 0.5}),
-        "cache_implementation": AS_IN_GRPO,
-        "use_transformers_continuous_batching": AS_IN_GRPO,
-        "transformers_continuous_batching_config": AS_IN_GRPO,
-        "use_transformers_paged": AS_IN_GRPO,
-        "ds3_gather_for_generation": AS_IN_GRPO,
+        "cache_implementation": HONOURED,
+        "use_transformers_continuous_batching": HONOURED,
+        "transformers_continuous_batching_config": HONOURED,
+        "use_transformers_paged": HONOURED,
+        "ds3_gather_for_generation": HONOURED,
     },
     "vLLM": {
-        "use_vllm": AS_IN_GRPO,
-        "vllm_mode": AS_IN_GRPO,
-        "vllm_model_impl": AS_IN_GRPO,
-        "vllm_enable_sleep_mode": AS_IN_GRPO,
-        "vllm_structured_outputs_regex": AS_IN_GRPO,
-        "vllm_server_base_url": AS_IN_GRPO,
-        "vllm_server_host": AS_IN_GRPO,
-        "vllm_server_port": AS_IN_GRPO,
-        "vllm_server_timeout": AS_IN_GRPO,
-        "vllm_group_port": AS_IN_GRPO,
-        "vllm_gpu_memory_utilization": AS_IN_GRPO,
-        "vllm_max_model_length": Here("bounds the completions that the window has to hold"),
-        "vllm_tensor_parallel_size": AS_IN_GRPO,
-        "vllm_importance_sampling_correction": AS_IN_GRPO,
-        "vllm_importance_sampling_mode": AS_IN_GRPO,
-        "vllm_importance_sampling_clip_max": AS_IN_GRPO,
-        "vllm_importance_sampling_clip_min": AS_IN_GRPO,
-        "vllm_importance_sampling_cap": AS_IN_GRPO,
+        "use_vllm": HONOURED,
+        "vllm_mode": HONOURED,
+        "vllm_model_impl": HONOURED,
+        "vllm_enable_sleep_mode": HONOURED,
+        "vllm_structured_outputs_regex": HONOURED,
+        "vllm_server_base_url": HONOURED,
+        "vllm_server_host": HONOURED,
+        "vllm_server_port": HONOURED,
+        "vllm_server_timeout": HONOURED,
+        "vllm_group_port": HONOURED,
+        "vllm_gpu_memory_utilization": HONOURED,
+        "vllm_max_model_length": Here("in the check of the window, too"),
+        "vllm_tensor_parallel_size": HONOURED,
+        "vllm_importance_sampling_correction": HONOURED,
+        "vllm_importance_sampling_mode": HONOURED,
+        "vllm_importance_sampling_clip_max": HONOURED,
+        "vllm_importance_sampling_clip_min": HONOURED,
+        "vllm_importance_sampling_cap": HONOURED,
     },
     "Rewards and advantages": {
-        "reward_weights": AS_IN_GRPO,
+        "reward_weights": HONOURED,
         "scale_rewards": refused(scale_rewards="batch"),
         "multi_objective_aggregation": refused(multi_objective_aggregation="normalize_then_sum"),
     },
     "Loss": {
-        "loss_type": AS_IN_GRPO,
-        "num_iterations": AS_IN_GRPO,
-        "epsilon": AS_IN_GRPO,
+        "loss_type": Here("every one of TRL's"),
+        "num_iterations": Here("each update takes the magnitude anew"),
+        "epsilon": HONOURED,
         "epsilon_high": refused(loss_type="cispo"),
-        "delta": AS_IN_GRPO,
-        "importance_sampling_level": refused('"sequence_token" is GSPO-token', importance_sampling_level="sequence"),
-        "mask_truncated_completions": AS_IN_GRPO,
-        "off_policy_mask_threshold": AS_IN_GRPO,
-        "top_entropy_quantile": Here("by the student's entropy, beside the gate, which is of the teacher's"),
-        "sapo_temperature_neg": AS_IN_GRPO,
-        "sapo_temperature_pos": AS_IN_GRPO,
-        "vespo_k_pos": AS_IN_GRPO,
-        "vespo_lambda_pos": AS_IN_GRPO,
-        "vespo_k_neg": AS_IN_GRPO,
-        "vespo_lambda_neg": AS_IN_GRPO,
+        "delta": HONOURED,
+        "importance_sampling_level": refused('and "sequence_token", GSPO-token', importance_sampling_level="sequence"),
+        "mask_truncated_completions": HONOURED,
+        "off_policy_mask_threshold": HONOURED,
+        "top_entropy_quantile": Here("by the student's entropy; the gate is by the teacher's"),
+        "sapo_temperature_neg": HONOURED,
+        "sapo_temperature_pos": HONOURED,
+        "vespo_k_pos": HONOURED,
+        "vespo_lambda_pos": HONOURED,
+        "vespo_k_neg": HONOURED,
+        "vespo_lambda_neg": HONOURED,
     },
     "Reference model": {
-        "beta": AS_IN_GRPO,
-        "use_bias_correction_kl": AS_IN_GRPO,
+        "beta": HONOURED,
+        "use_bias_correction_kl": HONOURED,
         "sync_ref_model": refused(sync_ref_model=True),
-        "ref_model_mixup_alpha": AS_IN_GRPO,
-        "ref_model_sync_steps": AS_IN_GRPO,
+        "ref_model_mixup_alpha": HONOURED,
+        "ref_model_sync_steps": HONOURED,
     },
     "Entropy bonus": {
-        "entropy_coef": AS_IN_GRPO,
-        "use_adaptive_entropy": AS_IN_GRPO,
-        "entropy_coef_min": AS_IN_GRPO,
-        "entropy_coef_max": AS_IN_GRPO,
-        "entropy_coef_delta": AS_IN_GRPO,
-        "entropy_target": AS_IN_GRPO,
+        "entropy_coef": HONOURED,
+        "use_adaptive_entropy": HONOURED,
+        "entropy_coef_min": HONOURED,
+        "entropy_coef_max": HONOURED,
+        "entropy_coef_delta": HONOURED,
+        "entropy_target": HONOURED,
     },
     "Logging": {
-        "log_completions": AS_IN_GRPO,
-        "log_multimodal": AS_IN_GRPO,
-        "num_completions_to_print": AS_IN_GRPO,
-        "log_unique_prompts": AS_IN_GRPO,
-        "log_completions_hub_repo": AS_IN_GRPO,
+        "log_completions": HONOURED,
+        "log_multimodal": HONOURED,
+        "num_completions_to_print": HONOURED,
+        "log_unique_prompts": HONOURED,
+        "log_completions_hub_repo": HONOURED,
     },
-    # Those that EGRSDConfig looks at; test_settings.py says why there are no others.
+    # Those that EGRSDConfig looks at.
     "Of transformers": {
         "remove_unused_columns": refused(remove_unused_columns=True),
-        "use_liger_kernel": refused(use_liger_kernel=True),
-        "resume_from_checkpoint": Here("see [going on with a run](#going-on-with-a-run)"),
-        "save_only_model": Here("no run can go on from such a checkpoint"),
-        "fsdp": Here("FSDP1 was never run; see [more than one process](#more-than-one-process)"),
-        "deepspeed": Here("tensor parallelism by `autotp_size` is refused"),
+        "use_liger_kernel": NEVER,
+        "resume_from_checkpoint": Here("by `egrsd train`; see [going on with a run](#going-on-with-a-run)"),
+        "save_only_model": Here("but no run can go on from such a checkpoint"),
+        "fsdp": Here("see [more than one process](#more-than-one-process)"),
+        "deepspeed": Here("but `autotp_size` above 1 is refused: tensor parallelism is not supported"),
     },
 }
 
@@ -178,11 +180,13 @@ def refusal(name: str, contradiction: Mapping[str, Any]) -> str:
 
 def cell(name: str, here: Here) -> str:
     """The table's last column."""
-    text = [here.note] if here.note else []
+    if here is NEVER:
+        return f"refused: {REFUSED[name]}".replace("|", "\\|")
+    text = [f"honoured, {here.note}" if here.note else "honoured"]
     for contradiction in here.contradictions:
         given = ", ".join(f"{key}={value!r}" for key, value in contradiction.items()).replace("'", '"')
         text.append(f"`{given}` is refused: {refusal(name, contradiction)}")
-    return "; ".join(text).replace("|", "\\|") or "as in GRPO"
+    return "; ".join(text).replace("|", "\\|")
 
 
 def section() -> str:
