@@ -14,7 +14,8 @@ import trl
 from benchmarks import settings
 from benchmarks.table import ROOT
 from egrsd_kernels.trl import EGRSDConfig
-from egrsd_kernels.trl.config import GROUP_ONLY, REFUSED
+from egrsd_kernels.trl.config import GROUP_ONLY, KNOWN, REFUSED
+from egrsd_kernels.trl.grpo_settings import HONOURED, NEVER, SETTINGS
 
 # Another value than the default, and what it needs beside it, where no flag is turned and no number raised.
 OTHER = {
@@ -64,19 +65,26 @@ FORMER = {"use_transformers_paged", "vllm_importance_sampling_cap"}
 
 def test_every_setting_of_trls_is_in_a_class():
     assert settings.missing_and_gone() == ([], [])
-    names = [name for group in settings.SETTINGS.values() for name in group]
+    names = [name for group in SETTINGS.values() for name in group]
     assert len(names) == len(set(names)) > 80
-    never = {name for group in settings.SETTINGS.values() for name, here in group.items() if here is settings.NEVER}
+    never = {name for group in SETTINGS.values() for name, here in group.items() if here is NEVER}
     assert never == set(REFUSED)
-    refused = {name for group in settings.SETTINGS.values() for name, here in group.items() if here.contradictions}
+    refused = {name for group in SETTINGS.values() for name, here in group.items() if here.contradictions}
     assert refused >= set(GROUP_ONLY)
 
 
 def test_a_setting_that_nobody_has_looked_at_fails(monkeypatch):
-    loss = {name: here for name, here in settings.SETTINGS["Loss"].items() if name != "delta"}
-    monkeypatch.setitem(settings.SETTINGS, "Loss", loss | {"epsilon_low": settings.HONOURED})
+    loss = {name: here for name, here in SETTINGS["Loss"].items() if name != "delta"}
+    monkeypatch.setitem(SETTINGS, "Loss", loss | {"epsilon_low": HONOURED})
     with pytest.raises(ValueError, match=r"^SETTINGS: .* missing delta, unknown epsilon_low$"):
         settings.section()
+
+
+def test_a_setting_of_a_later_trl_is_left_to_trls_loss(monkeypatch):
+    made = EGRSDConfig("unused", **settings.CPU, num_generations=4)
+    assert made.direct
+    monkeypatch.setattr("egrsd_kernels.trl.config.KNOWN", KNOWN - {"num_generations"})
+    assert not made.direct and EGRSDConfig("unused", **settings.CPU).direct
 
 
 @pytest.mark.parametrize("name", sorted(settings.own_settings().keys() - REFUSED.keys() - FORMER))
