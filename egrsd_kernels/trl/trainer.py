@@ -625,7 +625,8 @@ class EGRSDTrainer(GRPOTrainer):
         loss, signals = (self._direct_loss if self._direct else self._trl_loss)(model, inputs)
         mask = learned(inputs)
         signals["entropy_scale"] = inputs["entropy_scale"].expand(mask.shape)
-        self._step_signals.append({name: values[mask] for name, values in signals.items()})
+        kept = torch.stack(list(signals.values()))[:, mask]  # at once: the host waits for how many they are
+        self._step_signals.append(dict(zip(signals, kept, strict=True)))
         step = self.state.global_step + 1
         export = self._mode == "train" and self.args.rollout_steps and step % self.args.rollout_steps == 0
         if export:
