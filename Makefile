@@ -6,7 +6,8 @@
 # make test-cuda  the CUDA parity tests, with the Python and torch that the machine already has
 # make memcheck   the kernels at odd shapes under compute-sanitizer, every allocation its own
 # make bench      every peer beside the bare matrix products, with the Python and torch that a GPU machine has
-# make table      the figures of README.md and benchmarks/README.md, from the committed result files
+# make table      the figures of README.md and benchmarks/README.md, from the committed result files, and the table of
+#                 TRL's settings in docs/from-grpo.md, from the installed TRL
 # make docs       the site, in build/site, with warnings as errors
 # make types      mypy
 
@@ -75,6 +76,7 @@ bench:
 
 table: $(VENV)/ready
 	$(VENV)/bin/python -m benchmarks.table
+	$(VENV)/bin/python -m benchmarks.settings
 
 # The extra's packages alone: the reference is read off the sources, so the site needs no torch.
 DOCS = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")

@@ -155,6 +155,27 @@ def test_trains_on_two_processes(config, home, tmp_path, device):
 
 
 @pytest.mark.slow
+def test_a_whole_teacher_beside_a_sharded_student(config, home, tmp_path):
+    """Another model, by name, teaches all weights: under FSDP2, which shards the student, as under DDP."""
+    torch.manual_seed(5)
+    other = tiny_model().apply(
+        lambda module: module.reset_parameters() if hasattr(module, "reset_parameters") else None
+    )
+    other.save_pretrained(home / "teacher")
+    tokenizer().save_pretrained(home / "teacher")
+    keys = {"use_peft": False, "teacher_model_name_or_path": "teacher", "save_strategy": "no"}
+    run, sharded = tmp_path / "run", tmp_path / "sharded"
+    on_two_processes(home, "egrsd_kernels", config(**keys))
+    layers = {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"]}
+    fsdp = {"fsdp": "full_shard auto_wrap", "fsdp_config": layers, "output_dir": str(sharded)}
+    on_two_processes(home, "tests.support.fsdp_on_cpu", config(**keys | fsdp))
+    for mine, theirs in zip(history(sharded), history(run), strict=True):
+        for key in ("loss", "grad_norm", "teacher_entropy/mean", "abs_log_ratio/mean"):
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-4), key
+        assert mine["abs_log_ratio/mean"] > 0.1
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 def test_trains_under_deepspeed(config, home, tmp_path, monkeypatch):
     """On two processes as under DDP: ZeRO-2, and ZeRO-3, which shards every parameter, also from a checkpoint on."""

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import torch
-from accelerate.utils import is_peft_model, send_to_device
+from accelerate.utils import gather_object, is_peft_model, patch_environment, send_to_device
 from torch import Tensor, nn
 from transformers import AutoTokenizer, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -158,15 +158,16 @@ class SeparateModel:
         return math.inf if config is None else context_window(config) or math.inf
 
     @cached_property
-    def _digest(self) -> str:
+    def digest(self) -> str:
+        """What its weights are recognised by."""
         return digest_of(self.model.parameters())
 
     def state_dict(self) -> dict[str, Any]:
-        return {"teacher_model": self._digest}
+        return {"teacher_model": self.digest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         _expect_kind(state, ("teacher_model",))
-        if state["teacher_model"] != self._digest:
+        if state["teacher_model"] != self.digest:
             raise CheckpointError("teacher_model: not the one that this run began with")
 
     def prove(self, vocabulary: int) -> None:
@@ -273,7 +274,9 @@ def separate_teacher(
         options |= {"device_map": None} if distributed else {}
         options |= init_kwargs or {}
         placed = options.get("device_map") is not None
-        teacher_model = create_model_from_path(name, **options)
+        # Under FSDP transformers would load the weights on one process only.
+        with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
+            teacher_model = create_model_from_path(name, **options)
     elif isinstance(teacher_model, nn.Module):
         for setting, given in {"teacher_model_init_kwargs": init_kwargs, "teacher_model_revision": revision}.items():
             if given is not None:
@@ -300,7 +303,13 @@ def separate_teacher(
         if not placed:
             teacher_model.to(device)
         teacher_model.register_forward_pre_hook(_to_its_device, with_kwargs=True)
-    return SeparateModel(teacher_model, images)
+    teacher = SeparateModel(teacher_model, images)
+    if distributed and len(set(gather_object([teacher.digest]))) > 1:
+        raise ValueError(
+            "teacher_model: expected the same weights on each process, got others; load it before the config is made, "
+            "which may tell transformers to load on one process only"
+        )
+    return teacher
 
 
 def _to_its_device(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

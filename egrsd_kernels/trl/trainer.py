@@ -368,9 +368,9 @@ class EGRSDTrainer(GRPOTrainer):
                 word,
                 self.args.vllm_max_model_length if self.use_vllm and self.vllm_mode == "colocate" else None,
                 self._is_vlm,
-                self.teacher.window if isinstance(self.teacher, SeparateModel) else None,
                 self._tools_of,
                 self.environment_factories is not None,
+                self.teacher.window if isinstance(self.teacher, SeparateModel) else None,
             )
             for name, word in (words or {"": own}).items()
         }
@@ -626,7 +626,8 @@ class EGRSDTrainer(GRPOTrainer):
         loss, signals = (self._direct_loss if self._direct else self._trl_loss)(model, inputs)
         mask = learned(inputs)
         signals["entropy_scale"] = inputs["entropy_scale"].expand(mask.shape)
-        self._step_signals.append({name: values[mask] for name, values in signals.items()})
+        kept = torch.stack(list(signals.values()))[:, mask]  # at once: the host waits for how many they are
+        self._step_signals.append(dict(zip(signals, kept, strict=True)))
         step = self.state.global_step + 1
         export = self._mode == "train" and self.args.rollout_steps and step % self.args.rollout_steps == 0
         if export:
