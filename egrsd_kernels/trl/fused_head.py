@@ -30,7 +30,7 @@ _KEPT = "_fused_forwards"
 
 
 def fuse_head(model: nn.Module, temperature: float = 1.0, outputs: Sequence[str] = ("log_probs",)) -> None:
-    """Give a model the forward that TRL's ``add_fused_lm_head`` would, computed here; in the place of TRL's, if it has it.
+    """Give a model the forward that TRL's ``add_fused_lm_head`` would, computed here; in the place of TRL's, if any.
 
     ``model(**inputs, labels=labels, fused_lm_head=True)`` returns TRL's ``FusedCausalLMOutput``; any other call is the
     model's own forward, so generation stays as it is. Adapters may be on the model, also on its head, or come later.
@@ -41,8 +41,8 @@ def fuse_head(model: nn.Module, temperature: float = 1.0, outputs: Sequence[str]
         temperature: logits are divided by it.
         outputs: names of the fields that are made, of "log_probs" (always made), "entropy".
 
-    The fields, with labels (B, L) of any integer dtype, -100 where there is nothing to learn; float32, in nats, and 0 or
-    False where there is no label:
+    The fields, with labels (B, L) of any integer dtype, -100 where there is nothing to learn: float32, in nats, and 0
+    or False where there is no label:
 
     - loss: -Σ log p / num_items_in_batch, a number of tokens, or that of labels, at least 1; and the weight that the
       model's config gives it (``router_aux_loss_coef``) times aux_loss.
@@ -68,7 +68,7 @@ class FusedForward:
     pickle brings it back. Accelerate wraps a bound method's ``__func__``: that of this one finds its model's object.
     """
 
-    def __init__(self, model: nn.Module, temperature: float, outputs: tuple[str, ...]):
+    def __init__(self, model: Any, temperature: float, outputs: tuple[str, ...]):
         self.model, self.temperature, self.outputs = model, temperature, outputs
         self.below: Callable[..., Any] | None = vars(model).get("forward")  # None: the class's
         kept = vars(model).setdefault(_KEPT, [])
