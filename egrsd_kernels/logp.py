@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,13 +12,16 @@ from . import checks
 from .backends import (
     DEFAULT_CHUNK_BYTES,
     DEFAULT_SPARSE_TOL,
+    EXTRAS,
     Backend,
     EntropyGradient,
     Kept,
     Needs,
     Sparse,
+    VocabularyStatistics,
     choose,
     exceeding,
+    no_extras,
     power_of_two,
 )
 from .eager import eager
@@ -35,6 +38,7 @@ class _Options(NamedTuple):
     sparse_tol: float | None
     entropy: bool  # whether it is returned
     entropy_grad: bool
+    extras: tuple[str, ...]
 
     @property
     def ahead(self) -> bool:
@@ -65,39 +69,39 @@ class _LinearLogp(torch.autograd.Function):
         target_ids: Tensor,
         valid: Tensor,
         options: _Options,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor | None, ...]:
         ctx.frame, ctx.options, ctx.kept = frame, options, None
         ctx.set_materialize_grads(False)
         backend, needs, sparse_tol = options.backend, options.needs, options.sparse_tol
         operands = hidden, weight, bias, columns, target_ids
         head, rows = frame(widened(weight, columns), bias), Rows.build(valid, valid)
-        problem = head, options.temperature, hidden, target_ids, rows
         logp, entropy, logsumexp = (torch.zeros_like(valid, dtype=compute_dtype(hidden.dtype)) for _ in range(3))
+        out = VocabularyStatistics(logp, entropy, logsumexp, **no_extras(logp, options.extras))
+        if options.ahead:  # entropies only where they are returned
+            out = out._replace(entropy=entropy if options.entropy else None, logsumexp=None)
+        problem = head, options.temperature, hidden, target_ids, rows, out
         if options.ahead:
             ones = torch.ones_like(logp)
             sparse = None if sparse_tol is None else Sparse.of(sparse_tol / 2, target_ids)
-            returned = entropy if options.entropy else None
-            finish = backend.student_pass(
-                *problem, logp, lambda *_: ones, needs, options.chunk_bytes, sparse, entropy=returned
-            )  # fmt: skip
+            finish = backend.student_pass(*problem, lambda *_: ones, needs, options.chunk_bytes, sparse)
             again = () if sparse is None else (*operands, sparse.dropped, sparse.mass)
             ctx.save_for_backward(finish(None).hidden, *again)
         else:
-            found = logp, entropy, logsumexp
             if any(needs) and sparse_tol is None:
                 room = options.keep_bytes, options.chunk_bytes
-                ctx.kept = backend.keep(*problem, found, needs, options.entropy_grad, *room)
+                ctx.kept = backend.keep(*problem, needs, options.entropy_grad, *room)
             else:
-                backend.statistics(*problem, found, options.chunk_bytes)
+                backend.statistics(*problem, options.chunk_bytes)
             # Of entropies without a gradient nothing is needed again; others may be changed in place.
             known = (entropy.clone(), logsumexp) if options.entropy_grad else (None, None)
             ctx.save_for_backward(*operands, valid, *known)
-        if not options.entropy_grad:
-            ctx.mark_non_differentiable(entropy)
-        return logp, entropy
+        returned = out._replace(entropy=entropy if options.entropy else None, logsumexp=None)
+        constant = returned[2 if options.entropy_grad else 1 :]
+        ctx.mark_non_differentiable(*(x for x in constant if x is not None))
+        return tuple(returned)
 
     @staticmethod
-    def backward(ctx: Any, d_logp: Tensor | None, d_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_logp: Tensor | None, d_entropy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         checks.refuse_second_derivative("linear_logp")
         if d_logp is None and d_entropy is None:
             return (None,) * 8
@@ -152,10 +156,10 @@ def _gradients(
     if kept is not None:
         finish = kept(head, hidden, d_logp, of_entropy, needed, options.chunk_bytes)
     else:
-        problem = head, options.temperature, hidden, target_ids, Rows.build(needed, needed)
+        again = Rows.build(needed, needed), VocabularyStatistics(torch.zeros_like(d_logp))
         finish = options.backend.student_pass(
-            *problem, torch.zeros_like(d_logp), lambda *_: d_logp, options.needs, options.chunk_bytes, sparse,
-            entropy_gradient=of_entropy,
+            head, options.temperature, hidden, target_ids, *again, lambda *_: d_logp, options.needs,
+            options.chunk_bytes, sparse, of_entropy,
         )  # fmt: skip
     return finish(power).of_operands(options.needs, columns)
 
@@ -172,12 +176,13 @@ def linear_logp(
     softcap: float | None = None,
     return_entropy: bool = False,
     entropy_grad: bool = False,
+    extras: Collection[str] = (),
     backend: Literal["auto", "triton", "torch"] = "auto",
     grad_mode: Literal["exact", "sparse"] = "exact",
     sparse_tol: float = DEFAULT_SPARSE_TOL,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
     keep_bytes: int = DEFAULT_CHUNK_BYTES,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Tensor] | VocabularyStatistics:
     """log p(y) = z_y - logsumexp(z), in nats, differentiable in hidden, weight and bias; and the entropy beside it.
 
     z = softcap · tanh((h Wᵀ + b) / softcap) / temperature, and H = -Σ_v p_v log p_v over the full vocabulary.
@@ -196,6 +201,8 @@ def linear_logp(
         temperature, softcap, backend, chunk_bytes: as in :func:`egrsd_kernels.fused_egrsd_loss`.
         return_entropy: True to return the entropies, too, which costs next to nothing.
         entropy_grad: True for entropies that are differentiable, dH/dz = -p (log p + H); with return_entropy only.
+        extras: names of more to be made by the same pass, without gradient: "is_top1", "mean_logits",
+            "log_sum_sq_probs", as :class:`egrsd_kernels.VocabularyStatistics` has them.
         grad_mode, sparse_tol: as there. The bound holds for any incoming gradient; with a frozen head a sparse forward
             pass keeps hidden and weight for the backward pass, which makes the tokens again that it would not hold for.
             With entropy_grad gradients are exact.
@@ -207,7 +214,7 @@ def linear_logp(
 
     Returns:
         float32 (float64 for float64 input), shaped like target_ids, 0 where masked; with return_entropy,
-        (logp, entropy).
+        (logp, entropy). With extras VocabularyStatistics: logp, entropy where return_entropy asks for it, and these.
 
     Raises:
         TypeError, ValueError: naming the argument, what it got and what it expects. Values of target_ids and mask are
@@ -220,6 +227,7 @@ def linear_logp(
     checks.flag("return_entropy", return_entropy)
     if checks.flag("entropy_grad", entropy_grad):
         checks.expect(return_entropy, "entropy_grad", entropy_grad, "False, since return_entropy is False")
+    names = checks.names("extras", extras, EXTRAS)
     ops = choose(backend, hidden)
     sparse_tolerance = checks.sparse_tolerance(grad_mode, sparse_tol)
     if entropy_grad:
@@ -227,11 +235,13 @@ def linear_logp(
     states, columns = head.join(checks.batched(hidden), valid)
     needs = Needs.of(states, head.weight, head.bias, columns)
     options = _Options(
-        temperature, ops, chunk_bytes, keep_bytes, needs, sparse_tolerance, return_entropy, entropy_grad
+        temperature, ops, chunk_bytes, keep_bytes, needs, sparse_tolerance, return_entropy, entropy_grad, names
     )  # fmt: skip
     with torch.cuda.device_of(hidden):
-        outputs: tuple[Tensor, Tensor] = _LinearLogp.apply(  # type: ignore[no-untyped-call]
+        outputs: tuple[Any, ...] = _LinearLogp.apply(  # type: ignore[no-untyped-call]
             states, head.weight, head.bias, columns, head.frame, flat_targets, valid, options
         )
-    logp, entropy = (x.view(target_ids.shape) for x in outputs)
-    return (logp, entropy) if return_entropy else logp
+    found = VocabularyStatistics(*outputs).view(target_ids.shape)
+    if names:
+        return found
+    return found.logp if found.entropy is None else (found.logp, found.entropy)

@@ -18,10 +18,13 @@ All logits here are in units of ln 2, because exp2 and log2 are what the hardwar
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
+from ..protocol import VocabularyStatistics
 from .common import LN2, NEG, PRECISION, load_tile, logits_of
 from .gather import Chunk
 from .plan import ceil_div
@@ -120,7 +123,8 @@ def combine_statistics_kernel(
     """logsumexp = M + log S and H = log S - U / S over all tiles and the target, M their common maximum.
 
     Grid: (n_slots / ROW_BLOCK,). tile_stats: (3, col_tiles, n_slots) float32. OFFSET: offset (n_slots,) = logsumexp -
-    shift, in units of ln 2; else logp, entropy, logsumexp (N,) float32, in nats, at each row's place in ``order``.
+    shift, in units of ln 2; else logp, entropy, logsumexp (N,) float32, in nats, at each row's place in ``order``; the
+    last two may be None.
     """
     n_valid = tl.load(row_counts)
     r = tl.program_id(0) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
@@ -159,8 +163,10 @@ def combine_statistics_kernel(
             row = tl.load(order + r, mask=ours, other=0)
             z = tl.where(z == NEG, float("-inf"), z)
             tl.store(logp + row, (z - top - log_s) * LN2, mask=ours)
-            tl.store(entropy + row, (log_s - u / s) * LN2, mask=ours)
-            tl.store(logsumexp + row, (top + log_s) * LN2, mask=ours)
+            if entropy is not None:
+                tl.store(entropy + row, (log_s - u / s) * LN2, mask=ours)
+            if logsumexp is not None:
+                tl.store(logsumexp + row, (top + log_s) * LN2, mask=ours)
 
 
 @triton.jit
@@ -212,14 +218,34 @@ def combine_sums_kernel(
             tl.store(retry + 1, tl.load(row_counts + 1), mask=unsuited > 0)
 
 
+class Wanted(NamedTuple):
+    """What a pass keeps sums for, beside those that log p takes: entropies, and each of the extras."""
+
+    moment: bool = False
+
+    @classmethod
+    def of(cls, out: VocabularyStatistics) -> Wanted:
+        if any(x is not None for x in out[3:]):
+            raise NotImplementedError("extras: not in Triton yet")
+        return cls(out.entropy is not None)
+
+    @property
+    def sums(self) -> int:
+        """How many of a row and tile a pass that stores keeps."""
+        return 1 + sum(self)
+
+
+NOTHING = Wanted()
+
+
 class VocabPass:
     """Statistics of the rows of a :class:`~.gather.Chunk`, by a pass over the vocabulary.
 
     memory: what tiles' maxima and sums may share, uint8; their own where it is None.
     """
 
-    def __init__(self, chunk: Chunk, memory: torch.Tensor | None = None):
-        self.chunk = chunk
+    def __init__(self, chunk: Chunk, wanted: Wanted = NOTHING, memory: torch.Tensor | None = None):
+        self.chunk, self.wanted = chunk, wanted
         c = self.config = chunk.configs.vocab
         self.col_tiles = ceil_div(chunk.V, c.cols)
         self.operands = chunk.tiled(chunk.hidden, c.rows, c.depth), chunk.tiled(chunk.head.weight, c.cols, c.depth)
@@ -232,30 +258,36 @@ class VocabPass:
             *self.operands, *head.weight.stride(), head.bias, *stored, chunk.target, tile_stats,
             row_counts, first_tile, n_tiles, chunk.rows, chunk.V, chunk.softcap or 0.0, chunk.logit_scale,
             D=chunk.D, GROUP=GROUP, PROGRAMS=chunk.programs, TMA=chunk.tma, STORE=store,
-            MOMENT=store is not None and len(tile_stats) == 2, BIAS=head.bias is not None,
+            MOMENT=store is not None and self.wanted.moment, BIAS=head.bias is not None,
             SOFTCAP=chunk.softcap is not None, PRECISION=PRECISION, **self.config.tile, **self.config.launch,
         )  # fmt: skip
 
-    def _statistics(self, row_counts, order=None, offset=None, shift=0.0, out=(None,) * 3) -> None:
+    def _statistics(self, row_counts, order=None, offset=None, shift=0.0, out=None) -> None:
         self._launch(row_counts, 0, self.col_tiles, self.tile_stats)
         combine_statistics_kernel[(triton.cdiv(self.chunk.rows, ROW_BLOCK),)](
-            self.tile_stats, self.chunk.logit, order, row_counts, offset, *out, self.chunk.rows, self.col_tiles, shift,
+            self.tile_stats, self.chunk.logit, order, row_counts, offset, *pointers(out),
+            self.chunk.rows, self.col_tiles, shift,
             OFFSET=offset is not None, ROW_BLOCK=ROW_BLOCK, TILE_BLOCK=TILE_BLOCK,
         )  # fmt: skip
 
-    def statistics(self, order, logp, entropy, logsumexp) -> None:
-        """Write log p(target), entropy and logsumexp (nats) of row i at order[i] of the (N,) float32 tensors."""
-        self._statistics(self.chunk.row_counts, order=order, out=(logp, entropy, logsumexp))
+    def statistics(self, order, out: VocabularyStatistics) -> None:
+        """Write what is wanted of row i at order[i] of ``out``."""
+        self._statistics(self.chunk.row_counts, order=order, out=out)
 
     def exact_offset(self, row_counts, shift: float) -> None:
         """Make the chunk's offset logsumexp - shift, in units of ln 2."""
         self._statistics(row_counts, offset=self.chunk.offset, shift=shift)
 
 
+def pointers(out: VocabularyStatistics | None) -> tuple[torch.Tensor | None, ...]:
+    """What kernels write of ``out``."""
+    return (None,) * 3 if out is None else out[:3]
+
+
 class StoringPass(VocabPass):
     """A pass that stores a matrix, a slice of the vocabulary of ``slice_tiles`` tiles at a time.
 
-    store: what: "exponentials", "logits" or "gradient". moment: whether U is wanted, the sums of e^x x.
+    store: what: "exponentials", "logits" or "gradient". wanted: for entropies U is kept, the sums of e^x x.
     memory: uint8, for the matrix; its own where it is None.
 
     Attributes:
@@ -264,7 +296,7 @@ class StoringPass(VocabPass):
     """
 
     def __init__(
-        self, chunk: Chunk, slice_tiles: int, store: str = "exponentials", moment: bool = False,
+        self, chunk: Chunk, slice_tiles: int, store: str = "exponentials", wanted: Wanted = NOTHING,
         memory: torch.Tensor | None = None,
     ):  # fmt: skip
         self.slice_tiles, self.what, c, dtype = slice_tiles, store, chunk.configs.vocab, chunk.hidden.dtype
@@ -273,11 +305,11 @@ class StoringPass(VocabPass):
         room, stats = chunk.rows * width * dtype.itemsize, 12 * ceil_div(chunk.V, c.cols) * chunk.rows
         if memory is None:
             memory = torch.empty(max(stats, room), dtype=torch.uint8, device=chunk.hidden.device)
-        super().__init__(chunk, memory)
+        super().__init__(chunk, wanted, memory)
         self.exponentials = memory[:room].view(dtype).view(chunk.rows, width)
         self.logits = self.exponentials.view(torch.float32 if dtype == torch.float32 else torch.float16)
         self.stored = chunk.tiled(self.logits if store == "logits" else self.exponentials, c.rows, c.cols)
-        self.sums = chunk.floats(1 + moment, self.col_tiles, chunk.rows)
+        self.sums = chunk.floats(wanted.sums, self.col_tiles, chunk.rows)
 
     def slices(self) -> range:
         """The first tile of each slice of the vocabulary."""
@@ -289,14 +321,14 @@ class StoringPass(VocabPass):
         stored = self.stored, self.exponentials.stride(0), self.chunk.offset, slope
         self._launch(row_counts, first_tile, n_tiles, self.sums, self.what, stored)
 
-    def combine_sums(self, row_counts, order, others, total, moment=None, out=(None,) * 3, retry=None) -> None:
+    def combine_sums(self, row_counts, order, others, total, moment=None, out=None, retry=None) -> None:
         """After the last slice: total (rows,) = Σ e^x, others (rows,) the same without the target, ``moment`` (rows,)
-        Σ e^x x without it; and log p, entropy and logsumexp (nats) of row i at order[i] of ``out``, where not None.
+        Σ e^x x without it; and what is wanted of row i at order[i] of ``out``, where that is given.
 
         A row whose total reaches its limit sets ``retry``, where that is given.
         """
         chunk = self.chunk
         combine_sums_kernel[(triton.cdiv(chunk.rows, ROW_BLOCK),)](
-            self.sums, chunk.logit, chunk.offset, order, row_counts, retry, others, total, moment, *out,
+            self.sums, chunk.logit, chunk.offset, order, row_counts, retry, others, total, moment, *pointers(out),
             chunk.rows, self.col_tiles, SUM_LIMIT[self.what], ROW_BLOCK=ROW_BLOCK, TILE_BLOCK=TILE_BLOCK,
         )  # fmt: skip
