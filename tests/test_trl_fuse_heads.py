@@ -16,12 +16,12 @@ from torch import nn
 pytest.importorskip("trl")
 
 import trl
-from accelerate import Accelerator, cpu_offload
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.utils import convert_outputs_to_fp32
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
-from egrsd_kernels import ModelError
+from egrsd_kernels.models import ModelError
 from egrsd_kernels.trl import fuse_head, fuse_heads, fused_head, unfuse_heads
 from tests.support.trl_tiny import tiny_model
 from tests.test_trl_models import MODELS, build
@@ -72,13 +72,16 @@ def check_outputs(ours: FusedCausalLMOutput, theirs: FusedCausalLMOutput) -> Non
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("kind", ["mixtral", "gemma2", "granite", "cohere", "qwen3", "falcon_h1", "granitemoe"])
+@pytest.mark.parametrize("kind", ["mixtral", "gemma2", "granite", "cohere", "qwen3", "falcon_h1"])
 def test_it_is_trls_in_all_fields_and_gradients(kind):
     ours, theirs = both(build(kind, **MODELS[kind]), temperature=0.7, outputs=OUTPUTS)
-    inputs = batch() | ({"output_router_logits": True} if "mix" in kind or "moe" in kind else {})
+    inputs = batch() | ({"output_router_logits": True} if kind == "mixtral" else {})
+    with torch.no_grad():  # labels that are the most likely tokens, and others
+        likely = theirs(inputs["input_ids"], inputs["attention_mask"]).logits.argmax(-1)
+    inputs["labels"][:, 4:7] = likely[:, 3:6]
     one, other = (model(**inputs, fused_lm_head=True) for model in (ours, theirs))
     check_outputs(one, other)
-    assert one.is_top1.any() or kind != "qwen3"
+    assert one.is_top1.sum() >= 6 and not one.is_top1.all()
     weights = torch.randn(one.log_probs.shape, generator=torch.Generator().manual_seed(0))
 
     def value(out):
@@ -87,11 +90,11 @@ def test_it_is_trls_in_all_fields_and_gradients(kind):
     check_gradients(gradients(value(one), ours), gradients(value(other), theirs))
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "mixtral"])
+@pytest.mark.parametrize("kind", ["qwen3", "mixtral", "granitemoe"])  # TRL fails at the last one's aux_loss
 @pytest.mark.parametrize("count", [None, 7, torch.tensor(9)])
 def test_the_loss_is_the_models_own(kind, count):
     model = build(kind, **MODELS[kind])
-    inputs = batch(padded=False) | ({"output_router_logits": True} if kind == "mixtral" else {})
+    inputs = batch(padded=False) | ({"output_router_logits": True} if kind != "qwen3" else {})
     inputs |= {} if count is None else {"num_items_in_batch": count}
     own = model(**inputs).loss
     fuse_head(model)
@@ -113,7 +116,9 @@ def test_labels_that_are_shifted_already_are_scored_as_they_are():
         assert found.log_probs.shape == (2, 11) and not found.log_probs[:, -1].any()
         torch.testing.assert_close(found.log_probs[:, :-1], expected.log_probs, **CLOSE)
         torch.testing.assert_close(found.loss, expected.loss, **CLOSE)
-    with pytest.raises(ValueError, match="^labels: expected labels or shift_labels beside fused_lm_head=True, got nei"):
+    with pytest.raises(
+        ValueError, match=r"^labels: expected labels or shift_labels beside fused_lm_head=True, got nei"
+    ):
         model(**inputs, fused_lm_head=True)
 
 
@@ -192,7 +197,7 @@ COPIES = {
     "pickle": lambda model: pickle.loads(pickle.dumps(model)),
     "file": saved,
     "copy of a prepared one": lambda model: copy.deepcopy(as_prepared(model)),
-    "copy of a hooked one": lambda model: copy.deepcopy(cpu_offload(model, torch.device("cpu"))),
+    "copy of a hooked one": copy.deepcopy,
 }
 
 
@@ -201,13 +206,13 @@ COPIES = {
 def test_copies_compute_with_weights_of_their_own(how, times):
     model, inputs = tiny_model(), batch()
     if "hooked" in how:
-        cpu_offload(model, torch.device("cpu"))
+        add_hook_to_module(model, AlignDevicesHook("cpu", io_same_device=True))  # as a device_map's
     for _ in range(times):
         fuse_head(model)
         if "prepared" in how and times == 2:
             as_prepared(model)
     expected = model(**inputs, fused_lm_head=True)
-    twin = copy.deepcopy(model) if "hooked" in how else COPIES[how](model)
+    twin = COPIES[how](model)
     assert twin.forward.__self__ is twin if "prepared" in how else twin.forward.model is twin
     check_outputs(twin(**inputs, fused_lm_head=True), expected)
     with torch.no_grad():
@@ -235,7 +240,8 @@ def test_it_comes_off_and_takes_the_place_of_trls():
     assert model.forward is before
 
 
-@pytest.mark.parametrize("what", ["model", "layers", "in place"])
+@pytest.mark.heavy
+@pytest.mark.parametrize("what", ["layers", "model", "in place"])
 def test_compiled(what):
     model, inputs = tiny_model(), batch()
     fuse_head(model, outputs=OUTPUTS)
@@ -325,7 +331,7 @@ def test_a_routers_loss_that_the_model_does_not_have():
     model = build("llama4_text", **MODELS["llama4_text"])
     fuse_head(model)
     assert model(**batch(), fused_lm_head=True).aux_loss is None
-    with pytest.raises(ModelError, match=r"^model: Llama4ForCausalLM returns no load-balancing loss"):
+    with pytest.raises(ModelError, match=r"^model: Llama4ForCausalLM: it returns no load-balancing loss"):
         model(**batch(), output_router_logits=True, fused_lm_head=True)
 
 
@@ -389,5 +395,5 @@ def test_what_ours_does_not_do_stays_trls(unfused):
 
 def test_somebody_elses_head_is_not_replaced_in_silence(unfused, monkeypatch):
     monkeypatch.setattr("trl.trainer.utils.add_fused_lm_head", batch)
-    with pytest.raises(RuntimeError, match=r"^fuse_heads: expected TRL's own add_fused_lm_head, got tests.*batch$"):
+    with pytest.raises(RuntimeError, match=r"^fuse_heads: expected TRL's own add_fused_lm_head, got .*batch$"):
         fuse_heads()

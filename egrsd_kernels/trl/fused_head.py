@@ -20,11 +20,12 @@ import trl.trainer.utils
 from torch import Tensor, nn
 from trl.trainer.utils import FusedCausalLMOutput
 
-from egrsd_kernels import Head, linear_logp, with_head
+from egrsd_kernels import Head, VocabularyStatistics, linear_logp, with_head
 from egrsd_kernels.models import ModelError
 from egrsd_kernels.models.reading import InForward
 
-OUTPUTS = ("log_probs", "entropy")
+EXTRAS = ("log_sum_sq_probs", "mean_logits", "is_top1")
+OUTPUTS = ("log_probs", "entropy", *EXTRAS)
 IGNORED = -100  # transformers' label of a token without a loss
 _KEPT = "_fused_forwards"
 
@@ -39,16 +40,20 @@ def fuse_head(model: nn.Module, temperature: float = 1.0, outputs: Sequence[str]
         model: a transformers model, below PEFT, DDP and torch.compile. Its head is proved at the first call; a head
             that is refused is a :class:`egrsd_kernels.ModelError` then.
         temperature: logits are divided by it.
-        outputs: names of the fields that are made, of "log_probs" (always made), "entropy".
+        outputs: names of what is made of each token, others are None: "log_probs" (always made), "entropy",
+            "log_sum_sq_probs", "mean_logits", "is_top1".
 
     The fields, with labels (B, L) of any integer dtype, -100 where there is nothing to learn: float32, in nats, and 0
     or False where there is no label:
 
     - loss: -Σ log p / num_items_in_batch, a number of tokens, or that of labels, at least 1; and the weight that the
       model's config gives it (``router_aux_loss_coef``) times aux_loss.
-    - log_probs, entropy: (B, L - 1), of the tokens that follow each but the last, both differentiable; or (B, L) with
-      ``shift_labels`` (B, L), where label j is what token j predicts.
-    - label_mask: bool, where there is a label.
+    - log_probs, entropy: (B, L - 1), of the labels that follow each token but the last, both differentiable; or (B, L)
+      with ``shift_labels`` (B, L), where label j is what token j predicts. A step that asks for the entropy's gradient
+      pays for it; others do not.
+    - log_sum_sq_probs, mean_logits, is_top1: shaped alike, without gradient; log Σ p², the mean of the logits over the
+      vocabulary, and (bool) whether the label is the most likely token, the first one of equals.
+    - label_mask: bool, shaped alike, where there is a label.
     - aux_loss: the model's own, where it returns one.
 
     Raises:
@@ -131,25 +136,34 @@ class FusedForward:
         except ModelError as refusal:
             raise ModelError(f"{refusal}; egrsd_kernels.trl.unfuse_heads() leaves the head to TRL") from refusal
         aux_loss = getattr(output, "aux_loss", None)
-        if aux_loss is not None:
+        if isinstance(aux_loss, Tensor):
             weight = getattr(self.model.config.get_text_config(), "router_aux_loss_coef", 0.0)
             fields["loss"] = fields["loss"] + weight * aux_loss.to(fields["loss"].device)
+        elif inputs.get("output_router_logits"):
+            raise ModelError(
+                f"model: {type(self.model).__name__}: it returns no load-balancing loss: "
+                "set router_aux_loss_coef to 0 to train without one"
+            )
         return FusedCausalLMOutput(**fields, aux_loss=aux_loss)
 
     def _score(self, hidden: Tensor, head: Head, labels: Tensor, count: Tensor | int | None) -> dict[str, Any]:
         labels = labels.to(hidden.device)  # of a model that is spread over devices
         mask = labels != IGNORED
+        entropy, extras = "entropy" in self.outputs, [name for name in EXTRAS if name in self.outputs]
         found = linear_logp(
-            hidden, head, labels, temperature=self.temperature,
-            return_entropy=True, entropy_grad=True,
+            hidden, head, labels, temperature=self.temperature, return_entropy=entropy,
+            entropy_grad="lazy" if entropy else False, extras=extras,
         )  # fmt: skip
-        logp, entropy = found
+        if not isinstance(found, VocabularyStatistics):
+            found = VocabularyStatistics(*(found if isinstance(found, tuple) else (found,)))
         count = mask.sum().clamp(min=1) if count is None else count
-        loss = -logp.sum() / (count.to(logp.device) if isinstance(count, Tensor) else count)
         return {
-            "loss": loss, "log_probs": logp, "entropy": entropy if "entropy" in self.outputs else None,
+            "loss": -found.logp.sum() / (count.to(hidden.device) if isinstance(count, Tensor) else count),
+            "log_probs": found.logp,
+            "entropy": found.entropy,
+            **{name: getattr(found, name) for name in EXTRAS},
             "label_mask": mask,
-        }  # fmt: skip
+        }
 
 
 # ------------------------------------------------------------------------------------------ what TRL does about a head
