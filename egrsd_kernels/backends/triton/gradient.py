@@ -490,7 +490,7 @@ class ExactGradients:
     ):  # fmt: skip
         V, D = head.weight.shape
         shape = ceil_div(n, ROW_TILE), V, D, hidden.dtype.itemsize
-        plan = chunk_plan(*shape, how, chunk_bytes, needs, sums=wanted.sums, alone=begun is None)
+        plan = chunk_plan(*shape, how, chunk_bytes, needs, sums=wanted.stored, alone=begun is None)
         chunk = self.chunk = Chunk(head, temperature, plan.rows, how)
         # All rows in one chunk: its product is the whole gradient, so it waits for the factor and is rounded to the
         # head's dtype on its way out. That spares a float32 gradient, more memory than the chunk that waits.

@@ -40,7 +40,8 @@ class SparseGradients:
         sparse: Sparse, wanted: Wanted = NOTHING,
     ):  # fmt: skip
         (V, D), n = head.weight.shape, hidden.shape[0] * hidden.shape[1]
-        plan = sparse_plan(ceil_div(n, ROW_TILE), V, D, hidden.dtype.itemsize, how, chunk_bytes, needs)
+        shape = ceil_div(n, ROW_TILE), V, D, hidden.dtype.itemsize
+        plan = sparse_plan(*shape, how, chunk_bytes, needs, wanted.stored)
         chunk = self.chunk = Chunk(head, temperature, plan.rows, how)
         self.hidden, self.sparse, self.trained = hidden[..., needs.first_column :], sparse, needs.head
         self.d_hidden = hidden.new_zeros(hidden.shape) if needs.hidden else None
