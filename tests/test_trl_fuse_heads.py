@@ -134,6 +134,28 @@ def test_packed_rows_as_asynchronous_grpo_scores_them():
     torch.testing.assert_close(one.log_probs[:, 11:], alone.log_probs, **CLOSE)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_entropys_gradient_is_prepared_for_once_it_is_asked_for(frozen, monkeypatch):
+    model, asked = tiny_model(), []
+    model.lm_head.requires_grad_(not frozen)
+    linear_logp = fused_head.linear_logp
+    monkeypatch.setattr(
+        fused_head, "linear_logp", lambda *a, **o: asked.append(o["entropy_grad"]) or linear_logp(*a, **o)
+    )
+    fuse_head(model, outputs=("entropy",))
+    made = []
+    for bonus in (0, 0.5, 0.5):
+        out = model(**batch(), fused_lm_head=True)
+        made.append(gradients(out.loss - bonus * out.entropy.sum() if bonus else out.loss, model))
+    assert asked == ["lazy", "lazy", True]
+    check_gradients(made[1], made[2])
+    fuse_head(model, outputs=("log_probs",))
+    model(**batch(), fused_lm_head=True)
+    fuse_head(model, outputs=("entropy",), entropy_grad=True)
+    model(**batch(), fused_lm_head=True)
+    assert asked[3:] == [False, True]
+
+
 def test_fields_that_nobody_asked_for_are_none():
     model = tiny_model()
     fuse_head(model)
