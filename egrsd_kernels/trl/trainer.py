@@ -135,8 +135,9 @@ class EGRSDTrainer(GRPOTrainer):
         self._token_advantage = function_of(args, token_advantage)
         self._contexts = contexts_of(args, token_advantage is not None, contexts, self.teacher_prompt)
         teacher_model = teacher_model_of(args, teacher_model, bool(self._contexts))
-        if contexts is not None and teacher_template is not TWO_TURN:
-            raise ValueError("teacher_template: expected none beside contexts, which word all that the teacher reads")
+        if teacher_template is not TWO_TURN and (contexts is not None or not self._contexts):
+            why = "beside contexts, which word all that the teacher reads" if contexts else "as there is no teacher"
+            raise ValueError(f"teacher_template: expected none {why}")
         if self._token_advantage is not None and args.rollout_steps:
             why = "0, as a token_advantage of one's own has no gate to show"
             raise ValueError(f"rollout_steps: expected {why}, got {args.rollout_steps}")
