@@ -800,6 +800,9 @@ class EGRSDTrainer(GRPOTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         with reading(f"the model in {resume_from_checkpoint}"):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if is_peft_model(self.model) and {"default", "ref"} <= self.model.peft_config.keys() and not self._sharded:
+                # transformers 4 reads those adapters alone that have a folder of their own, and "default" has none.
+                self.model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         with reading(f"the optimizer's state in {checkpoint}"):
