@@ -90,7 +90,8 @@ class EGRSDTrainer(GRPOTrainer):
 
     The dataset needs a column ``prompt`` (conversations) and one with the reference solution as text, which the teacher
     reads and the student never does. The tokenizer's chat template renders both, with ``chat_template_kwargs`` (for
-    example ``{"enable_thinking": False}``).
+    example ``{"enable_thinking": False}``). The teacher's prompt begins with what generation was given: images, tools,
+    what an environment says first. What tools return is read by both, and learned by neither.
 
     Args:
         model, reward_funcs, args, datasets, and further keywords: as GRPOTrainer's; args is an :class:`EGRSDConfig`.
