@@ -10,6 +10,7 @@ pytest.importorskip("trl")
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from egrsd_kernels import token_statistics, with_head
 from egrsd_kernels.trl.errors import CheckpointError
 from egrsd_kernels.trl.teacher import EarlierWeights, SeparateModel, separate_teacher
 from tests.support.trl_tiny import make, tiny_model, tokenizer, weights
@@ -70,6 +71,23 @@ def test_a_name_is_loaded_as_it_is_stored(tmp_path):
         "teacher_model_init_kwargs: expected None, as teacher_model is already a model, got {'dtype': 'float32'}"
     )
     assert refusal(given, revision="main").startswith("teacher_model_revision: expected None, as teacher_model is ")
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("where", ["disk", "cpu"])
+def test_a_device_map_may_spread_it(tmp_path, where):
+    layers = {f"model.layers.{index}": where for index in range(3)}
+    rest = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    options = {"device_map": rest | layers, "offload_folder": str(tmp_path / "offloaded")}
+    teacher = teacher_of(saved(tmp_path / "model", larger(), tokenizer()), init_kwargs=options)
+    assert any(weight.is_meta for weight in teacher.model.parameters()) == (where == "disk")
+    teacher.prove(SIZE)
+    ids = torch.randint(6, SIZE, (1, 12))
+    with torch.no_grad(), teacher.active() as model:
+        found, _ = with_head(model, lambda *read: token_statistics(*read, ids.roll(-1, 1)), input_ids=ids)
+        logp = larger().eval()(ids).logits.log_softmax(-1).gather(-1, ids.roll(-1, 1)[..., None])[..., 0]
+    torch.testing.assert_close(found.logp, logp, rtol=1e-4, atol=1e-4)
+    assert len(teacher.digest) == 64
 
 
 def test_what_is_no_model_of_its_own_is_refused():
