@@ -188,6 +188,7 @@ LOSSES = {
                                          "per_device_train_batch_size": 2},
     "router": {"model": "mixtral", "peft": False, "router_aux_loss_coef": 0.3, "learning_rate": 5e-3},
     "sparse": {"grad_mode": "sparse"},
+    "checkpointed": {"gradient_checkpointing": True, "entropy_coef": 0.1},
     "truncated masked": {"mask_truncated_completions": True, "loss_type": "bnpo"},
 }  # fmt: skip
 

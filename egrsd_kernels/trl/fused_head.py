@@ -20,7 +20,7 @@ import trl.trainer.utils
 from torch import Tensor, nn
 from trl.trainer.utils import FusedCausalLMOutput
 
-from egrsd_kernels import Head, VocabularyStatistics, linear_logp, with_head
+from egrsd_kernels import Head, VocabularyStatistics, checks, linear_logp, with_head
 from egrsd_kernels.models import ModelError
 from egrsd_kernels.models.reading import InForward
 
@@ -64,8 +64,9 @@ def fuse_head(
     - aux_loss: the model's own, where it returns one.
 
     Raises:
-        ValueError: outputs has a name that is none of these.
+        TypeError, ValueError: outputs has a name that is none of these, or the temperature is not above 0.
     """
+    checks.number("temperature", temperature, low=0, strict=True)
     unknown = [name for name in outputs if name not in OUTPUTS]
     if unknown:
         raise ValueError(f"outputs: expected names of {', '.join(OUTPUTS)}, got {unknown[0]!r}")

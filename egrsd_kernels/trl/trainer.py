@@ -479,8 +479,6 @@ class EGRSDTrainer(GRPOTrainer):
         return scored
 
     def _generate_and_score_completions(self, inputs):
-        if not self._proved:  # weights that were elsewhere at construction
-            self._prove()
         # A stream's rows are seen here first, so they are checked before anything is generated.
         names = [row_name(f"{self._mode}_dataset", example) for example in inputs]
         for reader in self._readers.values():
@@ -566,6 +564,8 @@ class EGRSDTrainer(GRPOTrainer):
     # ---------------------------------------------------------------------------------------------------------- loss
 
     def _prepare_inputs(self, generation_batch):
+        if not self._proved:  # weights that were elsewhere at construction
+            self._prove()
         self._pace.setdefault(self._mode, [0, time.perf_counter()])
         buffered = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
