@@ -255,7 +255,7 @@ def test_each_row_has_its_environment_and_that_its_tools(tmp_path):
     assert math.isfinite(logs.steps[0]["loss"])
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_resume_between_turns_of_a_generation(tmp_path):
     options = {"max_steps": 4, "num_iterations": 2, "save_strategy": "steps", "save_steps": 3, "rollout_steps": 0}
     straight, expected = build(tmp_path / "a", **options)
