@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import pkgutil
 import re
 import shlex
@@ -155,7 +156,7 @@ def test_trl_trainers(tmp_path):
 
 
 def test_own_method(trainers):
-    """A larger model teaches, then two contexts do; and the loop of one's own makes the gradient of the fused loss."""
+    """A larger model, an earlier student and two contexts teach; one's own loop has the gradient of the fused loss."""
     import transformers
 
     from tests.support import trl_tiny
@@ -165,8 +166,10 @@ def test_own_method(trainers):
     transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**config)).save_pretrained("Qwen/Qwen3-8B")
     trl_tiny.tokenizer().save_pretrained("Qwen/Qwen3-8B")
     names = run("docs/own-method.md", {})
-    larger, contrast = trainers
-    assert (larger.state.global_step, contrast.state.global_step) == (2, 2)
+    larger, best, contrast = trainers
+    assert [trainer.state.global_step for trainer in trainers] == [2, 2, 2]
+    assert best.teacher is names["best"] and math.isfinite(best.teacher.best)
+    assert best.teacher.best == max(row["reward"] for row in best.state.log_history if "reward" in row)
     teacher = larger.teacher.model
     assert teacher.dtype == torch.bfloat16 and teacher.config.hidden_size == 48
     logged = [set(row) for row in contrast.state.log_history if "loss" in row]

@@ -100,13 +100,13 @@ SETTINGS: dict[str, dict[str, Here]] = {
     "Reference model": {
         "beta": HONOURED,
         "use_bias_correction_kl": HONOURED,
-        "sync_ref_model": refused(sync_ref_model=True),
+        "sync_ref_model": refused("not with adapters nor with sharded weights", sync_ref_model=True),
         "ref_model_mixup_alpha": HONOURED,
         "ref_model_sync_steps": HONOURED,
     },
     "Entropy bonus": {
-        "entropy_coef": HONOURED,
-        "use_adaptive_entropy": HONOURED,
+        "entropy_coef": Here('with grad_mode="exact"'),
+        "use_adaptive_entropy": Here('with grad_mode="exact"'),
         "entropy_coef_min": HONOURED,
         "entropy_coef_max": HONOURED,
         "entropy_coef_delta": HONOURED,

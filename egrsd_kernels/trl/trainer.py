@@ -16,10 +16,10 @@ few of its methods, each the narrowest that does the job:
 
 The teacher's log p and entropy of each rollout token are (B, T) tensors, made once in each context, when the rollout is
 made, and named after it: teacher_logp, teacher_entropy. They ride through TRL's buffer like its own
-old_per_token_logps: a teacher batch is never kept, and several passes over the same
-rollouts cost one teacher pass. The token advantage Â = A · w · ω is made anew in each of them, with w against the log p
-of the policy as it is then: in a rollout's second update w asks whether the teacher still is further along in the
-direction of A, while TRL's ratio π/π_old accounts for what the first update has done.
+old_per_token_logps: a teacher batch is never kept, and several passes over the same rollouts cost one teacher pass. The
+token advantage Â = A · w · ω is made anew in each of them, with w against the log p of the policy as it is then: in a
+rollout's second update w asks whether the teacher still is further along in the direction of A, while TRL's ratio
+π/π_old accounts for what the first update has done.
 """
 
 import copy
@@ -70,11 +70,12 @@ from .teacher import (
     EarlierWeights,
     MoveTeacher,
     NoTeacher,
-    SeparateModel,
     Teacher,
     make_teacher,
     pad_prompts,
+    prove_teacher,
     separate_teacher,
+    window_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -88,25 +89,26 @@ TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 class EGRSDTrainer(GRPOTrainer):
     """GRPOTrainer with EGRSD's token advantages.
 
-    The dataset needs a column ``prompt`` (conversations) and one with the reference solution as text, which the teacher
-    reads and the student never does. The tokenizer's chat template renders both, with ``chat_template_kwargs`` (for
-    example ``{"enable_thinking": False}``). The teacher's prompt begins with what generation was given: images, tools,
-    what an environment says first. What tools return is read by both, and learned by neither.
+        The dataset needs a column ``prompt`` (conversations) and one with the reference solution as text, which the teacher
+        reads and the student never does; none without a teacher, nor with ``contexts``. The tokenizer's chat template
+    renders both, with ``chat_template_kwargs`` (for example ``{"enable_thinking": False}``). The teacher's prompt begins
+    with what generation was given: images, tools, what an environment says first. What tools return is read by both,
+    and learned by neither.
 
-    Args:
-        model, reward_funcs, args, datasets, and further keywords: as GRPOTrainer's; args is an :class:`EGRSDConfig`.
-        teacher_template: messages that follow the prompt in the teacher's conversation, ``{solution}`` where the
-            solution goes.
-        contexts: in the place of that, by name, functions from a row of the dataset to the teacher's messages. The
-            teacher reads each rollout once in every context. Only a ``token_advantage`` of one's own reads several.
-        token_advantage: what a token is worth, a function of an :class:`egrsd_kernels.rl.TokenEvidence`. Default: the
-            one that ``args`` names.
-        teacher_model: a model of its own as the teacher, or the name or path of one: larger, or with a head, a dtype or
-            a device_map of its own. It has the student's vocabulary. Default: the one that ``args`` names, if any, else
-            what teacher_model_kind makes of the student.
+        Args:
+            model, reward_funcs, args, datasets, and further keywords: as GRPOTrainer's; args is an :class:`EGRSDConfig`.
+            teacher_template: messages that follow the prompt in the teacher's conversation, ``{solution}`` where the
+                solution goes.
+            contexts: in the place of that, by name, functions from a row of the dataset to the teacher's messages. The
+                teacher reads each rollout once in every context. Only a ``token_advantage`` of one's own reads several.
+            token_advantage: what a token is worth, a function of an :class:`egrsd_kernels.rl.TokenEvidence`. Default: the
+                one that ``args`` names.
+            teacher_model: a model of its own as the teacher, or the name or path of one: larger, or with a head, a dtype or
+                a device_map of its own; or a :class:`egrsd_kernels.trl.Teacher`. It has the student's vocabulary. Default:
+                the one that ``args`` names, if any, else what teacher_model_kind makes of the student.
 
-    Raises:
-        TypeError, ValueError: in one line that names the setting, argument, column or row.
+        Raises:
+            TypeError, ValueError: in one line that names the setting, argument, column or row.
     """
 
     _tag_names = ["trl", "egrsd"]  # noqa: RUF012
@@ -191,11 +193,10 @@ class EGRSDTrainer(GRPOTrainer):
                 "sync_ref_model: not supported with sharded weights, a checkpoint would lack the reference"
             )
         self.teacher = self._make_teacher(teacher_model)
+        self._teacher_window = self._other_window()
         for name, dataset in datasets.items():
             for reader in self._readers.values():
                 check_rows(name, dataset, reader)
-        if isinstance(self.teacher, EarlierWeights) and self.teacher.moves:
-            self.add_callback(MoveTeacher(self.teacher))
         self._proved = False
         if not self._sharded and weights_at_hand(self.model, self.accelerator.device):
             self._prove()
@@ -233,12 +234,30 @@ class EGRSDTrainer(GRPOTrainer):
                 self.accelerator.device,
                 images=self._is_vlm,
                 distributed=self.accelerator.num_processes > 1,
+                sharded=self._sharded,
                 revision=args.teacher_model_revision,
                 init_kwargs=args.teacher_model_init_kwargs,
                 trust_remote_code=args.trust_remote_code,
             )
         # EGRSDConfig has put in the defaults.
-        return make_teacher(self.model, args.teacher_model_kind, self._sharded, args.teacher_update_rate)
+        teacher = make_teacher(self.model, args.teacher_model_kind, self._sharded, args.teacher_update_rate)
+        if isinstance(teacher, EarlierWeights) and teacher.moves:
+            self.add_callback(MoveTeacher(teacher))
+        return teacher
+
+    @property
+    def _teacher_is_another(self) -> bool:
+        """Whether the teacher may be another model than the student's, and has to be proved by itself."""
+        return not isinstance(self.teacher, (AdaptersOff, EarlierWeights, NoTeacher))
+
+    def _other_window(self) -> float | None:
+        """The teacher's window, where that is not the student's."""
+        if not self._teacher_is_another:
+            return None
+        with self.teacher.active() as teacher:
+            if not isinstance(teacher, nn.Module):
+                raise TypeError(f"teacher_model: expected active() to give a model, got {teacher!r}")
+            return None if teacher is self.model else window_of(teacher)
 
     def _prove(self) -> None:
         """Run the model on a few tokens: what we compute is what it computes, and each has its role."""
@@ -249,9 +268,9 @@ class EGRSDTrainer(GRPOTrainer):
             with self.accelerator.autocast(), self._as_teacher():
                 head_of(called)
         self._vocab_size = getattr(head.weight, "ds_shape", head.weight.shape)[0]  # ZeRO-3 has taken the rows away
-        if isinstance(self.teacher, SeparateModel):
-            with self.accelerator.autocast():
-                self.teacher.prove(self._vocab_size)
+        if self._teacher_is_another:
+            with self.accelerator.autocast(), self._as_teacher() as teacher:
+                prove_teacher(teacher, self._vocab_size, self._is_vlm)
         self._check_roles()
         self._proved = True
 
@@ -271,11 +290,10 @@ class EGRSDTrainer(GRPOTrainer):
             if isinstance(self.teacher, AdaptersOff):
                 roles.check_adapters_off()
         if self._may_pad:
-            if not isinstance(self.teacher, (AdaptersOff, EarlierWeights)):  # which are the student's architecture
+            if self._teacher_is_another or not self._contexts:  # else the teacher is of the student's architecture
                 roles.check_padding("model", self._as_student)
             if self._contexts:
-                name = "teacher_model" if isinstance(self.teacher, SeparateModel) else "model"
-                roles.check_padding(name, self._as_teacher)
+                roles.check_padding("teacher_model" if self._teacher_is_another else "model", self._as_teacher)
 
     @property
     def _may_pad(self) -> bool:
@@ -372,7 +390,7 @@ class EGRSDTrainer(GRPOTrainer):
                 self._is_vlm,
                 self._tools_of,
                 self.environment_factories is not None,
-                self.teacher.window if isinstance(self.teacher, SeparateModel) else None,
+                self._teacher_window,
             )
             for name, word in (words or {"": own}).items()
         }
@@ -400,7 +418,7 @@ class EGRSDTrainer(GRPOTrainer):
     @contextmanager
     def _as_teacher(self) -> Iterator[nn.Module]:
         """The teacher, without dropout and gradient checkpointing."""
-        with evaluating(self.model), self.teacher.active() as teacher:
+        with evaluating(self.model), self.teacher.active() as teacher, evaluating(teacher):
             yield teacher
 
     def _read(
