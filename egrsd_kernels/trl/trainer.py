@@ -5,6 +5,7 @@ few of its methods, each the narrowest that does the job:
 
     __init__                              refuse what token credit cannot honour; prove the model's head
     _calculate_rewards                    no infinite reward; length-shaped reward; remember those of all processes
+    _generate                             remember the prompts that generation was given, for the teacher's
     _generate_and_score_completions       Welford advantages; one teacher pass over the fresh rollouts
     _prepare_inputs                       entropy scale and normaliser, over an optimizer step and all processes
     _get_per_token_logps_and_entropies    log p without logits, for student, reference and teacher; token advantages
