@@ -60,7 +60,8 @@ test-oldest: $(VENV)-oldest/ready
 
 test-deepspeed: $(VENV)/ready
 	$(VENV)/bin/python -m pip install --quiet "deepspeed>=0.16"
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/test_train.py -k deepspeed
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/test_train.py \
+		tests/test_trl_fuse_heads_distributed.py -k deepspeed
 
 # The second run forces the pointer kernels, which older GPUs take.
 test-cuda:

@@ -276,6 +276,19 @@ def test_it_comes_off_and_takes_the_place_of_trls():
     assert model.forward is before
 
 
+def test_copies_come_off_alone_where_trls_is_on_top():
+    model, inputs = tiny_model(), batch()
+    fuse_head(model)
+    expected = model(**inputs, fused_lm_head=True)
+    add_fused_lm_head(model)
+    twin = copy.deepcopy(model)
+    fused_head.take_off_fused_head(twin)
+    assert "forward" not in vars(twin) and "forward" in vars(model)
+    check_outputs(model(**inputs, fused_lm_head=True), expected)
+    fused_head.take_off_fused_head(model)
+    assert "forward" not in vars(model)
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize("what", ["layers", "model", "in place"])
 def test_compiled(what):

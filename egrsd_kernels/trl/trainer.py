@@ -532,8 +532,7 @@ class EGRSDTrainer(GRPOTrainer):
         # With the rows' images, and what environments say first. The teacher's prompt is made from these.
         self._given = prompts
         self._lengths = [len(ids) for ids in responses] if own is None else [sum(mask) for mask in own]
-        if any(tool_images):
-            raise ValueError("tools: expected answers without images, which the teacher could not read")
+        self._tool_images = any(tool_images)
         if self.rollout_func is not None and self._contexts:
             rendered = self._tokenize_prompts(copy.deepcopy(prompts))[0]
             for prompt, ids, expected in zip(prompts, prompt_ids, rendered, strict=True):
@@ -570,15 +569,25 @@ class EGRSDTrainer(GRPOTrainer):
         images = {key: output[key] for key in (*MODEL_IMAGES, "num_images", "num_tiles") if key in output}
         for key in TOKEN_TYPES:  # of the prompt's tokens, where images are; the student's are of its own
             if key in output:
-                types = pad(
-                    [torch.as_tensor(row) for row in fields[key]],
-                    padding_value=0,
-                    padding_side="left",
-                    pad_to_multiple_of=self.pad_to_multiple_of,
-                ).to(output[key])
-                completion = types.new_zeros(output["completion_ids"].shape)
-                images[key] = torch.cat([types, completion], dim=1)
+                images[key] = self._token_types(prompts, fields.get(key), output).to(output[key])
         return prompts, images
+
+    def _token_types(self, prompts: list[list[int]], types: Any, output: Mapping[str, Any]) -> Tensor:
+        """(B, L) of prompts, padded on the left, and completions, as TRL makes them: which tokens images stand for.
+
+        types: the processor's, of the prompts.
+        """
+        completion = output["completion_ids"].cpu()
+        if self._tool_images:  # in completions, too: TRL then tells all by their ids, and may have left all images out
+            shown = "pixel_values" in output
+            kinds = {self._image_pad_token_id: 1, self._video_pad_token_id: 2} if shown else {}
+            types = [[kinds.get(token, 0) for token in ids] for ids in prompts]
+            completion = torch.tensor([[kinds.get(token, 0) for token in ids] for ids in completion.tolist()])
+        else:
+            completion = torch.zeros_like(completion)
+        rows = [torch.as_tensor(row) for row in types]
+        options = {"padding_side": "left", "pad_to_multiple_of": self.pad_to_multiple_of}
+        return torch.cat([pad(rows, padding_value=0, **options), completion], dim=1)
 
     # ---------------------------------------------------------------------------------------------------------- loss
 
