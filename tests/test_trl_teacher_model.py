@@ -290,6 +290,11 @@ def test_what_a_teacher_of_ones_own_has_to_give(tmp_path):
         make(tmp_path, teacher_model=Mine(None))
     with pytest.raises(ValueError, match=r"^teacher_model: expected 76 logits, as the student has, got 79"):
         make(tmp_path, teacher_model=Mine(larger(vocabulary=SIZE + 3)))
+    model = tiny_model()
+    with pytest.raises(
+        ValueError, match=r"^teacher_model: expected earlier weights of all that is trained, got others"
+    ):
+        make(tmp_path, model=model, teacher_model=EarlierWeights(model, moves=True))  # adapters come on top
     assert refusal(Mine(larger()), sharded=True) == (
         "teacher_model: a Teacher of one's own is not supported with sharded weights; pass a model"
     )

@@ -289,6 +289,12 @@ def separate_teacher(
             raise ValueError(
                 "teacher_model: a Teacher of one's own is not supported with sharded weights; pass a model"
             )
+        trained = {id(weight) for weight in student.parameters() if weight.requires_grad}
+        if isinstance(teacher_model, EarlierWeights) and {id(weight) for weight in teacher_model.own} != trained:
+            raise ValueError(
+                "teacher_model: expected earlier weights of all that is trained, got others; make it of the model that "
+                "the trainer gets, with its adapters, and pass no peft_config"
+            )
         return teacher_model
     weights = list(teacher_model.parameters())
     if any(hasattr(weight, "ds_id") for weight in weights):

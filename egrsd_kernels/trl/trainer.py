@@ -90,26 +90,26 @@ TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 class EGRSDTrainer(GRPOTrainer):
     """GRPOTrainer with EGRSD's token advantages.
 
-        The dataset needs a column ``prompt`` (conversations) and one with the reference solution as text, which the teacher
-        reads and the student never does; none without a teacher, nor with ``contexts``. The tokenizer's chat template
-    renders both, with ``chat_template_kwargs`` (for example ``{"enable_thinking": False}``). The teacher's prompt begins
-    with what generation was given: images, tools, what an environment says first. What tools return is read by both,
-    and learned by neither.
+    The dataset needs a column ``prompt`` (conversations) and one with the reference solution as text, which the teacher
+    reads and the student never does; none without a teacher, nor with ``contexts``. The tokenizer's chat template
+    renders both, with ``chat_template_kwargs`` (for example ``{"enable_thinking": False}``). The teacher's prompt
+    begins with what generation was given: images, tools, what an environment says first. What tools return is read by
+    both, and learned by neither.
 
-        Args:
-            model, reward_funcs, args, datasets, and further keywords: as GRPOTrainer's; args is an :class:`EGRSDConfig`.
-            teacher_template: messages that follow the prompt in the teacher's conversation, ``{solution}`` where the
-                solution goes.
-            contexts: in the place of that, by name, functions from a row of the dataset to the teacher's messages. The
-                teacher reads each rollout once in every context. Only a ``token_advantage`` of one's own reads several.
-            token_advantage: what a token is worth, a function of an :class:`egrsd_kernels.rl.TokenEvidence`. Default: the
-                one that ``args`` names.
-            teacher_model: a model of its own as the teacher, or the name or path of one: larger, or with a head, a dtype or
-                a device_map of its own; or a :class:`egrsd_kernels.trl.Teacher`. It has the student's vocabulary. Default:
-                the one that ``args`` names, if any, else what teacher_model_kind makes of the student.
+    Args:
+        model, reward_funcs, args, datasets, and further keywords: as GRPOTrainer's; args is an :class:`EGRSDConfig`.
+        teacher_template: messages that follow the prompt in the teacher's conversation, ``{solution}`` where the
+            solution goes.
+        contexts: in the place of that, by name, functions from a row of the dataset to the teacher's messages. The
+            teacher reads each rollout once in every context. Only a ``token_advantage`` of one's own reads several.
+        token_advantage: what a token is worth, a function of an :class:`egrsd_kernels.rl.TokenEvidence`. Default: the
+            one that ``args`` names.
+        teacher_model: a model of its own as the teacher, or the name or path of one: larger, or with a head, a dtype or
+            a device_map of its own; or a :class:`egrsd_kernels.trl.Teacher`. It has the student's vocabulary. Default:
+            the one that ``args`` names, if any, else what teacher_model_kind makes of the student.
 
-        Raises:
-            TypeError, ValueError: in one line that names the setting, argument, column or row.
+    Raises:
+        TypeError, ValueError: in one line that names the setting, argument, column or row.
     """
 
     _tag_names = ["trl", "egrsd"]  # noqa: RUF012
