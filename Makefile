@@ -3,6 +3,7 @@
 # make test-all   the rest, in half an hour: those marked slow
 # make test-oldest  the trainer's tests with the oldest TRL and what it works with
 # make test-deepspeed  the trainer under DeepSpeed, which is installed for that
+# make test-verl  verl's own forward over our kernels; of verl the files alone, without what it depends on
 # make test-cuda  the CUDA parity tests, with the Python and torch that the machine already has
 # make memcheck   the kernels at odd shapes under compute-sanitizer, every allocation its own
 # make bench      every peer beside the bare matrix products, with the Python and torch that a GPU machine has
@@ -20,7 +21,7 @@ CUDA_WORKERS ?= 4
 # The lower ends of what pyproject.toml and TRL 1.15 ask for.
 OLDEST = trl==1.15.0 transformers==4.56.2 accelerate==1.4.0 peft==0.17.1 datasets==4.7.0
 
-.PHONY: demo test test-all test-oldest test-deepspeed test-cuda memcheck bench table lint docs types
+.PHONY: demo test test-all test-oldest test-deepspeed test-verl test-cuda memcheck bench table lint docs types
 .DEFAULT_GOAL := test
 
 $(VENV)/ready: pyproject.toml Makefile
@@ -58,6 +59,15 @@ test-oldest: $(VENV)-oldest/ready
 test-deepspeed: $(VENV)/ready
 	$(VENV)/bin/python -m pip install --quiet "deepspeed>=0.16"
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/test_train.py -k deepspeed
+
+# verl's wheel has a package `tests` beside its own, which would be found before ours.
+$(VENV)-verl/ready: $(VENV)/ready Makefile
+	$(VENV)/bin/python -m pip install --quiet --no-deps --upgrade --target $(VENV)-verl verl==0.9.1
+	rm -r $(VENV)-verl/tests
+	touch $@
+
+test-verl: $(VENV)-verl/ready
+	PYTHONPATH=$(VENV)-verl OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/test_verl.py
 
 # The second run forces the pointer kernels, which older GPUs take.
 test-cuda:
