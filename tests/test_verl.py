@@ -175,8 +175,12 @@ def test_every_caller_is_reached_and_given_back(stand_in, before):
         unfuse_heads()
         assert loaded(MODULE).linear_cross_entropy is original
         assert [float(loaded(name).forward(*small(), 2.0, "none")[0]) for name in CALLERS] == [2, 2]
-    fuse_heads()
-    assert all(map(torch.equal, loaded(CALLERS[0]).forward(*small(), 2.0, "none"), want))
+    with fuse_heads():
+        assert all(map(torch.equal, loaded(CALLERS[0]).forward(*small(), 2.0, "none"), want))
+        with fuse_heads():  # which has changed nothing
+            pass
+        assert loaded(MODULE).linear_cross_entropy is not original
+    assert loaded(MODULE).linear_cross_entropy is original
 
 
 def test_a_head_that_is_split_over_processes_is_left_to_verl(stand_in):

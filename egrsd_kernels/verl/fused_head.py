@@ -6,6 +6,7 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch.distributed as dist
@@ -53,9 +54,11 @@ def linear_cross_entropy(
     checks.instance("labels", labels, Tensor, "an integer tensor")
     rows = checks.instance("hidden", hidden, Tensor, "a floating-point tensor").reshape(-1, hidden.shape[-1])
     checks.expect(labels.numel() == len(rows), "labels", labels, f"{len(rows)}, one for each hidden state")
-    logp, entropy = linear_logp(
-        rows, weight, labels.reshape(-1), temperature=temperature, return_entropy=True, entropy_grad=True
+    # verl asks for the entropy's gradient where calculate_entropy is on, and says so to nobody.
+    both: Any = linear_logp(
+        rows, weight, labels.reshape(-1), temperature=temperature, return_entropy=True, entropy_grad="lazy"
     )
+    logp, entropy = both
     return REDUCTIONS[given](logp), entropy
 
 
@@ -84,11 +87,11 @@ def _in_place_of(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _replace(old: Callable[..., Any], new: Callable[..., Any]) -> None:
-    """Wherever it is imported by its name: verl's Megatron engine does so when its module is loaded."""
+    """In all modules: verl's Megatron engine imports the function by its name when it is loaded."""
     for module in list(sys.modules.values()):
         names = getattr(module, "__dict__", {})
-        if names.get(NAME) is old:
-            names[NAME] = new
+        for name in [name for name, value in list(names.items()) if value is old]:
+            names[name] = new
 
 
 def _installed() -> Callable[..., Any]:
@@ -103,30 +106,33 @@ def _installed() -> Callable[..., Any]:
     return function
 
 
-def fuse_heads() -> None:
-    """Let verl compute log p and entropy with this package's kernels, in this process; twice is harmless.
+def fuse_heads() -> AbstractContextManager[Any]:
+    """From now on verl takes log p and entropy from this package's kernels, in this process.
 
-    It replaces ``linear_cross_entropy`` of ``verl.utils.kernel``, which verl calls with ``use_fused_kernels`` and
-    ``impl_backend=triton``, wherever that name has been or will be imported. A ``dist_process_group`` of several
-    processes, over which the head is split, still gets the original.
+    :func:`linear_cross_entropy` takes the place of the function of that name in ``verl.utils.kernel``, which verl calls
+    with ``use_fused_kernels`` and ``impl_backend=triton``, in every module that has imported it or will. A second call
+    changes nothing. A ``dist_process_group`` of several processes, over which the head is split, gets verl's own.
+
+    Returns:
+        A context whose end undoes what this call has done; to call it alone is enough. :func:`unfuse_heads` is the way
+        back from anywhere.
 
     Raises:
         ModuleNotFoundError: there is no verl, or not that module in it.
     """
-    current = _installed()
-    original = getattr(current, "original", None)
-    if original is None:
-        original, current = current, _in_place_of(current)
-    _replace(original, current)
+    undo, now = ExitStack(), _installed()
+    if not hasattr(now, "original"):
+        _replace(now, _in_place_of(now))
+        undo.callback(unfuse_heads)
+    return undo
 
 
 def unfuse_heads() -> None:
-    """Take :func:`fuse_heads` back, in this process; without it nothing happens.
+    """From now on verl takes them from its own kernel again.
 
     Raises:
         ModuleNotFoundError: as there.
     """
-    current = _installed()
-    original = getattr(current, "original", None)
-    if original is not None:
-        _replace(current, original)
+    now = _installed()
+    if hasattr(now, "original"):
+        _replace(now, now.original)

@@ -1,4 +1,4 @@
-"""Two steps with vLLM's generation, in the environment that has it: what went in and what came back, for test_vllm.py.
+"""Train with vLLM, in the environment that has it, and say what went in and what came back: for test_vllm.py.
 
 python -m tests.support.vllm_run CASE FOLDER writes FOLDER/CASE.pt.
 """
@@ -20,9 +20,16 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from egrsd_kernels.trl import EGRSDTrainer
 from tests.support import trl_tiny
 
+# Two generations each.
 CASES: dict[str, dict[str, Any]] = {
     "adapters": {"peft": True, "vllm_importance_sampling_mode": "token_truncate"},
-    "all weights": {"peft": False, "temperature": 0.7, "mask_truncated_completions": True},
+    "all weights": {
+        "peft": False,
+        "temperature": 0.7,
+        "mask_truncated_completions": True,
+        "num_iterations": 2,
+        "max_steps": 4,
+    },
 }
 # vLLM's attention wants 64 numbers a head.
 CONFIG = Qwen3Config(
