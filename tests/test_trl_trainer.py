@@ -574,8 +574,6 @@ def bad_row(**change) -> Dataset:
             "teacher_model_kind: 'adapters_off' expects a model with PEFT adapters",
         ),
         ({"reward_funcs": None}, "reward_funcs: expected at least one"),
-        ({"tools": [correct]}, "tools: not supported"),
-        ({"rollout_func": correct}, "rollout_func: not supported"),
         ({"config": GRPOConfig}, "args: expected an EGRSDConfig, got GRPOConfig"),
     ],
 )

@@ -12,6 +12,7 @@ from datasets import Dataset
 from egrsd_kernels.rl import Message, teacher_messages
 
 IMAGES = ("images", "image")  # columns of them
+NO_PROMPT = [{"role": "user", "content": ""}]  # as TRL has it
 BATCH = 512  # rows that are tokenised in one call
 # No tokenizer makes more tokens of a byte than this, so short texts need no counting.
 TOKENS_PER_BYTE = 4
@@ -86,8 +87,9 @@ class Reader:
 
     ``tokenizer``: a tokenizer, or the processor of a model that reads ``images``. Such prompts may be longer than
     what is measured here, where each image is a token or so.
-    ``options``: what apply_chat_template gets beside the conversation. ``teacher``: what words the teacher's
-    conversation. ``generated``: a bound on prompt and completion together that generation keeps by itself.
+    ``options``: what apply_chat_template gets beside the conversation; ``tools``: and the tools of a row.
+    ``teacher``: what words the teacher's conversation. ``generated``: a bound on prompt and completion together that
+    generation keeps by itself. ``environments``: a row need not have a prompt, they begin with one.
     """
 
     tokenizer: Any
@@ -99,6 +101,8 @@ class Reader:
     teacher: str = "teacher_template"
     generated: int | None = None
     images: bool = False
+    tools: Callable[[Mapping[str, Any]], Sequence[Any] | None] = lambda _: None
+    environments: bool = False
 
     def __post_init__(self):
         longest = min(self.completion or 1, self.generated or self.completion or 1)
@@ -113,10 +117,13 @@ class Reader:
         read = []  # (prompt, its text), (the teacher's conversation, its text)
         for name, example in rows:
             try:
+                if self.environments:
+                    example = {"prompt": NO_PROMPT, **example}
                 if not self.images:
                     self._refuse_images(example)
                 conversation, prompt = self.conversation_of(example), example["prompt"]
-                text = self._render("prompt", prompt), self._render(self.teacher, conversation)
+                tools = self.tools(example) or None  # some templates write about tools where there is an empty list
+                text = self._render("prompt", prompt, tools), self._render(self.teacher, conversation, tools)
                 self._find_solution(example, conversation, text[1])
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
@@ -139,14 +146,14 @@ class Reader:
             f"{name}: images need a model that reads them, and its processor as processing_class; leave the images out"
         )
 
-    def _render(self, name: str, conversation: Any) -> str:
+    def _render(self, name: str, conversation: Any, tools: Sequence[Any] | None) -> str:
         if isinstance(conversation, str):
             return conversation
         if self.images:
             conversation = [in_parts(message) for message in conversation]
         try:
             return self.tokenizer.apply_chat_template(
-                [conversation], tools=None, add_generation_prompt=True, tokenize=False, **self.options
+                [conversation], tools=tools, add_generation_prompt=True, tokenize=False, **self.options
             )[0]
         except Exception as error:  # whatever a template raises
             reason = " ".join(str(error).split()) or type(error).__name__

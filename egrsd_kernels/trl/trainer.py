@@ -22,6 +22,7 @@ of the policy as it is then: in a rollout's second update w asks whether the tea
 direction of A, while TRL's ratio π/π_old accounts for what the first update has done.
 """
 
+import copy
 import functools
 import inspect
 import logging
@@ -124,14 +125,13 @@ class EGRSDTrainer(GRPOTrainer):
         if self._token_advantage is not None and args.rollout_steps:
             why = "0, as a token_advantage of one's own has no gate to show"
             raise ValueError(f"rollout_steps: expected {why}, got {args.rollout_steps}")
-        if not reward_funcs:
+        environments = kwargs.get("environment_factory") is not None
+        if not reward_funcs and not environments:
             raise ValueError("reward_funcs: expected at least one reward function")
-        for index, reward in enumerate(reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]):
+        listed = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs else []
+        for index, reward in enumerate(listed):
             if inspect.isclass(reward) or not (callable(reward) or isinstance(reward, str)):
                 raise TypeError(f"reward_funcs[{index}]: expected a function or a model, got {reward!r}")
-        for name in ("tools", "environment_factory", "rollout_func"):
-            if kwargs.get(name) is not None:
-                raise ValueError(f"{name}: not supported, the teacher would not see what it adds to the prompt")
         if (getattr(model, "_tp_size", None) or 1) > 1:
             raise ValueError("model: expected one that is whole on each process, tensor parallelism is not supported")
         adapters = kwargs.get("peft_config") is not None or (isinstance(model, nn.Module) and is_peft_model(model))
@@ -148,7 +148,11 @@ class EGRSDTrainer(GRPOTrainer):
         for part in eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset]:
             if isinstance(part, Sized) and not len(part) and args.eval_strategy != "no":
                 raise ValueError("eval_dataset: expected at least 1 row, got 0")
-        columns = ["prompt", args.solution_column] if contexts is None and self._contexts else ["prompt"]
+        columns = [] if environments else ["prompt"]
+        if contexts is None and self._contexts:
+            columns.append(args.solution_column)
+            if train_dataset is None:
+                raise ValueError(f"train_dataset: expected rows with a column {args.solution_column!r}, got None")
         for name, dataset in datasets.items():
             check_columns(name, dataset, columns)
         with adapters_on_head_allowed():
@@ -263,8 +267,7 @@ class EGRSDTrainer(GRPOTrainer):
         rewards, infinite = without_infinite(rewards, weights)
         self._name_infinite(as_returned, infinite, prompts, completions)
         if self.args.length_beta:
-            lengths = torch.tensor([len(ids) for ids in completion_ids_list], device=rewards.device)
-            lengths = self.accelerator.gather(lengths)
+            lengths = self.accelerator.gather(torch.tensor(self._lengths, device=rewards.device))
             bonus = length_shaped_reward(
                 torch.ones_like(lengths), lengths, self.max_completion_length, self.args.length_beta
             )
@@ -310,7 +313,8 @@ class EGRSDTrainer(GRPOTrainer):
     def teacher_prompt(self, example: Mapping[str, Any]) -> list[dict[str, str]]:
         """The teacher's conversation for one row of the dataset. Override it for another context.
 
-        The row's ``prompt`` is what generation was given: with its images in the content's parts.
+        The row's ``prompt`` is what generation was given: with its images in the content's parts, and with what an
+        environment says first.
         """
         return privileged_conversation(example, self.args.solution_column, self._teacher_template)
 
@@ -331,9 +335,21 @@ class EGRSDTrainer(GRPOTrainer):
                 word,
                 self.args.vllm_max_model_length if self.use_vllm and self.vllm_mode == "colocate" else None,
                 self._is_vlm,
+                self._tools_of,
+                self.environment_factories is not None,
             )
             for name, word in (words or {"": "prompt"}).items()
         }
+
+    def _tools_of(self, example: Mapping[str, Any]) -> Sequence[Any] | None:
+        """The tools that the row's prompt is rendered with."""
+        if self.environment_factories is None:
+            return self.tools
+        name = example.get("environment") if self._multi_environment else None
+        if name not in self._env_tools:
+            known = ", ".join(map(str, self._env_tools))
+            raise ValueError(f"environment: expected one of {known}, as environment_factory has them, got {name!r}")
+        return self._env_tools[name]
 
     @property
     def _pad_token_id(self) -> int:
@@ -450,8 +466,22 @@ class EGRSDTrainer(GRPOTrainer):
         return output
 
     def _generate(self, prompts):
-        self._given = prompts  # with the images of the rows
-        return super()._generate(prompts)
+        found = super()._generate(prompts)
+        prompt_ids, responses, own, *_, tool_images = found
+        # With the rows' images, and what environments say first. The teacher's prompt is made from these.
+        self._given = prompts
+        self._lengths = [len(ids) for ids in responses] if own is None else [sum(mask) for mask in own]
+        if any(tool_images):
+            raise ValueError("tools: expected answers without images, which the teacher could not read")
+        if self.rollout_func is not None and self._contexts:
+            rendered = self._tokenize_prompts(copy.deepcopy(prompts))[0]
+            for prompt, ids, expected in zip(prompts, prompt_ids, rendered, strict=True):
+                if list(ids) != list(expected):
+                    raise ValueError(
+                        "rollout_func: expected prompt_ids as the chat template renders them, since the teacher's are "
+                        f"made from the same messages, got others for {excerpt(prompt)}"
+                    )
+        return found
 
     def _teacher_prompts(
         self, context: str, names: list[str], rows: list[dict[str, Any]], output: dict[str, Any]
