@@ -298,8 +298,8 @@ def test_a_pretrained_adapter_is_its_own_reference(tmp_path):
     plain, found = tiny_model(), []
     statistics = run._statistics
 
-    def checked(*arguments, **more):
-        out = statistics(*arguments, **more)
+    def checked(teacher, *arguments):
+        out = statistics(teacher, *arguments)
         with torch.no_grad():
             logits = OnFullLogits.logits(check, plain, dict(zip(KEYS, arguments, strict=False)))[0]
         expected = reference.log_prob(logits / run.temperature, arguments[2]) * arguments[4]

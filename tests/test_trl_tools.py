@@ -1,4 +1,4 @@
-"""Tools, environments, rollout functions: the teacher reads what generation was given, and scores what the policy made."""
+"""Tools, environments, rollout functions: the teacher reads what generation got, and scores what the policy made."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """What student and teacher read: the rows of the data set, as the chat template renders them, in the model's window."""
 
 import html
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -89,7 +90,8 @@ class Reader:
     what is measured here, where each image is a token or so.
     ``options``: what apply_chat_template gets beside the conversation; ``tools``: and the tools of a row.
     ``teacher``: what words the teacher's conversation. ``generated``: a bound on prompt and completion together that
-    generation keeps by itself. ``environments``: a row need not have a prompt, they begin with one.
+    generation keeps by itself. ``window``: the student's, and the teacher's unless that has one of its own.
+    ``environments``: a row need not have a prompt, they begin with one.
     """
 
     tokenizer: Any
@@ -101,6 +103,7 @@ class Reader:
     teacher: str = "teacher_template"
     generated: int | None = None
     images: bool = False
+    teacher_window: float | None = None
     tools: Callable[[Mapping[str, Any]], Sequence[Any] | None] = lambda _: None
     environments: bool = False
 
@@ -128,8 +131,7 @@ class Reader:
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
             read.append(((prompt, text[0]), (conversation, text[1])))
-        if self.window is not None:
-            self._fit(self.window, [name for name, _ in rows], read)
+        self._fit([name for name, _ in rows], read)
         return [conversation for _, (conversation, _) in read]
 
     def _refuse_images(self, example: Mapping[str, Any]) -> None:
@@ -185,19 +187,24 @@ class Reader:
                     f"user message by {self.teacher}"
                 )
 
-    def _fit(self, window: int, names: Sequence[str], read: Sequence[Sequence[tuple[Any, str]]]) -> None:
+    def _fit(self, names: Sequence[str], read: Sequence[Sequence[tuple[Any, str]]]) -> None:
         """A ValueError where a prompt and the completion behind it are longer than the window."""
-        room = window - (self.completion or 1)
-        long = [i for i, row in enumerate(read) if any(len(text.encode()) * TOKENS_PER_BYTE > room for _, text in row)]
+        student_window = math.inf if self.window is None else self.window
+        windows = student_window, student_window if self.teacher_window is None else self.teacher_window
+        rooms = [window - (self.completion or 1) for window in windows]
+
+        def may_be_long(row: Sequence[tuple[Any, str]]) -> bool:
+            each = zip(row, rooms, strict=True)
+            return any(len(text.encode()) * TOKENS_PER_BYTE > room for (_, text), room in each)
+
+        long = [i for i, row in enumerate(read) if may_be_long(row)]
         lengths = (self._lengths([read[i][side] for i in long]) for side in (0, 1))
         for i, student, teacher in zip(long, *lengths, strict=True):
             completion = self.completion or 1
             if self.generated is not None:
                 completion = min(completion, max(self.generated - student, 1))
-            for tokens, whose, remedy in (
-                (student, "prompt", "prompt"),
-                (teacher, "teacher's prompt", self.solution_column),
-            ):
+            sides = (student, "prompt", "prompt"), (teacher, "teacher's prompt", self.solution_column)
+            for (tokens, whose, remedy), window in zip(sides, windows, strict=True):
                 if tokens + completion > window:
                     raise ValueError(
                         f"{names[i]}: the {whose} has {tokens} tokens, and with a completion of up to {completion} "

@@ -101,3 +101,24 @@ def contexts_of(config: Any, own: bool, given: Any, default: Context) -> dict[st
         expect(callable(context), f"contexts: {name}", context, "a function of a row of the dataset", TypeError)
     expect(own or len(given) == 1, "contexts", ", ".join(given), "one, unless token_advantage is a function")
     return dict(given)
+
+
+def teacher_model_of(config: Any, given: Any, taught: bool) -> Any:
+    """The teacher that is no model of the student's: what was ``given`` to the trainer, a name of the config, or None.
+
+    Raises:
+        ValueError: in one line; it is given twice, beside another kind of teacher, or where nothing is taught.
+    """
+    name = config.teacher_model_name_or_path
+    expect(given is None or name is None, "teacher_model_name_or_path", name, "None beside the trainer's teacher_model")
+    model = name if given is None else given
+    if model is None:
+        for setting in ("teacher_model_revision", "teacher_model_init_kwargs"):
+            value = getattr(config, setting)
+            expect(value is None, setting, value, "None without a teacher_model_name_or_path")
+        return None
+    kind = config.teacher_model_kind
+    expect(kind == "base", "teacher_model_kind", kind, "'base' beside a teacher_model, which stays as it is")
+    if not taught:
+        raise ValueError("teacher_model: expected None, as no context is read by a teacher")
+    return model

@@ -1,7 +1,9 @@
 """Who the teacher is: the model without its adapters, its trained weights of an earlier moment, or another model."""
 
 import hashlib
+import inspect
 import logging
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -9,7 +11,7 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import is_peft_model, send_to_device
 from torch import Tensor, nn
 from transformers import AutoTokenizer, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -19,6 +21,7 @@ from egrsd_kernels import head_of
 from egrsd_kernels.models import ModelError
 
 from .calling import Called
+from .context import context_window
 from .errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -135,17 +138,24 @@ class EarlierWeights:
 class SeparateModel:
     """A model of its own, which stays as it is: of another size, head, dtype or place, with the student's vocabulary.
 
-    It is whole on each process, is never trained, and no checkpoint holds it.
+    It is whole on each process, is never trained, and no checkpoint holds it. images: it is called with some.
     """
 
     moves = False
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, images: bool = False):
         self.model = model.requires_grad_(False).eval()
+        self.images = images
 
     @contextmanager
     def active(self) -> Iterator[nn.Module]:
         yield self.model
+
+    @property
+    def window(self) -> float:
+        """The tokens that it reads at most."""
+        config = getattr(self.model, "config", None)
+        return math.inf if config is None else context_window(config) or math.inf
 
     @cached_property
     def _digest(self) -> str:
@@ -162,7 +172,7 @@ class SeparateModel:
     def prove(self, vocabulary: int) -> None:
         """A ModelError where its log p cannot be read, a ValueError where it has not ``vocabulary`` logits."""
         try:
-            head = head_of(Called(self.model, False))
+            head = head_of(Called(self.model, False, self.images))
         except ModelError as error:
             raise ModelError(f"teacher_{error}") from error
         if len(head.weight) != vocabulary:
@@ -214,7 +224,10 @@ def make_teacher(model: nn.Module, kind: str, sharded: bool, update_rate: float 
     if sharded:
         # Sharding replaces the parameters after this point. And FSDP2 keeps the root's gathered after a forward
         # without a backward, so that the student would read the teacher's.
-        raise ValueError(f"teacher_model_kind: {kind!r} is not supported with sharded weights; train adapters")
+        raise ValueError(
+            f"teacher_model_kind: {kind!r} is not supported with sharded weights; "
+            "train adapters, or pass a teacher_model"
+        )
     teacher = EarlierWeights(model, moves=kind != "frozen")
     halves = {str(weight.dtype) for weight in teacher.own if weight.dtype.itemsize < 4}
     if kind == "ema" and update_rate < 1 and halves:
@@ -230,6 +243,7 @@ def separate_teacher(
     tokenizer: Any,
     device: torch.device,
     *,
+    images: bool = False,
     distributed: bool = False,
     revision: str | None = None,
     init_kwargs: Mapping[str, Any] | None = None,
@@ -240,21 +254,26 @@ def separate_teacher(
     Args:
         student: the model that is trained. tokenizer: what makes its token ids.
         device: where the teacher goes, unless a device_map has placed it.
+        images: the student reads some.
         distributed: there are several processes, and each gets a teacher of its own.
         revision, init_kwargs, trust_remote_code: how a name is loaded; its dtype is the stored one by default.
 
     Raises:
         TypeError, ValueError: in one line, for what cannot teach this student.
     """
+    placed = False
     if isinstance(teacher_model, (str, os.PathLike)):
         if is_deepspeed_zero3_enabled():  # from_pretrained would take its weights apart
             raise ValueError(
                 "teacher_model: under ZeRO-3, expected a model loaded before the config is made, got a name"
             )
-        name, options = os.fspath(teacher_model), {"dtype": "auto", "trust_remote_code": trust_remote_code}
+        name = os.fspath(teacher_model)
+        options: dict[str, Any] = {"dtype": "auto", "trust_remote_code": trust_remote_code}
         options |= {"revision": revision} if revision is not None else {}
         options |= {"device_map": None} if distributed else {}
-        teacher_model = create_model_from_path(name, **options | dict(init_kwargs or {}))
+        options |= init_kwargs or {}
+        placed = options.get("device_map") is not None
+        teacher_model = create_model_from_path(name, **options)
     elif isinstance(teacher_model, nn.Module):
         for setting, given in {"teacher_model_init_kwargs": init_kwargs, "teacher_model_revision": revision}.items():
             if given is not None:
@@ -272,10 +291,21 @@ def separate_teacher(
             "teacher_model: expected a model of its own, got one that shares weights with the student; "
             "of the student itself teacher_model_kind makes a teacher"
         )
+    if images and "pixel_values" not in inspect.signature(teacher_model.forward).parameters:
+        raise ValueError(
+            "teacher_model: expected a model that reads images, as the student does, got one that does not"
+        )
     _check_tokenizer(teacher_model, tokenizer, revision, trust_remote_code)
     if getattr(teacher_model, "hf_device_map", None) is None:
-        teacher_model.to(device)
-    return SeparateModel(teacher_model)
+        if not placed:
+            teacher_model.to(device)
+        teacher_model.register_forward_pre_hook(_to_its_device, with_kwargs=True)
+    return SeparateModel(teacher_model, images)
+
+
+def _to_its_device(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """What a model is called with, beside its weights; over several devices accelerate spreads it."""
+    return send_to_device((args, kwargs), next(model.parameters()).device)
 
 
 def _check_tokenizer(model: Any, tokenizer: Any, revision: str | None, trust_remote_code: bool) -> None:

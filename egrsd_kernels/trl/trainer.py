@@ -61,11 +61,21 @@ from .context import Reader, check_columns, check_rows, context_window, images_o
 from .evidence import evidence_of, learned, peak_entropy, signals_of
 from .export import rollout_file, rollouts_of
 from .fused_head import adapters_on_head_allowed, take_off_fused_head
-from .methods import Context, contexts_of, function_of
+from .methods import Context, contexts_of, function_of, teacher_model_of
 from .metrics import evidence_metrics, peak_memory_gib, token_metrics
 from .rewards import LARGEST, checked, excerpt, without_infinite
 from .roles import Roles, check_trained, weights_at_hand
-from .teacher import AdaptersOff, EarlierWeights, MoveTeacher, NoTeacher, Teacher, make_teacher, pad_prompts
+from .teacher import (
+    AdaptersOff,
+    EarlierWeights,
+    MoveTeacher,
+    NoTeacher,
+    SeparateModel,
+    Teacher,
+    make_teacher,
+    pad_prompts,
+    separate_teacher,
+)
 
 logger = logging.getLogger(__name__)
 IGNORED = -100  # a label that is not scored
@@ -90,6 +100,9 @@ class EGRSDTrainer(GRPOTrainer):
             teacher reads each rollout once in every context. Only a ``token_advantage`` of one's own reads several.
         token_advantage: what a token is worth, a function of an :class:`egrsd_kernels.rl.TokenEvidence`. Default: the
             one that ``args`` names.
+        teacher_model: a model of its own as the teacher, or the name or path of one: larger, or with a head, a dtype or
+            a device_map of its own. It has the student's vocabulary. Default: the one that ``args`` names, if any, else
+            what teacher_model_kind makes of the student.
 
     Raises:
         TypeError, ValueError: in one line that names the setting, argument, column or row.
@@ -113,6 +126,7 @@ class EGRSDTrainer(GRPOTrainer):
         teacher_template: Sequence[Message] = TWO_TURN,
         contexts: Mapping[str, Context] | None = None,
         token_advantage: TokenAdvantage | None = None,
+        teacher_model: Any = None,
         **kwargs: Any,
     ):
         args = EGRSDConfig("egrsd") if args is None else args
@@ -120,6 +134,7 @@ class EGRSDTrainer(GRPOTrainer):
             raise TypeError(f"args: expected an EGRSDConfig, got {type(args).__name__}")
         self._token_advantage = function_of(args, token_advantage)
         self._contexts = contexts_of(args, token_advantage is not None, contexts, self.teacher_prompt)
+        teacher_model = teacher_model_of(args, teacher_model, bool(self._contexts))
         if contexts is not None and teacher_template is not TWO_TURN:
             raise ValueError("teacher_template: expected none beside contexts, which word all that the teacher reads")
         if self._token_advantage is not None and args.rollout_steps:
@@ -166,10 +181,6 @@ class EGRSDTrainer(GRPOTrainer):
         # GSPO-token reaches TRL's loss through π_old: see _put_token_advantages.
         self.importance_sampling_level = "token"
         self._teacher_template = teacher_template
-        for name, dataset in datasets.items():
-            for reader in self._readers.values():
-                check_rows(name, dataset, reader)
-
         take_off_fused_head(self.model.get_base_model() if is_peft_model(self.model) else self.model)
         zero_stage = getattr(self.accelerator.state.deepspeed_plugin, "zero_stage", 0)
         self._sharded = self.is_fsdp_enabled or zero_stage == 3
@@ -177,7 +188,10 @@ class EGRSDTrainer(GRPOTrainer):
             raise ValueError(
                 "sync_ref_model: not supported with sharded weights, a checkpoint would lack the reference"
             )
-        self.teacher = self._make_teacher()
+        self.teacher = self._make_teacher(teacher_model)
+        for name, dataset in datasets.items():
+            for reader in self._readers.values():
+                check_rows(name, dataset, reader)
         if isinstance(self.teacher, EarlierWeights) and self.teacher.moves:
             self.add_callback(MoveTeacher(self.teacher))
         self._proved = False
@@ -205,10 +219,22 @@ class EGRSDTrainer(GRPOTrainer):
         )
         self._pace: dict[str, list] = {}  # by mode: tokens since the last log, and when their first step began
 
-    def _make_teacher(self) -> Teacher:
+    def _make_teacher(self, teacher_model: Any) -> Teacher:
         args = self.args
         if not self._contexts:
             return NoTeacher()
+        if teacher_model is not None:
+            return separate_teacher(
+                teacher_model,
+                self.model,
+                self.processing_class,
+                self.accelerator.device,
+                images=self._is_vlm,
+                distributed=self.accelerator.num_processes > 1,
+                revision=args.teacher_model_revision,
+                init_kwargs=args.teacher_model_init_kwargs,
+                trust_remote_code=args.trust_remote_code,
+            )
         # EGRSDConfig has put in the defaults.
         return make_teacher(self.model, args.teacher_model_kind, self._sharded, args.teacher_update_rate)
 
@@ -221,6 +247,9 @@ class EGRSDTrainer(GRPOTrainer):
             with self.accelerator.autocast(), self._as_teacher():
                 head_of(called)
         self._vocab_size = getattr(head.weight, "ds_shape", head.weight.shape)[0]  # ZeRO-3 has taken the rows away
+        if isinstance(self.teacher, SeparateModel):
+            with self.accelerator.autocast():
+                self.teacher.prove(self._vocab_size)
         self._check_roles()
         self._proved = True
 
@@ -228,9 +257,9 @@ class EGRSDTrainer(GRPOTrainer):
         """A ValueError where the student trains nothing, or the teacher depends on what is trained or on padding."""
         roles = Roles(
             model=self.model,
-            embeddings=self.accelerator.unwrap_model(self.model).get_input_embeddings(),
+            embeddings=lambda model: self.accelerator.unwrap_model(model).get_input_embeddings(),
             as_teacher=self._as_teacher,
-            read=lambda *row: self._read(lambda hidden, head: (hidden, *tensors_of(head)), self.model, *row)[0],
+            read=lambda *row: self._read(lambda hidden, head: (hidden, *tensors_of(head)), *row)[0],
             vocabulary=min(self._vocab_size, len(self._tokenizer)),
             pad_token_id=self._pad_token_id,
             device=self.accelerator.device,
@@ -240,7 +269,11 @@ class EGRSDTrainer(GRPOTrainer):
             if isinstance(self.teacher, AdaptersOff):
                 roles.check_adapters_off()
         if self._may_pad:
-            roles.check_padding()
+            if not isinstance(self.teacher, (AdaptersOff, EarlierWeights)):  # which are the student's architecture
+                roles.check_padding("model", self._as_student)
+            if self._contexts:
+                name = "teacher_model" if isinstance(self.teacher, SeparateModel) else "model"
+                roles.check_padding(name, self._as_teacher)
 
     @property
     def _may_pad(self) -> bool:
@@ -335,10 +368,11 @@ class EGRSDTrainer(GRPOTrainer):
                 word,
                 self.args.vllm_max_model_length if self.use_vllm and self.vllm_mode == "colocate" else None,
                 self._is_vlm,
+                self.teacher.window if isinstance(self.teacher, SeparateModel) else None,
                 self._tools_of,
                 self.environment_factories is not None,
             )
-            for name, word in (words or {"": "prompt"}).items()
+            for name, word in (words or {"": own}).items()
         }
 
     def _tools_of(self, example: Mapping[str, Any]) -> Sequence[Any] | None:
@@ -356,13 +390,19 @@ class EGRSDTrainer(GRPOTrainer):
         return self._tokenizer.pad_token_id
 
     @contextmanager
-    def _as_teacher(self) -> Iterator[None]:
-        """The model with the teacher's weights, without dropout and gradient checkpointing."""
-        with evaluating(self.model), self.teacher.active():
-            yield
+    def _as_student(self) -> Iterator[nn.Module]:
+        """The model as it is, without dropout and gradient checkpointing."""
+        with evaluating(self.model):
+            yield self.model
+
+    @contextmanager
+    def _as_teacher(self) -> Iterator[nn.Module]:
+        """The teacher, without dropout and gradient checkpointing."""
+        with evaluating(self.model), self.teacher.active() as teacher:
+            yield teacher
 
     def _read(
-        self, function: Callable, model, prompt_ids, prompt_mask, completion_ids, completion_mask, router=False,
+        self, function: Callable, model, prompt_ids, prompt_mask, completion_ids, completion_mask, *, router=False,
         **images,
     ):  # fmt: skip
         """(function(hidden, head), output), with the (B, T, D) hidden states that predict the completion's tokens."""
@@ -379,13 +419,13 @@ class EGRSDTrainer(GRPOTrainer):
             )
 
     @torch.no_grad()
-    def _statistics(self, prompt_ids, prompt_mask, completion_ids, completion_mask, mask, size: int, **images):
+    def _statistics(self, model, prompt_ids, prompt_mask, completion_ids, completion_mask, mask, size: int, **images):
         """log p and entropy (B, T) of the completion's tokens, from the model as it is now, ``size`` rows at a time."""
         ids, attended = torch.cat([prompt_ids, completion_ids], dim=1), torch.cat([prompt_mask, completion_mask], dim=1)
         logp, entropy, _ = self._get_per_token_logps_and_entropies(
-            self.model, ids, attended, completion_ids.shape[1], size, compute_entropy=True, **images
+            model, ids, attended, completion_ids.shape[1], size, compute_entropy=True, **images
         )
-        return tuple(x.masked_fill(mask == 0, 0) for x in (logp, entropy))
+        return tuple(x.to(mask.device).masked_fill(mask == 0, 0) for x in (logp, entropy))
 
     def _rows_at_a_time(self) -> int:
         train = self._mode == "train"
@@ -413,6 +453,7 @@ class EGRSDTrainer(GRPOTrainer):
 
     def _score(self, labels: Tensor, hidden: Tensor, head: Head) -> tuple[Tensor, Tensor]:
         """log p and entropy (B, T) of labels (B, T) where they are not -100; entropies differentiable for a bonus."""
+        labels = labels.to(hidden.device)  # a device_map may have placed the head elsewhere
         mask = labels != IGNORED
         options = {
             "target_ids": labels.masked_fill(~mask, 0),
@@ -424,7 +465,7 @@ class EGRSDTrainer(GRPOTrainer):
         if not torch.is_grad_enabled():
             found = token_statistics(hidden, head, **options)
             return found.logp, found.entropy
-        return linear_logp(
+        scored: Any = linear_logp(  # its type depends on return_entropy
             hidden,
             head,
             **options,
@@ -434,6 +475,7 @@ class EGRSDTrainer(GRPOTrainer):
             grad_mode=self.args.grad_mode,
             sparse_tol=self.args.sparse_tol,
         )
+        return scored
 
     def _generate_and_score_completions(self, inputs):
         if not self._proved:  # weights that were elsewhere at construction
@@ -455,9 +497,9 @@ class EGRSDTrainer(GRPOTrainer):
             batch = [
                 x.to(self.accelerator.device) for x in pad_prompts(prompts, self._pad_token_id, self.pad_to_multiple_of)
             ]
-            with self._as_teacher():
+            with self._as_teacher() as teacher:
                 output[f"{context}_logp"], output[f"{context}_entropy"] = self._statistics(
-                    *batch, *completion, self._rows_at_a_time(), **images
+                    teacher, *batch, *completion, self._rows_at_a_time(), **images
                 )
         if self.args.rollout_steps:
             output["reference"] = [example.get(self.args.solution_column) for example in inputs]
@@ -499,7 +541,8 @@ class EGRSDTrainer(GRPOTrainer):
                     f"{name}: {reader.teacher}: expected the {len(expected)} images of the prompt in their order, "
                     f"got {len(found)}, or others"
                 )
-            room = (reader.window or math.inf) - output["completion_ids"].shape[1]
+            window = reader.window if reader.teacher_window is None else reader.teacher_window
+            room = (window or math.inf) - output["completion_ids"].shape[1]
             if len(ids) > room:
                 raise ValueError(
                     f"{name}: the teacher's prompt has {len(ids)} tokens with its images, and the window has room for "
