@@ -122,6 +122,40 @@ def test_labels_that_are_shifted_already_are_scored_as_they_are():
         model(**inputs, fused_lm_head=True)
 
 
+def test_packed_rows_as_asynchronous_grpo_scores_them():
+    ours, theirs = both(tiny_model(), temperature=0.9, outputs=("log_probs", "entropy"))
+    ids = batch()["input_ids"].reshape(1, 22)
+    shifted = ids.roll(-1, 1)
+    shifted[0, [0, 1, 10, 11, 21]] = -100
+    packed = {"input_ids": ids, "position_ids": torch.arange(11).repeat(2)[None], "shift_labels": shifted}
+    one, other = (model(**packed, fused_lm_head=True) for model in (ours, theirs))
+    check_outputs(one, other)
+    alone = ours(input_ids=ids[:, 11:], shift_labels=shifted[:, 11:], fused_lm_head=True)
+    torch.testing.assert_close(one.log_probs[:, 11:], alone.log_probs, **CLOSE)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_entropys_gradient_is_prepared_for_once_it_is_asked_for(frozen, monkeypatch):
+    model, asked = tiny_model(), []
+    model.lm_head.requires_grad_(not frozen)
+    linear_logp = fused_head.linear_logp
+    monkeypatch.setattr(
+        fused_head, "linear_logp", lambda *a, **o: asked.append(o["entropy_grad"]) or linear_logp(*a, **o)
+    )
+    fuse_head(model, outputs=("entropy",))
+    made = []
+    for bonus in (0, 0.5, 0.5):
+        out = model(**batch(), fused_lm_head=True)
+        made.append(gradients(out.loss - bonus * out.entropy.sum() if bonus else out.loss, model))
+    assert asked == ["lazy", "lazy", True]
+    check_gradients(made[1], made[2])
+    fuse_head(model, outputs=("log_probs",))
+    model(**batch(), fused_lm_head=True)
+    fuse_head(model, outputs=("entropy",), entropy_grad=True)
+    model(**batch(), fused_lm_head=True)
+    assert asked[3:] == [False, True]
+
+
 def test_fields_that_nobody_asked_for_are_none():
     model = tiny_model()
     fuse_head(model)
@@ -264,7 +298,7 @@ def test_compiled(what):
 def test_gradient_checkpointing_and_mixed_precision():
     ours, theirs = both(tiny_model().train(), outputs=OUTPUTS)
     for model in (ours, theirs):
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     with torch.autocast("cpu", torch.bfloat16):
         one, other = (model(**batch(), fused_lm_head=True) for model in (ours, theirs))
     # Two roundings of hidden states and weights to 8 bits; TRL's logits are rounded once more.

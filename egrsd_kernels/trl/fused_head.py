@@ -30,7 +30,13 @@ IGNORED = -100  # transformers' label of a token without a loss
 _KEPT = "_fused_forwards"
 
 
-def fuse_head(model: nn.Module, temperature: float = 1.0, outputs: Sequence[str] = ("log_probs",)) -> None:
+def fuse_head(
+    model: nn.Module,
+    temperature: float = 1.0,
+    outputs: Sequence[str] = ("log_probs",),
+    *,
+    entropy_grad: bool = False,
+) -> None:
     """Give a model the forward that TRL's ``add_fused_lm_head`` would, computed here; in the place of TRL's, if any.
 
     ``model(**inputs, labels=labels, fused_lm_head=True)`` returns TRL's ``FusedCausalLMOutput``; any other call is the
@@ -42,6 +48,8 @@ def fuse_head(model: nn.Module, temperature: float = 1.0, outputs: Sequence[str]
         temperature: logits are divided by it.
         outputs: names of what is made of each token, others are None: "log_probs" (always made), "entropy",
             "log_sum_sq_probs", "mean_logits", "is_top1".
+        entropy_grad: whether to be ready for a gradient of the entropy, as an entropy bonus has it, from the first call
+            on. Otherwise the backward pass that first brings one takes longer, and later calls are ready.
 
     The fields, with labels (B, L) of any integer dtype, -100 where there is nothing to learn: float32, in nats, and 0
     or False where there is no label:
@@ -49,8 +57,7 @@ def fuse_head(model: nn.Module, temperature: float = 1.0, outputs: Sequence[str]
     - loss: -Σ log p / num_items_in_batch, a number of tokens, or that of labels, at least 1; and the weight that the
       model's config gives it (``router_aux_loss_coef``) times aux_loss.
     - log_probs, entropy: (B, L - 1), of the labels that follow each token but the last, both differentiable; or (B, L)
-      with ``shift_labels`` (B, L), where label j is what token j predicts. A step that asks for the entropy's gradient
-      pays for it; others do not.
+      with ``shift_labels`` (B, L), where label j is what token j predicts.
     - log_sum_sq_probs, mean_logits, is_top1: shaped alike, without gradient; log Σ p², the mean of the logits over the
       vocabulary, and (bool) whether the label is the most likely token, the first one of equals.
     - label_mask: bool, shaped alike, where there is a label.
@@ -63,7 +70,7 @@ def fuse_head(model: nn.Module, temperature: float = 1.0, outputs: Sequence[str]
     if unknown:
         raise ValueError(f"outputs: expected names of {', '.join(OUTPUTS)}, got {unknown[0]!r}")
     take_off_fused_head(model)
-    vars(model)["forward"] = FusedForward(model, temperature, tuple(outputs))
+    vars(model)["forward"] = FusedForward(model, temperature, tuple(outputs), entropy_grad)
 
 
 class FusedForward:
@@ -73,8 +80,9 @@ class FusedForward:
     pickle brings it back. Accelerate wraps a bound method's ``__func__``: that of this one finds its model's object.
     """
 
-    def __init__(self, model: Any, temperature: float, outputs: tuple[str, ...]):
+    def __init__(self, model: Any, temperature: float, outputs: tuple[str, ...], entropy_grad: bool):
         self.model, self.temperature, self.outputs = model, temperature, outputs
+        self.entropy_grad = entropy_grad
         self.below: Callable[..., Any] | None = vars(model).get("forward")  # None: the class's
         kept = vars(model).setdefault(_KEPT, [])
         self.index = len(kept)
@@ -152,10 +160,12 @@ class FusedForward:
         entropy, extras = "entropy" in self.outputs, [name for name in EXTRAS if name in self.outputs]
         found = linear_logp(
             hidden, head, labels, temperature=self.temperature, return_entropy=entropy,
-            entropy_grad="lazy" if entropy else False, extras=extras,
+            entropy_grad=entropy and (self.entropy_grad or "lazy"), extras=extras,
         )  # fmt: skip
         if not isinstance(found, VocabularyStatistics):
             found = VocabularyStatistics(*(found if isinstance(found, tuple) else (found,)))
+        if found.entropy is not None and found.entropy.requires_grad:
+            found.entropy.register_hook(self._entropy_asked)
         count = mask.sum().clamp(min=1) if count is None else count
         return {
             "loss": -found.logp.sum() / (count.to(hidden.device) if isinstance(count, Tensor) else count),
@@ -164,6 +174,9 @@ class FusedForward:
             **{name: getattr(found, name) for name in EXTRAS},
             "label_mask": mask,
         }
+
+    def _entropy_asked(self, gradient: Tensor | None) -> None:
+        self.entropy_grad |= gradient is not None
 
 
 # ------------------------------------------------------------------------------------------ what TRL does about a head
