@@ -89,14 +89,16 @@ def vocab_kernel(
         if BIAS:
             product += tl.load(bias + v, mask=v < V, other=0.0).to(tl.float32)[None, :]
         z, softcap_grad = logits_of(product, softcap, scale, SOFTCAP)
+        if MEAN:
+            sum_z = tl.sum(tl.where((v < V)[None, :], z, 0.0), 1)
+        if BIAS:  # -inf is a legitimate bias; as NEG it keeps 0 * -inf out of the sums
+            z = tl.where(z == float("-inf"), NEG, z)
+        weighted = (v < V)[None, :] & (v[None, :] != tl.load(target + r)[:, None])
         at = tile_stats + col_tile * n_slots + r
         plane = tl.cdiv(V, COLS) * n_slots
         more = at + (3 if STORE is None else 1 + MOMENT) * plane
         if MEAN:
-            tl.store(more + TOP1 * plane, tl.sum(tl.where((v < V)[None, :], z, 0.0), 1))
-        if BIAS:  # -inf is a legitimate bias; as NEG it keeps 0 * -inf out of the sums
-            z = tl.where(z == float("-inf"), NEG, z)
-        weighted = (v < V)[None, :] & (v[None, :] != tl.load(target + r)[:, None])
+            tl.store(more + TOP1 * plane, sum_z)
         if TOP1:
             # Of the logits as they are here: the gather's sums are rounded differently, and ties would be none.
             y = tl.load(target + r)

@@ -60,8 +60,8 @@ def sparse_plan(
         stored = (col_tiles * cols + hidden_size) * itemsize + 4 * col_tiles
         kept = (SORT_BYTES if needs.head else 8) * plan.listed * entries
         partial = 4 * plan.partial_tiles * machine.configs.hidden.rows * machine.configs.hidden.cols
-        more_sums = 4 * plan.rows * col_tiles * (sums - 1)
-        return (plan.rows + plan.reserve) * (stored + 64) + more_sums + kept + partial
+        tiles = 4 * plan.rows * col_tiles * sums  # one for where entries are looked for, and the chunk's further sums
+        return (plan.rows + plan.reserve) * (stored + 64) + tiles + kept + partial
 
     most = min(row_tiles, budget // (2 * ROW_TILE * vocabulary * itemsize))
     return next((found for found in map(plan, range(most, 1, -1)) if buffers(found) <= budget), plan(1))
