@@ -25,7 +25,7 @@ from benchmarks.data import GENERATORS
 from benchmarks.measure import command, environment, interleaved, timer_of, write
 from benchmarks.peers import egrsd_step
 from benchmarks.problem import Problem, relative
-from egrsd_kernels.backends import DEFAULT_CHUNK_BYTES, Needs, Sparse
+from egrsd_kernels.backends import DEFAULT_CHUNK_BYTES, Needs, Sparse, VocabularyStatistics
 from egrsd_kernels.backends import triton as triton_backend
 from egrsd_kernels.head import Head
 from egrsd_kernels.rows import Rows
@@ -38,8 +38,8 @@ def collect(p: Problem, tolerance: float) -> Sparse:
     rows = Rows.build(torch.ones_like(p.targets, dtype=torch.bool), p.credit != 0)
     logp, sparse = torch.zeros_like(p.advantages), Sparse.of(tolerance, p.targets)
     triton_backend.student_pass(
-        Head(p.weight), 1.0, p.hidden[None], p.targets, rows, logp, lambda *_: p.credit, Needs(False, False, False),
-        DEFAULT_CHUNK_BYTES, sparse,
+        Head(p.weight), 1.0, p.hidden[None], p.targets, rows, VocabularyStatistics(logp), lambda *_: p.credit,
+        Needs(False, False, False), DEFAULT_CHUNK_BYTES, sparse,
     )  # fmt: skip
     return sparse
 

@@ -297,12 +297,12 @@ def _reason(row: dict) -> str:
 PLACES = {"README.md": summary, "benchmarks/README.md": section, "docs/models.md": models}
 
 
-def replaced(text: str, new: str) -> str:
+def replaced(text: str, new: str, begin: str = BEGIN, end: str = END) -> str:
     """``text`` with ``new`` between its markers."""
-    pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
+    pattern = re.escape(begin) + ".*?" + re.escape(end)
     if len(re.findall(pattern, text, re.DOTALL)) != 1:
-        raise ValueError(f"expected one section between {BEGIN} and {END}")
-    return re.sub(pattern, lambda _: "\n\n".join(filter(None, (BEGIN, new, END))), text, flags=re.DOTALL)
+        raise ValueError(f"expected one section between {begin} and {end}")
+    return re.sub(pattern, lambda _: "\n\n".join(filter(None, (begin, new, end))), text, flags=re.DOTALL)
 
 
 def main(argv: list[str] | None = None) -> None:

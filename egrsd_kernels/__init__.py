@@ -1,5 +1,6 @@
 """Fused Triton kernels for entropy-guided reinforced self-distillation (EGRSD, CL-EGRSD; arXiv 2605.13255)."""
 
+from .backends import VocabularyStatistics
 from .credit import TokenStats
 from .head import Head
 from .logp import linear_logp
@@ -9,6 +10,6 @@ from .statistics import TokenStatistics, token_statistics
 
 __version__ = "0.1.0"
 __all__ = [
-    "Head", "TokenStatistics", "TokenStats", "fused_egrsd_loss", "head_of", "linear_logp", "read_hidden",
-    "token_statistics", "with_head",
+    "Head", "TokenStatistics", "TokenStats", "VocabularyStatistics", "fused_egrsd_loss", "head_of", "linear_logp",
+    "read_hidden", "token_statistics", "with_head",
 ]  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from numbers import Integral, Real
 from typing import Any, TypeVar
@@ -124,6 +124,16 @@ def integer(name: str, value: object, *, low: int) -> int:
     whole = int(instance(name, value, Integral, "an integer"))
     expect(whole >= low, name, value, f"at least {low}")
     return whole
+
+
+def names(name: str, value: object, known: Sequence[str]) -> tuple[str, ...]:
+    """Those of ``known`` that a collection of names has, in the order of ``known``."""
+    expected = f"names out of {', '.join(known)}"
+    expect(not isinstance(value, str), name, value, f"a collection of {expected}", TypeError)
+    given = list(instance(name, value, Collection, f"a collection of {expected}"))
+    unknown = [x for x in given if x not in known]
+    expect(not unknown, name, unknown, expected)
+    return tuple(x for x in known if x in given)
 
 
 def scalar(name: str, value: object, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

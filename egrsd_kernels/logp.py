@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,13 +12,16 @@ from . import checks
 from .backends import (
     DEFAULT_CHUNK_BYTES,
     DEFAULT_SPARSE_TOL,
+    EXTRAS,
     Backend,
     EntropyGradient,
     Kept,
     Needs,
     Sparse,
+    VocabularyStatistics,
     choose,
     exceeding,
+    no_extras,
     power_of_two,
 )
 from .eager import eager
@@ -35,6 +38,8 @@ class _Options(NamedTuple):
     sparse_tol: float | None
     entropy: bool  # whether it is returned
     entropy_grad: bool
+    lazy: bool  # whether the entropy has a gradient that costs the forward pass nothing
+    extras: tuple[str, ...]
 
     @property
     def ahead(self) -> bool:
@@ -46,7 +51,8 @@ class _LinearLogp(torch.autograd.Function):
     """A frozen head needs d log p / d hidden alone, which the forward pass makes while the exponentials are there.
 
     The head's gradient needs dL/dlogp before its product, and the entropy's needs dL/dentropy: there the exponentials
-    are kept for the backward pass, or made again, chunk by chunk.
+    are kept for the backward pass, or made again, chunk by chunk. A lazy gradient of the entropy finds what log p alone
+    takes, and has all of it made again.
 
     A sparse direction is made before anyone knows dL/dlogp = c, so with every c = 1, within half of the tolerance. What
     that says of other c is known once they are there. Σ |c| dropped <= sparse_tol Σ |c| mass mostly holds, unless |c|
@@ -65,39 +71,40 @@ class _LinearLogp(torch.autograd.Function):
         target_ids: Tensor,
         valid: Tensor,
         options: _Options,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor | None, ...]:
         ctx.frame, ctx.options, ctx.kept = frame, options, None
         ctx.set_materialize_grads(False)
         backend, needs, sparse_tol = options.backend, options.needs, options.sparse_tol
         operands = hidden, weight, bias, columns, target_ids
         head, rows = frame(widened(weight, columns), bias), Rows.build(valid, valid)
-        problem = head, options.temperature, hidden, target_ids, rows
         logp, entropy, logsumexp = (torch.zeros_like(valid, dtype=compute_dtype(hidden.dtype)) for _ in range(3))
+        out = VocabularyStatistics(logp, entropy, logsumexp, **no_extras(logp, options.extras))
+        if options.ahead:  # entropies only where they are returned
+            out = out._replace(entropy=entropy if options.entropy else None, logsumexp=None)
+        problem = head, options.temperature, hidden, target_ids, rows, out
         if options.ahead:
             ones = torch.ones_like(logp)
             sparse = None if sparse_tol is None else Sparse.of(sparse_tol / 2, target_ids)
-            returned = entropy if options.entropy else None
-            finish = backend.student_pass(
-                *problem, logp, lambda *_: ones, needs, options.chunk_bytes, sparse, entropy=returned
-            )  # fmt: skip
-            again = () if sparse is None else (*operands, sparse.dropped, sparse.mass)
+            finish = backend.student_pass(*problem, lambda *_: ones, needs, options.chunk_bytes, sparse)
+            more = (valid,) if sparse is None else (sparse.dropped, sparse.mass)
+            again = (*operands, *more) if options.lazy or sparse is not None else ()
             ctx.save_for_backward(finish(None).hidden, *again)
         else:
-            found = logp, entropy, logsumexp
             if any(needs) and sparse_tol is None:
                 room = options.keep_bytes, options.chunk_bytes
-                ctx.kept = backend.keep(*problem, found, needs, options.entropy_grad, *room)
+                ctx.kept = backend.keep(*problem, needs, options.entropy_grad, *room)
             else:
-                backend.statistics(*problem, found, options.chunk_bytes)
+                backend.statistics(*problem, options.chunk_bytes)
             # Of entropies without a gradient nothing is needed again; others may be changed in place.
-            known = (entropy.clone(), logsumexp) if options.entropy_grad else (None, None)
+            known = (entropy.clone(), logsumexp) if options.entropy_grad or options.lazy else (None, None)
             ctx.save_for_backward(*operands, valid, *known)
-        if not options.entropy_grad:
-            ctx.mark_non_differentiable(entropy)
-        return logp, entropy
+        returned = out._replace(entropy=entropy if options.entropy else None, logsumexp=None)
+        constant = returned[2 if options.entropy_grad or options.lazy else 1 :]
+        ctx.mark_non_differentiable(*(x for x in constant if x is not None))
+        return tuple(returned)
 
     @staticmethod
-    def backward(ctx: Any, d_logp: Tensor | None, d_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_logp: Tensor | None, d_entropy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         checks.refuse_second_derivative("linear_logp")
         if d_logp is None and d_entropy is None:
             return (None,) * 8
@@ -109,6 +116,9 @@ class _LinearLogp(torch.autograd.Function):
 
         if options.ahead:
             direction, *again = ctx.saved_tensors
+            if d_entropy is not None:
+                *operands, valid = again
+                return *_unannounced(ctx, operands, valid, d_logp, d_entropy.contiguous()), *(None,) * 4
             factor = d_logp.reshape(*direction.shape[:-1], 1)
             d_hidden = torch.mul(direction, factor, out=torch.empty_like(direction))
             # Chosen, not multiplied: the direction of a target outside the vocabulary is NaN.
@@ -126,10 +136,26 @@ class _LinearLogp(torch.autograd.Function):
         if d_entropy is None and kept is not None and options.entropy_grad:  # it has kept logits
             d_entropy = torch.zeros_like(d_logp)
         if d_entropy is not None:
+            kept = kept if options.entropy_grad else None  # a lazy one finds exponentials that it cannot use
             of_entropy = EntropyGradient(d_entropy.contiguous(), entropy, logsumexp)
             needed = needed | (d_entropy != 0)
         sparse = None if sparse_tol is None else Sparse.of(sparse_tol, operands[-1])
         return *_gradients(ctx, operands, valid & needed, d_logp, of_entropy, sparse, kept), *(None,) * 4
+
+
+def _unannounced(
+    ctx: Any, operands: Sequence[Any], valid: Tensor, d_logp: Tensor, d_entropy: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Of (hidden, weight, bias, columns), by the passes that are made where the entropy's gradient is known of."""
+    options: _Options = ctx.options
+    hidden, weight, bias, columns, target_ids = operands
+    needed = valid & ((d_logp != 0) | (d_entropy != 0))
+    logp, entropy, logsumexp = (torch.zeros_like(d_logp) for _ in range(3))
+    kept = options.backend.keep(
+        ctx.frame(widened(weight, columns), bias), options.temperature, hidden, target_ids, Rows.build(needed, needed),
+        VocabularyStatistics(logp, entropy, logsumexp), options.needs, True, options.keep_bytes, options.chunk_bytes,
+    )  # fmt: skip
+    return _gradients(ctx, operands, needed, d_logp, EntropyGradient(d_entropy, entropy, logsumexp), kept=kept)
 
 
 def _gradients(
@@ -152,10 +178,10 @@ def _gradients(
     if kept is not None:
         finish = kept(head, hidden, d_logp, of_entropy, needed, options.chunk_bytes)
     else:
-        problem = head, options.temperature, hidden, target_ids, Rows.build(needed, needed)
+        again = Rows.build(needed, needed), VocabularyStatistics(torch.zeros_like(d_logp))
         finish = options.backend.student_pass(
-            *problem, torch.zeros_like(d_logp), lambda *_: d_logp, options.needs, options.chunk_bytes, sparse,
-            entropy_gradient=of_entropy,
+            head, options.temperature, hidden, target_ids, *again, lambda *_: d_logp, options.needs,
+            options.chunk_bytes, sparse, of_entropy,
         )  # fmt: skip
     return finish(power).of_operands(options.needs, columns)
 
@@ -171,13 +197,14 @@ def linear_logp(
     temperature: float = 1.0,
     softcap: float | None = None,
     return_entropy: bool = False,
-    entropy_grad: bool = False,
+    entropy_grad: bool | Literal["lazy"] = False,
+    extras: Collection[str] = (),
     backend: Literal["auto", "triton", "torch"] = "auto",
     grad_mode: Literal["exact", "sparse"] = "exact",
     sparse_tol: float = DEFAULT_SPARSE_TOL,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
     keep_bytes: int = DEFAULT_CHUNK_BYTES,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Tensor] | VocabularyStatistics:
     """log p(y) = z_y - logsumexp(z), in nats, differentiable in hidden, weight and bias; and the entropy beside it.
 
     z = softcap · tanh((h Wᵀ + b) / softcap) / temperature, and H = -Σ_v p_v log p_v over the full vocabulary.
@@ -196,6 +223,10 @@ def linear_logp(
         temperature, softcap, backend, chunk_bytes: as in :func:`egrsd_kernels.fused_egrsd_loss`.
         return_entropy: True to return the entropies, too, which costs next to nothing.
         entropy_grad: True for entropies that are differentiable, dH/dz = -p (log p + H); with return_entropy only.
+            "lazy" for those of which a gradient may or may not be asked: the forward pass is that of False, and the
+            backward pass makes the exponentials again if it is. A frozen head then keeps hidden for it.
+        extras: names of more to be made by the same pass, without gradient: "is_top1", "mean_logits",
+            "log_sum_sq_probs", as :class:`egrsd_kernels.VocabularyStatistics` has them.
         grad_mode, sparse_tol: as there. The bound holds for any incoming gradient; with a frozen head a sparse forward
             pass keeps hidden and weight for the backward pass, which makes the tokens again that it would not hold for.
             With entropy_grad gradients are exact.
@@ -207,7 +238,7 @@ def linear_logp(
 
     Returns:
         float32 (float64 for float64 input), shaped like target_ids, 0 where masked; with return_entropy,
-        (logp, entropy).
+        (logp, entropy). With extras VocabularyStatistics: logp, entropy where return_entropy asks for it, and these.
 
     Raises:
         TypeError, ValueError: naming the argument, what it got and what it expects. Values of target_ids and mask are
@@ -218,20 +249,27 @@ def linear_logp(
     chunk_bytes = checks.integer("chunk_bytes", chunk_bytes, low=1)
     keep_bytes = checks.integer("keep_bytes", keep_bytes, low=0)
     checks.flag("return_entropy", return_entropy)
-    if checks.flag("entropy_grad", entropy_grad):
+    lazy = entropy_grad == "lazy"
+    checks.expect(lazy or isinstance(entropy_grad, bool), "entropy_grad", entropy_grad, 'True, False or "lazy"')
+    if entropy_grad:
         checks.expect(return_entropy, "entropy_grad", entropy_grad, "False, since return_entropy is False")
+    names = checks.names("extras", extras, EXTRAS)
     ops = choose(backend, hidden)
     sparse_tolerance = checks.sparse_tolerance(grad_mode, sparse_tol)
     if entropy_grad:
-        checks.expect(sparse_tolerance is None, "grad_mode", grad_mode, '"exact", since entropy_grad is True')
+        expected = f'"exact", since entropy_grad is {checks.describe(entropy_grad)}'
+        checks.expect(sparse_tolerance is None, "grad_mode", grad_mode, expected)
     states, columns = head.join(checks.batched(hidden), valid)
     needs = Needs.of(states, head.weight, head.bias, columns)
     options = _Options(
-        temperature, ops, chunk_bytes, keep_bytes, needs, sparse_tolerance, return_entropy, entropy_grad
+        temperature, ops, chunk_bytes, keep_bytes, needs, sparse_tolerance, return_entropy, entropy_grad is True, lazy,
+        names,
     )  # fmt: skip
     with torch.cuda.device_of(hidden):
-        outputs: tuple[Tensor, Tensor] = _LinearLogp.apply(  # type: ignore[no-untyped-call]
+        outputs: tuple[Any, ...] = _LinearLogp.apply(  # type: ignore[no-untyped-call]
             states, head.weight, head.bias, columns, head.frame, flat_targets, valid, options
         )
-    logp, entropy = (x.view(target_ids.shape) for x in outputs)
-    return (logp, entropy) if return_entropy else logp
+    found = VocabularyStatistics(*outputs).view(target_ids.shape)
+    if names:
+        return found
+    return found.logp if found.entropy is None else (found.logp, found.entropy)

@@ -18,6 +18,7 @@ from .backends import (
     Finish,
     Needs,
     Sparse,
+    VocabularyStatistics,
     choose,
     no_statistics,
     power_of_two,
@@ -71,16 +72,15 @@ class _Minibatch:
             )
             return token_advantage * sign_and_share
 
-        problem = head, self.temperature, hidden, self.target_ids, self.rows
+        problem = head, self.temperature, hidden, self.target_ids, self.rows, VocabularyStatistics(logp)
         finish = None
         if any(needs):
             sparse = None if self.sparse_tol is None else Sparse.of(self.sparse_tol, self.target_ids)
-            finish = self.backend.student_pass(*problem, logp, credit, needs, self.chunk_bytes, sparse)
+            finish = self.backend.student_pass(*problem, credit, needs, self.chunk_bytes, sparse)
             if sparse is not None:
                 bound.copy_(sparse.error_bound(token_advantage))
         else:
-            others = torch.zeros_like(logp), torch.zeros_like(logp)
-            self.backend.statistics(*problem, (logp, *others), self.chunk_bytes)
+            self.backend.statistics(*problem, self.chunk_bytes)
             credit(0, logp.numel())
         return terms.sum() / self.normalizer, stats, finish
 
@@ -314,7 +314,8 @@ def fused_egrsd_loss(
             described = isinstance(student_weight, Head)
             read = _teacher(teacher_hidden, teacher_weight, teacher_bias, student_hidden, student, described)
             states, teacher = read[1].joined(checks.batched(read[0]), valid)
-            logp, entropy, _ = out = no_statistics(n, states)
+            logp, entropy, _ = found = no_statistics(n, states)
+            out = VocabularyStatistics(*found)
             ops.statistics(teacher, temperature, states, flat_targets, rows, out, chunk_bytes)
         logp, entropy = logp.to(dtype), entropy.to(dtype)
         end_of_sequence = (boundaries[1:] - 1)[sequence].clamp(max=n - 1).to(torch.int32)

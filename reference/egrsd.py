@@ -53,6 +53,22 @@ def entropy(logits: Tensor) -> Tensor:
     return -(p * logp.masked_fill(p == 0, 0.0)).sum(dim=-1)
 
 
+def is_top1(logits: Tensor, target_ids: Tensor) -> Tensor:
+    """Whether y is the most likely token: of equal maxima, the first is.  (..., V), (...) -> (...) bool"""
+    top = logits.argmax(dim=-1)
+    return (top == target_ids) & ~log_prob(logits, target_ids).isnan()
+
+
+def mean_logits(logits: Tensor) -> Tensor:
+    """(1/V) Σ_v z_v, in nats.  (..., V) -> (...)"""
+    return logits.mean(dim=-1)
+
+
+def log_sum_sq_probs(logits: Tensor) -> Tensor:
+    """log Σ_v p(v)², in nats.  (..., V) -> (...)"""
+    return torch.logsumexp(2 * torch.log_softmax(logits, dim=-1), dim=-1)
+
+
 def direction(advantages: Tensor) -> Tensor:
     """D = sign(A), with sign(0) = 0."""
     return torch.sign(advantages)

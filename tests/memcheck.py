@@ -12,6 +12,7 @@ import sys
 import torch
 
 from egrsd_kernels import Head, fused_egrsd_loss, linear_logp, token_statistics
+from egrsd_kernels.backends import EXTRAS
 from tests.support.memory import Used
 
 # Tokens, vocabulary: one, few, just past whole tiles, and a chunk that is full beside an odd number of tiles.
@@ -48,6 +49,9 @@ def run(n: int, vocabulary: int, size: int, dtype: torch.dtype) -> None:
     linear_logp(hidden, Head(weight.detach(), bias, low_rank=low_rank), target_ids).sum().backward()
     linear_logp(hidden, weight * 200, target_ids).sum().backward()  # 1/p_y beyond float32: done again
     token_statistics(hidden, weight, target_ids)
+    token_statistics(hidden, weight, target_ids, bias=bias, extras=EXTRAS)
+    for mode in ("exact", "sparse"):
+        linear_logp(hidden, weight.detach() * 200, target_ids, extras=EXTRAS, grad_mode=mode)
 
 
 def main(family: str, dtype: str) -> None:

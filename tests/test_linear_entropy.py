@@ -284,6 +284,37 @@ def test_a_row_without_gradient_may_hold_anything(combo, frozen, keep_bytes):
         assert all(x.grad.isfinite().all() and x.grad.any() for x in leaves.values() if x.requires_grad)
 
 
+@pytest.mark.heavy
+@few_combos
+@ways
+def test_a_lazy_gradient(combo, frozen, keep_bytes):
+    """Unasked, log p has the gradient that it has beside constant entropies, bit for bit; asked, both are right."""
+    operands, targets, _ = make_operands(combo, 3, 5, width=17, vocabulary=70, bias=True)
+    targets[0, 1:3] = -100
+    operands["hidden"][0, 2] = math.nan
+    transform = {"softcap": 5.0, "temperature": 0.8}
+    options = {"return_entropy": True, "keep_bytes": keep_bytes, "backend": combo.backend, **transform}
+    incoming = incoming_of(combo, (3, 5))
+    alone = []
+    for lazy in ("lazy", False):
+        leaves = {k: x.detach().clone().requires_grad_(k == "hidden" or not frozen) for k, x in operands.items()}
+        learned = [x for x in leaves.values() if x.requires_grad]
+        outputs = linear_logp(**leaves, target_ids=targets, entropy_grad=lazy, **options)
+        grads = torch.autograd.grad(outputs[0], learned, incoming[0], retain_graph=True)
+        alone.append([x.detach() for x in (*outputs, *grads)])
+        if lazy:
+            outputs[1].detach().zero_()  # nothing is read of what the caller has
+            both = [torch.autograd.grad(outputs, learned, incoming, retain_graph=True) for _ in range(2)]
+            h = torch.autograd.grad(outputs[1], learned, incoming[1])
+    assert all(torch.equal(x, y) for x, y in zip(*(a[:1] + a[2:] for a in alone), strict=True))
+    operands["hidden"][0, 2] = 0
+    nothing = torch.zeros_like(incoming[0])
+    for found, pair in ((both[0], incoming), (both[1], incoming), (h, (nothing, incoming[1]))):
+        *_, want, _, bounds = exact(combo, operands, targets, pair, bool(keep_bytes), **transform)
+        for name, gradient in zip([k for k, x in leaves.items() if k == "hidden" or not frozen], found, strict=True):
+            assert_within(name, gradient, want[name].nan_to_num(0), bounds[name])
+
+
 @all_combos
 def test_a_loss_scale(combo):
     operands, targets, _ = make_operands(combo, 3, 5, bias=True)
@@ -364,6 +395,7 @@ def test_what_keeping_takes(monkeypatch, softcap):
     "options, error, words",
     [
         ({"entropy_grad": True}, ValueError, "entropy_grad: expected False, since return_entropy is False, got True"),
+        ({"entropy_grad": 1}, ValueError, 'entropy_grad: expected True, False or "lazy", got 1'),
         ({"return_entropy": 1}, TypeError, "return_entropy: expected True or False, got 1"),
         (
             {"return_entropy": True, "entropy_grad": True, "grad_mode": "sparse"},

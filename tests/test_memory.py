@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from egrsd_kernels import fused_egrsd_loss, linear_logp, token_statistics
+from egrsd_kernels.backends import EXTRAS
 from tests.support.devices import INTERPRETED
 
 pytestmark = [pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter"), pytest.mark.heavy]
@@ -30,7 +31,17 @@ def statistics(hidden, weight, bias, target_ids):
     token_statistics(hidden, weight, target_ids, bias=bias, backend="triton")
 
 
-@pytest.mark.parametrize("step", [loss("sparse"), loss("exact"), logp, statistics], ids=["sparse", "exact", "logp", ""])
+def extras(hidden, weight, bias, target_ids):
+    options = {"bias": bias, "backend": "triton", "extras": EXTRAS}
+    found = [linear_logp(hidden, head, target_ids, **options) for head in (weight.detach(), weight, weight * 200)]
+    for statistics in (*found, token_statistics(hidden, weight, target_ids, **options)):
+        assert all(x.isfinite().all() for x in statistics if x is not None)
+
+
+NAMES = ["sparse", "exact", "logp", "", "extras"]
+
+
+@pytest.mark.parametrize("step", [loss("sparse"), loss("exact"), logp, statistics, extras], ids=NAMES)
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("n", [126, 131])  # rows: the last tile all but full, and all but empty
 @pytest.mark.parametrize("family", ["tma", "pointer"])

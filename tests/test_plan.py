@@ -84,18 +84,18 @@ def test_sparse_plans_are_within_their_memory():
                 col_tiles, row_tiles = ceil_div(V, config.cols), ceil_div(tokens, ROW_TILE)
                 how = Machine(132, True, Configs(config, config, config))
 
-                def used(plan, needs, size=size, itemsize=itemsize, config=config, col_tiles=col_tiles):
+                def used(plan, needs, sums, size=size, itemsize=itemsize, config=config, col_tiles=col_tiles):
                     per_row = (V + size) * itemsize + 4 * col_tiles
                     entry = 48 if needs[1] else 8
-                    found = plan.rows * 4 * col_tiles
+                    found = plan.rows * 4 * col_tiles * sums
                     partial = 4 * plan.partial_tiles * config.rows * config.cols
                     return (plan.rows + plan.reserve) * per_row + found + entry * plan.listed * plan.entries + partial
 
-                for needs in (FROZEN, TRAINED):
-                    plan = sparse_plan(row_tiles, V, size, itemsize, how, budget, needs)
+                for needs, sums in ((FROZEN, 1), (TRAINED, 1), (FROZEN, 5)):
+                    plan = sparse_plan(row_tiles, V, size, itemsize, how, budget, needs, sums)
                     # The gradient of a 16-bit head is not there yet.
                     allowed = budget + (2 * V * size if needs[1] and itemsize == 2 else 0)
-                    assert used(plan, needs) <= allowed
+                    assert used(plan, needs, sums) <= allowed
                     assert plan.rows % ROW_TILE == 0 and ROW_TILE <= plan.rows <= row_tiles * ROW_TILE
                     assert plan.rows <= plan.reserve <= 2 * plan.rows
                     assert plan.listed % plan.rows == 0 and plan.rows <= plan.listed
@@ -105,7 +105,7 @@ def test_sparse_plans_are_within_their_memory():
                         assert plan.listed == plan.reserve == plan.rows
                     if tokens > plan.rows:  # two tiles of rows more would not fit
                         share = 3 if needs[1] else 2
-                        assert used(plan, needs) + 2 * share * ROW_TILE * V * itemsize > 0.95 * allowed
+                        assert used(plan, needs, sums) + 2 * share * ROW_TILE * V * itemsize > 0.95 * allowed
 
 
 @given(

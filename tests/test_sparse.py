@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from egrsd_kernels import fused_egrsd_loss, linear_logp
-from egrsd_kernels.backends import Needs, Sparse
+from egrsd_kernels.backends import Needs, Sparse, VocabularyStatistics
 from egrsd_kernels.backends import triton as triton_backend
 from egrsd_kernels.backends.triton import sparse as sparse_gradients
 from egrsd_kernels.backends.triton.common import device_limits
@@ -69,8 +69,8 @@ class Result:
         self.sparse = Sparse.of(tolerance, y)
         self.logp = torch.zeros(n, device=DEVICE)
         finish = triton_backend.student_pass(
-            head, temperature, z[None], y, rows, self.logp, lambda *_: self.g, Needs(True, True, True), 1 << 30,
-            None if exact else self.sparse,
+            head, temperature, z[None], y, rows, VocabularyStatistics(self.logp), lambda *_: self.g,
+            Needs(True, True, True), 1 << 30, None if exact else self.sparse,
         )  # fmt: skip
         self.gradients = finish(None)
         self.dz, self.dw, self.db = (x.cpu().double() for x in self.gradients)
@@ -356,8 +356,9 @@ def student_pass(head, temperature, hidden, targets, g, rows, sparse, chunk_byte
     logp = torch.zeros(len(targets), device=DEVICE)
     needs = Needs(True, True, head.bias is not None)
     finish = triton_backend.student_pass(
-        head, temperature, hidden[None], targets, rows, logp, lambda *_: g, needs, chunk_bytes, sparse
-    )
+        head, temperature, hidden[None], targets, rows, VocabularyStatistics(logp), lambda *_: g, needs, chunk_bytes,
+        sparse,
+    )  # fmt: skip
     return logp, finish(None)
 
 
@@ -439,7 +440,8 @@ def test_what_waits_for_the_factor_holds_no_exponentials(monkeypatch):
     head, temperature, hidden, targets, g, rows, _ = random_problem(
         torch.float32, 60, 16, 200, transform={"bias": True}
     )
-    arguments = head, temperature, hidden[None], targets, rows, torch.zeros(len(targets), device=DEVICE), lambda *_: g
+    out = VocabularyStatistics(torch.zeros(len(targets), device=DEVICE))
+    arguments = head, temperature, hidden[None], targets, rows, out, lambda *_: g
     finish = triton_backend.student_pass(*arguments, Needs(True, True, True), 1 << 30, Sparse.of(0.02, targets))
     gc.collect()
     assert [watched() for watched in made] == [None]

@@ -1,12 +1,15 @@
+import inspect
+import re
 from types import SimpleNamespace as Parallelism
 
 import pytest
 
 pytest.importorskip("trl", reason="TRL is not installed")
 
-from trl import ModelConfig, TrlParser
+from trl import GRPOTrainer, ModelConfig, TrlParser
 
 from egrsd_kernels.trl import PRESETS, EGRSDConfig
+from egrsd_kernels.trl.config import CHOICES
 from egrsd_kernels.trl.settings import parse_settings
 from tests.support.trl_tiny import OPTIONS
 
@@ -44,8 +47,8 @@ def config(**options) -> EGRSDConfig:
         ({"entropy_scale": "largest"}, "entropy_scale: expected one of batch_max, batch_max_lookahead, log_vocab, or"),
         ({"entropy_scale": 0}, "entropy_scale: expected a finite number above 0, got 0"),
         ({"min_entropy_scale": 0}, "min_entropy_scale: "),
-        ({"loss_type": "grpo"}, "loss_type: expected one of dapo, dr_grpo, got 'grpo'"),
-        ({"loss_type": None}, "loss_type: expected one of dapo, dr_grpo, got None"),
+        ({"loss_type": "ppo"}, "loss_type: expected one of dapo, dr_grpo, grpo, bnpo, cispo, sapo, vespo, luspo, got"),
+        ({"loss_type": None}, "loss_type: expected one of dapo, dr_grpo, grpo, bnpo, cispo, sapo, vespo, luspo, got"),
         ({"advantage": "rank"}, "advantage: expected one of welford, group, got 'rank'"),
         ({"scale_rewards": "batch"}, "scale_rewards: expected 'group' unless advantage is \"group\", got 'batch'"),
         ({"welford_warmup_steps": 0}, "welford_warmup_steps: expected at least 1, got 0"),
@@ -78,14 +81,29 @@ def config(**options) -> EGRSDConfig:
             {"parallelism_config": Parallelism(sp_size=4)},
             "parallelism_config: expected sp_size 1, sequence parall",
         ),
-        ({"beta": 0.04}, "beta: expected 0.0, as EGRSD's loss has no such term, got 0.04"),
-        ({"beta": None}, "beta: expected 0.0, as EGRSD's loss has no such term, got None"),
-        ({"epsilon_high": 0.3}, "epsilon_high: expected None, as EGRSD's loss has no such term, got 0.3"),
-        ({"top_entropy_quantile": 0.2}, "top_entropy_quantile: expected 1.0"),
+        ({"beta": -1}, "beta: expected a finite number at least 0, got -1"),
+        ({"beta": None}, "beta: expected a number, got None"),
+        ({"epsilon_high": "0.3"}, "epsilon_high: expected a number, got '0.3'"),
+        ({"delta": 0}, "delta: expected a finite number above 0, got 0"),
+        ({"top_entropy_quantile": 1.2}, "top_entropy_quantile: expected a finite number at least 0 and at most 1"),
+        ({"off_policy_mask_threshold": -1}, "off_policy_mask_threshold: expected a finite number at least 0, got -1"),
         (
-            {"gradient_accumulation_steps": 2, "steps_per_generation": 3, "num_generations": 3},
-            "steps_per_generation: expected a multiple of gradient_accumulation_steps = 2, got 3",
+            {"importance_sampling_level": "sequence"},
+            'importance_sampling_level: expected one of token, sequence_token: "sequence" would give each token the '
+            "mean of the tokens' credits, got 'sequence'",
         ),
+        (
+            {"loss_type": "cispo"},
+            'epsilon_high: expected at least 1 with loss_type="cispo", which clamps the weight of the gradient there, '
+            "got None",
+        ),
+        (
+            {"sync_ref_model": True},
+            "sync_ref_model: expected False with beta 0, which has no reference model, got True",
+        ),
+        ({"grad_mode": "sparse", "entropy_coef": 0.1}, 'grad_mode: expected "exact" with an entropy bonus, whose'),
+        ({"cast_lm_head_to_fp32": True}, "cast_lm_head_to_fp32: expected False: logits are made in float32 anyway, go"),
+        ({"use_liger_kernel": True}, "use_liger_kernel: expected False: TRL gives it up; model_init_kwargs="),
     ],
 )
 def test_a_bad_setting_is_named_in_one_line(options, message):
@@ -93,6 +111,38 @@ def test_a_bad_setting_is_named_in_one_line(options, message):
         config(**options)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+def test_every_loss_of_trls_is_known():
+    """By the names that its trainer compares loss_type with."""
+    source = inspect.getsource(GRPOTrainer)
+    lists = re.findall(r"loss_type (?:in|not in|==|!=) (\[[^]]*\]|\"\w+\")", source)
+    names = {name for found in lists for name in re.findall(r"\w+", found)}
+    assert names == set(CHOICES["loss_type"])
+
+
+@pytest.mark.parametrize(
+    "options, direct",
+    [
+        ({}, True),
+        ({"loss_type": "dr_grpo", "epsilon": 0.1, "epsilon_high": 0.3}, True),  # the ratio is 1
+        ({"gradient_accumulation_steps": 3, "generation_batch_size": 24}, True),
+        ({"num_iterations": 2}, False),
+        ({"steps_per_generation": 2}, False),
+        ({"gradient_accumulation_steps": 3, "steps_per_generation": 2}, False),
+        ({"gradient_accumulation_steps": 2, "steps_per_generation": 1}, False),
+        ({"loss_type": "grpo"}, False),
+        ({"loss_type": "cispo", "epsilon_high": 1}, False),
+        ({"beta": 0.01}, False),
+        ({"delta": 4}, False),
+        ({"entropy_coef": -0.01}, False),
+        ({"use_adaptive_entropy": True}, False),
+        ({"top_entropy_quantile": 0.2}, False),
+        ({"off_policy_mask_threshold": 0.5}, False),
+    ],
+)
+def test_when_the_loss_is_made_directly(options, direct):
+    assert config(**options).direct is direct
 
 
 def test_gamma_schedules():

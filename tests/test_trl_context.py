@@ -295,7 +295,7 @@ def test_the_default_template_takes_strict_roles(tmp_path):
         ({"solution": "a" * 600}, "the teacher's prompt has "),
         ({"solution": " "}, "solution: expected the text of a reference solution, got ' '"),
         ({"prompt": [{"role": "system", "content": "2+3?"}]}, "prompt: the chat template refuses this conversation ("),
-        ({"images": ["a"]}, "images: images need the model's processor"),
+        ({"images": ["a"]}, "images: images need a model that reads them, and its"),
     ],
 )
 def test_a_row_of_a_stream_is_refused_before_generating(tmp_path, change, message):
@@ -324,8 +324,8 @@ def test_images_are_refused(tmp_path):
     }
     for name, rows in cases.items():
         assert refusal(lambda rows=rows: build(tmp_path, rows=rows)) == (
-            f"train_dataset, row 0: {name}: images need the model's processor, and vision-language training is not "
-            "supported; leave the images out"
+            f"train_dataset, row 0: {name}: images need a model that reads them, and its processor as "
+            "processing_class; leave the images out"
         )
     build(tmp_path, rows=Dataset.from_list([r | {"images": []} for r in dataset(4)])).train()
 

@@ -81,9 +81,9 @@ class ByLogits:
         return out.logits[:, -completion_ids.shape[1] - 1 : -1], out
 
     @torch.no_grad()
-    def checked_statistics(self, *arguments):
-        found = self.statistics(*arguments)
-        logits = self.own(self.run.model, *arguments[:4])[0] / self.run.temperature
+    def checked_statistics(self, model, *arguments):
+        found = self.statistics(model, *arguments)
+        logits = self.own(model, *arguments[:4])[0] / self.run.temperature
         expected = reference.log_prob(logits, arguments[2]), reference.entropy(logits)
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other * arguments[4], rtol=1e-4, atol=1e-5)
@@ -146,8 +146,8 @@ def test_adapters_on_the_head_learn_and_the_teacher_is_without_them(tmp_path, na
     check = ByLogits(run)
     inner = check.statistics
 
-    def remembered(*arguments):
-        statistics.append((arguments, inner(*arguments)))
+    def remembered(model, *arguments):
+        statistics.append((arguments, inner(model, *arguments)))
         return statistics[-1][1]
 
     check.statistics = remembered

@@ -1,5 +1,6 @@
 """A run that is killed and resumed goes on bit for bit: weights, logs, rollouts and reward statistics."""
 
+import copy
 import shutil
 
 import pytest
@@ -7,15 +8,17 @@ import torch
 
 pytest.importorskip("trl", reason="TRL is not installed")
 
+from peft import get_peft_model
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from egrsd_kernels.trl.checkpoint import CheckpointError, Finished
-from tests.support.trl_tiny import correct, dataset, make, row, tiny_model, weights
+from tests.support.trl_tiny import LORA, correct, dataset, make, row, tiny_model, weights
 
 # Twelve prompts, four a generation: epochs end after steps 3 and 6. With two passes over the rollouts of two steps a
 # generation serves four steps.
 TWICE = {"num_iterations": 2, "steps_per_generation": 4}
+SAVED_MODEL = {"peft": False, "model": "saved"}  # where the reference model comes from
 SETTINGS = {
     "adapters off, in the middle of an epoch": ({}, 1),
     "adapters off, at the end of an epoch": ({}, 3),
@@ -30,6 +33,20 @@ SETTINGS = {
     "rollouts used up": (TWICE, 4),
     "schedule": ({"gamma_schedule": "cosine", "gamma_end": 0.0, "lr_scheduler_type": "linear"}, 2),
     "metrics not logged yet": ({"logging_steps": 3}, 4),
+    "a generation that ends within an update": (
+        {"steps_per_generation": 3, "per_device_train_batch_size": 2, "loss_type": "grpo"},
+        2,
+    ),
+    "two generations an update": ({"steps_per_generation": 1}, 3),
+    "a reference model": ({**TWICE, **SAVED_MODEL, "beta": 0.1}, 2),
+    "a reference model that moves": (
+        {**SAVED_MODEL, "beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5},
+        3,
+    ),
+    "a reference adapter": ({**TWICE, "peft": False, "model": "adapters", "beta": 0.1}, 3),
+    "an entropy bonus that adapts": ({"use_adaptive_entropy": True, "entropy_target": 3.1}, 3),
+    "masks": ({**TWICE, "top_entropy_quantile": 0.5, "off_policy_mask_threshold": 0.01}, 3),
+    "GSPO-token": ({**TWICE, "importance_sampling_level": "sequence_token", "loss_type": "grpo"}, 3),
 }
 CLOCK = {"step_time", "tokens_per_second", "peak_memory_gib", "train_runtime"}
 
@@ -57,20 +74,38 @@ def without_clock(rows, skip=()) -> list[dict]:
     return [{key: value for key, value in row.items() if key not in CLOCK.union(skip)} for row in rows]
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict:
+    """By the names in SETTINGS: what makes the model that a run begins with."""
+    path = tmp_path_factory.mktemp("model")
+    tiny_model().save_pretrained(path)
+    adapters = get_peft_model(tiny_model(), LORA)
+    with torch.no_grad():
+        for name, weight in adapters.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.1)
+    return {"saved": lambda: str(path), "adapters": lambda: copy.deepcopy(adapters)}
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize("name", SETTINGS)
-def test_resume_is_bit_exact(tmp_path, name):
+def test_resume_is_bit_exact(tmp_path, name, models):
     settings, step = SETTINGS[name]
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "rollout_steps": 1, **settings}
-    straight, expected = make(tmp_path / "a", **options | {"save_strategy": "no"})
+
+    def begin(folder, **more):
+        model = {"model": models[options["model"]]()} if "model" in options else {}
+        return make(tmp_path / folder, **options | more | model)
+
+    straight, expected = begin("a", save_strategy="no")
     straight.train()
-    killed, first = make(tmp_path / "b", callbacks=[Kill(step)], **options)
+    killed, first = begin("b", callbacks=[Kill(step)])
     with pytest.raises(Killed):
         killed.train()
     shutil.rmtree(tmp_path / "b" / "rollouts")
 
     torch.manual_seed(99)
-    resumed, rest = make(tmp_path / "b", **options)
+    resumed, rest = begin("b")
     torch.rand(17)
     resumed.train(resume_from_checkpoint=str(tmp_path / "b" / f"checkpoint-{step}"))
     for key, value in weights(straight).items():

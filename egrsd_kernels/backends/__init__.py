@@ -13,6 +13,7 @@ from egrsd_kernels.checks import describe, expect
 
 from .protocol import (
     DEFAULT_CHUNK_BYTES,
+    EXTRAS,
     Backend,
     Credit,
     EntropyGradient,
@@ -20,14 +21,17 @@ from .protocol import (
     Gradients,
     Kept,
     Needs,
+    VocabularyStatistics,
+    no_extras,
     no_statistics,
 )
 from .scaling import power_of_two
 from .sparsity import DEFAULT_SPARSE_TOL, Sparse, exceeding
 
 __all__ = [
-    "DEFAULT_CHUNK_BYTES", "DEFAULT_SPARSE_TOL", "Backend", "Credit", "EntropyGradient", "Finish", "Gradients", "Kept",
-    "Needs", "Sparse", "choose", "exceeding", "no_statistics", "power_of_two",
+    "DEFAULT_CHUNK_BYTES", "DEFAULT_SPARSE_TOL", "EXTRAS", "Backend", "Credit", "EntropyGradient", "Finish",
+    "Gradients", "Kept", "Needs", "Sparse", "VocabularyStatistics", "choose", "exceeding", "no_extras", "no_statistics",
+    "power_of_two",
 ]  # fmt: skip
 
 

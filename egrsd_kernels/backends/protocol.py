@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -62,14 +62,48 @@ Credit = Callable[[int, int], Tensor]
 the rows before them."""
 
 
-Statistics = tuple[Tensor, Tensor, Tensor]
-"""(logp, entropy, logsumexp), each (N,), zeros to begin with."""
+class VocabularyStatistics(NamedTuple):
+    """What a pass over the vocabulary says of each token; None is what nobody asked for.
+
+    Tensors of one shape: that of ``target_ids``, or (N,) within the backends. float32 (float64 for float64 input) and
+    in nats, but for is_top1, which is bool; 0 or False where masked. Only log p is ever differentiable, and entropies
+    where that was asked for. A target outside the vocabulary has a NaN as log p, and is not the top one; what else is
+    said of its token may be NaN.
+    """
+
+    logp: Tensor
+    """log p(y) = z_y - logsumexp(z)."""
+    entropy: Tensor | None = None
+    """-Σ_v p_v log p_v."""
+    logsumexp: Tensor | None = None
+    """log Σ_v e^z_v."""
+    is_top1: Tensor | None = None
+    """Whether y is the most likely token: of equal logits, the first of the vocabulary is. False where log p is NaN."""
+    mean_logits: Tensor | None = None
+    """The mean of z over the vocabulary, -inf beside a logit of -inf."""
+    log_sum_sq_probs: Tensor | None = None
+    """log Σ_v p_v²: minus the Rényi entropy of order 2."""
+
+    def view(self, shape: Sequence[int]) -> VocabularyStatistics:
+        """All of it in another shape."""
+        logp, *others = (None if x is None else x.view(*shape) for x in self)
+        assert logp is not None
+        return VocabularyStatistics(logp, *others)
 
 
-def no_statistics(n: int, hidden: Tensor) -> Statistics:
-    """Zeros, of n rows of such hidden states."""
+EXTRAS = ("is_top1", "mean_logits", "log_sum_sq_probs")
+"""What is made only where asked for by name."""
+
+
+def no_statistics(n: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(logp, entropy, logsumexp) of n rows of such hidden states, zeros to begin with."""
     logp, entropy, logsumexp = torch.zeros(3, n, dtype=compute_dtype(hidden.dtype), device=hidden.device).unbind()
     return logp, entropy, logsumexp
+
+
+def no_extras(like: Tensor, extras: Collection[str]) -> dict[str, Tensor]:
+    """These beside a log p (N,), zeros to begin with."""
+    return {x: torch.zeros_like(like, dtype=torch.bool if x == "is_top1" else like.dtype) for x in extras}
 
 
 class EntropyGradient(NamedTuple):
@@ -95,10 +129,10 @@ class Backend(Protocol):
         """Whether it works on operands of this dtype and device."""
 
     def statistics(
-        self, head: Head, temperature: float, hidden: Tensor, target_ids: Tensor, rows: Rows, out: Statistics,
-        chunk_bytes: int,
+        self, head: Head, temperature: float, hidden: Tensor, target_ids: Tensor, rows: Rows,
+        out: VocabularyStatistics, chunk_bytes: int,
     ) -> None:  # fmt: skip
-        """Write ``out`` in nats, 0 at masked rows."""
+        """Write what ``out`` has, zeros to begin with; 0 at masked rows."""
 
     def lookahead_entropy(self, entropy: Tensor, valid: Tensor, seq_end: Tensor, lookahead: Lookahead) -> Tensor:
         """See :func:`egrsd_kernels.credit.lookahead_entropy`."""
@@ -110,22 +144,22 @@ class Backend(Protocol):
         """See :func:`egrsd_kernels.credit.token_credit`."""
 
     def student_pass(
-        self, head: Head, temperature: float, hidden: Tensor, target_ids: Tensor, rows: Rows, logp: Tensor,
-        credit: Credit, needs: Needs, chunk_bytes: int, sparse: Sparse | None = None, entropy: Tensor | None = None,
+        self, head: Head, temperature: float, hidden: Tensor, target_ids: Tensor, rows: Rows,
+        out: VocabularyStatistics, credit: Credit, needs: Needs, chunk_bytes: int, sparse: Sparse | None = None,
         entropy_gradient: EntropyGradient | None = None,
     ) -> Finish:  # fmt: skip
-        """Write log p of the targets into ``logp`` (N,), 0 at masked rows, and leave the gradients all but done.
+        """Write ``out``, which has no logsumexp, as :meth:`statistics` does, and leave the gradients all but done.
 
-        credit: called chunk by chunk, in the order of ``rows``, once the chunk's ``logp`` is there.
+        credit: called chunk by chunk, in the order of ``rows``, once the chunk's log p is there.
         sparse: what may be left out of the gradients; takes what was. None: exact gradients. A backend whose gradients
             are always exact leaves it alone.
-        entropy: takes the entropies (N,), 0 at masked rows.
-        entropy_gradient: what the loss takes of the entropies, which adds to the gradients. Not with ``sparse``.
+        entropy_gradient: what the loss takes of the entropies, which adds to the gradients. They and log p are known
+            then, and ``out`` may be left as it is. Not with ``sparse``.
         """
 
     def keep(
         self, head: Head, temperature: float, hidden: Tensor, target_ids: Tensor, rows: Rows,
-        out: Statistics, needs: Needs, entropy_gradient: bool, keep_bytes: int,
+        out: VocabularyStatistics, needs: Needs, entropy_gradient: bool, keep_bytes: int,
         chunk_bytes: int,
     ) -> Kept:  # fmt: skip
         """Write ``out``, as :meth:`statistics` does, and keep what gradients are made of.

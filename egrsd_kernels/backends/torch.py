@@ -17,7 +17,7 @@ from egrsd_kernels.credit import lookahead_entropy, token_credit
 from egrsd_kernels.head import Head, compute_dtype
 from egrsd_kernels.rows import Rows
 
-from .protocol import Credit, EntropyGradient, Finish, Gradients, Kept, Needs, Statistics
+from .protocol import Credit, EntropyGradient, Finish, Gradients, Kept, Needs, VocabularyStatistics
 from .scaling import scaled
 from .sparsity import Sparse
 
@@ -93,13 +93,13 @@ def _chunks(rows: Rows, head: Head, dtype: torch.dtype, chunk_bytes: int) -> Ite
         yield first, rows.order[first : min(first + size, count)].long()
 
 
-def _zero_masked(rows: Rows, *values: Tensor | None) -> None:
+def _zero_masked(rows: Rows, values: VocabularyStatistics) -> None:
     """Zero, in place, the entries of the (N,) ``values`` at masked rows."""
     order = rows.order.long()
     kept = rows.among(0, 0, order.numel())
     for value in values:
         if value is not None:
-            value[order] = torch.where(kept, value[order], 0)
+            value[order] = value[order].masked_fill(~kept, 0)
 
 
 class _Softmax(NamedTuple):
@@ -113,28 +113,38 @@ class _Softmax(NamedTuple):
 
 def _passes(
     head: Head, temperature: float, hidden: Tensor, target_ids: Tensor, rows: Rows, chunk_bytes: int,
-    logp: Tensor, entropy: Tensor | None = None, logsumexp: Tensor | None = None,
+    out: VocabularyStatistics,
 ) -> Iterator[_Softmax]:  # fmt: skip
-    """Chunk by chunk, with the statistics (N,) of its rows written, and once all is done those of masked rows."""
+    """Chunk by chunk, with what ``out`` has of its rows written, and once all is done that of masked rows."""
     dtype = compute_dtype(hidden.dtype)
     for first, index in _chunks(rows, head, dtype, chunk_bytes):
         z, softcap_grad = _logits(head, temperature, _select(hidden, index, dtype))
+        if out.is_top1 is not None:
+            out.is_top1[index] = z.argmax(1) == target_ids[index]  # the first of equal ones
+        if out.mean_logits is not None:
+            out.mean_logits[index] = z.mean(1)
         log_p, lse = _log_softmax(z)
-        logp[index] = _target_logp(log_p, target_ids[index])
+        logp = _target_logp(log_p, target_ids[index])
+        out.logp[index] = logp
+        if out.is_top1 is not None:
+            out.is_top1[index] &= ~logp.isnan()
         log_p.clamp_(min=FLOOR)
-        if entropy is not None:
-            entropy[index] = -log_p.exp().mul_(log_p).sum(1)
-        if logsumexp is not None:
-            logsumexp[index] = lse
+        if out.entropy is not None:
+            out.entropy[index] = -log_p.exp().mul_(log_p).sum(1)
+        if out.logsumexp is not None:
+            out.logsumexp[index] = lse
+        if out.log_sum_sq_probs is not None:  # at least 1/V, whatever underflows
+            out.log_sum_sq_probs[index] = log_p.exp().square_().sum(1).log_()
         yield _Softmax(first, index, log_p, softcap_grad)
-    _zero_masked(rows, logp, entropy, logsumexp)
+    _zero_masked(rows, out)
 
 
 def statistics(
-    head: Head, temperature: float, hidden: Tensor, target_ids: Tensor, rows: Rows, out: Statistics, chunk_bytes: int
-) -> None:
+    head: Head, temperature: float, hidden: Tensor, target_ids: Tensor, rows: Rows, out: VocabularyStatistics,
+    chunk_bytes: int,
+) -> None:  # fmt: skip
     """See :meth:`~.protocol.Backend.statistics`."""
-    for _ in _passes(head, temperature, hidden, target_ids, rows, chunk_bytes, *out):
+    for _ in _passes(head, temperature, hidden, target_ids, rows, chunk_bytes, out):
         pass
 
 
@@ -221,27 +231,27 @@ class _Sums:
 
 
 def student_pass(
-    head: Head, temperature: float, hidden: Tensor, target_ids: Tensor, rows: Rows, logp: Tensor, credit: Credit,
-    needs: Needs, chunk_bytes: int, sparse: Sparse | None = None, entropy: Tensor | None = None,
+    head: Head, temperature: float, hidden: Tensor, target_ids: Tensor, rows: Rows, out: VocabularyStatistics,
+    credit: Credit, needs: Needs, chunk_bytes: int, sparse: Sparse | None = None,
     entropy_gradient: EntropyGradient | None = None,
 ) -> Finish:  # fmt: skip
     """See :meth:`~.protocol.Backend.student_pass`. The gradients are exact: within any tolerance of ``sparse``."""
     problem = head, temperature, hidden, target_ids, rows
     sums = _Sums(*problem, needs)
-    for chunk in _passes(*problem, chunk_bytes, logp, entropy):
+    for chunk in _passes(*problem, chunk_bytes, out):
         sums.add(chunk, credit(chunk.first, chunk.tokens.numel()), entropy_gradient)
     return sums.finish()
 
 
 def keep(
     head: Head, temperature: float, hidden: Tensor, target_ids: Tensor, rows: Rows,
-    out: Statistics, needs: Needs, entropy_gradient: bool, keep_bytes: int, chunk_bytes: int,
+    out: VocabularyStatistics, needs: Needs, entropy_gradient: bool, keep_bytes: int, chunk_bytes: int,
 ) -> Kept:  # fmt: skip
     """See :meth:`~.protocol.Backend.keep`: log p in the compute dtype, and the softcap's factor."""
     size = head.weight.shape[0] * compute_dtype(hidden.dtype).itemsize
     n = min(_count(rows, 0), keep_bytes // (size if head.softcap is None else 2 * size))
     first, others = rows.split(n)
-    chunks = list(_passes(head, temperature, hidden, target_ids, first, chunk_bytes, *out))
+    chunks = list(_passes(head, temperature, hidden, target_ids, first, chunk_bytes, out))
     statistics(head, temperature, hidden, target_ids, others, out, chunk_bytes)
 
     def kept(
@@ -254,7 +264,8 @@ def keep(
         again = needed.index_fill(0, first.order.long(), False)
         # Those that may need it, and no more: where no count was asked for, all of them are worked on.
         sums.turn_to(Rows.build(again, again).split(len(others.order))[0])
-        for chunk in _passes(head, temperature, hidden, target_ids, sums.rows, chunk_bytes, torch.zeros_like(gradient)):
+        known = VocabularyStatistics(torch.zeros_like(gradient))
+        for chunk in _passes(head, temperature, hidden, target_ids, sums.rows, chunk_bytes, known):
             sums.add(chunk, gradient, of_entropy)
         return sums.finish()
 

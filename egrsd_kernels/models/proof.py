@@ -34,7 +34,7 @@ from egrsd_kernels.head import Head, compute_dtype
 
 from .errors import ModelError
 from .places import head_at, kind_of, language_model, module_at, place_of, size_of, tensors_of, unwrapped
-from .reading import logits_of, redirected, run
+from .reading import InForward, logits_of, redirected, run
 
 TOKENS = 16
 ROUNDINGS = 5
@@ -401,9 +401,13 @@ def _random_adapters(model: nn.Module) -> Iterator[None]:
 
 
 def _reshard(model: Any) -> None:
-    """FSDP2's root keeps what it has gathered in a forward without gradients, and would go on with old values."""
+    """FSDP2's root keeps what it has gathered in a forward without gradients, and would go on with old values.
+
+    What a forward in progress has gathered stays, for that forward.
+    """
+    in_progress = model.module if isinstance(model, InForward) else None
     for module in model.modules():
-        if hasattr(type(module), "reshard"):
+        if module is not in_progress and hasattr(type(module), "reshard"):
             module.reshard()
 
 

@@ -38,6 +38,17 @@ Result = TypeVar("Result")
 PLAIN = (type(None), bool, int, float, str)  # what a result may hold beside tensors
 
 
+class InForward(nn.Module):
+    """A model whose forward is in progress, with its hooks: a call runs ``forward``, what it would do by itself."""
+
+    def __init__(self, model: nn.Module, forward: Callable[..., Any]):
+        super().__init__()
+        self.module, self.own_forward = model, forward  # language_model() finds a wrapper's model as its module
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.own_forward(**inputs)
+
+
 def run(
     model: nn.Module,
     path: str,

@@ -4,6 +4,12 @@
 >>> trainer = EGRSDTrainer(model, reward_function, EGRSDConfig("run", gamma=0.3), train_dataset=dataset)
 >>> trainer.train()
 
+:func:`fuse_heads` gives TRL's own trainers the same log p, and nothing else of the method:
+
+>>> from egrsd_kernels.trl import fuse_heads
+>>> fuse_heads()
+>>> trainer = GRPOTrainer(...)
+
 :data:`PRESETS` maps the names of ready configurations to their YAML files.
 """
 
@@ -17,6 +23,8 @@ if find_spec("trl") is None:
 from egrsd_kernels.presets import PRESETS
 
 from .config import EGRSDConfig
+from .fused_head import fuse_head
+from .fusing import fuse_heads, unfuse_heads
 from .trainer import EGRSDTrainer
 
-__all__ = ["PRESETS", "EGRSDConfig", "EGRSDTrainer"]
+__all__ = ["PRESETS", "EGRSDConfig", "EGRSDTrainer", "fuse_head", "fuse_heads", "unfuse_heads"]

@@ -128,18 +128,28 @@ def identity(
     model: Any,
     reward_names: Sequence[str],
     train_dataset: Any,
-    solution_column: str,
-    teacher_template: Sequence[Message],
+    columns: Sequence[str],
+    contexts: Sequence[Message] | Mapping[str, Callable[..., Any]],
+    token_advantage: Callable[..., Any] | None = None,
 ) -> dict[str, Any]:
-    """What a run is beside its config, as JSON has it. model: of transformers or PEFT; nothing wraps it yet."""
+    """What a run is beside its config, as JSON has it.
+
+    Args:
+        model: of transformers or PEFT; nothing wraps it yet.
+        columns: of the dataset, what student and teacher read.
+        contexts: the template of the teacher's conversation, or functions by name.
+        token_advantage: the user's, if any.
+    """
     adapters = next(iter(model.peft_config.values())) if is_peft_model(model) else None
     base = model.get_base_model() if adapters else model
     named = {
         # A name without its folder: a run goes on where its files have been moved to.
         "model_name_or_path": Path(base.config._name_or_path or "").name,
         "reward_funcs": reward_names,
-        "train_dataset": _digest(train_dataset, solution_column),
-        "teacher_template": [dict(message) for message in teacher_template],
+        "train_dataset": _digest(train_dataset, columns),
+        "teacher_template": None if isinstance(contexts, Mapping) else [dict(message) for message in contexts],
+        "contexts": {name: _name(one) for name, one in contexts.items()} if isinstance(contexts, Mapping) else None,
+        "token_advantage": token_advantage and _name(token_advantage),
         "peft_type": adapters and adapters.peft_type,
     }
     if adapters:
@@ -194,14 +204,18 @@ def _number(path: Path) -> int:
     return int(digits[0]) if digits else -1
 
 
-def _digest(dataset: Any, solution_column: str) -> str | None:
-    """How many rows, and a digest of some: their columns, conversations and solutions. None for a stream."""
+def _name(function: Callable[..., Any]) -> str:
+    return getattr(function, "__qualname__", type(function).__qualname__)
+
+
+def _digest(dataset: Any, columns: Sequence[str]) -> str | None:
+    """How many rows, and a digest of some: the names of all columns, and what is in ``columns``. None for a stream."""
     if not isinstance(dataset, Dataset):
         return None
     digest = hashlib.sha256(repr(sorted(dataset.column_names)).encode())
     for index in range(0, len(dataset), -(-len(dataset) // SAMPLED_ROWS)):
         example = dataset[index]
-        texts = [example[column] for column in ("prompt", solution_column)]
+        texts = [example[column] for column in columns]
         digest.update(json.dumps(texts, sort_keys=True, default=lambda _: None).encode())
     return f"{len(dataset)} rows, {digest.hexdigest()[:8]}"
 

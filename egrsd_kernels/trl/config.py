@@ -3,18 +3,22 @@
 import json
 import math
 import os
+import typing
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from types import NoneType
+from typing import Any, ClassVar
 
 from trl import GRPOConfig
 
 from egrsd_kernels.backends import DEFAULT_SPARSE_TOL
 from egrsd_kernels.checks import expect, integer, number
 from egrsd_kernels.credit import ENTROPY_SCALES, FILTERS, TAU_HIGH, TAU_LOW, Lookahead
+from egrsd_kernels.rl.token_advantages import WITHOUT_TEACHER
 
 from .former import RENAMED, check_former, in_present_words
+from .methods import TEACHER, settle
 
 CHOICES = {
     "advantage": ("welford", "group"),
@@ -22,7 +26,7 @@ CHOICES = {
     "grad_mode": ("exact", "sparse"),
     "lookahead_filter": FILTERS,
     "gamma_schedule": ("constant", "linear", "cosine"),
-    "loss_type": ("dapo", "dr_grpo"),
+    "loss_type": ("dapo", "dr_grpo", "grpo", "bnpo", "cispo", "sapo", "vespo", "luspo"),
     "teacher_model_kind": ("base", "adapters_off", "frozen", "ema"),
 }
 # Whole numbers; and others, which are at least 0.
@@ -33,6 +37,12 @@ AT_LEAST = {
 }  # fmt: skip
 BOUNDS: dict[str, dict[str, float]] = {
     "learning_rate": {},
+    "beta": {},
+    "epsilon": {},
+    "epsilon_high": {},
+    "delta": {"strict": True},
+    "top_entropy_quantile": {"high": 1},
+    "off_policy_mask_threshold": {},
     "temperature": {"strict": True},
     "min_p": {"high": 1},
     "top_p": {"high": 1, "strict": True},
@@ -49,44 +59,71 @@ BOUNDS: dict[str, dict[str, float]] = {
 }
 SCALES = (*ENTROPY_SCALES, "log_vocab")
 
-# What TRL's objective has and this loss has not: ignoring such a setting in silence would be worse than an error.
-NOT_OURS = (
-    "beta", "cast_lm_head_to_fp32", "delta", "entropy_coef", "epsilon", "epsilon_high", "importance_sampling_level",
-    "off_policy_mask_threshold", "sync_ref_model", "top_entropy_quantile",
-    "use_adaptive_entropy", "use_liger_kernel",
+# TRL's settings that have to keep their defaults, and why: ignoring one in silence would be worse than an error.
+REFUSED = {
+    "cast_lm_head_to_fp32": "logits are made in float32 anyway",
+    "use_liger_kernel": 'TRL gives it up; model_init_kwargs={"use_kernels": True} has such layers',
+}
+LEVELS = ("token", "sequence_token")
+# Terms and masks of TRL's loss that its plain policy gradient lacks. With their defaults they change nothing.
+TERMS = (
+    "beta", "delta", "entropy_coef", "off_policy_mask_threshold", "top_entropy_quantile", "use_adaptive_entropy",
 )  # fmt: skip
 GROUP_ONLY = ("multi_objective_aggregation", "scale_rewards")
 PARALLEL = {"tp_size": "tensor", "cp_size": "context", "sp_size": "sequence"}
 
 # A run is told by all settings of ours but SAME_RUN, and by OTHER_RUN of TRL's and transformers'. Its length may
 # change, and what it logs, saves and writes.
-SAME_RUN = ("backend", "chunk_mib", "rollout_steps", "tau_low", "tau_high", "overwrite_output_dir", "resume_changed")
+# What token_advantage makes of other settings tells a run; which model teaches, the checkpoint knows by its weights.
+SAME_RUN = (
+    "backend", "chunk_mib", "rollout_steps", "tau_low", "tau_high", "overwrite_output_dir", "resume_changed",
+    "token_advantage", "teacher_model_name_or_path", "teacher_model_revision", "teacher_model_init_kwargs",
+)  # fmt: skip
 OTHER_RUN = (
-    "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "chat_template_kwargs", "data_seed", "fp16",
-    "generation_batch_size", "generation_kwargs", "gradient_accumulation_steps", "learning_rate", "loss_type",
-    "lr_scheduler_kwargs", "lr_scheduler_type", "mask_truncated_completions", "max_completion_length", "max_grad_norm",
-    "min_p", "multi_objective_aggregation", "num_generations", "num_iterations", "optim", "optim_args",
-    "per_device_train_batch_size", "repetition_penalty", "reward_weights", "router_aux_loss_coef", "scale_rewards",
-    "seed", "shuffle_dataset", "steps_per_generation", "temperature", "top_k", "top_p", "warmup_ratio", "warmup_steps",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "beta", "bf16", "chat_template_kwargs", "data_seed", "delta",
+    "entropy_coef", "entropy_coef_delta", "entropy_coef_max", "entropy_coef_min", "entropy_target", "epsilon",
+    "epsilon_high", "fp16", "generation_batch_size", "generation_kwargs", "gradient_accumulation_steps",
+    "importance_sampling_level", "learning_rate", "loss_type", "lr_scheduler_kwargs", "lr_scheduler_type",
+    "mask_truncated_completions", "max_completion_length", "max_grad_norm", "max_tool_calling_iterations", "min_p",
+    "multi_objective_aggregation", "num_generations", "num_iterations", "off_policy_mask_threshold", "optim",
+    "optim_args", "per_device_train_batch_size", "ref_model_mixup_alpha", "ref_model_sync_steps", "repetition_penalty",
+    "reward_weights", "router_aux_loss_coef", "sapo_temperature_neg", "sapo_temperature_pos", "scale_rewards", "seed",
+    "shuffle_dataset", "steps_per_generation", "sync_ref_model", "temperature", "top_entropy_quantile", "top_k",
+    "top_p", "use_adaptive_entropy", "use_bias_correction_kl", "vespo_k_neg", "vespo_k_pos", "vespo_lambda_neg",
+    "vespo_lambda_pos", "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min",
+    "vllm_importance_sampling_correction", "vllm_importance_sampling_mode", "warmup_ratio", "warmup_steps",
     "weight_decay",
 )  # fmt: skip
-# Which teacher, with the defaults. A run is told by them where its teacher moves; the checkpoint knows the other kinds.
-TEACHER = {"teacher_model_kind": "base", "teacher_update_rate": 0.001, "teacher_sync_steps": 1}
 
 
 @dataclass
 class EGRSDConfig(GRPOConfig):
     """GRPOConfig with the settings of EGRSD and CL-EGRSD (arXiv 2605.13255); each field's ``help`` says what it does.
 
-    Baselines: ``gamma=0`` is RLSD; ``gamma=0, clip_eps=0`` is REINFORCE with Welford advantages; with
-    ``advantage="group", length_beta=0`` besides it is on-policy GRPO. The loss has no importance ratio π/π_old, so
-    ``num_iterations`` above 1 learns from rollouts of an earlier policy as if they were its own.
+    Baselines have names, as ``token_advantage``; ``gamma=0`` is RLSD, too, and ``gamma=0, clip_eps=0`` is REINFORCE
+    that watches a teacher.
+
+    The objective is TRL's, with Â = A · w · ω in the place of its advantage: ``loss_type``, ``num_iterations``,
+    ``epsilon``, ``beta`` and the others mean what GRPOConfig says. :attr:`direct` tells where it is the paper's plain
+    policy gradient.
 
     Raises:
         TypeError, ValueError: in one line that names the setting, what it got and what it expects.
     """
 
-    gamma: float = field(default=0.3, metadata={"help": "Strength γ of the entropy gate. 0 is RLSD."})
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*GRPOConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
+
+    # None is the default that the help states, or what token_advantage fixes; it tells what is given from what is not.
+    token_advantage: str | None = field(
+        default=None,
+        metadata={
+            "help": 'What a token is worth: "grpo" or "reinforce", without a teacher; "rlsd", without a gate; "egrsd"; '
+            '"cl_egrsd". Default: what gamma, lookahead and clip_eps make of EGRSD.'
+        },
+    )
+    gamma: float | None = field(
+        default=None, metadata={"help": "Strength γ of the entropy gate. 0 is RLSD. Default: 0.3."}
+    )
     gamma_schedule: str = field(
         default="constant", metadata={"help": '"constant", or "linear" or "cosine" from gamma to gamma_end.'}
     )
@@ -95,7 +132,10 @@ class EGRSDConfig(GRPOConfig):
         default=None, metadata={"help": "Optimizer steps until gamma_end is reached. Default: the whole run."}
     )
     gate_floor: float = field(default=0.1, metadata={"help": "Lower bound of the gate."})
-    lookahead: int = field(default=0, metadata={"help": "Lookahead window W in tokens. 0 is EGRSD, more CL-EGRSD."})
+    lookahead: int | None = field(
+        default=None,
+        metadata={"help": "Lookahead window W in tokens. 0 is EGRSD, more CL-EGRSD. Default: 0; 3 for cl_egrsd."},
+    )
     lookahead_filter: str = field(
         default="minimum",
         metadata={
@@ -106,25 +146,39 @@ class EGRSDConfig(GRPOConfig):
     lookahead_decay: float = field(
         default=1.0, metadata={"help": 'λ in (0, 1], of the filter "discounted"; 1 is the minimum.'}
     )
-    clip_eps: float = field(default=0.2, metadata={"help": "ε: the magnitude is clipped to 1 ± ε. 0 turns it off."})
+    clip_eps: float | None = field(
+        default=None, metadata={"help": "ε: the magnitude is clipped to 1 ± ε. 0 turns it off. Default: 0.2."}
+    )
     entropy_scale: str = field(
         default="batch_max",
         metadata={
             "help": 'What entropies are divided by: "batch_max", the largest teacher entropy of the optimizer step '
-            '(Eq. 8); "batch_max_lookahead", the largest after the lookahead (Algorithm 1); "log_vocab"; or nats.'
+            '(Eq. 8), or of the generation where that does not hold whole steps; "batch_max_lookahead", the largest '
+            'after the lookahead (Algorithm 1); "log_vocab"; or nats.'
         },
     )
     min_entropy_scale: float = field(default=1.0, metadata={"help": "Lower bound of that scale, nats."})
     loss_type: str = field(
         default="dapo",
         metadata={
-            "help": 'What the sum over tokens is divided by: "dapo", the response tokens of the optimizer step; '
-            '"dr_grpo", its rollouts times max_completion_length.'
+            "help": 'The policy loss, in TRL\'s words: "dapo" is divided by the response tokens of the optimizer step, '
+            '"dr_grpo" by its rollouts times max_completion_length; "grpo", "bnpo", "cispo", "sapo", "vespo" and '
+            '"luspo" are as GRPOConfig has them.'
         },
     )
-    advantage: str = field(
-        default="welford",
-        metadata={"help": '"welford": running statistics of all rewards; "group": TRL\'s, relative to the prompt.'},
+    importance_sampling_level: str = field(
+        default="token",
+        metadata={
+            "help": 'Of the ratio π/π_old: "token"; or "sequence_token" (GSPO-token), the sequence\'s ratio with each '
+            "token's own gradient. TRL's \"sequence\" is refused: it gives every token the mean of their credits."
+        },
+    )
+    advantage: str | None = field(
+        default=None,
+        metadata={
+            "help": '"welford": running statistics of all rewards; "group": TRL\'s, relative to the prompt. Default: '
+            '"welford"; "group" for grpo.'
+        },
     )
     welford_warmup_steps: int = field(
         default=10, metadata={"help": "Generations with a judged rollout that have the fixed baseline 0.5."}
@@ -149,6 +203,15 @@ class EGRSDConfig(GRPOConfig):
     )
     teacher_sync_steps: int | None = field(
         default=None, metadata={"help": "Optimizer steps between updates of the EMA teacher. Default: 1."}
+    )
+    teacher_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "A model of its own as the teacher. Default: teacher_model_kind makes one of the student."},
+    )
+    teacher_model_revision: str | None = field(default=None, metadata={"help": "Its revision."})
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "What its from_pretrained gets, for example dtype and device_map."},
     )
     backend: str = field(default="auto", metadata={"help": 'Kernels: "auto", "triton" or "torch".'})
     chunk_mib: int = field(default=1024, metadata={"help": "The most working memory of the loss, MiB."})
@@ -187,9 +250,7 @@ class EGRSDConfig(GRPOConfig):
         why = "False: reward functions read the columns that it would remove"
         expect(not self.remove_unused_columns, "remove_unused_columns", self.remove_unused_columns, why)
         self._take_former_names()
-        for name, default in TEACHER.items():
-            if getattr(self, name) is None:
-                setattr(self, name, default)
+        settle(self)
         self._check_values()  # before TRL divides by some of them
         super().__post_init__()
         for name, ours in {"max_new_tokens": "max_completion_length", "temperature": "temperature"}.items():
@@ -197,9 +258,9 @@ class EGRSDConfig(GRPOConfig):
             expect(absent, "generation_kwargs", self.generation_kwargs, f"no {name}: set {ours}, which the loss reads")
 
         defaults = {f.name: f.default for f in fields(GRPOConfig)}
-        for name in NOT_OURS:
+        for name, why in REFUSED.items():
             value, default = getattr(self, name), defaults[name]
-            expect(value == default, name, value, f"{default!r}, as EGRSD's loss has no such term")
+            expect(value == default, name, value, f"{default!r}: {why}")
         if self.advantage == "welford":
             for name in GROUP_ONLY:
                 value, default = getattr(self, name), defaults[name]
@@ -207,11 +268,34 @@ class EGRSDConfig(GRPOConfig):
         if self.length_beta or self.loss_type == "dr_grpo":
             why = 'a number of tokens: length_beta and loss_type="dr_grpo" divide by it'
             expect(self.max_completion_length is not None, "max_completion_length", None, why)
-        # The tokens of an optimizer step are counted before its first backward, so a rollout batch holds whole steps.
-        accumulation = self.gradient_accumulation_steps
-        expected = f"a multiple of gradient_accumulation_steps = {accumulation}"
-        whole = self.steps_per_generation % accumulation == 0
-        expect(whole, "steps_per_generation", self.steps_per_generation, expected)
+        self._check_loss()
+
+    def _check_loss(self) -> None:
+        """A ValueError for settings of TRL's loss that contradict one another, or token credit."""
+        level, why = self.importance_sampling_level, '"sequence" would give each token the mean of the tokens\' credits'
+        expect(level in LEVELS, "importance_sampling_level", level, f"one of {', '.join(LEVELS)}: {why}")
+        bound = 'at least 1 with loss_type="cispo", which clamps the weight of the gradient there'
+        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        expect(self.loss_type != "cispo" or high >= 1, "epsilon_high", self.epsilon_high, bound)
+        why = "False with beta 0, which has no reference model"
+        expect(bool(self.beta) or not self.sync_ref_model, "sync_ref_model", self.sync_ref_model, why)
+        bonus = bool(self.entropy_coef) or self.use_adaptive_entropy
+        why = '"exact" with an entropy bonus, whose gradient is not sparse'
+        expect(self.grad_mode == "exact" or not bonus, "grad_mode", self.grad_mode, why)
+
+    @property
+    def direct(self) -> bool:
+        """Whether the loss is −Σ Â log p over the tokens of an optimizer step, or over their most, and nothing else.
+
+        So it is where each rollout serves one update, by the policy that made it (TRL's ratio is 1 then), and no
+        setting adds a term or a mask. :func:`egrsd_kernels.fused_egrsd_loss` then makes it, with the gradient in the
+        same pass. A generation is one optimizer step's, whose tokens are therefore known before its first backward.
+        """
+        defaults = {f.name: f.default for f in fields(GRPOConfig)}
+        once = self.num_iterations == 1 and self.steps_per_generation == self.gradient_accumulation_steps
+        plain = self.loss_type in ("dapo", "dr_grpo")
+        taught = self.token_advantage not in WITHOUT_TEACHER
+        return taught and once and plain and all(getattr(self, name) == defaults[name] for name in TERMS)
 
     def _take_former_names(self) -> None:
         """Say by their present names what is given by former ones."""
@@ -234,7 +318,11 @@ class EGRSDConfig(GRPOConfig):
 
     def _check_values(self) -> None:
         """Each setting by itself, and what only settings of ours say of one another."""
-        optional = {f.name for f in fields(GRPOConfig)}.difference(CHOICES)  # TRL says what None means there
+        # TRL says what None means there.
+        hints = typing.get_type_hints(GRPOConfig)  # a parser has changed the fields' own types
+        optional = {
+            f.name for f in fields(GRPOConfig) if f.default is None or NoneType in typing.get_args(hints[f.name])
+        }
         checks: list[tuple[Callable[..., Any], str, dict[str, Any]]]
         checks = [(integer, name, {"low": low}) for name, low in AT_LEAST.items()]
         checks += [(number, name, {"low": 0} | bounds) for name, bounds in BOUNDS.items()]
@@ -242,7 +330,7 @@ class EGRSDConfig(GRPOConfig):
         checks += [(_scale, "entropy_scale", {})]
         for check, name, bounds in checks:
             value = getattr(self, name)
-            if value is not None or name not in optional:
+            if value is not None or name not in optional or name in CHOICES:
                 setattr(self, name, check(name, value, **bounds))
         expect(self.tau_low < self.tau_high, "tau_low", self.tau_low, f"less than tau_high = {self.tau_high}")
         Lookahead.checked(self.lookahead, self.lookahead_filter, self.lookahead_decay)
@@ -278,12 +366,13 @@ class EGRSDConfig(GRPOConfig):
         """The settings that a run cannot change and remain the same run, as JSON has them."""
         ours = {f.name for f in fields(self)} - {f.name for f in fields(GRPOConfig)}
         names = ours.difference(SAME_RUN, RENAMED, TEACHER).union(OTHER_RUN)
-        if self.teacher_model_kind == "ema":
+        if self.teacher_model_kind == "ema":  # the checkpoint knows the other kinds
             names |= TEACHER.keys()
         return json.loads(json.dumps({name: getattr(self, name) for name in sorted(names) if hasattr(self, name)}))
 
     def gamma_at(self, step: int, max_steps: int) -> float:
         """γ of the optimizer step after ``step`` finished ones, in a run of ``max_steps``."""
+        assert self.gamma is not None  # settle has put in its default
         if self.gamma_end is None:  # a constant schedule
             return self.gamma
         done = min(step / max(self.gamma_steps or max_steps, 1), 1.0)

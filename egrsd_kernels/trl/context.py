@@ -1,6 +1,7 @@
 """What student and teacher read: the rows of the data set, as the chat template renders them, in the model's window."""
 
 import html
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from datasets import Dataset
 
 from egrsd_kernels.rl import Message, teacher_messages
 
+IMAGES = ("images", "image")  # columns of them
+NO_PROMPT = [{"role": "user", "content": ""}]  # as TRL has it
 BATCH = 512  # rows that are tokenised in one call
 # No tokenizer makes more tokens of a byte than this, so short texts need no counting.
 TOKENS_PER_BYTE = 4
@@ -37,11 +40,11 @@ def privileged_conversation(
     return teacher_messages(prompt, solution, template)
 
 
-def check_columns(name: str, dataset: Any, solution_column: str) -> None:
+def check_columns(name: str, dataset: Any, expected: Sequence[str]) -> None:
     """A ValueError where the dataset (or one of several in a mapping) lacks a column. ``name``: the argument's."""
     for part in _parts(dataset):
         columns = getattr(part, "column_names", None)
-        for column in ("prompt", solution_column):
+        for column in expected:
             if columns is not None and column not in columns:
                 raise ValueError(f"{name}: expected a column {column!r}, got {', '.join(columns)}")
 
@@ -50,6 +53,8 @@ def check_rows(name: str, dataset: Any, reader: "Reader") -> None:
     """A ValueError for the first row that ``reader`` refuses, before anything is generated."""
     for part in _parts(dataset):
         if isinstance(part, Dataset):  # a stream is checked as it comes
+            if reader.images and reader.teacher == "teacher_template":  # texts are checked: nothing needs decoding
+                part = part.remove_columns([name for name in IMAGES if name in part.column_names])
             rows = ((f"{name}, row {index}", example) for index, example in enumerate(part))
             while batch := list(islice(rows, BATCH)):
                 reader.read(batch)
@@ -81,8 +86,12 @@ def context_window(config: Any) -> int | None:
 class Reader:
     """Reads rows as generation and the teacher's pass will, and refuses what one of them could not read.
 
-    ``options``: what apply_chat_template gets beside the conversation. ``teacher``: what words the teacher's
-    conversation. ``generated``: a bound on prompt and completion together that generation keeps by itself.
+    ``tokenizer``: a tokenizer, or the processor of a model that reads ``images``. Such prompts may be longer than
+    what is measured here, where each image is a token or so.
+    ``options``: what apply_chat_template gets beside the conversation; ``tools``: and the tools of a row.
+    ``teacher``: what words the teacher's conversation. ``generated``: a bound on prompt and completion together that
+    generation keeps by itself. ``window``: the student's, and the teacher's unless that has one of its own.
+    ``environments``: a row need not have a prompt, they begin with one.
     """
 
     tokenizer: Any
@@ -93,6 +102,10 @@ class Reader:
     completion: int | None
     teacher: str = "teacher_template"
     generated: int | None = None
+    images: bool = False
+    teacher_window: float | None = None
+    tools: Callable[[Mapping[str, Any]], Sequence[Any] | None] = lambda _: None
+    environments: bool = False
 
     def __post_init__(self):
         longest = min(self.completion or 1, self.generated or self.completion or 1)
@@ -107,19 +120,22 @@ class Reader:
         read = []  # (prompt, its text), (the teacher's conversation, its text)
         for name, example in rows:
             try:
-                self._refuse_images(example)
+                if self.environments:
+                    example = {"prompt": NO_PROMPT, **example}
+                if not self.images:
+                    self._refuse_images(example)
                 conversation, prompt = self.conversation_of(example), example["prompt"]
-                text = self._render("prompt", prompt), self._render(self.teacher, conversation)
+                tools = self.tools(example) or None  # some templates write about tools where there is an empty list
+                text = self._render("prompt", prompt, tools), self._render(self.teacher, conversation, tools)
                 self._find_solution(example, conversation, text[1])
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
             read.append(((prompt, text[0]), (conversation, text[1])))
-        if self.window is not None:
-            self._fit(self.window, [name for name, _ in rows], read)
+        self._fit([name for name, _ in rows], read)
         return [conversation for _, (conversation, _) in read]
 
     def _refuse_images(self, example: Mapping[str, Any]) -> None:
-        column = "images" if "images" in example else "image"
+        column = next((name for name in IMAGES if name in example), IMAGES[-1])
         prompt = example.get("prompt")
         parts = [part for message in _messages(prompt) for part in _parts_of(message)]
         if example.get(column, []) != []:
@@ -129,20 +145,18 @@ class Reader:
         else:
             return
         raise ValueError(
-            f"{name}: images need the model's processor, and vision-language training is not supported; "
-            "leave the images out"
+            f"{name}: images need a model that reads them, and its processor as processing_class; leave the images out"
         )
 
-    def _template(self, conversations: list[Any], **options: Any) -> Any:
-        return self.tokenizer.apply_chat_template(
-            conversations, tools=None, add_generation_prompt=True, **options, **self.options
-        )
-
-    def _render(self, name: str, conversation: Any) -> str:
+    def _render(self, name: str, conversation: Any, tools: Sequence[Any] | None) -> str:
         if isinstance(conversation, str):
             return conversation
+        if self.images:
+            conversation = [in_parts(message) for message in conversation]
         try:
-            return self._template([conversation], tokenize=False)[0]
+            return self.tokenizer.apply_chat_template(
+                [conversation], tools=tools, add_generation_prompt=True, tokenize=False, **self.options
+            )[0]
         except Exception as error:  # whatever a template raises
             reason = " ".join(str(error).split()) or type(error).__name__
             roles = ", ".join(str(message.get("role")) for message in _messages(conversation))
@@ -173,19 +187,24 @@ class Reader:
                     f"user message by {self.teacher}"
                 )
 
-    def _fit(self, window: int, names: Sequence[str], read: Sequence[Sequence[tuple[Any, str]]]) -> None:
+    def _fit(self, names: Sequence[str], read: Sequence[Sequence[tuple[Any, str]]]) -> None:
         """A ValueError where a prompt and the completion behind it are longer than the window."""
-        room = window - (self.completion or 1)
-        long = [i for i, row in enumerate(read) if any(len(text.encode()) * TOKENS_PER_BYTE > room for _, text in row)]
-        lengths = (self._lengths([read[i][side][0] for i in long]) for side in (0, 1))
+        student_window = math.inf if self.window is None else self.window
+        windows = student_window, student_window if self.teacher_window is None else self.teacher_window
+        rooms = [window - (self.completion or 1) for window in windows]
+
+        def may_be_long(row: Sequence[tuple[Any, str]]) -> bool:
+            each = zip(row, rooms, strict=True)
+            return any(len(text.encode()) * TOKENS_PER_BYTE > room for (_, text), room in each)
+
+        long = [i for i, row in enumerate(read) if may_be_long(row)]
+        lengths = (self._lengths([read[i][side] for i in long]) for side in (0, 1))
         for i, student, teacher in zip(long, *lengths, strict=True):
             completion = self.completion or 1
             if self.generated is not None:
                 completion = min(completion, max(self.generated - student, 1))
-            for tokens, whose, remedy in (
-                (student, "prompt", "prompt"),
-                (teacher, "teacher's prompt", self.solution_column),
-            ):
+            sides = (student, "prompt", "prompt"), (teacher, "teacher's prompt", self.solution_column)
+            for (tokens, whose, remedy), window in zip(sides, windows, strict=True):
                 if tokens + completion > window:
                     raise ValueError(
                         f"{names[i]}: the {whose} has {tokens} tokens, and with a completion of up to {completion} "
@@ -193,13 +212,13 @@ class Reader:
                         "max_completion_length, or extend the window by rope scaling where the model allows it"
                     )
 
-    def _lengths(self, conversations: list[Any]) -> list[int]:
-        if not conversations:
+    def _lengths(self, read: Sequence[tuple[Any, str]]) -> list[int]:
+        """Tokens of (conversation, its text) pairs. A plain text gets the tokens that a template would have put in."""
+        if not read:
             return []
-        if isinstance(conversations[0], str):
-            ids = self.tokenizer(text=conversations)["input_ids"]
-        else:
-            ids = self._template(conversations, tokenize=True, return_dict=True)["input_ids"]
+        tokenizer = getattr(self.tokenizer, "tokenizer", self.tokenizer)
+        plain = isinstance(read[0][0], str)
+        ids = tokenizer([text for _, text in read], add_special_tokens=plain)["input_ids"]
         return [len(row) for row in ids]
 
 
@@ -208,6 +227,18 @@ def row_name(dataset: str, example: Mapping[str, Any]) -> str:
     messages = list(_messages(example.get("prompt")))
     texts = _texts(messages[-1]) if messages else [str(example.get("prompt"))]
     return f"{dataset}, the row {_beginning(' '.join(texts))}"
+
+
+def in_parts(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The message with its content as a list of parts, which processors' templates read."""
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+
+
+def images_of(conversation: Any) -> list[Any]:
+    """The images in a conversation's parts, in their order."""
+    parts = (part for message in _messages(conversation) for part in _parts_of(message))
+    return [part["image"] for part in parts if isinstance(part, Mapping) and part.get("type") == "image"]
 
 
 def _beginning(text: str) -> str:

@@ -24,17 +24,20 @@ def rollouts_of(
     vocab_size: int,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[Rollout]:
-    """One for each row of a micro-batch, titled where its response was cut off; mask and the stats are (B, T)."""
+    """One for each row of a micro-batch, titled where its response was cut off; mask and the stats are (B, T).
+
+    They have the tokens of the mask: what tools and environments answered is left out.
+    """
     stats = TokenStats(*(value.cpu() for value in stats))
     rollouts = []
-    for row, count in enumerate(mask.bool().sum(1).tolist()):
+    for row, own in enumerate(mask.bool().cpu()):
         prompt = inputs["prompt_ids"][row][inputs["prompt_mask"][row].bool()].tolist()
         rollouts.append(
             Rollout.from_stats(
-                stats,
-                row,
+                TokenStats(*(value[row : row + 1, own] for value in stats)),
+                0,
                 prompt=tokenizer.decode(prompt),
-                tokens=[tokenizer.decode([token]) for token in inputs["completion_ids"][row, :count].tolist()],
+                tokens=[tokenizer.decode([token]) for token in inputs["completion_ids"][row].cpu()[own].tolist()],
                 reward=None if math.isnan(reward := inputs["reward"][row].item()) else reward,
                 advantage=inputs["advantages"][row].item(),
                 reference=inputs["reference"][row],

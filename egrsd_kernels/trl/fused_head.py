@@ -1,14 +1,185 @@
-"""What TRL's constructor does about a model's head, and how it is undone: here the head is read by ``with_head``."""
+"""The forward that TRL takes log p from, ``model(..., labels=labels, fused_lm_head=True)``, by our own pass.
+
+TRL's ``add_fused_lm_head`` gives a model such a forward, and :func:`fuse_head` ours. The head is read where the model
+itself reads it (:func:`egrsd_kernels.with_head`) and proved against the model's own logits at the first such call; all
+before and beside it, a router's loss for example, is the model's own forward.
+"""
+
+from __future__ import annotations
 
 import copy
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import trl.trainer.grpo_trainer
 import trl.trainer.utils
+from torch import Tensor, nn
+from trl.trainer.utils import FusedCausalLMOutput
+
+from egrsd_kernels import Head, VocabularyStatistics, linear_logp, with_head
+from egrsd_kernels.models import ModelError
+from egrsd_kernels.models.reading import InForward
+
+EXTRAS = ("log_sum_sq_probs", "mean_logits", "is_top1")
+OUTPUTS = ("log_probs", "entropy", *EXTRAS)
+IGNORED = -100  # transformers' label of a token without a loss
+_KEPT = "_fused_forwards"
+
+
+def fuse_head(
+    model: nn.Module,
+    temperature: float = 1.0,
+    outputs: Sequence[str] = ("log_probs",),
+    *,
+    entropy_grad: bool = False,
+) -> None:
+    """Give a model the forward that TRL's ``add_fused_lm_head`` would, computed here; in the place of TRL's, if any.
+
+    ``model(**inputs, labels=labels, fused_lm_head=True)`` returns TRL's ``FusedCausalLMOutput``; any other call is the
+    model's own forward, so generation stays as it is. Adapters may be on the model, also on its head, or come later.
+
+    Args:
+        model: a transformers model, below PEFT, DDP and torch.compile. Its head is proved at the first call; a head
+            that is refused is a :class:`egrsd_kernels.ModelError` then.
+        temperature: logits are divided by it.
+        outputs: names of what is made of each token, others are None: "log_probs" (always made), "entropy",
+            "log_sum_sq_probs", "mean_logits", "is_top1".
+        entropy_grad: whether to be ready for a gradient of the entropy, as an entropy bonus has it, from the first call
+            on. Otherwise the backward pass that first brings one takes longer, and later calls are ready.
+
+    The fields, with labels (B, L) of any integer dtype, -100 where there is nothing to learn: float32, in nats, and 0
+    or False where there is no label:
+
+    - loss: -Σ log p / num_items_in_batch, a number of tokens, or that of labels, at least 1; and the weight that the
+      model's config gives it (``router_aux_loss_coef``) times aux_loss.
+    - log_probs, entropy: (B, L - 1), of the labels that follow each token but the last, both differentiable; or (B, L)
+      with ``shift_labels`` (B, L), where label j is what token j predicts.
+    - log_sum_sq_probs, mean_logits, is_top1: shaped alike, without gradient; log Σ p², the mean of the logits over the
+      vocabulary, and (bool) whether the label is the most likely token, the first one of equals.
+    - label_mask: bool, shaped alike, where there is a label.
+    - aux_loss: the model's own, where it returns one.
+
+    Raises:
+        ValueError: outputs has a name that is none of these.
+    """
+    unknown = [name for name in outputs if name not in OUTPUTS]
+    if unknown:
+        raise ValueError(f"outputs: expected names of {', '.join(OUTPUTS)}, got {unknown[0]!r}")
+    take_off_fused_head(model)
+    vars(model)["forward"] = FusedForward(model, temperature, tuple(outputs), entropy_grad)
+
+
+class FusedForward:
+    """A model's ``forward`` that knows ``fused_lm_head``.
+
+    An object, where a closure would hold on to the model: a deep copy of the model gets one that runs the copy, and a
+    pickle brings it back. Accelerate wraps a bound method's ``__func__``: that of this one finds its model's object.
+    """
+
+    def __init__(self, model: Any, temperature: float, outputs: tuple[str, ...], entropy_grad: bool):
+        self.model, self.temperature, self.outputs = model, temperature, outputs
+        self.entropy_grad = entropy_grad
+        self.below: Callable[..., Any] | None = vars(model).get("forward")  # None: the class's
+        kept = vars(model).setdefault(_KEPT, [])
+        self.index = len(kept)
+        kept.append(self)
+
+    def take_off(self) -> None:
+        """Give the model back what is below; this one is its forward."""
+        del self.model.forward
+        if self.below is not None:
+            self.model.forward = self.below
+        kept = vars(self.model)[_KEPT]
+        if kept[-1] is self:  # else the others keep their places
+            kept.pop()
+
+    @property
+    def own(self) -> Callable[..., Any]:
+        """The model's forward without this one."""
+        return self.below or MethodType(type(self.model).forward, self.model)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The model's own: ``generate()`` and Trainer look into it for what the model takes."""
+        return inspect.signature(self.own)
+
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        index = self.index
+
+        def forward(model: nn.Module, *args: Any, **inputs: Any) -> Any:
+            return vars(model)[_KEPT][index](*args, **inputs)
+
+        forward.__signature__ = inspect.signature(type(self.model).forward)  # type: ignore[attr-defined]
+        return forward
+
+    def __call__(self, *args: Any, fused_lm_head: bool = False, **inputs: Any) -> Any:
+        if not fused_lm_head:
+            return self.own(*args, **inputs)
+        named = dict(zip(self.__signature__.parameters, args, strict=False))
+        return self._fused(**named, **inputs)
+
+    def _fused(
+        self,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **inputs: Any,
+    ) -> FusedCausalLMOutput:
+        if labels is None and shift_labels is None:
+            raise ValueError("labels: expected labels or shift_labels beside fused_lm_head=True, got neither")
+
+        def score(hidden: Tensor, head: Head) -> dict[str, Any]:
+            if shift_labels is not None:
+                return self._score(hidden, head, shift_labels, num_items_in_batch)
+            assert labels is not None
+            return self._score(hidden[:, :-1], head, labels[:, 1:], num_items_in_batch)
+
+        try:
+            fields, output = with_head(InForward(self.model, self.own), score, **inputs)
+        except ModelError as refusal:
+            raise ModelError(f"{refusal}; egrsd_kernels.trl.unfuse_heads() leaves the head to TRL") from refusal
+        aux_loss = getattr(output, "aux_loss", None)
+        if isinstance(aux_loss, Tensor):
+            weight = getattr(self.model.config.get_text_config(), "router_aux_loss_coef", 0.0)
+            fields["loss"] = fields["loss"] + weight * aux_loss.to(fields["loss"].device)
+        elif inputs.get("output_router_logits"):
+            raise ModelError(
+                f"model: {type(self.model).__name__}: it returns no load-balancing loss: "
+                "set router_aux_loss_coef to 0 to train without one"
+            )
+        return FusedCausalLMOutput(**fields, aux_loss=aux_loss)
+
+    def _score(self, hidden: Tensor, head: Head, labels: Tensor, count: Tensor | int | None) -> dict[str, Any]:
+        labels = labels.to(hidden.device)  # of a model that is spread over devices
+        mask = labels != IGNORED
+        entropy, extras = "entropy" in self.outputs, [name for name in EXTRAS if name in self.outputs]
+        found = linear_logp(
+            hidden, head, labels, temperature=self.temperature, return_entropy=entropy,
+            entropy_grad=entropy and (self.entropy_grad or "lazy"), extras=extras,
+        )  # fmt: skip
+        if not isinstance(found, VocabularyStatistics):
+            found = VocabularyStatistics(*(found if isinstance(found, tuple) else (found,)))
+        if found.entropy is not None and found.entropy.requires_grad:
+            found.entropy.register_hook(self._entropy_asked)
+        count = mask.sum().clamp(min=1) if count is None else count
+        return {
+            "loss": -found.logp.sum() / (count.to(hidden.device) if isinstance(count, Tensor) else count),
+            "log_probs": found.logp,
+            "entropy": found.entropy,
+            **{name: getattr(found, name) for name in EXTRAS},
+            "label_mask": mask,
+        }
+
+    def _entropy_asked(self, gradient: Tensor | None) -> None:
+        self.entropy_grad |= gradient is not None
+
+
+# ------------------------------------------------------------------------------------------ what TRL does about a head
 
 
 @contextmanager
@@ -31,18 +202,26 @@ def adapters_on_head_allowed() -> Iterator[None]:
 
 
 def take_off_fused_head(model: Any) -> None:
-    """Give a model the forward back that it had before TRL's ``add_fused_lm_head``, which nothing here calls.
+    """Give a model the forward back that it had before :func:`fuse_head` or TRL's ``add_fused_lm_head``.
 
-    With it a deep copy of the model would compute with the original's weights, and a pickle would not come back.
+    With TRL's a deep copy of the model would compute with the original's weights, and a pickle would not come back.
     """
-    while (function := getattr(vars(model).get("forward"), "__func__", None)) is not None and (
-        function.__globals__ is vars(trl.trainer.utils)
-    ):
-        original = inspect.getclosurevars(function).nonlocals["original_forward"]
-        del model.forward
-        # In a copy of a model that had the fused head, the original is still the other model's.
-        owner = original.args[0] if isinstance(original, functools.partial) else getattr(original, "__self__", None)
-        if owner not in (None, model):
-            original = copy.deepcopy(original, {id(owner): model})
-        if original != model.forward:
-            model.forward = original
+    while True:
+        forward = vars(model).get("forward")
+        if isinstance(forward, FusedForward):
+            forward.take_off()
+        elif getattr(getattr(forward, "__func__", None), "__globals__", None) is vars(trl.trainer.utils):
+            _take_off_trls(model)
+        else:
+            return
+
+
+def _take_off_trls(model: Any) -> None:
+    original = inspect.getclosurevars(vars(model)["forward"].__func__).nonlocals["original_forward"]
+    del model.forward
+    # In a copy of a model that had the fused head, the original is still the other model's.
+    owner = original.args[0] if isinstance(original, functools.partial) else getattr(original, "__self__", None)
+    if owner not in (None, model):
+        original = copy.deepcopy(original, {id(owner): model})
+    if original != model.forward:
+        model.forward = original

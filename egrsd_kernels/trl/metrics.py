@@ -3,7 +3,7 @@
 import math
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ def token_metrics(
     gamma: float,
     gate_floor: float,
     clip_eps: float,
-    scale: float,
+    scale: float | Tensor,
     log_vocab: float,
     tau_low: float,
     tau_high: float,
@@ -44,7 +44,7 @@ def token_metrics(
     Args:
         stats: the fields of :class:`egrsd_kernels.TokenStats`, each (N,), of valid tokens only.
         gamma, gate_floor, clip_eps: as in the loss.
-        scale: what entropies were divided by in the gate, nats.
+        scale: what entropies were divided by in the gate, nats: of all, or (N,) of each token.
         log_vocab: log V, what the regimes compare entropies with, nats.
         tau_low, tau_high: the regimes' thresholds.
         sparse_calls: how many calls of the loss with sparse gradients the tokens are of.
@@ -88,6 +88,26 @@ def token_metrics(
             metrics[f"restored/{name}"] = restored[codes == Regime[name.upper()]].mean()
     numbers = torch.stack(list(metrics.values())).tolist()  # one wait for the device
     return dict(zip(metrics, numbers, strict=True)) | {f"regime/{name}": share for name, share in shares.items()}
+
+
+def evidence_metrics(tokens: Mapping[str, Tensor], contexts: Iterable[str]) -> dict[str, float]:
+    """Metrics of tokens whose worth is not EGRSD's: token_advantage/mean and token_advantage/abs_mean, and for each
+    context CONTEXT_entropy/mean (nats) and CONTEXT_abs_log_ratio/mean, |log p_T(y) − log p_S(y)|.
+
+    Args:
+        tokens: (N,) each: student_logp, token_advantage, and CONTEXT_logp and CONTEXT_entropy of the ``contexts``.
+
+    Returns:
+        The metrics; empty without a token.
+    """
+    credit = tokens["token_advantage"]
+    if not credit.numel():
+        return {}
+    metrics = {"token_advantage/mean": credit.mean(), "token_advantage/abs_mean": credit.abs().mean()}
+    for name in contexts:
+        metrics[f"{name}_entropy/mean"] = tokens[f"{name}_entropy"].mean()
+        metrics[f"{name}_abs_log_ratio/mean"] = (tokens[f"{name}_logp"] - tokens["student_logp"]).abs().mean()
+    return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -51,7 +51,7 @@ def without_infinite(rewards: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 
 def excerpt(messages: Any) -> str:
     """The beginning of what the last of ``messages`` says, on one line."""
-    return repr(textwrap.shorten(str(messages[-1]["content"]), 80, placeholder=" …"))
+    return repr(textwrap.shorten(str(messages[-1].get("content")), 80, placeholder=" …"))
 
 
 def _rewards(name: str, returned: Any, count: int) -> list[float]:

@@ -45,14 +45,14 @@ def weights_at_hand(model: nn.Module, device: torch.device) -> bool:
 class Roles:
     """Student and teacher, and how a step reads them.
 
-    ``model``: the student. ``embeddings``: its input embeddings. ``as_teacher``: while what it returns is entered, the
-    model is the teacher. ``read``: the hidden states and the head's tensors, for prompt_ids, prompt_mask,
-    completion_ids and completion_mask. ``vocabulary``: every id below it is a token's.
+    ``model``: the student. ``embeddings``: of a model, its input embeddings. ``as_teacher``: while what it returns is
+    entered, the model that it gives is the teacher. ``read``: a model's hidden states and its head's tensors, for
+    prompt_ids, prompt_mask, completion_ids and completion_mask. ``vocabulary``: every id below it is a token's.
     """
 
     model: nn.Module
-    embeddings: nn.Module
-    as_teacher: Callable[[], AbstractContextManager[None]]
+    embeddings: Callable[[nn.Module], nn.Module]
+    as_teacher: Callable[[], AbstractContextManager[nn.Module]]
     read: Callable[..., tuple[Tensor, ...]]
     vocabulary: int
     pad_token_id: int
@@ -73,24 +73,24 @@ class Roles:
         with self.as_teacher():
             refuse_trained_teacher(self._used(trained))
 
-    def check_padding(self) -> None:
-        """A ModelError where the teacher reads a padded row differently from the same row alone."""
+    def check_padding(self, name: str, reading: Callable[[], AbstractContextManager[nn.Module]]) -> None:
+        """A ModelError where the model of ``reading`` reads a padded row differently from the same row alone."""
 
         def distance(a: Tensor, b: Tensor) -> float:
             return ((a - b).norm(dim=-1) / b.norm(dim=-1)).max().item()
 
-        with self.as_teacher(), torch.no_grad():
-            alone, padded = self._hidden(), self._hidden(PADDING)
+        with reading() as model, torch.no_grad():
+            alone, padded = self._hidden(model), self._hidden(model, PADDING)
             # How far roundings carry in this model: the same row with its embeddings rounded once more.
-            hook = self.embeddings.register_forward_hook(_round_again)
+            hook = self.embeddings(model).register_forward_hook(_round_again)
             try:
-                rounded = self._hidden()
+                rounded = self._hidden(model)
             finally:
                 hook.remove()
         off = distance(padded, alone)
         if not off <= max(NEGLIGIBLE, ROUNDINGS * distance(rounded, alone)):
             raise ModelError(
-                f"model: reads a padded row differently from the same row alone (hidden states off by {off:.1%}); "
+                f"{name}: reads a padded row differently from the same row alone (hidden states off by {off:.1%}); "
                 "generate for one prompt at a time: per_device_train_batch_size * steps_per_generation and "
                 "per_device_eval_batch_size must divide num_generations, without pad_to_multiple_of"
             )
@@ -103,11 +103,11 @@ class Roles:
         for weight in trained.values():
             weight.requires_grad_(True)  # disable_adapter() has just turned it off
         with torch.enable_grad():
-            leaves = {id(leaf) for leaf in _leaves(self.read(*self._row()))}
+            leaves = {id(leaf) for leaf in _leaves(self.read(self.model, *self._row()))}
         return [name for name, weight in trained.items() if id(weight) in leaves]
 
-    def _hidden(self, padding: int = 0) -> Tensor:
-        return self.read(*self._row(padding))[0][0].float()
+    def _hidden(self, model: nn.Module, padding: int = 0) -> Tensor:
+        return self.read(model, *self._row(padding))[0][0].float()
 
     def _row(self, padding: int = 0) -> list[Tensor]:
         """What ``read`` takes of a row of a few tokens; with padding, of a longer one below it too."""

@@ -1,17 +1,64 @@
-"""Who the teacher is: the model without its adapters, or the trained weights of an earlier moment."""
+"""Who the teacher is: the model without its adapters, its trained weights of an earlier moment, or another model."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+import inspect
+import logging
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
+from typing import Any, Protocol
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import is_peft_model, send_to_device
 from torch import Tensor, nn
-from transformers import TrainerCallback
-from trl.trainer.utils import pad
+from transformers import AutoTokenizer, TrainerCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from trl.trainer.utils import create_model_from_path, pad
 
+from egrsd_kernels import head_of
+from egrsd_kernels.models import ModelError
+
+from .calling import Called
+from .context import context_window
 from .errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+class Teacher(Protocol):
+    """Who teaches: a model to read as it is while :meth:`active` is entered, and how a resumed run knows it again."""
+
+    moves: bool
+    """Whether its weights follow the student's."""
+
+    def active(self) -> AbstractContextManager[nn.Module]:
+        """While this is entered, the model that it gives computes as the teacher."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: the weights where they move, else what to recognise them by."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`; a CheckpointError where that is another teacher's."""
+        ...
+
+
+class NoTeacher:
+    """Of a token advantage without one."""
+
+    moves = False
+
+    def active(self) -> AbstractContextManager[nn.Module]:
+        raise ValueError("teacher: there is none without a context")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        _expect_kind(state, ())
 
 
 class AdaptersOff:
@@ -23,12 +70,11 @@ class AdaptersOff:
         self.model = model
 
     @contextmanager
-    def active(self) -> Iterator[None]:
-        """While this is entered, the model computes as the teacher."""
+    def active(self) -> Iterator[nn.Module]:
         flags = {name: (parameter, parameter.requires_grad) for name, parameter in self.model.named_parameters()}
         try:
             with self.model.disable_adapter():
-                yield
+                yield self.model
         finally:
             # On leaving, PEFT turns requires_grad on for whatever is active, frozen or not.
             for name, parameter in self.model.named_parameters():
@@ -40,8 +86,7 @@ class AdaptersOff:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state:
-            raise CheckpointError("teacher_model_kind: the checkpoint was written with another kind of teacher")
+        _expect_kind(state, ())
 
 
 class EarlierWeights:
@@ -52,16 +97,16 @@ class EarlierWeights:
     """
 
     def __init__(self, model: nn.Module, moves: bool):
+        self.model = model
         self.moves = moves
         self.own = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.kept = [parameter.detach().clone() for parameter in self.own]
 
     @contextmanager
-    def active(self) -> Iterator[None]:
-        """While this is entered, the model computes as the teacher."""
+    def active(self) -> Iterator[nn.Module]:
         self._exchange()
         try:
-            yield
+            yield self.model
         finally:
             self._exchange()
 
@@ -79,23 +124,76 @@ class EarlierWeights:
             kept.lerp_(own, rate)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: the weights where they move, else a digest to recognise them by."""
-        return {"kept": self.kept} if self.moves else {"digest": self._digest()}
+        return {"kept": self.kept} if self.moves else {"digest": digest_of(self.kept)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state.keys() != self.state_dict().keys():
-            raise CheckpointError("teacher_model_kind: the checkpoint was written with another kind of teacher")
+        _expect_kind(state, ("kept",) if self.moves else ("digest",))
         if self.moves:
             for kept, saved in zip(self.kept, state["kept"], strict=True):
                 kept.copy_(saved)
-        elif state["digest"] != self._digest():
+        elif state["digest"] != digest_of(self.kept):
             raise CheckpointError("model: not the one that this run began with, so the frozen teacher would differ")
 
+
+class SeparateModel:
+    """A model of its own, which stays as it is: of another size, head, dtype or place, with the student's vocabulary.
+
+    It is whole on each process, is never trained, and no checkpoint holds it. images: it is called with some.
+    """
+
+    moves = False
+
+    def __init__(self, model: nn.Module, images: bool = False):
+        self.model = model.requires_grad_(False).eval()
+        self.images = images
+
+    @contextmanager
+    def active(self) -> Iterator[nn.Module]:
+        yield self.model
+
+    @property
+    def window(self) -> float:
+        """The tokens that it reads at most."""
+        config = getattr(self.model, "config", None)
+        return math.inf if config is None else context_window(config) or math.inf
+
+    @cached_property
     def _digest(self) -> str:
-        # Sums of the bits as whole numbers: the same in any order, so on any number of threads and on any device.
-        bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-        sums = [weight.view(bits[weight.dtype.itemsize]).sum(dtype=torch.int64) for weight in self.kept]
-        return hashlib.sha256(torch.stack(sums).cpu().numpy().tobytes()).hexdigest()
+        return digest_of(self.model.parameters())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"teacher_model": self._digest}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        _expect_kind(state, ("teacher_model",))
+        if state["teacher_model"] != self._digest:
+            raise CheckpointError("teacher_model: not the one that this run began with")
+
+    def prove(self, vocabulary: int) -> None:
+        """A ModelError where its log p cannot be read, a ValueError where it has not ``vocabulary`` logits."""
+        try:
+            head = head_of(Called(self.model, False, self.images))
+        except ModelError as error:
+            raise ModelError(f"teacher_{error}") from error
+        if len(head.weight) != vocabulary:
+            raise ValueError(
+                f"teacher_model: expected {vocabulary} logits, as the student has, got {len(head.weight)}; where the "
+                f"difference is padding, load it yourself and call resize_token_embeddings({vocabulary})"
+            )
+
+
+def _expect_kind(state: Mapping[str, Any], keys: Sequence[str]) -> None:
+    if state.keys() != set(keys):
+        raise CheckpointError("teacher_model_kind: the checkpoint was written with another kind of teacher")
+
+
+def digest_of(weights: Iterable[Tensor]) -> str:
+    """What weights are recognised by; those that accelerate keeps on the disk are left out."""
+    # Sums of the bits as whole numbers: the same in any order, so on any number of threads and on any device.
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    at_hand = (weight.detach() for weight in weights if not weight.is_meta)
+    sums = [weight.view(bits[weight.dtype.itemsize]).sum(dtype=torch.int64).cpu() for weight in at_hand]
+    return hashlib.sha256(torch.stack(sums).numpy().tobytes()).hexdigest()
 
 
 class MoveTeacher(TrainerCallback):
@@ -110,7 +208,7 @@ class MoveTeacher(TrainerCallback):
 
 
 def make_teacher(model: nn.Module, kind: str, sharded: bool, update_rate: float = 1.0) -> AdaptersOff | EarlierWeights:
-    """The teacher that ``teacher_model_kind`` names; sharded: the weights are spread over processes."""
+    """The teacher that ``teacher_model_kind`` makes of the student; sharded: its weights are spread over processes."""
     adapters = is_peft_model(model)
     if kind == "base":
         kind = "adapters_off" if adapters else "frozen"
@@ -126,7 +224,10 @@ def make_teacher(model: nn.Module, kind: str, sharded: bool, update_rate: float 
     if sharded:
         # Sharding replaces the parameters after this point. And FSDP2 keeps the root's gathered after a forward
         # without a backward, so that the student would read the teacher's.
-        raise ValueError(f"teacher_model_kind: {kind!r} is not supported with sharded weights; train adapters")
+        raise ValueError(
+            f"teacher_model_kind: {kind!r} is not supported with sharded weights; "
+            "train adapters, or pass a teacher_model"
+        )
     teacher = EarlierWeights(model, moves=kind != "frozen")
     halves = {str(weight.dtype) for weight in teacher.own if weight.dtype.itemsize < 4}
     if kind == "ema" and update_rate < 1 and halves:
@@ -134,6 +235,100 @@ def make_teacher(model: nn.Module, kind: str, sharded: bool, update_rate: float 
         got = ", ".join(sorted(halves))
         raise ValueError(f"teacher_model_kind: 'ema' expects trained weights in float32, got {got}")
     return teacher
+
+
+def separate_teacher(
+    teacher_model: Any,
+    student: nn.Module,
+    tokenizer: Any,
+    device: torch.device,
+    *,
+    images: bool = False,
+    distributed: bool = False,
+    revision: str | None = None,
+    init_kwargs: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> SeparateModel:
+    """The teacher that ``teacher_model`` is: a model, or the name or path of one.
+
+    Args:
+        student: the model that is trained. tokenizer: what makes its token ids.
+        device: where the teacher goes, unless a device_map has placed it.
+        images: the student reads some.
+        distributed: there are several processes, and each gets a teacher of its own.
+        revision, init_kwargs, trust_remote_code: how a name is loaded; its dtype is the stored one by default.
+
+    Raises:
+        TypeError, ValueError: in one line, for what cannot teach this student.
+    """
+    placed = False
+    if isinstance(teacher_model, (str, os.PathLike)):
+        if is_deepspeed_zero3_enabled():  # from_pretrained would take its weights apart
+            raise ValueError(
+                "teacher_model: under ZeRO-3, expected a model loaded before the config is made, got a name"
+            )
+        name = os.fspath(teacher_model)
+        options: dict[str, Any] = {"dtype": "auto", "trust_remote_code": trust_remote_code}
+        options |= {"revision": revision} if revision is not None else {}
+        options |= {"device_map": None} if distributed else {}
+        options |= init_kwargs or {}
+        placed = options.get("device_map") is not None
+        teacher_model = create_model_from_path(name, **options)
+    elif isinstance(teacher_model, nn.Module):
+        for setting, given in {"teacher_model_init_kwargs": init_kwargs, "teacher_model_revision": revision}.items():
+            if given is not None:
+                raise ValueError(f"{setting}: expected None, as teacher_model is already a model, got {given!r}")
+    else:
+        raise TypeError(f"teacher_model: expected a model, or the name or path of one, got {teacher_model!r}")
+    weights = list(teacher_model.parameters())
+    if any(hasattr(weight, "ds_id") for weight in weights):
+        raise ValueError(
+            "teacher_model: expected a whole model, got one that ZeRO-3 has taken apart: load it before "
+            "the config is made"
+        )
+    if {id(weight) for weight in weights} & {id(weight) for weight in student.parameters()}:
+        raise ValueError(
+            "teacher_model: expected a model of its own, got one that shares weights with the student; "
+            "of the student itself teacher_model_kind makes a teacher"
+        )
+    if images and "pixel_values" not in inspect.signature(teacher_model.forward).parameters:
+        raise ValueError(
+            "teacher_model: expected a model that reads images, as the student does, got one that does not"
+        )
+    _check_tokenizer(teacher_model, tokenizer, revision, trust_remote_code)
+    if getattr(teacher_model, "hf_device_map", None) is None:
+        if not placed:
+            teacher_model.to(device)
+        teacher_model.register_forward_pre_hook(_to_its_device, with_kwargs=True)
+    return SeparateModel(teacher_model, images)
+
+
+def _to_its_device(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """What a model is called with, beside its weights; over several devices accelerate spreads it."""
+    return send_to_device((args, kwargs), next(model.parameters()).device)
+
+
+def _check_tokenizer(model: Any, tokenizer: Any, revision: str | None, trust_remote_code: bool) -> None:
+    """A ValueError where the tokenizer that lies beside the teacher means other tokens by the same ids."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    try:
+        if not name:
+            raise OSError("the model has no name")
+        other = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        logger.warning(
+            f"teacher_model: that its tokenizer is the student's is not checked, as none was found: {reason}"
+        )
+        return
+    ours, theirs = getattr(tokenizer, "tokenizer", tokenizer).get_vocab(), other.get_vocab()
+    if ours != theirs:
+        token, index = sorted(ours.items() ^ theirs.items(), key=lambda item: (item[1], item[0]))[0]
+        whose = "the student's" if ours.get(token) == index else "the teacher's"
+        raise ValueError(
+            f"teacher_model: expected the student's tokenizer, got one where id {index} is another: "
+            f"{token!r} is in {whose}"
+        )
 
 
 def refuse_trained_teacher(names: Sequence[str]) -> None:

@@ -1,23 +1,28 @@
 """EGRSD and CL-EGRSD (arXiv 2605.13255) in TRL: :class:`EGRSDTrainer`.
 
-Generation, reward functions, logging, checkpoints and Accelerate stay GRPOTrainer's. What is ours hangs on a few of its
-methods, each the narrowest that does the job:
+Generation, reward functions, the loss, logging, checkpoints and Accelerate stay GRPOTrainer's. What is ours hangs on a
+few of its methods, each the narrowest that does the job:
 
-    __init__                          refuse what the loss cannot honour; prove the model's head
-    _calculate_rewards                no infinite reward; length-shaped reward; remember those of all processes
-    _generate_and_score_completions   Welford advantages; one teacher pass over the fresh rollouts
-    _prepare_inputs                   the loss's normaliser and entropy scale, over an optimizer step and all processes
-    _compute_loss                     fused_egrsd_loss where the model would make logits; metrics; export of rollouts
-    log                               tokens per second begin anew
+    __init__                              refuse what token credit cannot honour; prove the model's head
+    _calculate_rewards                    no infinite reward; length-shaped reward; remember those of all processes
+    _generate_and_score_completions       Welford advantages; one teacher pass over the fresh rollouts
+    _prepare_inputs                       entropy scale and normaliser, over an optimizer step and all processes
+    _get_per_token_logps_and_entropies    log p without logits, for student, reference and teacher; token advantages
+    _compute_loss                         TRL's on those, or fused_egrsd_loss; metrics; export of rollouts
+    log                                   tokens per second begin anew
     train                             which run goes on, in which folder
     _save_rng_state, _load_rng_state  everything else that a bit-exact resume needs
     _get_train_sampler                the same order of prompts after a resume
 
-The teacher's log p and entropy of each rollout token are (B, T) tensors made once, when the rollout is made. They ride
-through TRL's buffer like its own old_per_token_logps: a teacher batch is never kept, and several passes over the same
-rollouts cost one teacher pass.
+The teacher's log p and entropy of each rollout token are (B, T) tensors, made once in each context, when the rollout is
+made, and named after it: teacher_logp, teacher_entropy. They ride through TRL's buffer like its own
+old_per_token_logps: a teacher batch is never kept, and several passes over the same
+rollouts cost one teacher pass. The token advantage Â = A · w · ω is made anew in each of them, with w against the log p
+of the policy as it is then: in a rollout's second update w asks whether the teacher still is further along in the
+direction of A, while TRL's ratio π/π_old accounts for what the first update has done.
 """
 
+import copy
 import functools
 import inspect
 import logging
@@ -29,14 +34,15 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object, is_peft_model, send_to_device
-from torch import Tensor
+from torch import Tensor, nn
 from trl import GRPOTrainer
+from trl.trainer.utils import FusedCausalLMOutput, pad
 
-from egrsd_kernels import TokenStats, fused_egrsd_loss, head_of, token_statistics, with_head
-from egrsd_kernels.credit import Lookahead, batch_max, lookahead_entropy
+from egrsd_kernels import Head, TokenStats, fused_egrsd_loss, head_of, linear_logp, token_statistics, with_head
+from egrsd_kernels.credit import ENTROPY_SCALES
 from egrsd_kernels.models.places import tensors_of
 from egrsd_kernels.models.proof import evaluating
-from egrsd_kernels.rl import TWO_TURN, Message, WelfordAdvantage, length_shaped_reward
+from egrsd_kernels.rl import TWO_TURN, Message, TokenAdvantage, WelfordAdvantage, length_shaped_reward
 from egrsd_kernels.rollouts import Rollout, write_rollouts
 
 from .calling import Called, in_training, inputs_of
@@ -51,19 +57,36 @@ from .checkpoint import (
     write_state,
 )
 from .config import EGRSDConfig
-from .context import Reader, check_columns, check_rows, context_window, privileged_conversation, row_name
+from .context import Reader, check_columns, check_rows, context_window, images_of, privileged_conversation, row_name
+from .evidence import evidence_of, learned, peak_entropy, signals_of
 from .export import rollout_file, rollouts_of
 from .fused_head import adapters_on_head_allowed, take_off_fused_head
-from .metrics import peak_memory_gib, token_metrics
+from .methods import Context, contexts_of, function_of, teacher_model_of
+from .metrics import evidence_metrics, peak_memory_gib, token_metrics
 from .rewards import LARGEST, checked, excerpt, without_infinite
 from .roles import Roles, check_trained, weights_at_hand
-from .teacher import AdaptersOff, EarlierWeights, MoveTeacher, make_teacher, pad_prompts
+from .teacher import (
+    AdaptersOff,
+    EarlierWeights,
+    MoveTeacher,
+    NoTeacher,
+    SeparateModel,
+    Teacher,
+    make_teacher,
+    pad_prompts,
+    separate_teacher,
+)
 
 logger = logging.getLogger(__name__)
+IGNORED = -100  # a label that is not scored
+# What TRL's batches hold of images for the model, and which tokens are theirs.
+MODEL_IMAGES = ("pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes",
+                "image_position_ids")  # fmt: skip
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 
 
 class EGRSDTrainer(GRPOTrainer):
-    """GRPOTrainer with the EGRSD loss.
+    """GRPOTrainer with EGRSD's token advantages.
 
     The dataset needs a column ``prompt`` (conversations) and one with the reference solution as text, which the teacher
     reads and the student never does. The tokenizer's chat template renders both, with ``chat_template_kwargs`` (for
@@ -72,7 +95,14 @@ class EGRSDTrainer(GRPOTrainer):
     Args:
         model, reward_funcs, args, datasets, and further keywords: as GRPOTrainer's; args is an :class:`EGRSDConfig`.
         teacher_template: messages that follow the prompt in the teacher's conversation, ``{solution}`` where the
-            solution goes. For anything else override :meth:`teacher_prompt`.
+            solution goes.
+        contexts: in the place of that, by name, functions from a row of the dataset to the teacher's messages. The
+            teacher reads each rollout once in every context. Only a ``token_advantage`` of one's own reads several.
+        token_advantage: what a token is worth, a function of an :class:`egrsd_kernels.rl.TokenEvidence`. Default: the
+            one that ``args`` names.
+        teacher_model: a model of its own as the teacher, or the name or path of one: larger, or with a head, a dtype or
+            a device_map of its own. It has the student's vocabulary. Default: the one that ``args`` names, if any, else
+            what teacher_model_kind makes of the student.
 
     Raises:
         TypeError, ValueError: in one line that names the setting, argument, column or row.
@@ -94,21 +124,34 @@ class EGRSDTrainer(GRPOTrainer):
         eval_dataset: Any = None,
         *,
         teacher_template: Sequence[Message] = TWO_TURN,
+        contexts: Mapping[str, Context] | None = None,
+        token_advantage: TokenAdvantage | None = None,
+        teacher_model: Any = None,
         **kwargs: Any,
     ):
         args = EGRSDConfig("egrsd") if args is None else args
         if not isinstance(args, EGRSDConfig):
             raise TypeError(f"args: expected an EGRSDConfig, got {type(args).__name__}")
-        if not reward_funcs:
+        self._token_advantage = function_of(args, token_advantage)
+        self._contexts = contexts_of(args, token_advantage is not None, contexts, self.teacher_prompt)
+        teacher_model = teacher_model_of(args, teacher_model, bool(self._contexts))
+        if contexts is not None and teacher_template is not TWO_TURN:
+            raise ValueError("teacher_template: expected none beside contexts, which word all that the teacher reads")
+        if self._token_advantage is not None and args.rollout_steps:
+            why = "0, as a token_advantage of one's own has no gate to show"
+            raise ValueError(f"rollout_steps: expected {why}, got {args.rollout_steps}")
+        environments = kwargs.get("environment_factory") is not None
+        if not reward_funcs and not environments:
             raise ValueError("reward_funcs: expected at least one reward function")
-        for index, reward in enumerate(reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]):
+        listed = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs else []
+        for index, reward in enumerate(listed):
             if inspect.isclass(reward) or not (callable(reward) or isinstance(reward, str)):
                 raise TypeError(f"reward_funcs[{index}]: expected a function or a model, got {reward!r}")
-        for name in ("tools", "environment_factory", "rollout_func"):
-            if kwargs.get(name) is not None:
-                raise ValueError(f"{name}: not supported, the teacher would not see what it adds to the prompt")
         if (getattr(model, "_tp_size", None) or 1) > 1:
             raise ValueError("model: expected one that is whole on each process, tensor parallelism is not supported")
+        adapters = kwargs.get("peft_config") is not None or (isinstance(model, nn.Module) and is_peft_model(model))
+        if args.sync_ref_model and adapters:
+            raise ValueError("sync_ref_model: expected False with adapters, whose reference is no model of its own")
         datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         if isinstance(train_dataset, Sized):  # else TRL would train nothing, and say nothing
             prompts = args.generation_batch_size // args.num_generations
@@ -120,33 +163,45 @@ class EGRSDTrainer(GRPOTrainer):
         for part in eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset]:
             if isinstance(part, Sized) and not len(part) and args.eval_strategy != "no":
                 raise ValueError("eval_dataset: expected at least 1 row, got 0")
+        columns = [] if environments else ["prompt"]
+        if contexts is None and self._contexts:
+            columns.append(args.solution_column)
+            if train_dataset is None:
+                raise ValueError(f"train_dataset: expected rows with a column {args.solution_column!r}, got None")
         for name, dataset in datasets.items():
-            check_columns(name, dataset, args.solution_column)
+            check_columns(name, dataset, columns)
         with adapters_on_head_allowed():
             super().__init__(model, reward_funcs, args, **datasets, **kwargs)
         if self.get_tp_size() > 1:
             raise ValueError("deepspeed: expected autotp_size 1, tensor parallelism is not supported")
         if self.processing_class.chat_template is None:
-            raise ValueError("processing_class: expected a tokenizer with a chat template, which this model's has not")
-        if self._is_vlm:
-            raise ValueError("model: vision-language models are not supported")
+            kind = "processor" if self._is_vlm else "tokenizer"
+            raise ValueError(f"processing_class: expected a {kind} with a chat template, which this model's has not")
         check_trained(self.model, self.optimizer)
+        # GSPO-token reaches TRL's loss through π_old: see _put_token_advantages.
+        self.importance_sampling_level = "token"
         self._teacher_template = teacher_template
-        for name, dataset in datasets.items():
-            check_rows(name, dataset, self._reader)
-
         take_off_fused_head(self.model.get_base_model() if is_peft_model(self.model) else self.model)
         zero_stage = getattr(self.accelerator.state.deepspeed_plugin, "zero_stage", 0)
         self._sharded = self.is_fsdp_enabled or zero_stage == 3
-        kind, rate = self.args.teacher_model_kind, self.args.teacher_update_rate  # EGRSDConfig has put in the defaults
-        self.teacher = make_teacher(self.model, kind, self._sharded, rate)
+        if self._sharded and args.sync_ref_model:
+            raise ValueError(
+                "sync_ref_model: not supported with sharded weights, a checkpoint would lack the reference"
+            )
+        self.teacher = self._make_teacher(teacher_model)
+        for name, dataset in datasets.items():
+            for reader in self._readers.values():
+                check_rows(name, dataset, reader)
         if isinstance(self.teacher, EarlierWeights) and self.teacher.moves:
             self.add_callback(MoveTeacher(self.teacher))
         self._proved = False
         if not self._sharded and weights_at_hand(self.model, self.accelerator.device):
             self._prove()
         self.welford = WelfordAdvantage(args.welford_warmup_steps)
-        self._step_stats: list[Tensor] = []  # (fields of TokenStats, valid tokens) of the optimizer step so far
+        self._in_loss: dict[str, Any] | None = None  # the batch of the loss of TRL's that is being made
+        self._signals: dict[str, Tensor] = {}  # of that batch
+        # Signals and entropy scale (valid tokens,) of the optimizer step's micro-batches so far.
+        self._step_signals: list[dict[str, Tensor]] = []
         self._step_aux: list[Tensor] = []  # load-balancing losses, one a micro-batch
         self._step_rollouts: list[Rollout] = []
         self._export_failed = False
@@ -155,19 +210,46 @@ class EGRSDTrainer(GRPOTrainer):
         self._named_infinite: set[str] = set()
         self.add_callback(EndAtMaxSteps())
         self._identity = identity(
-            self.model, self.reward_func_names, self.train_dataset, args.solution_column, teacher_template
+            self.model,
+            self.reward_func_names,
+            self.train_dataset,
+            columns,
+            teacher_template if contexts is None and self._contexts else self._contexts,
+            token_advantage,
         )
         self._pace: dict[str, list] = {}  # by mode: tokens since the last log, and when their first step began
 
+    def _make_teacher(self, teacher_model: Any) -> Teacher:
+        args = self.args
+        if not self._contexts:
+            return NoTeacher()
+        if teacher_model is not None:
+            return separate_teacher(
+                teacher_model,
+                self.model,
+                self.processing_class,
+                self.accelerator.device,
+                images=self._is_vlm,
+                distributed=self.accelerator.num_processes > 1,
+                revision=args.teacher_model_revision,
+                init_kwargs=args.teacher_model_init_kwargs,
+                trust_remote_code=args.trust_remote_code,
+            )
+        # EGRSDConfig has put in the defaults.
+        return make_teacher(self.model, args.teacher_model_kind, self._sharded, args.teacher_update_rate)
+
     def _prove(self) -> None:
         """Run the model on a few tokens: what we compute is what it computes, and each has its role."""
-        called = Called(self.model, self.aux_loss_enabled)
+        called = Called(self.model, self.aux_loss_enabled, self._is_vlm)
         with self.accelerator.autocast(), in_training(self.model):
             head = head_of(called)
         if head.low_rank is not None and isinstance(self.teacher, AdaptersOff):  # whose head is another
             with self.accelerator.autocast(), self._as_teacher():
                 head_of(called)
         self._vocab_size = getattr(head.weight, "ds_shape", head.weight.shape)[0]  # ZeRO-3 has taken the rows away
+        if isinstance(self.teacher, SeparateModel):
+            with self.accelerator.autocast():
+                self.teacher.prove(self._vocab_size)
         self._check_roles()
         self._proved = True
 
@@ -175,10 +257,10 @@ class EGRSDTrainer(GRPOTrainer):
         """A ValueError where the student trains nothing, or the teacher depends on what is trained or on padding."""
         roles = Roles(
             model=self.model,
-            embeddings=self.accelerator.unwrap_model(self.model).get_input_embeddings(),
+            embeddings=lambda model: self.accelerator.unwrap_model(model).get_input_embeddings(),
             as_teacher=self._as_teacher,
-            read=lambda *row: self._read(lambda hidden, head: (hidden, *tensors_of(head)), self.model, *row)[0],
-            vocabulary=min(self._vocab_size, len(self.processing_class)),
+            read=lambda *row: self._read(lambda hidden, head: (hidden, *tensors_of(head)), *row)[0],
+            vocabulary=min(self._vocab_size, len(self._tokenizer)),
             pad_token_id=self._pad_token_id,
             device=self.accelerator.device,
         )
@@ -187,7 +269,11 @@ class EGRSDTrainer(GRPOTrainer):
             if isinstance(self.teacher, AdaptersOff):
                 roles.check_adapters_off()
         if self._may_pad:
-            roles.check_padding()
+            if not isinstance(self.teacher, (AdaptersOff, EarlierWeights)):  # which are the student's architecture
+                roles.check_padding("model", self._as_student)
+            if self._contexts:
+                name = "teacher_model" if isinstance(self.teacher, SeparateModel) else "model"
+                roles.check_padding(name, self._as_teacher)
 
     @property
     def _may_pad(self) -> bool:
@@ -214,8 +300,7 @@ class EGRSDTrainer(GRPOTrainer):
         rewards, infinite = without_infinite(rewards, weights)
         self._name_infinite(as_returned, infinite, prompts, completions)
         if self.args.length_beta:
-            lengths = torch.tensor([len(ids) for ids in completion_ids_list], device=rewards.device)
-            lengths = self.accelerator.gather(lengths)
+            lengths = self.accelerator.gather(torch.tensor(self._lengths, device=rewards.device))
             bonus = length_shaped_reward(
                 torch.ones_like(lengths), lengths, self.max_completion_length, self.args.length_beta
             )
@@ -259,34 +344,67 @@ class EGRSDTrainer(GRPOTrainer):
     # ------------------------------------------------------------------------------------------------------- teacher
 
     def teacher_prompt(self, example: Mapping[str, Any]) -> list[dict[str, str]]:
-        """The teacher's conversation for one row of the dataset. Override it for another context."""
+        """The teacher's conversation for one row of the dataset. Override it for another context.
+
+        The row's ``prompt`` is what generation was given: with its images in the content's parts, and with what an
+        environment says first.
+        """
         return privileged_conversation(example, self.args.solution_column, self._teacher_template)
 
     @property
-    def _reader(self) -> Reader:
+    def _readers(self) -> dict[str, Reader]:
+        """By context, what reads and checks a row; without a teacher, one under no name for the student's prompt."""
         overridden = type(self).teacher_prompt is not EGRSDTrainer.teacher_prompt
-        return Reader(
-            self.processing_class,
-            {"chat_template": self.chat_template, **self.chat_template_kwargs},
-            self.teacher_prompt,
-            self.args.solution_column,
-            context_window(self.model.config),
-            self.max_completion_length,
-            "teacher_prompt" if overridden else "teacher_template",
-            self.args.vllm_max_model_length if self.use_vllm and self.vllm_mode == "colocate" else None,
-        )
+        own = "teacher_prompt" if overridden else "teacher_template"
+        words = {name: own if function == self.teacher_prompt else name for name, function in self._contexts.items()}
+        return {
+            name: Reader(
+                self.processing_class,
+                {"chat_template": self.chat_template, **self.chat_template_kwargs},
+                self._contexts.get(name, lambda example: example["prompt"]),
+                self.args.solution_column,
+                context_window(self.model.config),
+                self.max_completion_length,
+                word,
+                self.args.vllm_max_model_length if self.use_vllm and self.vllm_mode == "colocate" else None,
+                self._is_vlm,
+                self.teacher.window if isinstance(self.teacher, SeparateModel) else None,
+                self._tools_of,
+                self.environment_factories is not None,
+            )
+            for name, word in (words or {"": own}).items()
+        }
+
+    def _tools_of(self, example: Mapping[str, Any]) -> Sequence[Any] | None:
+        """The tools that the row's prompt is rendered with."""
+        if self.environment_factories is None:
+            return self.tools
+        name = example.get("environment") if self._multi_environment else None
+        if name not in self._env_tools:
+            known = ", ".join(map(str, self._env_tools))
+            raise ValueError(f"environment: expected one of {known}, as environment_factory has them, got {name!r}")
+        return self._env_tools[name]
 
     @property
     def _pad_token_id(self) -> int:
-        return self.processing_class.pad_token_id
+        return self._tokenizer.pad_token_id
 
     @contextmanager
-    def _as_teacher(self) -> Iterator[None]:
-        """The model with the teacher's weights, without dropout and gradient checkpointing."""
-        with evaluating(self.model), self.teacher.active():
-            yield
+    def _as_student(self) -> Iterator[nn.Module]:
+        """The model as it is, without dropout and gradient checkpointing."""
+        with evaluating(self.model):
+            yield self.model
 
-    def _read(self, function: Callable, model, prompt_ids, prompt_mask, completion_ids, completion_mask, router=False):
+    @contextmanager
+    def _as_teacher(self) -> Iterator[nn.Module]:
+        """The teacher, without dropout and gradient checkpointing."""
+        with evaluating(self.model), self.teacher.active() as teacher:
+            yield teacher
+
+    def _read(
+        self, function: Callable, model, prompt_ids, prompt_mask, completion_ids, completion_mask, *, router=False,
+        **images,
+    ):  # fmt: skip
         """(function(hidden, head), output), with the (B, T, D) hidden states that predict the completion's tokens."""
         ids, mask = torch.cat([prompt_ids, completion_ids], dim=1), torch.cat([prompt_mask, completion_mask], dim=1)
         # Prompts are padded on the left, so every completion begins in the same column and is predicted one column
@@ -294,65 +412,154 @@ class EGRSDTrainer(GRPOTrainer):
         rows = slice(-completion_ids.shape[1] - 1, -1)
         with self.accelerator.autocast():
             return with_head(
-                model, lambda hidden, head: function(hidden[:, rows], head), **inputs_of(ids, mask, router)
+                model,
+                lambda hidden, head: function(hidden[:, rows], head),
+                **inputs_of(ids, mask, router, self._is_vlm),
+                **images,
             )
 
     @torch.no_grad()
-    def _statistics(self, prompt_ids, prompt_mask, completion_ids, completion_mask, mask, size: int):
+    def _statistics(self, model, prompt_ids, prompt_mask, completion_ids, completion_mask, mask, size: int, **images):
         """log p and entropy (B, T) of the completion's tokens, from the model as it is now, ``size`` rows at a time."""
-        parts = []
-        for rows in torch.arange(len(completion_ids), device=completion_ids.device).split(size):
-            statistics = functools.partial(
-                token_statistics,
-                target_ids=completion_ids[rows],
-                mask=mask[rows],
-                temperature=self.temperature,
-                backend=self.args.backend,
-                chunk_bytes=self.args.chunk_mib << 20,
-            )
-            batch = (x[rows] for x in (prompt_ids, prompt_mask, completion_ids, completion_mask))
-            out, _ = self._read(statistics, self.model, *batch)
-            parts.append((out.logp, out.entropy))
-        return tuple(torch.cat(x) for x in zip(*parts, strict=True))
+        ids, attended = torch.cat([prompt_ids, completion_ids], dim=1), torch.cat([prompt_mask, completion_mask], dim=1)
+        logp, entropy, _ = self._get_per_token_logps_and_entropies(
+            model, ids, attended, completion_ids.shape[1], size, compute_entropy=True, **images
+        )
+        return tuple(x.to(mask.device).masked_fill(mask == 0, 0) for x in (logp, entropy))
 
     def _rows_at_a_time(self) -> int:
         train = self._mode == "train"
         return self.args.per_device_train_batch_size if train else self.args.per_device_eval_batch_size
 
-    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *_, **__):
-        # TRL asks for the student's log p of fresh rollouts. Only vLLM's importance ratio needs it: the loss has none.
-        logps = entropies = None
-        if self.use_vllm and self.vllm_importance_sampling_correction:
-            cut = slice(None, -logits_to_keep), slice(-logits_to_keep, None)
-            batch = [x[:, part] for part in cut for x in (input_ids, attention_mask)]
-            logps, entropies = self._statistics(*batch, batch[3], self._rows_at_a_time())
-        return logps, entropies, None
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        """TRL's, in front of ``model`` as we read it: TRL cuts batches into parts, and images with them."""
+
+        def read(input_ids, attention_mask, labels, fused_lm_head, output_router_logits=False, **images):
+            parts = (x.tensor_split([-logits_to_keep], dim=1) for x in (input_ids, attention_mask, labels))
+            ids, attended, (_, labels) = parts
+            row = ids[0], attended[0], ids[1], attended[1]
+            (logp, entropy), output = self._read(
+                functools.partial(self._score, labels), model, *row, router=output_router_logits, **images
+            )
+            aux_loss = output.aux_loss if output_router_logits else None
+            return FusedCausalLMOutput(log_probs=logp, entropy=entropy, aux_loss=aux_loss)
+
+        found = super()._get_per_token_logps_and_entropies(
+            read, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+        )
+        if self._in_loss is not None:
+            self._put_token_advantages(self._in_loss, found[0].detach())
+        return found
+
+    def _score(self, labels: Tensor, hidden: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+        """log p and entropy (B, T) of labels (B, T) where they are not -100; entropies differentiable for a bonus."""
+        labels = labels.to(hidden.device)  # a device_map may have placed the head elsewhere
+        mask = labels != IGNORED
+        options = {
+            "target_ids": labels.masked_fill(~mask, 0),
+            "mask": mask,
+            "temperature": self.temperature,
+            "backend": self.args.backend,
+            "chunk_bytes": self.args.chunk_mib << 20,
+        }
+        if not torch.is_grad_enabled():
+            found = token_statistics(hidden, head, **options)
+            return found.logp, found.entropy
+        scored: Any = linear_logp(  # its type depends on return_entropy
+            hidden,
+            head,
+            **options,
+            return_entropy=True,
+            entropy_grad=self._entropy_bonus_enabled,
+            keep_bytes=options["chunk_bytes"],
+            grad_mode=self.args.grad_mode,
+            sparse_tol=self.args.sparse_tol,
+        )
+        return scored
 
     def _generate_and_score_completions(self, inputs):
         if not self._proved:  # weights that were elsewhere at construction
             self._prove()
         # A stream's rows are seen here first, so they are checked before anything is generated.
-        conversations = self._reader.read([(row_name(f"{self._mode}_dataset", example), example) for example in inputs])
+        names = [row_name(f"{self._mode}_dataset", example) for example in inputs]
+        for reader in self._readers.values():
+            reader.read(list(zip(names, inputs, strict=True)))
         output = super()._generate_and_score_completions(inputs)
         start = self.accelerator.process_index * len(inputs)
         ours = slice(start, start + len(inputs))
         if self.args.advantage == "welford":
             output["advantages"] = self._welford_advantages()[ours]
-        size = self._rows_at_a_time()
-        prompts = self._tokenize_prompts(conversations)[0]
-        batch = [
-            x.to(self.accelerator.device) for x in pad_prompts(prompts, self._pad_token_id, self.pad_to_multiple_of)
-        ]
-        with self._as_teacher():
-            output["teacher_logp"], output["teacher_entropy"] = self._statistics(
-                *batch, output["completion_ids"], output["completion_mask"], output["completion_mask"], size
-            )
+        output["reward"] = self._rewards[ours]
+        given = [{**example, "prompt": prompt} for example, prompt in zip(inputs, self._given, strict=True)]
+        completion = output["completion_ids"], output["completion_mask"], learned(output)
+        for context in self._contexts:
+            prompts, images = self._teacher_prompts(context, names, given, output)
+            batch = [
+                x.to(self.accelerator.device) for x in pad_prompts(prompts, self._pad_token_id, self.pad_to_multiple_of)
+            ]
+            with self._as_teacher() as teacher:
+                output[f"{context}_logp"], output[f"{context}_entropy"] = self._statistics(
+                    teacher, *batch, *completion, self._rows_at_a_time(), **images
+                )
         if self.args.rollout_steps:
-            output["reward"] = self._rewards[ours]
-            output["reference"] = [example[self.args.solution_column] for example in inputs]
+            output["reference"] = [example.get(self.args.solution_column) for example in inputs]
             ends = {*self.eos_token_ids, self._pad_token_id}
             output["truncated"] = [not ids or ids[-1] not in ends for ids in self._responses]
         return output
+
+    def _generate(self, prompts):
+        found = super()._generate(prompts)
+        prompt_ids, responses, own, *_, tool_images = found
+        # With the rows' images, and what environments say first. The teacher's prompt is made from these.
+        self._given = prompts
+        self._lengths = [len(ids) for ids in responses] if own is None else [sum(mask) for mask in own]
+        if any(tool_images):
+            raise ValueError("tools: expected answers without images, which the teacher could not read")
+        if self.rollout_func is not None and self._contexts:
+            rendered = self._tokenize_prompts(copy.deepcopy(prompts))[0]
+            for prompt, ids, expected in zip(prompts, prompt_ids, rendered, strict=True):
+                if list(ids) != list(expected):
+                    raise ValueError(
+                        "rollout_func: expected prompt_ids as the chat template renders them, since the teacher's are "
+                        f"made from the same messages, got others for {excerpt(prompt)}"
+                    )
+        return found
+
+    def _teacher_prompts(
+        self, context: str, names: list[str], rows: list[dict[str, Any]], output: dict[str, Any]
+    ) -> tuple[list[list[int]], dict[str, Any]]:
+        """A context's prompts as token ids, and what TRL's pass over them takes of images: the student's, there."""
+        reader = self._readers[context]
+        conversations = reader.read(list(zip(names, rows, strict=True)))
+        prompts, _, fields = self._tokenize_prompts(conversations)
+        if not self._is_vlm:
+            return prompts, {}
+        for name, row, conversation, ids in zip(names, rows, conversations, prompts, strict=True):
+            expected, found = images_of(row["prompt"]), images_of(conversation)
+            if len(expected) != len(found) or any(a is not b for a, b in zip(expected, found, strict=True)):
+                raise ValueError(
+                    f"{name}: {reader.teacher}: expected the {len(expected)} images of the prompt in their order, "
+                    f"got {len(found)}, or others"
+                )
+            window = reader.window if reader.teacher_window is None else reader.teacher_window
+            room = (window or math.inf) - output["completion_ids"].shape[1]
+            if len(ids) > room:
+                raise ValueError(
+                    f"{name}: the teacher's prompt has {len(ids)} tokens with its images, and the window has room for "
+                    f"{room} before the completion; shorten it, or take smaller images"
+                )
+        images = {key: output[key] for key in (*MODEL_IMAGES, "num_images", "num_tiles") if key in output}
+        for key in TOKEN_TYPES:  # of the prompt's tokens, where images are; the student's are of its own
+            if key in output:
+                types = pad(
+                    [torch.as_tensor(row) for row in fields[key]],
+                    padding_value=0,
+                    padding_side="left",
+                    pad_to_multiple_of=self.pad_to_multiple_of,
+                ).to(output[key])
+                completion = types.new_zeros(output["completion_ids"].shape)
+                images[key] = torch.cat([types, completion], dim=1)
+        return prompts, images
 
     # ---------------------------------------------------------------------------------------------------------- loss
 
@@ -361,50 +568,94 @@ class EGRSDTrainer(GRPOTrainer):
         buffered = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         if self._mode == "eval":
-            self._measure_steps([inputs], 1)
+            self._measure_steps([inputs])
         elif self._buffered_inputs is not buffered:
-            self._measure_steps(self._buffered_inputs, self.args.gradient_accumulation_steps)
+            self._measure_steps(self._buffered_inputs)
         return inputs
 
-    def _measure_steps(self, batches: list[dict[str, Any]], accumulation: int) -> None:
-        """Put the normaliser and the entropy scale of its optimizer step into each micro-batch.
+    def _measure_steps(self, batches: list[dict[str, Any]]) -> None:
+        """Put the entropy scale of its optimizer step, and the direct loss's normaliser, into each micro-batch.
 
         Both are taken over the step's micro-batches on all processes: the loss is then the same however a step's
-        rollouts are cut up.
+        rollouts are cut up. Where a generation does not hold whole steps, its micro-batches are one group.
         """
         local = torch.stack([self._amount_and_peak(batch) for batch in batches])
         every = self.accelerator.gather(local[None])  # (processes, batches, 2)
-        for start in range(0, len(batches), accumulation):
-            step = every[:, start : start + accumulation]
+        accumulation = self.args.gradient_accumulation_steps
+        size = len(batches) if len(batches) % accumulation else accumulation
+        for start in range(0, len(batches), size):
+            group = every[:, start : start + size]
+            scale = group[..., 1].max().clamp(min=self.args.min_entropy_scale)
             # DDP, FSDP and DeepSpeed average gradients over processes: hence the division.
-            normalizer = step[..., 0].sum().clamp(min=1) / self.accelerator.num_processes
-            scale = step[..., 1].max().clamp(min=self.args.min_entropy_scale)
-            for batch in batches[start : start + accumulation]:
-                batch["normalizer"], batch["entropy_scale"] = normalizer.float(), scale.float()
+            normalizer = group[..., 0].sum().clamp(min=1) / self.accelerator.num_processes
+            for batch in batches[start : start + size]:
+                batch["entropy_scale"] = scale.float()
+                if self._direct:
+                    batch["normalizer"] = normalizer.float()
 
     def _amount_and_peak(self, batch: dict[str, Any]) -> Tensor:
         """(2,) float64 of one micro-batch: what it adds to the normaliser, and its entropy scale in nats."""
-        entropy, mask = batch["teacher_entropy"], batch["completion_mask"].bool()  # entropy is 0 where masked
-        scale = self.args.entropy_scale
-        if scale == "batch_max":
-            peak = batch_max(entropy)
-        elif scale == "batch_max_lookahead":
-            rows, width = mask.shape
-            last = torch.arange(rows, device=mask.device).repeat_interleave(width) * width + width - 1
-            window = Lookahead(self.args.lookahead, self.args.lookahead_filter, self.args.lookahead_decay)
-            peak = batch_max(lookahead_entropy(entropy.flatten(), mask.flatten(), last, window))
+        mask, scale = learned(batch), self.args.entropy_scale
+        if scale in ENTROPY_SCALES:
+            peak = peak_entropy(batch, self._contexts, self.args)
         else:
-            peak = entropy.new_tensor(math.log(self._vocab_size) if scale == "log_vocab" else scale)
+            peak = torch.tensor(math.log(self._vocab_size) if scale == "log_vocab" else scale, device=mask.device)
         dr_grpo = self.args.loss_type == "dr_grpo"
-        amount = entropy.new_tensor(len(mask) * self.max_completion_length) if dr_grpo else mask.sum()
+        amount = torch.tensor(len(mask) * self.max_completion_length, device=mask.device) if dr_grpo else mask.sum()
         return torch.stack([amount.double(), peak.double()])
 
+    def _put_token_advantages(self, inputs: dict[str, Any], student_logp: Tensor) -> None:
+        """Put Â (B, T), a constant, into the batch of TRL's loss, which reads it after the policy's log p."""
+        advantages = inputs.pop("sequence_advantages")
+        evidence = evidence_of(inputs, advantages, student_logp, self._contexts, self.args, self.gamma)
+        self._signals = signals_of(evidence, self._token_advantage)
+        inputs["advantages"] = self._signals["token_advantage"]
+        old = inputs.get("old_per_token_logps")
+        if self.args.importance_sampling_level == "sequence_token" and old is not None:
+            # GSPO-token: π/π_old of each token is the sequence's as a number, and π's own as a gradient.
+            mask = learned(inputs)
+            log_ratio = ((student_logp - old) * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+            inputs["old_per_token_logps"] = student_logp - log_ratio
+
+    @property
+    def _direct(self) -> bool:
+        return self.args.direct and self._token_advantage is None
+
     def _compute_loss(self, model, inputs):
-        mask, advantages = inputs["completion_mask"].bool(), inputs["advantages"]
+        loss, signals = (self._direct_loss if self._direct else self._trl_loss)(model, inputs)
+        mask = learned(inputs)
+        signals["entropy_scale"] = inputs["entropy_scale"].expand(mask.shape)
+        self._step_signals.append({name: values[mask] for name, values in signals.items()})
+        step = self.state.global_step + 1
+        export = self._mode == "train" and self.args.rollout_steps and step % self.args.rollout_steps == 0
+        if export:
+            stats = TokenStats(*(signals[name] for name in TokenStats._fields))
+            self._step_rollouts += rollouts_of(inputs, mask, stats, step, self._vocab_size, self._tokenizer)
+        if self._mode == "eval" or self.accelerator.sync_gradients:  # the step's last micro-batch
+            self._log_step()
+            if export:
+                self._write_rollouts(step)
+        return loss
+
+    def _trl_loss(self, model, inputs) -> tuple[Tensor, dict[str, Tensor]]:
+        """TRL's loss of a batch whose advantages are Â. The batch itself stays: it may serve another update."""
+        batch = {name: value for name, value in inputs.items() if name != "advantages"}  # read too early, it is missed
+        batch["sequence_advantages"] = inputs["advantages"]
+        self._in_loss = batch
+        try:
+            loss = super()._compute_loss(model, batch)
+        finally:
+            self._in_loss = None
+        signals, self._signals = self._signals, {}
+        return loss, signals
+
+    def _direct_loss(self, model, inputs) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same with the gradient in the loss's own pass: see :attr:`EGRSDConfig.direct`."""
+        args, mask, advantages = self.args, learned(inputs), inputs["advantages"]
+        (context,) = self._contexts
         ratio = inputs.get("importance_sampling_ratio")
         if ratio is not None:  # vLLM's correction; it is not negative, so it leaves sign(A) alone
             advantages = (advantages[:, None] * ratio).expand(mask.shape)
-        args = self.args
 
         def loss_of(hidden, head):
             return fused_egrsd_loss(
@@ -414,8 +665,8 @@ class EGRSDTrainer(GRPOTrainer):
                 inputs["completion_ids"],
                 advantages,
                 mask=mask,
-                teacher_logp=inputs["teacher_logp"],
-                teacher_entropy=inputs["teacher_entropy"],
+                teacher_logp=inputs[f"{context}_logp"],
+                teacher_entropy=inputs[f"{context}_entropy"],
                 gamma=self.gamma,
                 gate_floor=args.gate_floor,
                 lookahead=args.lookahead,
@@ -435,48 +686,28 @@ class EGRSDTrainer(GRPOTrainer):
 
         keys = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
         batch = (inputs[key] for key in keys)
-        (loss, stats), output = self._read(loss_of, model, *batch, router=self.aux_loss_enabled)
-        self._step_stats.append(torch.stack(stats)[:, mask])
+        images = {key: inputs[key] for key in (*MODEL_IMAGES, *TOKEN_TYPES) if key in inputs}
+        (loss, stats), output = self._read(loss_of, model, *batch, router=self.aux_loss_enabled, **images)
         if self.aux_loss_enabled:
             # As TRL weighs it: the mean over micro-batches, whatever their tokens.
             accumulation = self.current_gradient_accumulation_steps if self._mode == "train" else 1
             loss = loss + self.router_aux_loss_coef * output.aux_loss / accumulation
             self._step_aux.append(output.aux_loss.detach())
-        step = self.state.global_step + 1
-        export = self._mode == "train" and args.rollout_steps and step % args.rollout_steps == 0
-        if export:
-            self._step_rollouts += rollouts_of(inputs, mask, stats, step, self._vocab_size, self.processing_class)
-        if self._mode == "eval" or self.accelerator.sync_gradients:  # the step's last micro-batch
-            self._log_step(inputs["entropy_scale"].item())
-            if export:
-                self._write_rollouts(step)
-        return loss
+        return loss, stats._asdict()
 
-    def _log_step(self, scale: float) -> None:
+    def _log_step(self) -> None:
         """Metrics of one optimizer step, exact over its micro-batches and processes, into TRL's own averages."""
-        calls = len(self._step_stats) * self.accelerator.num_processes
-        local = torch.cat(self._step_stats, dim=1).T.contiguous()
-        self._step_stats.clear()
-        # Processes hold different numbers of tokens; padding is told from tokens by an infinite entropy.
+        calls = len(self._step_signals) * self.accelerator.num_processes
+        names = list(self._step_signals[0])
+        local = torch.stack([torch.cat([signals[name] for signals in self._step_signals]) for name in names], dim=1)
+        self._step_signals.clear()
+        # Processes hold different numbers of tokens; padding is told from tokens by an infinite log p.
         local = self.accelerator.pad_across_processes(local, dim=0, pad_index=math.inf)
         every = self.accelerator.gather(local).T
-        stats = TokenStats(*every[:, every[TokenStats._fields.index("teacher_entropy")] != math.inf])
-        metrics = token_metrics(
-            stats._asdict(),
-            gamma=self.gamma,
-            gate_floor=self.args.gate_floor,
-            clip_eps=self.args.clip_eps,
-            scale=scale,
-            log_vocab=math.log(self._vocab_size),
-            tau_low=self.args.tau_low,
-            tau_high=self.args.tau_high,
-            sparse_calls=0 if self.args.grad_mode == "exact" else calls,
-        )
+        tokens = dict(zip(names, every[:, every[names.index("student_logp")] != math.inf], strict=True))
+        metrics = self._token_metrics(tokens, calls)
         memory = torch.tensor([peak_memory_gib(self.accelerator.device)], device=self.accelerator.device)
-        metrics |= {
-            "gamma": self.gamma,
-            "peak_memory_gib": self.accelerator.gather(memory).max().item(),
-        }
+        metrics["peak_memory_gib"] = self.accelerator.gather(memory).max().item()
         if self._step_aux:
             metrics["aux_loss"] = self.accelerator.gather(torch.stack(self._step_aux)).mean().item()
             self._step_aux.clear()
@@ -484,8 +715,25 @@ class EGRSDTrainer(GRPOTrainer):
             self._metrics[self._mode][name].append(value)
         # TRL logs a mean over steps, of which only some generate: hence one value, of all tokens and all the time.
         pace = self._pace[self._mode]
-        pace[0] += len(stats.gate)
+        pace[0] += len(tokens["student_logp"])
         self._metrics[self._mode]["tokens_per_second"] = [pace[0] / (time.perf_counter() - pace[1])]
+
+    def _token_metrics(self, tokens: Mapping[str, Tensor], calls: int) -> dict[str, float]:
+        """Metrics of ``tokens``: by name, (N,) each, the signals and the entropy scale of ``calls`` micro-batches."""
+        args = self.args
+        if "gate" not in tokens:
+            return evidence_metrics(tokens, self._contexts)
+        return {"gamma": self.gamma} | token_metrics(
+            tokens,
+            gamma=self.gamma,
+            gate_floor=args.gate_floor,
+            clip_eps=args.clip_eps,
+            scale=tokens["entropy_scale"],
+            log_vocab=math.log(self._vocab_size),
+            tau_low=args.tau_low,
+            tau_high=args.tau_high,
+            sparse_calls=calls if self._direct and args.grad_mode == "sparse" else 0,
+        )
 
     def log(self, *args, **kwargs):
         super().log(*args, **kwargs)
@@ -542,6 +790,8 @@ class EGRSDTrainer(GRPOTrainer):
             "welford": self.welford.state_dict(),
             "teacher": self.teacher.state_dict(),
         }
+        if self.args.sync_ref_model:  # it moves, and TRL does not save it
+            state["reference"] = self.ref_model.state_dict()
         write_state(self.args, output_dir, self._settings, state)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
@@ -560,6 +810,8 @@ class EGRSDTrainer(GRPOTrainer):
             state = read_state(self.args, checkpoint)
             self.teacher.load_state_dict(state["teacher"])
             self.welford.load_state_dict(state["welford"])
+            if self.args.sync_ref_model and "reference" in state:  # else the run has changed, and it begins here
+                self.ref_model.load_state_dict(state["reference"])
             self._metrics["train"].update(state["metrics"])
             self._buffered_inputs = send_to_device(state["rollouts"], self.accelerator.device)
             self._step = state["step"]

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from egrsd_kernels.backends import Needs, no_statistics
+from egrsd_kernels.backends import Needs, VocabularyStatistics, no_statistics
 from egrsd_kernels.backends import triton as triton_backend
 from egrsd_kernels.head import Head
 from egrsd_kernels.rows import Rows
@@ -75,18 +75,19 @@ class Case:
         return logp.detach(), entropy.detach(), z.logsumexp(-1).detach(), gradients
 
     def statistics(self):
-        out = no_statistics(self.targets.numel(), self.hidden)
+        found = no_statistics(self.targets.numel(), self.hidden)
+        out = VocabularyStatistics(*found)
         triton_backend.statistics(
             self.head, self.temperature, self.hidden, self.targets, self.rows, out, CHUNK_BYTES
         )  # fmt: skip
-        return out
+        return found
 
     def student_pass(self, needs=(True, True, True), chunk_bytes=CHUNK_BYTES, factor=None):
         logp = torch.zeros(self.targets.numel(), device=DEVICE)
         needs = Needs(*needs[:2], needs[2] and self.head.bias is not None)
         finish = triton_backend.student_pass(
-            self.head, self.temperature, self.hidden, self.targets, self.rows, logp, lambda *_: self.gradient, needs,
-            chunk_bytes,
+            self.head, self.temperature, self.hidden, self.targets, self.rows, VocabularyStatistics(logp),
+            lambda *_: self.gradient, needs, chunk_bytes,
         )  # fmt: skip
         return logp, finish(factor)
 

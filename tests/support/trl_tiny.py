@@ -128,13 +128,13 @@ OPTIONS = {
 def make(path, peft=True, cls=EGRSDTrainer, config=EGRSDConfig, callbacks=(), **options) -> tuple[EGRSDTrainer, Logs]:
     """A trainer of ``cls`` and its logs. Keywords that a config does not know go to the trainer."""
     arguments = {"model": tiny_model(), "reward_funcs": correct, "train_dataset": dataset()}
+    arguments["processing_class"] = tokenizer()
     fields = config.__dataclass_fields__
     arguments |= {name: options.pop(name) for name in list(options) if name not in fields}
     known = {name: value for name, value in (OPTIONS | options).items() if name in fields}
     logs = Logs()
     run = cls(
         args=config(str(path), **known),
-        processing_class=tokenizer(),
         peft_config=LORA if peft else None,
         callbacks=[logs, *callbacks],
         **arguments,

@@ -21,7 +21,7 @@ from torch import Tensor
 from egrsd_kernels.head import Head
 from egrsd_kernels.rows import Rows
 
-from ..protocol import Credit, EntropyGradient, Finish, Gradients, Kept, Needs, Statistics
+from ..protocol import Credit, EntropyGradient, Finish, Gradients, Kept, Needs, VocabularyStatistics
 from ..sparsity import Sparse
 from .common import ROW_TILE, interpreted
 from .credit import lookahead_entropy, token_credit
@@ -31,7 +31,7 @@ from .kept import KeptPass
 from .plan import ceil_div, kept_plan
 from .sparse import SparseGradients
 from .tuning import machine
-from .vocab import VocabPass
+from .vocab import VocabPass, Wanted
 
 __all__ = ["keep", "lookahead_entropy", "statistics", "student_pass", "takes", "token_credit"]
 
@@ -46,50 +46,51 @@ def takes(hidden: Tensor) -> bool:
 
 
 def statistics(
-    head: Head, temperature: float, hidden: Tensor, target_ids: Tensor, rows: Rows, out: Statistics, chunk_bytes: int
-) -> None:
+    head: Head, temperature: float, hidden: Tensor, target_ids: Tensor, rows: Rows, out: VocabularyStatistics,
+    chunk_bytes: int,
+) -> None:  # fmt: skip
     """See :meth:`..protocol.Backend.statistics`."""
     n = len(rows.order)
     if n:
         chunk = Chunk(head, temperature, min(STATISTICS_ROWS, ceil_div(n, ROW_TILE) * ROW_TILE), machine(head.weight))
-        vocab = VocabPass(chunk)
+        vocab = VocabPass(chunk, Wanted.of(out))
         for first_row in range(0, n, chunk.rows):
             chunk.gather(hidden, target_ids, rows, first_row)
-            vocab.statistics(rows.order[first_row:], *out)
+            vocab.statistics(rows.order[first_row:], out)
 
 
 def student_pass(
-    head: Head, temperature: float, hidden: Tensor, target_ids: Tensor, rows: Rows, logp: Tensor, credit: Credit,
-    needs: Needs, chunk_bytes: int, sparse: Sparse | None = None, entropy: Tensor | None = None,
+    head: Head, temperature: float, hidden: Tensor, target_ids: Tensor, rows: Rows, out: VocabularyStatistics,
+    credit: Credit, needs: Needs, chunk_bytes: int, sparse: Sparse | None = None,
     entropy_gradient: EntropyGradient | None = None,
 ) -> Finish:  # fmt: skip
     """See :meth:`..protocol.Backend.student_pass`."""
     n = target_ids.numel()
     if not n:
         return _zeros(head, hidden, needs)
-    problem, returned = (head, temperature, hidden, machine(head.weight), chunk_bytes, needs), entropy is not None
+    problem, wanted = (head, temperature, hidden, machine(head.weight), chunk_bytes, needs), Wanted.of(out)
     if sparse is None:
-        work = ExactGradients(*problem, n, returned, entropy_gradient)
-        return work_through(work, hidden, target_ids, rows, n, logp, credit, entropy)
-    return work_through(SparseGradients(*problem, sparse, returned), hidden, target_ids, rows, n, logp, credit, entropy)
+        work = ExactGradients(*problem, n, wanted, entropy_gradient)
+        return work_through(work, hidden, target_ids, rows, n, out, credit)
+    return work_through(SparseGradients(*problem, sparse, wanted), hidden, target_ids, rows, n, out, credit)
 
 
 def work_through(
-    work: ExactGradients | SparseGradients, hidden: Tensor, target_ids: Tensor, rows: Rows, n: int, logp: Tensor,
-    credit: Credit, entropy: Tensor | None = None,
+    work: ExactGradients | SparseGradients, hidden: Tensor, target_ids: Tensor, rows: Rows, n: int,
+    out: VocabularyStatistics, credit: Credit,
 ) -> Finish:  # fmt: skip
     """The first n rows, chunk by chunk."""
     for first_row in range(0, n, work.chunk.rows):
         order = rows.order[first_row:]
         work.chunk.gather(hidden, target_ids, rows, first_row)
-        work.forward(order, logp, entropy)
+        work.forward(order, out)
         work.backward(order, credit(first_row, work.chunk.rows))
     return work.finish()
 
 
 def keep(
     head: Head, temperature: float, hidden: Tensor, target_ids: Tensor, rows: Rows,
-    out: Statistics, needs: Needs, entropy_gradient: bool, keep_bytes: int, chunk_bytes: int,
+    out: VocabularyStatistics, needs: Needs, entropy_gradient: bool, keep_bytes: int, chunk_bytes: int,
 ) -> Kept:  # fmt: skip
     """See :meth:`..protocol.Backend.keep`."""
     if not target_ids.numel():
@@ -117,9 +118,12 @@ def keep(
             del product
             passed.forget()  # the others' exponentials take the memory
         again = needed.index_fill(0, first.order.long(), False)
-        work = ExactGradients(head, temperature, hidden, how, chunk_bytes, needs, left, False, of_entropy, sums)
+        known = VocabularyStatistics(torch.zeros_like(gradient))
+        work = ExactGradients(
+            head, temperature, hidden, how, chunk_bytes, needs, left, Wanted.of(known), of_entropy, sums
+        )
         left_rows = Rows.build(again, again)
-        return work_through(work, hidden, target_ids, left_rows, left, torch.zeros_like(gradient), lambda *_: gradient)
+        return work_through(work, hidden, target_ids, left_rows, left, known, lambda *_: gradient)
 
     return kept
 

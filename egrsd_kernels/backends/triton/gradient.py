@@ -26,13 +26,13 @@ import triton.language as tl
 
 from egrsd_kernels.head import Head
 
-from ..protocol import EntropyGradient, Finish, Gradients, Needs
+from ..protocol import EntropyGradient, Finish, Gradients, Needs, VocabularyStatistics
 from ..scaling import scaled
 from .common import PRECISION, ROW_TILE, Machine, interpreted, load_tile, tiled
 from .entropy import make_entries, make_slopes
 from .gather import Chunk
 from .plan import MAX_SPLITS, PARTIAL_STEPS, Plan, ceil_div, chunk_plan
-from .vocab import StoringPass
+from .vocab import NOTHING, StoringPass, Wanted
 
 REDUCE_ROWS = 8
 SLOTS = 128
@@ -353,7 +353,7 @@ class ChunkGradients:
         e, self.logits = self.vocab.exponentials, self.vocab.logits
         self.exponentials = e
         self.others, self.total, self.factor, self.entry, self.head_factor = chunk.floats(5, chunk.rows)
-        self.moment = chunk.floats(chunk.rows) if len(self.vocab.sums) == 2 else None
+        self.moment = chunk.floats(chunk.rows) if self.vocab.wanted.moment else None
         self.slope = None if self.vocab.what == "exponentials" else chunk.floats(4, chunk.rows)
         self.aim(out_hidden, plan.partial_tiles)
         self.head_product = HeadProduct(chunk, e, chunk.hidden, chunk.row_counts, first_column) if head else None
@@ -368,17 +368,17 @@ class ChunkGradients:
                 self.chunk.tiled(self.exponentials, c.rows, c.depth), self.chunk.tiled(weight, c.depth, c.cols)
             )  # fmt: skip
 
-    def forward(self, order: torch.Tensor, logp: torch.Tensor, entropy=None, logsumexp=None) -> None:
-        """Write log p (nats) of row i at order[i] of ``logp`` (N,), and leave E, S and the products E W behind.
+    def forward(self, order: torch.Tensor, out: VocabularyStatistics) -> None:
+        """Write ``out`` of row i at order[i], and leave E, S and the products E W behind.
 
-        entropy, logsumexp: (N,), written as well, where the pass keeps the sums for them; or None.
+        out: what the pass keeps sums for; a logsumexp only beside entropies.
 
         The target's logit is the first choice of offset, known before the pass: e^(z - z_y) sums to 1/p_y, which a
         sampled token keeps far from float32's and bfloat16's largest number. Should a row reach 2^100 all the same, the
         chunk is done again with the exact logsumexp as offset; whether that happens is decided on the device. float16
         has no room for 1/p_y, so there the stored value is always p * 2^shift, but for logits.
         """
-        chunk, out = self.chunk, (logp, entropy, logsumexp)
+        chunk = self.chunk
         exact = chunk.row_counts
         if chunk.hidden.dtype != torch.float16 or self.vocab.what == "logits":
             self._attempt(chunk.row_counts, order, out, retry=chunk.retry)
@@ -390,7 +390,7 @@ class ChunkGradients:
         """The same of rows with known entropies, for dL/dlogp, ``gradient`` (N,): E holds the entries of dL/dz."""
         chunk = self.chunk
         make_slopes(gradient, of_entropy, None, order, chunk.row_counts, chunk.offset, self.slope, self.shift)
-        self._attempt(chunk.row_counts, order, (None,) * 3)
+        self._attempt(chunk.row_counts, order, None)
 
     def turn(self, order: torch.Tensor, gradient: torch.Tensor, of_entropy: EntropyGradient) -> None:
         """Of stored logits make the entries of dL/dz in E."""
@@ -479,30 +479,30 @@ class Outputs(NamedTuple):
 class ExactGradients:
     """Log p and gradients of ``n`` rows, one ``chunk`` after another, in the order that these are gathered in.
 
-    hidden: all hidden states, (B, T, D). needs: which gradients will be asked for. entropy: whether entropies are.
+    hidden: all hidden states, (B, T, D). needs: which gradients will be asked for. wanted: what is beside log p.
     of_entropy: what the loss takes of entropies that are known; log p is not made then.
     begun: the gradients of other rows, to be added to.
     """
 
     def __init__(
         self, head: Head, temperature: float, hidden: torch.Tensor, how: Machine, chunk_bytes: int, needs: Needs,
-        n: int, entropy: bool = False, of_entropy: EntropyGradient | None = None, begun: Outputs | None = None,
+        n: int, wanted: Wanted = NOTHING, of_entropy: EntropyGradient | None = None, begun: Outputs | None = None,
     ):  # fmt: skip
         V, D = head.weight.shape
         shape = ceil_div(n, ROW_TILE), V, D, hidden.dtype.itemsize
-        plan = chunk_plan(*shape, how, chunk_bytes, needs, sums=1 + entropy, alone=begun is None)
+        plan = chunk_plan(*shape, how, chunk_bytes, needs, sums=wanted.stored, alone=begun is None)
         chunk = self.chunk = Chunk(head, temperature, plan.rows, how)
         # All rows in one chunk: its product is the whole gradient, so it waits for the factor and is rounded to the
         # head's dtype on its way out. That spares a float32 gradient, more memory than the chunk that waits.
         self.out = Outputs.of(head, hidden, needs, whole=n <= plan.rows) if begun is None else begun
         self.needs, self.of_entropy, self.begun = needs, of_entropy, begun is not None
-        stored = StoringPass(chunk, plan.slice_tiles, "exponentials" if of_entropy is None else "gradient", entropy)
+        stored = StoringPass(chunk, plan.slice_tiles, "exponentials" if of_entropy is None else "gradient", wanted)
         self.gradients = ChunkGradients(chunk, plan, self.out.hidden, needs.head, needs.first_column, stored)
 
-    def forward(self, order: torch.Tensor, logp: torch.Tensor, entropy: torch.Tensor | None = None) -> None:
-        """Write log p and entropies (nats) of row i of the chunk at order[i] of ``logp`` and ``entropy`` (N,)."""
+    def forward(self, order: torch.Tensor, out: VocabularyStatistics) -> None:
+        """Write what is wanted of row i of the chunk at order[i] of ``out``."""
         if self.of_entropy is None:
-            self.gradients.forward(order, logp, entropy)
+            self.gradients.forward(order, out)
 
     def backward(self, order: torch.Tensor, gradient: torch.Tensor) -> None:
         """Make of dL/dlogp, ``gradient`` (N,) float32, the gradients of the chunk."""

@@ -8,12 +8,12 @@ from torch import Tensor
 from egrsd_kernels.head import Head
 from egrsd_kernels.rows import Rows
 
-from ..protocol import EntropyGradient, Needs, Statistics
+from ..protocol import EntropyGradient, Needs, VocabularyStatistics
 from .common import Machine
 from .gather import Chunk
 from .gradient import ChunkGradients, HeadProduct, Outputs
 from .plan import Plan
-from .vocab import StoringPass
+from .vocab import StoringPass, Wanted
 
 
 class KeptPass:
@@ -27,23 +27,23 @@ class KeptPass:
 
     def __init__(
         self, head: Head, temperature: float, hidden: Tensor, target_ids: Tensor, rows: Rows, n: int, how: Machine,
-        plan: Plan, needs: Needs, entropy_gradient: bool, out: Statistics,
+        plan: Plan, needs: Needs, entropy_gradient: bool, out: VocabularyStatistics,
     ):  # fmt: skip
-        """Write ``out`` of the rows."""
+        """Write ``out`` of the rows, entropies among it."""
         self.rows, self.plan, self.needs = rows, plan, needs
         self.matrix = hidden.new_empty(n, plan.slice_tiles * how.configs.vocab.cols)
         self.hidden = hidden.new_empty(n if needs.head else plan.rows, hidden.shape[-1])
         self.chunks: list[ChunkGradients] = []
-        what = "logits" if entropy_gradient else "exponentials"
+        what, wanted = "logits" if entropy_gradient else "exponentials", Wanted.of(out)
         for first_row in range(0, n, plan.rows):
             part = slice(first_row, min(first_row + plan.rows, n))
             size = part.stop - part.start
             chunk = Chunk(head, temperature, size, how, self.hidden[part if needs.head else slice(size)])
             memory = self.matrix[part].view(torch.uint8).view(-1)
-            stored = StoringPass(chunk, plan.slice_tiles, what, moment=True, memory=memory)
+            stored = StoringPass(chunk, plan.slice_tiles, what, wanted, memory)
             gradients = ChunkGradients(chunk, Plan(size, plan.slice_tiles, 0), None, needs.head, stored=stored)
             chunk.gather(hidden, target_ids, rows, first_row)
-            gradients.forward(rows.order[first_row:], *out)
+            gradients.forward(rows.order[first_row:], out)
             gradients.let_go()
             self.chunks.append(gradients)
 

@@ -11,13 +11,13 @@ import torch
 
 from egrsd_kernels.head import Head
 
-from ...protocol import Finish, Needs
+from ...protocol import Finish, Needs, VocabularyStatistics
 from ...sparsity import Sparse
 from ..common import ROW_TILE, Machine
 from ..gather import Chunk
 from ..gradient import ChunkGradients, Outputs, finishing
 from ..plan import Plan, ceil_div
-from ..vocab import StoringPass
+from ..vocab import NOTHING, StoringPass, Wanted
 from . import certify
 from .lists import add_rows, add_to_head, sort_entries
 from .plan import SparsePlan, sparse_plan
@@ -32,22 +32,23 @@ class SparseGradients:
     """Log p and gradients of all rows, one ``chunk`` after another, in the order that these are gathered in.
 
     hidden: all hidden states, (B, T, D). needs: which gradients will be asked for. sparse: takes what tokens drop.
-    entropy: whether entropies are asked for.
+    wanted: what is asked for beside log p.
     """
 
     def __init__(
         self, head: Head, temperature: float, hidden: torch.Tensor, how: Machine, chunk_bytes: int, needs: Needs,
-        sparse: Sparse, entropy: bool = False,
+        sparse: Sparse, wanted: Wanted = NOTHING,
     ):  # fmt: skip
         (V, D), n = head.weight.shape, hidden.shape[0] * hidden.shape[1]
-        plan = sparse_plan(ceil_div(n, ROW_TILE), V, D, hidden.dtype.itemsize, how, chunk_bytes, needs)
+        shape = ceil_div(n, ROW_TILE), V, D, hidden.dtype.itemsize
+        plan = sparse_plan(*shape, how, chunk_bytes, needs, wanted.stored)
         chunk = self.chunk = Chunk(head, temperature, plan.rows, how)
         self.hidden, self.sparse, self.trained = hidden[..., needs.first_column :], sparse, needs.head
         self.d_hidden = hidden.new_zeros(hidden.shape) if needs.hidden else None
         self.d_weight = chunk.floats(V, D - needs.first_column).zero_() if needs.weight else None
         self.d_bias = chunk.floats(V).zero_() if needs.bias else None
         tiles = ceil_div(V, chunk.configs.vocab.cols)
-        stored = StoringPass(chunk, tiles, moment=entropy)
+        stored = StoringPass(chunk, tiles, wanted=wanted)
         self.stored_pass = ChunkGradients(chunk, Plan(chunk.rows, tiles, 0), None, head=False, stored=stored)
         whole = Plan(plan.reserve, tiles, plan.partial_tiles)
         outputs = self.d_hidden, self.d_weight, self.d_bias
@@ -60,9 +61,9 @@ class SparseGradients:
         self.listed, self.end = self.ints.new_empty(2, plan.listed), 0
         self.first_of = torch.arange(chunk.rows, dtype=torch.int32, device=hidden.device) * plan.entries
 
-    def forward(self, order: torch.Tensor, logp: torch.Tensor, entropy: torch.Tensor | None = None) -> None:
-        """Write log p (nats) of row i at order[i] of ``logp`` (N,), and its entropy; leave exponentials behind."""
-        self.stored_pass.forward(order, logp, entropy)
+    def forward(self, order: torch.Tensor, out: VocabularyStatistics) -> None:
+        """Write what is wanted of row i of the chunk at order[i] of ``out``; leave exponentials behind."""
+        self.stored_pass.forward(order, out)
 
     def backward(self, order: torch.Tensor, gradient: torch.Tensor) -> None:
         """Turn dL/dlogp, ``gradient`` (N,) float32 up to the chunk's last row, into its sparse rows' gradients."""

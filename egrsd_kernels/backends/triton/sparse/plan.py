@@ -31,12 +31,14 @@ class SparsePlan:
 
 @functools.lru_cache(maxsize=1024)
 def sparse_plan(
-    row_tiles: int, vocabulary: int, hidden_size: int, itemsize: int, machine: Machine, budget: int, needs: Needs
-) -> SparsePlan:
+    row_tiles: int, vocabulary: int, hidden_size: int, itemsize: int, machine: Machine, budget: int, needs: Needs,
+    sums: int = 1,
+) -> SparsePlan:  # fmt: skip
     """The largest chunks within ``budget`` bytes (or the smallest), and the reserve that goes with them.
 
     The gradient of a head in float32, which chunks add up in, is beside that budget; and what it will take in a 16-bit
-    dtype, once they are done, is theirs until then. needs: which gradients will be asked for.
+    dtype, once they are done, is theirs until then. needs: which gradients will be asked for. sums: how many a row and
+    tile of the vocabulary leave.
     """
     entries, cols = MOST_ENTRIES[needs.head], machine.configs.vocab.cols
     col_tiles = ceil_div(vocabulary, cols)
@@ -58,7 +60,8 @@ def sparse_plan(
         stored = (col_tiles * cols + hidden_size) * itemsize + 4 * col_tiles
         kept = (SORT_BYTES if needs.head else 8) * plan.listed * entries
         partial = 4 * plan.partial_tiles * machine.configs.hidden.rows * machine.configs.hidden.cols
-        return (plan.rows + plan.reserve) * (stored + 64) + 4 * plan.rows * col_tiles + kept + partial
+        tiles = 4 * plan.rows * col_tiles * sums  # one for where entries are looked for, and the chunk's further sums
+        return (plan.rows + plan.reserve) * (stored + 64) + tiles + kept + partial
 
     most = min(row_tiles, budget // (2 * ROW_TILE * vocabulary * itemsize))
     return next((found for found in map(plan, range(most, 1, -1)) if buffers(found) <= budget), plan(1))

@@ -1,0 +1,144 @@
+"""What each token's log p is worth: one function from a rollout's statistics and rewards to (B, T).
+
+    grpo, reinforce    Â = A              :func:`sequence_advantage`, no teacher
+    rlsd               Â = A · w          :func:`rlsd`
+    egrsd              Â = A · w · ω      :func:`egrsd`, ω of H
+    cl_egrsd           Â = A · w · ω      :func:`cl_egrsd`, ω of H^CL
+
+GRPO and REINFORCE differ in A alone: relative to the rollouts of the same prompt, or to all earlier rewards
+(:class:`egrsd_kernels.rl.WelfordAdvantage`). A function of one's own takes the same evidence. The formulas of w, ω and
+H^CL are those of :mod:`egrsd_kernels.credit`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from egrsd_kernels import checks
+from egrsd_kernels.checks import expect
+from egrsd_kernels.credit import (
+    CreditOptions,
+    Lookahead,
+    TokenStats,
+    gate,
+    lookahead_entropy,
+    magnitude,
+    token_advantage,
+)
+
+
+class ContextStatistics(NamedTuple):
+    """What the teacher, in one context, says of the response tokens; detached."""
+
+    logp: Tensor
+    """log p_T(y) (B, T), nats; 0 where masked."""
+    entropy: Tensor
+    """H (B, T), nats; 0 where masked."""
+
+
+@dataclass(frozen=True)
+class TokenEvidence:
+    """What a token advantage is made of: B rollouts of at most T response tokens each. Nothing has a gradient."""
+
+    mask: Tensor
+    """(B, T) bool, True for a token that is trained on."""
+    student_logp: Tensor
+    """log p_S(y) (B, T), nats, of the policy that is being trained, as it is now; 0 where masked. float32 or float64,
+    as are the others."""
+    advantages: Tensor
+    """A (B,), the sequences'; 0 where no reward function judged the rollout."""
+    rewards: Tensor
+    """(B,), weighted sums of the reward functions; NaN where none judged the rollout."""
+    contexts: Mapping[str, ContextStatistics]
+    """By name, what the teacher says in each context; empty without a teacher."""
+    entropy_scale: Tensor
+    """What the gate divides entropies by (0-d, nats): one for all contexts, so that their gates compare."""
+    options: CreditOptions
+    """γ, the gate's floor, and ε."""
+    lookahead: Lookahead
+    """W, and how the window is filtered."""
+
+    @property
+    def teacher(self) -> ContextStatistics:
+        """The only context.
+
+        Raises:
+            ValueError: there are several, or none.
+        """
+        expect(len(self.contexts) == 1, "contexts", ", ".join(self.contexts) or None, "one, which teaches")
+        return next(iter(self.contexts.values()))
+
+
+TokenAdvantage = Callable[[TokenEvidence], Tensor]
+"""From the evidence to Â (B, T). What it returns at masked positions is not used."""
+
+
+def sequence_advantage(evidence: TokenEvidence) -> Tensor:
+    """Â = A for every token: GRPO and REINFORCE, by where A comes from."""
+    return evidence.advantages[:, None].expand(evidence.mask.shape)
+
+
+def rlsd(evidence: TokenEvidence) -> Tensor:
+    """Â = A · w: EGRSD with γ = 0."""
+    return egrsd(replace(evidence, options=evidence.options._replace(gamma=0.0)))
+
+
+def egrsd(evidence: TokenEvidence) -> Tensor:
+    """Â = A · w · ω, the gate of the token's own entropy: CL-EGRSD with W = 0."""
+    return cl_egrsd(replace(evidence, lookahead=Lookahead(0)))
+
+
+def cl_egrsd(evidence: TokenEvidence) -> Tensor:
+    """Â = A · w · ω, the gate of the entropy over the lookahead window."""
+    return token_stats(evidence).token_advantage
+
+
+TOKEN_ADVANTAGES: dict[str, TokenAdvantage] = {
+    "grpo": sequence_advantage, "reinforce": sequence_advantage, "rlsd": rlsd, "egrsd": egrsd, "cl_egrsd": cl_egrsd,
+}  # fmt: skip
+"""The five by name."""
+
+WITHOUT_TEACHER = ("grpo", "reinforce")
+"""Those of them that read no context."""
+
+
+def token_stats(evidence: TokenEvidence) -> TokenStats:
+    """Every signal of CL-EGRSD (of EGRSD with W = 0) (B, T), as :func:`egrsd_kernels.fused_egrsd_loss` returns them.
+
+    Raises:
+        ValueError: there is not one context.
+    """
+    mask, options, context = evidence.mask, evidence.options, evidence.teacher
+    advantages = sequence_advantage(evidence)
+    ahead = padded_lookahead_entropy(context.entropy, mask, evidence.lookahead)
+    w = magnitude(advantages, context.logp - evidence.student_logp, options.clip_eps)
+    omega = gate(ahead, evidence.entropy_scale, options.gamma, options.gate_floor)
+    credit = token_advantage(advantages, w, omega)
+    signals = evidence.student_logp, context.logp, context.entropy, ahead, w, omega, credit, torch.zeros_like(w)
+    return TokenStats(*(torch.where(mask, signal, 0) for signal in signals))
+
+
+def padded_lookahead_entropy(entropy: Tensor, mask: Tensor, lookahead: Lookahead) -> Tensor:
+    """H^CL (B, T), nats, of entropy (B, T) under mask (B, T) bool: :func:`egrsd_kernels.credit.lookahead_entropy`."""
+    rows, width = mask.shape
+    last = torch.arange(rows, device=mask.device).repeat_interleave(width) * width + width - 1
+    return lookahead_entropy(entropy.flatten(), mask.flatten(), last, lookahead).view(mask.shape)
+
+
+def apply_token_advantage(function: TokenAdvantage, evidence: TokenEvidence) -> Tensor:
+    """Â (B, T) of ``function``, which may be anybody's: in the dtype of student_logp, detached, 0 where masked.
+
+    Raises:
+        TypeError, ValueError: in one line, where it returns something else. That Â is finite is checked where
+            :func:`egrsd_kernels.fused_egrsd_loss` checks values.
+    """
+    name = f"token_advantage: {getattr(function, '__qualname__', type(function).__qualname__)}"
+    value = checks.tensor(name, function(evidence), shape=evidence.mask.shape, like=evidence.mask)
+    expect(value.dtype in checks.FLOATS, name, value, checks.FLOAT_TENSOR, TypeError)
+    value = torch.where(evidence.mask, value.detach().to(evidence.student_logp.dtype), 0)
+    if checks.values_checked(value):
+        checks.refuse(name, value, value, ~value.isfinite(), "no NaN and no infinity at a valid position")
+    return value

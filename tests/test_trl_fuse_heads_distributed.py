@@ -1,0 +1,85 @@
+"""The fused head in two gloo processes, under DDP and FSDP2: outputs and gradients are those of one process."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+pytest.importorskip("trl")
+if not dist.is_available():
+    pytest.skip("torch.distributed is not available", allow_module_level=True)
+
+from egrsd_kernels.trl import fuse_head
+from tests.test_model_heads_distributed import IDS, WORLD, build, whole, wrap
+
+CASES = {
+    "ddp": ["ddp", "ddp, static graph", "ddp, lora head, unused parameters"],
+    "fsdp": [
+        "fsdp, head in the root", "fsdp, head of its own", "fsdp, lora head",
+        "fsdp, lora head in the base, head in the root, resharded",
+    ],
+}  # fmt: skip
+LABELS = IDS.masked_fill(IDS % 5 == 0, -100)
+
+
+def value(out):
+    return -out.log_probs.mean() + 0.3 * out.entropy.square().mean()
+
+
+def call(model, rows):
+    return model(input_ids=IDS[rows], labels=LABELS[rows], fused_lm_head=True)
+
+
+def step(rank: int, case: str) -> tuple[list[str], float, float]:
+    """(weights that have a gradient on one side alone, how far log p is off, and the gradients)."""
+    model = build(case)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    fuse_head(base, outputs=("log_probs", "entropy"))
+    plain = copy.deepcopy(model)
+    wrapped = wrap(base if "in the base" in case else model, case)
+    if "resharded" in case:  # as Accelerate has it
+        wrapped.set_reshard_after_forward(True)
+    rows, off = slice(2 * rank, 2 * rank + 2), []
+    for _ in range(3):  # DDP's static graph and FSDP2's prefetching begin with the second
+        plain.zero_grad()
+        wrapped.zero_grad()
+        outputs = [call(plain, slice(2 * other, 2 * other + 2)) for other in range(WORLD)]
+        with torch.no_grad():
+            reference = call(wrapped, rows)
+        out = call(wrapped, rows)
+        off += [(found.log_probs - outputs[rank].log_probs).abs().max().item() for found in (out, reference)]
+        value(out).backward()
+        (sum(map(value, outputs)) / WORLD).backward()
+    found = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    expected = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+    one_sided = sorted({*found} ^ {*expected})
+    gradients = [((found[name] - g).norm() / g.norm().clamp(min=1e-9)).item() for name, g in expected.items()]
+    return one_sided, max(off), max(gradients)
+
+
+def worker(rank: int, store: str, wrapper: str, results) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+    try:
+        for case in CASES[wrapper]:
+            results[case, rank] = step(rank, case)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrapper", CASES)
+def test_two_processes_are_one(wrapper, tmp_path):
+    with mp.Manager() as manager:
+        shared = manager.dict()
+        mp.spawn(worker, args=(str(tmp_path / "store"), wrapper, shared), nprocs=WORLD)
+        results = dict(shared)
+    assert len(results) == WORLD * len(CASES[wrapper])
+    for one_sided, off, gradients in results.values():
+        assert one_sided == []
+        assert off <= 1e-5 and gradients <= 1e-5  # float32 sums in another order
