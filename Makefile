@@ -67,7 +67,8 @@ $(VENV)-oldest/ready: pyproject.toml Makefile
 
 test-oldest: $(VENV)-oldest/ready
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n $(WORKERS) -k "not two_processes" tests/test_train.py \
-		tests/test_trl_config.py tests/test_trl_metrics.py tests/test_trl_models.py tests/test_trl_resume.py \
+		tests/test_trl_config.py tests/test_trl_fuse_heads.py tests/test_trl_fuse_heads_trainers.py \
+		tests/test_trl_metrics.py tests/test_trl_models.py tests/test_trl_resume.py \
 		tests/test_trl_trainer.py
 
 test-deepspeed: $(VENV)/ready

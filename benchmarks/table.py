@@ -222,10 +222,37 @@ def losses_section(path: Path) -> list[str]:
     ]
 
 
+def trl_head_section(path: Path) -> list[str]:
+    report = json.loads(path.read_text(encoding="utf-8"))
+    shapes = report["shapes"]
+    steps = [(row["trainer"], row["trained"]) for row in shapes[0]["rows"] if row["made_by"] == "ours"]
+
+    def cell(shape: dict, step: tuple[str, bool]) -> str:
+        ours, trls = (row for row in shape["rows"] if (row["trainer"], row["trained"]) == step)
+        if "speedup" not in ours:
+            return (ours.get("note") or trls.get("note") or "").replace("|", "/")
+        off = " / ".join(power(row["error"]["logp_max_nat"]) for row in (ours, trls))
+        return f"**{ours['speedup']:.2f} ×** ({ours['ratio']:.2f} / {trls['ratio']:.2f}), {off} nat"
+
+    headings = (f"{model(shape['hidden_size'])}, N = {shape['tokens']:,}" for shape in shapes)
+    rows = [
+        [f"{step[0]}, {'trained' if step[1] else 'frozen'}", *(cell(shape, step) for shape in shapes)] for step in steps
+    ]
+    return [
+        "The head's step of TRL's trainers with `fuse_heads()`, how many times as fast as with TRL's own head; in "
+        "brackets ours / TRL's over the bare products, 2 for a frozen head and 3 for a trained one; and how far log p "
+        f"is off, ours / TRL's. One {report['device']}, torch {report['torch']}, TRL {report['packages'].get('trl')}:",
+        table(["", *headings], rows),
+        f"Commit {report['commit']}. All figures: [{path.name}](results/{path.name}). To rerun:",
+        commands_of([report], path),
+    ]
+
+
 def section(results: Path) -> str:
     """What stands in benchmarks/README.md; the same result files give the same text."""
     blocks = [block for path in sorted(results.glob("compare-*.json")) for block in compare_section(path)]
     blocks += [block for path in sorted(results.glob("losses-*.json")) for block in losses_section(path)]
+    blocks += [block for path in sorted(results.glob("trl_head-*.json")) for block in trl_head_section(path)]
     blocks += [block for path in sorted(results.glob("end_to_end-*.json")) for block in end_to_end_section(path)]
     return "\n\n".join(blocks)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks import compare, losses, measure, plots, sparse, table
+from benchmarks import compare, losses, measure, plots, sparse, table, trl_head
 from benchmarks.data import GENERATORS, head_weight, summary, teacher_hidden
 from benchmarks.peers import PEERS, Calls, Peer, without_parents
 from benchmarks.problem import Exact, Problem, Step, wrong
@@ -492,6 +492,30 @@ def test_losses_beside_the_bare_products(tmp_path, capsys, monkeypatch):
     losses.main([*options, "--output", str(path)])
     (entry,) = json.loads(path.read_text())["shapes"]
     assert all(("note" in row) == row["entropy"] and ("ms" in row) != row["entropy"] for row in entry["rows"])
+
+
+def test_the_heads_step_beside_trls(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("trl", reason="TRL is not installed")
+    path = tmp_path / "trl_head.json"
+    options = ["--shapes=64:40", "--vocabulary=300", "--device=cpu", "--rounds=3", "--budget=0.01"]
+    trl_head.main([*options, "--output", str(path)])
+    (entry,) = json.loads(path.read_text())["shapes"]
+    steps = [(row["trainer"], row["trained"]) for row in entry["rows"]]
+    assert steps[::2] == steps[1::2] == trl_head.STEPS
+    shown = "\n".join(table.trl_head_section(path))
+    for ours, trls in zip(entry["rows"][::2], entry["rows"][1::2], strict=True):
+        assert (ours["made_by"], trls["made_by"]) == ("ours", "trl")
+        assert ours["speedup"] == pytest.approx(trls["ms"] / ours["ms"]) and "speedup" not in trls
+        assert ours["error"]["logp_max_nat"] < 1e-4 < trls["error"]["logp_max_nat"]
+        assert f"**{ours['speedup']:.2f} ×** ({ours['ratio']:.2f} / {trls['ratio']:.2f})" in shown
+    assert "GRPO, entropy bonus, frozen: ours" in capsys.readouterr().out
+    # What is wrong has no time, and no one is compared with it.
+    right = trl_head.linear_logp
+    monkeypatch.setattr(trl_head, "linear_logp", lambda *a, **o: [x + 0.01 for x in right(*a, **o)[:2]])
+    trl_head.main([*options, "--output", str(path)])
+    (entry,) = json.loads(path.read_text())["shapes"]
+    assert all("wrong result" in row["note"] for row in entry["rows"][::2])
+    assert "wrong result" in "\n".join(table.trl_head_section(path))
 
 
 @pytest.mark.skipif(not triton_backend.takes(torch.zeros(1)), reason="needs Triton's interpreter")

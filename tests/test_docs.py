@@ -48,7 +48,12 @@ def test_every_public_name_is_in_the_reference():
 
 def test_every_page_with_examples_is_tested():
     """By a test below, that is."""
-    assert [page for page in PAGES if blocks(f"docs/{page}")] == ["from-grpo.md", "own-loop.md", "tuning.md"]
+    assert [page for page in PAGES if blocks(f"docs/{page}")] == [
+        "from-grpo.md",
+        "own-loop.md",
+        "trl-trainers.md",
+        "tuning.md",
+    ]
     assert [page for page in PAGES if blocks(f"docs/{page}", "yaml")] == ["command-line.md"]
 
 
@@ -107,6 +112,37 @@ def test_from_grpo(tmp_path, monkeypatch):
     assert names["grpo"].advantage == "group" and names["grpo"].length_beta == 0
     assert names["model_config"].model_name_or_path == "Qwen/Qwen3-4B"
     assert (names["config"].gamma, names["config"].lookahead) == (0.3, 3)
+
+
+def test_trl_trainers(tmp_path):
+    pytest.importorskip("trl", reason="TRL is not installed")
+
+    from egrsd_kernels.trl import unfuse_heads
+    from egrsd_kernels.trl.fused_head import FusedForward
+    from tests.support import trl_tiny
+
+    answers = {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+    settings = {name: trl_tiny.OPTIONS[name] for name in ("max_steps", "report_to", "bf16", "use_cpu", "disable_tqdm")}
+    ids = torch.arange(6, 22).view(2, 8)
+    names = {
+        "model": trl_tiny.tiny_model(), "policy": trl_tiny.tiny_model(), "tokenizer": trl_tiny.tokenizer(),
+        "dataset": trl_tiny.dataset().map(lambda row: answers).select_columns(["prompt", *answers]),
+        "settings": settings | {"output_dir": str(tmp_path), "beta": 1.0, "gradient_checkpointing": False},
+        "ids": ids, "labels": ids.masked_fill(ids < 9, -100), "advantages": torch.tensor([1.0, -0.5]),
+    }  # fmt: skip
+    names["model"].save_pretrained(tmp_path / "model")
+    names["model"].config._name_or_path = str(tmp_path / "model")  # where DPO loads its reference from
+    try:
+        names = run("docs/trl-trainers.md", names)
+    finally:
+        unfuse_heads()
+    trainer = names["trainer"]
+    assert trainer.state.global_step == 2
+    assert all(isinstance(model.forward, FusedForward) for model in (trainer.model, trainer.ref_model))
+    logp = names["policy"](input_ids=ids).logits.div(0.8).log_softmax(-1)[:, :-1]
+    expected = logp.gather(2, ids[:, 1:, None]).squeeze(2).masked_fill(~names["out"].label_mask, 0)
+    torch.testing.assert_close(names["out"].log_probs, expected, rtol=1e-5, atol=1e-5)
+    assert names["out"].label_mask.sum() == 12 and names["policy"].lm_head.weight.grad.any()
 
 
 def test_every_refused_setting_is_explained():
