@@ -163,6 +163,8 @@ def test_fields_that_nobody_asked_for_are_none():
     assert list(out) == ["loss", "log_probs", "label_mask"]
     with pytest.raises(ValueError, match=r"^outputs: expected names of log_probs, .*, got 'entropies'$"):
         fuse_head(model, outputs=("log_probs", "entropies"))
+    with pytest.raises(ValueError, match=r"^temperature: expected a finite number above 0, got 0$"):
+        fuse_head(model, temperature=0)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -274,6 +276,19 @@ def test_it_comes_off_and_takes_the_place_of_trls():
     assert model.forward is before
 
 
+def test_copies_come_off_alone_where_trls_is_on_top():
+    model, inputs = tiny_model(), batch()
+    fuse_head(model)
+    expected = model(**inputs, fused_lm_head=True)
+    add_fused_lm_head(model)
+    twin = copy.deepcopy(model)
+    fused_head.take_off_fused_head(twin)
+    assert "forward" not in vars(twin) and "forward" in vars(model)
+    check_outputs(model(**inputs, fused_lm_head=True), expected)
+    fused_head.take_off_fused_head(model)
+    assert "forward" not in vars(model)
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize("what", ["layers", "model", "in place"])
 def test_compiled(what):
@@ -372,7 +387,10 @@ def test_a_routers_loss_that_the_model_does_not_have():
 # ------------------------------------------------------------------------------------------------------- fuse_heads
 
 
-HOLDERS = ("trl.trainer.utils", "trl.trainer.grpo_trainer", "trl.trainer.dpo_trainer", "trl.trainer.sft_trainer")
+HOLDERS = (
+    "trl.trainer.utils", "trl.trainer.grpo_trainer", "trl.trainer.dpo_trainer", "trl.trainer.sft_trainer",
+    "trl.trainer.rloo_trainer", "trl.experimental.async_grpo.async_grpo_trainer",
+)  # fmt: skip
 
 
 def added(module: str = "trl.trainer.grpo_trainer", **options) -> nn.Module:
@@ -393,7 +411,8 @@ def unfused():
     unfuse_heads()
 
 
-def test_every_trainer_of_trl_adds_ours_until_it_is_undone(unfused):
+def test_every_trainer_of_trl_adds_ours_until_it_is_undone(unfused, monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     late = "trl.trainer.kto_trainer"
     for module in HOLDERS:
         importlib.import_module(module)

@@ -1,8 +1,10 @@
-"""The fused head in two gloo processes, under DDP and FSDP2: outputs and gradients are those of one process."""
+"""The fused head in two gloo processes, under DDP, FSDP2 and DeepSpeed: outputs and gradients are those of one."""
 
 from __future__ import annotations
 
 import copy
+import importlib.util
+import os
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ CASES = {
         "fsdp, head in the root", "fsdp, head of its own", "fsdp, lora head",
         "fsdp, lora head in the base, head in the root, resharded",
     ],
+    "deepspeed": ["zero 2", "zero 3"],
 }  # fmt: skip
 LABELS = IDS.masked_fill(IDS % 5 == 0, -100)
 
@@ -34,13 +37,41 @@ def call(model, rows):
     return model(input_ids=IDS[rows], labels=LABELS[rows], fused_lm_head=True)
 
 
+class Sharded:
+    """A model in DeepSpeed's engine: how it is called, and its gradients."""
+
+    def __init__(self, model: torch.nn.Module, case: str):
+        import deepspeed
+
+        self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        zero = {"stage": int(case[5]), "stage3_param_persistence_threshold": 0}
+        config = {"zero_optimization": zero, "zero_allow_untested_optimizer": True, "train_batch_size": 2 * WORLD}
+        self.engine, *_ = deepspeed.initialize(
+            model=model, optimizer=torch.optim.SGD(self.named.values(), lr=0.0), config=config,
+            dist_init_required=False,
+        )  # fmt: skip
+        self.zero_grad = self.engine.zero_grad
+
+    def __call__(self, **inputs):
+        return self.engine(**inputs)
+
+    def backward(self, loss) -> dict[str, torch.Tensor]:
+        from deepspeed.utils import safe_get_full_grad
+
+        self.engine.backward(loss)
+        found = {name: safe_get_full_grad(p).clone() for name, p in self.named.items()}
+        self.engine.step()
+        return found
+
+
 def step(rank: int, case: str) -> tuple[list[str], float, float]:
     """(weights that have a gradient on one side alone, how far log p is off, and the gradients)."""
     model = build(case)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     fuse_head(base, outputs=("log_probs", "entropy"))
     plain = copy.deepcopy(model)
-    wrapped = wrap(base if "in the base" in case else model, case)
+    zero = case.startswith("zero")
+    wrapped = Sharded(model, case) if zero else wrap(base if "in the base" in case else model, case)
     if "resharded" in case:  # as Accelerate has it
         wrapped.set_reshard_after_forward(True)
     rows, off = slice(2 * rank, 2 * rank + 2), []
@@ -52,9 +83,10 @@ def step(rank: int, case: str) -> tuple[list[str], float, float]:
             reference = call(wrapped, rows)
         out = call(wrapped, rows)
         off += [(found.log_probs - outputs[rank].log_probs).abs().max().item() for found in (out, reference)]
-        value(out).backward()
+        found = wrapped.backward(value(out)) if zero else value(out).backward()
         (sum(map(value, outputs)) / WORLD).backward()
-    found = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    if not zero:
+        found = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     expected = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
     one_sided = sorted({*found} ^ {*expected})
     gradients = [((found[name] - g).norm() / g.norm().clamp(min=1e-9)).item() for name, g in expected.items()]
@@ -63,6 +95,7 @@ def step(rank: int, case: str) -> tuple[list[str], float, float]:
 
 def worker(rank: int, store: str, wrapper: str, results) -> None:
     torch.set_num_threads(1)
+    os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
     try:
         for case in CASES[wrapper]:
@@ -75,6 +108,8 @@ def worker(rank: int, store: str, wrapper: str, results) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("wrapper", CASES)
 def test_two_processes_are_one(wrapper, tmp_path):
+    if wrapper == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
     with mp.Manager() as manager:
         shared = manager.dict()
         mp.spawn(worker, args=(str(tmp_path / "store"), wrapper, shared), nprocs=WORLD)

@@ -20,7 +20,7 @@ import trl.trainer.utils
 from torch import Tensor, nn
 from trl.trainer.utils import FusedCausalLMOutput
 
-from egrsd_kernels import Head, VocabularyStatistics, linear_logp, with_head
+from egrsd_kernels import Head, VocabularyStatistics, checks, linear_logp, with_head
 from egrsd_kernels.models import ModelError
 from egrsd_kernels.models.reading import InForward
 
@@ -64,8 +64,9 @@ def fuse_head(
     - aux_loss: the model's own, where it returns one.
 
     Raises:
-        ValueError: outputs has a name that is none of these.
+        TypeError, ValueError: outputs has a name that is none of these, or the temperature is not above 0.
     """
+    checks.number("temperature", temperature, low=0, strict=True)
     unknown = [name for name in outputs if name not in OUTPUTS]
     if unknown:
         raise ValueError(f"outputs: expected names of {', '.join(OUTPUTS)}, got {unknown[0]!r}")
@@ -77,7 +78,8 @@ class FusedForward:
     """A model's ``forward`` that knows ``fused_lm_head``.
 
     An object, where a closure would hold on to the model: a deep copy of the model gets one that runs the copy, and a
-    pickle brings it back. Accelerate wraps a bound method's ``__func__``: that of this one finds its model's object.
+    pickle brings it back. It looks like a bound method, of which Accelerate wraps the ``__func__``: that of this one
+    finds the object of the model that it is called with.
     """
 
     def __init__(self, model: Any, temperature: float, outputs: tuple[str, ...], entropy_grad: bool):
@@ -108,6 +110,10 @@ class FusedForward:
         return inspect.signature(self.own)
 
     @property
+    def __self__(self) -> Any:
+        return self.model
+
+    @property
     def __func__(self) -> Callable[..., Any]:
         index = self.index
 
@@ -120,8 +126,7 @@ class FusedForward:
     def __call__(self, *args: Any, fused_lm_head: bool = False, **inputs: Any) -> Any:
         if not fused_lm_head:
             return self.own(*args, **inputs)
-        named = dict(zip(self.__signature__.parameters, args, strict=False))
-        return self._fused(**named, **inputs)
+        return self._fused(**self.__signature__.bind_partial(*args).arguments, **inputs)
 
     def _fused(
         self,
