@@ -92,8 +92,7 @@ test-cuda:
 		--ignore tests/test_kernels.py
 
 memcheck:
-	for family in tma pointer; do for dtype in bfloat16 float16 float32; do echo $$family $$dtype; done; done | \
-		PYTORCH_NO_CUDA_MEMORY_CACHING=1 xargs -P 6 -L 1 \
+	$(CUDA_PYTHON) -m tests.memcheck | PYTORCH_NO_CUDA_MEMORY_CACHING=1 xargs -P $(CUDA_WORKERS) -L 1 \
 		compute-sanitizer --tool memcheck --error-exitcode 1 $(CUDA_PYTHON) -m tests.memcheck
 
 bench:
