@@ -7,7 +7,8 @@
 # make test-cuda  the CUDA parity tests, with the Python and torch that the machine already has
 # make memcheck   the kernels at odd shapes under compute-sanitizer, every allocation its own
 # make bench      every peer beside the bare matrix products, with the Python and torch that a GPU machine has
-# make table      the figures of README.md and benchmarks/README.md, from the committed result files
+# make table      the figures of README.md and benchmarks/README.md, from the committed result files, and the table of
+#                 TRL's settings in docs/from-grpo.md, from the installed TRL
 # make docs       the site, in build/site, with warnings as errors
 # make types      mypy
 
@@ -67,8 +68,9 @@ $(VENV)-oldest/ready: pyproject.toml Makefile
 
 test-oldest: $(VENV)-oldest/ready
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n $(WORKERS) -k "not two_processes" tests/test_train.py \
-		tests/test_trl_config.py tests/test_trl_fuse_heads.py tests/test_trl_fuse_heads_trainers.py \
-		tests/test_trl_metrics.py tests/test_trl_models.py tests/test_trl_resume.py \
+		tests/test_settings.py tests/test_trl_config.py tests/test_trl_fuse_heads.py \
+		tests/test_trl_fuse_heads_trainers.py tests/test_trl_losses.py tests/test_trl_methods.py \
+		tests/test_trl_metrics.py tests/test_trl_models.py tests/test_trl_resume.py tests/test_trl_teacher_model.py \
 		tests/test_trl_trainer.py
 
 test-deepspeed: $(VENV)/ready
@@ -100,6 +102,7 @@ bench:
 
 table: $(VENV)/ready
 	$(VENV)/bin/python -m benchmarks.table
+	$(VENV)/bin/python -m benchmarks.settings
 
 # The extra's packages alone: the reference is read off the sources, so the site needs no torch.
 DOCS = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,135 +20,12 @@ from trl import GRPOConfig
 
 from benchmarks.table import ROOT, replaced, table
 from egrsd_kernels.trl import EGRSDConfig
+from egrsd_kernels.trl.config import REFUSED
+from egrsd_kernels.trl.grpo_settings import NEVER, SETTINGS, Here
 
 PAGE = "docs/from-grpo.md"
 BEGIN, END = "<!-- settings: begin -->", "<!-- settings: end -->"
 CPU = {"use_cpu": True, "bf16": False, "report_to": "none"}
-
-
-@dataclass(frozen=True)
-class Here:
-    """What becomes of a setting: it is honoured, with a ``note``, and in ``contradictions`` refused.
-
-    contradictions: settings that EGRSDConfig refuses in a line that begins with this setting's name.
-    """
-
-    note: str = ""
-    contradictions: tuple[Mapping[str, Any], ...] = ()
-
-
-def refused(note: str = "", **settings: Any) -> Here:
-    return Here(note, (settings,))
-
-
-AS_IN_GRPO = Here()
-
-SETTINGS: dict[str, dict[str, Here]] = {
-    "Model": {
-        "model_init_kwargs": refused(model_init_kwargs={"tp_plan": "auto"}),
-        "trust_remote_code": Here("of a teacher that is given by name, too"),
-        "disable_dropout": AS_IN_GRPO,
-        "cast_lm_head_to_fp32": refused(cast_lm_head_to_fp32=True),
-        "router_aux_loss_coef": AS_IN_GRPO,
-    },
-    "Prompts": {
-        "shuffle_dataset": AS_IN_GRPO,
-        "chat_template_kwargs": Here("for the teacher's conversations, too"),
-        "pad_to_multiple_of": Here("for the teacher's prompts, too"),
-        "max_tool_calling_iterations": AS_IN_GRPO,
-    },
-    "Generation": {
-        "num_generations": AS_IN_GRPO,
-        "num_generations_eval": AS_IN_GRPO,
-        "generation_batch_size": AS_IN_GRPO,
-        "steps_per_generation": AS_IN_GRPO,
-        "max_completion_length": refused("the length bonus divides by it", max_completion_length=None),
-        "temperature": refused("log p of student and teacher are those at this temperature", temperature=0),
-        "top_p": AS_IN_GRPO,
-        "top_k": AS_IN_GRPO,
-        "min_p": AS_IN_GRPO,
-        "repetition_penalty": AS_IN_GRPO,
-        "generation_kwargs": refused(generation_kwargs={"temperature": 0.5}),
-        "cache_implementation": AS_IN_GRPO,
-        "use_transformers_continuous_batching": AS_IN_GRPO,
-        "transformers_continuous_batching_config": AS_IN_GRPO,
-        "use_transformers_paged": AS_IN_GRPO,
-        "ds3_gather_for_generation": AS_IN_GRPO,
-    },
-    "vLLM": {
-        "use_vllm": AS_IN_GRPO,
-        "vllm_mode": AS_IN_GRPO,
-        "vllm_model_impl": AS_IN_GRPO,
-        "vllm_enable_sleep_mode": AS_IN_GRPO,
-        "vllm_structured_outputs_regex": AS_IN_GRPO,
-        "vllm_server_base_url": AS_IN_GRPO,
-        "vllm_server_host": AS_IN_GRPO,
-        "vllm_server_port": AS_IN_GRPO,
-        "vllm_server_timeout": AS_IN_GRPO,
-        "vllm_group_port": AS_IN_GRPO,
-        "vllm_gpu_memory_utilization": AS_IN_GRPO,
-        "vllm_max_model_length": Here("bounds the completions that the window has to hold"),
-        "vllm_tensor_parallel_size": AS_IN_GRPO,
-        "vllm_importance_sampling_correction": AS_IN_GRPO,
-        "vllm_importance_sampling_mode": AS_IN_GRPO,
-        "vllm_importance_sampling_clip_max": AS_IN_GRPO,
-        "vllm_importance_sampling_clip_min": AS_IN_GRPO,
-        "vllm_importance_sampling_cap": AS_IN_GRPO,
-    },
-    "Rewards and advantages": {
-        "reward_weights": AS_IN_GRPO,
-        "scale_rewards": refused(scale_rewards="batch"),
-        "multi_objective_aggregation": refused(multi_objective_aggregation="normalize_then_sum"),
-    },
-    "Loss": {
-        "loss_type": AS_IN_GRPO,
-        "num_iterations": AS_IN_GRPO,
-        "epsilon": AS_IN_GRPO,
-        "epsilon_high": refused(loss_type="cispo"),
-        "delta": AS_IN_GRPO,
-        "importance_sampling_level": refused('"sequence_token" is GSPO-token', importance_sampling_level="sequence"),
-        "mask_truncated_completions": AS_IN_GRPO,
-        "off_policy_mask_threshold": AS_IN_GRPO,
-        "top_entropy_quantile": Here("by the student's entropy, beside the gate, which is of the teacher's"),
-        "sapo_temperature_neg": AS_IN_GRPO,
-        "sapo_temperature_pos": AS_IN_GRPO,
-        "vespo_k_pos": AS_IN_GRPO,
-        "vespo_lambda_pos": AS_IN_GRPO,
-        "vespo_k_neg": AS_IN_GRPO,
-        "vespo_lambda_neg": AS_IN_GRPO,
-    },
-    "Reference model": {
-        "beta": AS_IN_GRPO,
-        "use_bias_correction_kl": AS_IN_GRPO,
-        "sync_ref_model": refused(sync_ref_model=True),
-        "ref_model_mixup_alpha": AS_IN_GRPO,
-        "ref_model_sync_steps": AS_IN_GRPO,
-    },
-    "Entropy bonus": {
-        "entropy_coef": AS_IN_GRPO,
-        "use_adaptive_entropy": AS_IN_GRPO,
-        "entropy_coef_min": AS_IN_GRPO,
-        "entropy_coef_max": AS_IN_GRPO,
-        "entropy_coef_delta": AS_IN_GRPO,
-        "entropy_target": AS_IN_GRPO,
-    },
-    "Logging": {
-        "log_completions": AS_IN_GRPO,
-        "log_multimodal": AS_IN_GRPO,
-        "num_completions_to_print": AS_IN_GRPO,
-        "log_unique_prompts": AS_IN_GRPO,
-        "log_completions_hub_repo": AS_IN_GRPO,
-    },
-    # Those that EGRSDConfig looks at; test_settings.py says why there are no others.
-    "Of transformers": {
-        "remove_unused_columns": refused(remove_unused_columns=True),
-        "use_liger_kernel": refused(use_liger_kernel=True),
-        "resume_from_checkpoint": Here("see [going on with a run](#going-on-with-a-run)"),
-        "save_only_model": Here("no run can go on from such a checkpoint"),
-        "fsdp": Here("FSDP1 was never run; see [more than one process](#more-than-one-process)"),
-        "deepspeed": Here("tensor parallelism by `autotp_size` is refused"),
-    },
-}
 
 
 def own_settings() -> dict[str, Any]:
@@ -178,11 +55,13 @@ def refusal(name: str, contradiction: Mapping[str, Any]) -> str:
 
 def cell(name: str, here: Here) -> str:
     """The table's last column."""
-    text = [here.note] if here.note else []
+    if here is NEVER:
+        return f"refused: {REFUSED[name]}".replace("|", "\\|")
+    text = [f"honoured, {here.note}" if here.note else "honoured"]
     for contradiction in here.contradictions:
         given = ", ".join(f"{key}={value!r}" for key, value in contradiction.items()).replace("'", '"')
         text.append(f"`{given}` is refused: {refusal(name, contradiction)}")
-    return "; ".join(text).replace("|", "\\|") or "as in GRPO"
+    return "; ".join(text).replace("|", "\\|")
 
 
 def section() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import pkgutil
 import re
 import shlex
@@ -16,7 +17,7 @@ import torch
 import egrsd_kernels
 from egrsd_kernels import fused_egrsd_loss, head_of, read_hidden, token_statistics
 from egrsd_kernels.credit import REGIMES
-from egrsd_kernels.rl import response_hidden
+from egrsd_kernels.rl import response_hidden, token_stats
 from tests.support.doc_examples import ROOT, blocks, language_model
 
 PAGES = sorted(page.name for page in (ROOT / "docs").glob("*.md"))
@@ -51,6 +52,7 @@ def test_every_page_with_examples_is_tested():
     assert [page for page in PAGES if blocks(f"docs/{page}")] == [
         "from-grpo.md",
         "own-loop.md",
+        "own-method.md",
         "trl-trainers.md",
         "tuning.md",
     ]
@@ -81,8 +83,9 @@ def tiny(config: type) -> type:
     return Tiny
 
 
-def test_from_grpo(tmp_path, monkeypatch):
-    """The scripts run as they stand, beside a model under the path that they name and a data file of sums."""
+@pytest.fixture
+def trainers(tmp_path, monkeypatch) -> list[Any]:
+    """The trainers that scripts make, beside a model under the path that they name and a data file of sums."""
     trl = pytest.importorskip("trl", reason="TRL is not installed")
 
     import egrsd_kernels.trl
@@ -96,18 +99,22 @@ def test_from_grpo(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     for module, name in ((trl, "GRPOConfig"), (egrsd_kernels.trl, "EGRSDConfig")):
         monkeypatch.setattr(module, name, tiny(getattr(module, name)))
-    trainers = []
+    made: list[Any] = []
     for module, name in ((trl, "GRPOTrainer"), (egrsd_kernels.trl, "EGRSDTrainer")):
         cls = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a, cls=cls, **k: trainers.append(cls(*a, **k)) or trainers[-1])
+        monkeypatch.setattr(module, name, lambda *a, cls=cls, **k: made.append(cls(*a, **k)) or made[-1])
+    return made
 
+
+def test_from_grpo(trainers):
+    """The scripts run as they stand."""
     names = run("docs/from-grpo.md", {})
     steps = [(type(trainer).__name__, trainer.state.global_step) for trainer in trainers]
     assert steps == [("GRPOTrainer", 2), ("EGRSDTrainer", 2), ("EGRSDTrainer", 0)]
     assert (trainers[1].args.gamma, trainers[1].args.lookahead) == (0.3, 3)
     assert names["messages"][1]["content"].startswith("A correct solution, for reference:\n")
     assert trainers[1].train_dataset[0]["solution"] in names["messages"][1]["content"]
-    assert names["rlsd"].gamma == 0 and names["rlsd"].clip_eps == 0.2
+    assert names["rlsd"].gamma == 0 and names["rlsd"].clip_eps == 0.2 and names["rlsd"].lookahead == 0
     assert names["reinforce"].clip_eps == 0 and names["reinforce"].advantage == "welford"
     assert names["grpo"].advantage == "group" and names["grpo"].length_beta == 0
     assert names["model_config"].model_name_or_path == "Qwen/Qwen3-4B"
@@ -145,13 +152,32 @@ def test_trl_trainers(tmp_path):
     assert names["out"].label_mask.sum() == 12 and names["policy"].lm_head.weight.grad.any()
 
 
-def test_every_refused_setting_is_explained():
-    pytest.importorskip("trl", reason="TRL is not installed")
-    from egrsd_kernels.trl.config import GROUP_ONLY, NOT_OURS
+# ------------------------------------------------------------------------------------------------------ own-method.md
 
-    page = (ROOT / "docs/from-grpo.md").read_text(encoding="utf-8")
-    refused = page.split("## What is refused")[1].split("\n## ")[0]
-    assert [name for name in (*NOT_OURS, *GROUP_ONLY) if f"`{name}`" not in refused] == []
+
+def test_own_method(trainers):
+    """A larger model, an earlier student and two contexts teach; one's own loop has the gradient of the fused loss."""
+    import transformers
+
+    from tests.support import trl_tiny
+
+    torch.manual_seed(1)
+    config = trl_tiny.tiny_model().config.to_dict() | {"hidden_size": 48, "num_hidden_layers": 3, "layer_types": None}
+    transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**config)).save_pretrained("Qwen/Qwen3-8B")
+    trl_tiny.tokenizer().save_pretrained("Qwen/Qwen3-8B")
+    names = run("docs/own-method.md", {})
+    larger, best, contrast = trainers
+    assert [trainer.state.global_step for trainer in trainers] == [2, 2, 2]
+    assert best.teacher is names["best"] and math.isfinite(best.teacher.best)
+    assert best.teacher.best == max(row["reward"] for row in best.state.log_history if "reward" in row)
+    teacher = larger.teacher.model
+    assert teacher.dtype == torch.bfloat16 and teacher.config.hidden_size == 48
+    logged = [set(row) for row in contrast.state.log_history if "loss" in row]
+    assert all({"right_entropy/mean", "wrong_abs_log_ratio/mean", "token_advantage/abs_mean"} <= row for row in logged)
+    logp, evidence = names["logp"], names["evidence"]
+    stats = token_stats(evidence)
+    assert stats.magnitude.unique().numel() > 2 and stats.gate.unique().numel() > 2
+    torch.testing.assert_close(logp.grad, -stats.token_advantage / 18)
 
 
 # -------------------------------------------------------------------------------------------------------- own-loop.md

@@ -120,7 +120,8 @@ def on_two_processes(home: Path, module: str, config: str, *options: str) -> str
 def check_the_same(one: Path, other: Path, rounding: float, absolute: float = 0.0) -> None:
     """Two runs have logged and saved the same, but for rounding, and for ``absolute`` where terms cancel."""
     for mine, theirs in zip(history(one), history(other), strict=True):
-        for key in ("loss", "grad_norm", "reward", "gate/mean", "completions/mean_length"):
+        generated = {"reward", "completions/mean_length"} & theirs.keys()  # by this step or an earlier one
+        for key in ("loss", "grad_norm", "gate/mean", *generated):
             assert mine[key] == pytest.approx(theirs[key], rel=rounding, abs=absolute), key
     adapters, same = (load_file(run / "adapter_model.safetensors") for run in (one, other))
     assert adapters.keys() == same.keys()
@@ -128,11 +129,16 @@ def check_the_same(one: Path, other: Path, rounding: float, absolute: float = 0.
         assert torch.allclose(tensor, same[name], rtol=10 * rounding, atol=rounding), name
 
 
+# Two updates of one generation, so that the checkpoint is in its middle.
+TRLS = {"loss_type": "grpo", "num_iterations": 2, "beta": 0.1, "entropy_coef": 0.01}
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("loss", [{}, TRLS], ids=["direct", "TRL's"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, two_gpus])])
-def test_trains_on_two_processes(config, home, tmp_path, device):
+def test_trains_on_two_processes(config, home, tmp_path, device, loss):
     """And the same under FSDP2, which shards every parameter; also from a checkpoint on."""
-    saved = {"save_strategy": "steps", "save_steps": 1, "use_cpu": device == "cpu"}
+    saved = {"save_strategy": "steps", "save_steps": 1, "use_cpu": device == "cpu", **loss}
     rounding = 1e-5 if device == "cpu" else 1e-3
     run = tmp_path / "run"
     said = on_two_processes(home, "egrsd_kernels", config(**saved))
@@ -152,6 +158,27 @@ def test_trains_on_two_processes(config, home, tmp_path, device):
         counts = re.findall(f"{SHARDED} (\\d+) of (\\d+)", said)
         assert len(counts) == 2 and all(some == every != "0" for some, every in counts)
         check_the_same(sharded, run, rounding)
+
+
+@pytest.mark.slow
+def test_a_whole_teacher_beside_a_sharded_student(config, home, tmp_path):
+    """Another model, by name, teaches all weights: under FSDP2, which shards the student, as under DDP."""
+    torch.manual_seed(5)
+    other = tiny_model().apply(
+        lambda module: module.reset_parameters() if hasattr(module, "reset_parameters") else None
+    )
+    other.save_pretrained(home / "teacher")
+    tokenizer().save_pretrained(home / "teacher")
+    keys = {"use_peft": False, "teacher_model_name_or_path": "teacher", "save_strategy": "no"}
+    run, sharded = tmp_path / "run", tmp_path / "sharded"
+    on_two_processes(home, "egrsd_kernels", config(**keys))
+    layers = {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"]}
+    fsdp = {"fsdp": "full_shard auto_wrap", "fsdp_config": layers, "output_dir": str(sharded)}
+    on_two_processes(home, "tests.support.fsdp_on_cpu", config(**keys | fsdp))
+    for mine, theirs in zip(history(sharded), history(run), strict=True):
+        for key in ("loss", "grad_norm", "teacher_entropy/mean", "abs_log_ratio/mean"):
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-4), key
+        assert mine["abs_log_ratio/mean"] > 0.1
 
 
 @pytest.mark.slow
@@ -359,8 +386,8 @@ def fails(arguments: list[str], capsys) -> str:
     [
         ({"gama": 0.3}, "gama: unknown key; did you mean gamma?"),
         ({"gamma": "high"}, "gamma: invalid float value: 'high'"),
-        ({"gamma": None}, "gamma: expected float, got None"),
-        ({"gamma": [0.3]}, "gamma: expected float, got [0.3]"),
+        ({"gate_floor": None}, "gate_floor: expected float, got None"),
+        ({"gate_floor": [0.3]}, "gate_floor: expected float, got [0.3]"),
         ({"lookahead": 1.5}, "lookahead: invalid int value: '1.5'"),
         ({"bf16": "maybe"}, "bf16: "),
         ({"save_strategy": "sometimes"}, "save_strategy: invalid choice: 'sometimes'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import random
@@ -15,6 +16,7 @@ import torch
 
 pytest.importorskip("trl", reason="TRL is not installed")
 
+from egrsd_kernels.credit import gate
 from egrsd_kernels.trl import EGRSDTrainer
 from tests.support.trl_tiny import exported, make, weights
 
@@ -30,15 +32,33 @@ def skips(completions, **_) -> list[float | None]:
     return [None if length < 6 else math.inf if length == 9 else float(length % 2) for length in lengths]
 
 
+def hint(example) -> list[dict]:
+    return [*example["prompt"], {"role": "assistant", "content": example["solution"]}]
+
+
+def no_hint(example) -> list[dict]:
+    return example["prompt"]
+
+
+def contrast(evidence) -> torch.Tensor:
+    right, wrong = evidence.contexts["right"], evidence.contexts["wrong"]
+    gates = gate(right.entropy, evidence.entropy_scale, gamma=0.8, gate_floor=0.1)
+    return evidence.rewards.nan_to_num()[:, None] * gates + 0.1 * (right.logp - wrong.logp)
+
+
 SETTINGS = {
     "lora": {"peft": True},
     "full": {"peft": False, "entropy_scale": "batch_max_lookahead", "advantage": "group"},
     "dr_grpo": {"peft": True, "teacher_model_kind": "ema", "teacher_update_rate": 0.5, "loss_type": "dr_grpo"},
     "unjudged": {"peft": True, "reward_funcs": skips},
+    "contexts": {
+        "cls": functools.partial(EGRSDTrainer, contexts={"right": hint, "wrong": no_hint}, token_advantage=contrast),
+        "rollout_steps": 0,
+    },
     "two updates": {"peft": True, "loss_type": "grpo", "num_iterations": 2, "epsilon": 0.02, "beta": 0.3},
 }
 SAME = ("teacher_entropy/mean", "gate/mean", "magnitude/clipped", "reward", "abs_log_ratio/entropy_decile_3",
-        "regime/fork", "teacher_entropy/bin_7", "restored/fork",
+        "regime/fork", "teacher_entropy/bin_7", "restored/fork", "right_entropy/mean", "token_advantage/abs_mean",
         "rewards/unjudged", "rewards/infinite")  # fmt: skip
 
 
@@ -124,7 +144,7 @@ def test_two_processes_equal_one(one, two, name):
         torch.testing.assert_close(got["weights"][key], value, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", [name for name, options in SETTINGS.items() if options.get("rollout_steps") != 0])
 def test_two_processes_export_the_rollouts_of_both(one, two, name):
     got, expected = (
         sorted((r.step, r.prompt, "".join(r.tokens), round(r.advantage, 3)) for r in exported(path / name))

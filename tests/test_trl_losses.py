@@ -13,6 +13,7 @@ from peft import PeftModel, get_peft_model
 from trl import GRPOTrainer
 
 import reference
+from egrsd_kernels.trl import fuse_heads
 from tests.support.trl_tiny import LORA, OPTIONS, make, tiny_model, tokenizer, weights
 from tests.test_trl_models import build
 
@@ -188,6 +189,7 @@ LOSSES = {
                                          "per_device_train_batch_size": 2},
     "router": {"model": "mixtral", "peft": False, "router_aux_loss_coef": 0.3, "learning_rate": 5e-3},
     "sparse": {"grad_mode": "sparse"},
+    "checkpointed": {"gradient_checkpointing": True, "entropy_coef": 0.1},
     "truncated masked": {"mask_truncated_completions": True, "loss_type": "bnpo"},
 }  # fmt: skip
 
@@ -352,3 +354,15 @@ def test_the_direct_path_is_a_matter_of_the_settings(tmp_path, options):
         setattr(run, name, lambda *a, own=own, name=name: called.append(name) or own(*a))
     run.train()
     assert called == ["_trl_loss" if options else "_direct_loss"] * 2
+
+
+def test_it_trains_the_same_while_trls_heads_are_fused(tmp_path, saved):
+    """Policy and reference model then have our fused forward, which the trainer takes off or leaves aside."""
+    options = {"model": saved, "peft": False, "beta": 0.1, "num_iterations": 2}
+    plain, _ = make(tmp_path / "plain", **options)
+    plain.train()
+    with fuse_heads():
+        fused, _ = make(tmp_path / "fused", **options)
+        fused.train()
+    for name, value in weights(plain).items():
+        assert torch.equal(value, weights(fused)[name]), name

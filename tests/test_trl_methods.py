@@ -290,6 +290,11 @@ def test_several_updates_and_a_resume_with_contexts(tmp_path):
             {},
             "teacher_template: expected none beside contexts, which word all that the teacher reads",
         ),
+        (
+            {"teacher_template": ({"role": "user", "content": "{solution}"},)},
+            {"token_advantage": "grpo", **NAMED},
+            "teacher_template: expected none as there is no teacher",
+        ),
     ],
 )
 def test_what_contexts_and_functions_are_refused(tmp_path, arguments, options, says):

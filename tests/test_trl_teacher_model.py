@@ -1,5 +1,6 @@
 """A separate model as the teacher: what is refused, how it is loaded and known again, and what it teaches."""
 
+import contextlib
 import copy
 import logging
 
@@ -10,8 +11,9 @@ pytest.importorskip("trl")
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from egrsd_kernels import token_statistics, with_head
 from egrsd_kernels.trl.errors import CheckpointError
-from egrsd_kernels.trl.teacher import EarlierWeights, SeparateModel, separate_teacher
+from egrsd_kernels.trl.teacher import EarlierWeights, SeparateModel, Teacher, prove_teacher, separate_teacher
 from tests.support.trl_tiny import make, tiny_model, tokenizer, weights
 
 CPU = torch.device("cpu")
@@ -55,7 +57,7 @@ def test_it_is_never_trained_and_reads_without_dropout():
     assert not any(weight.requires_grad for weight in teacher.model.parameters())
     with teacher.active() as model:
         assert model is teacher.model and not model.training
-    teacher.prove(SIZE)
+    prove_teacher(teacher.model, SIZE)
 
 
 def test_a_name_is_loaded_as_it_is_stored(tmp_path):
@@ -63,7 +65,7 @@ def test_a_name_is_loaded_as_it_is_stored(tmp_path):
     assert teacher_of(name).model.dtype == torch.bfloat16
     assert teacher_of(tmp_path, init_kwargs={"dtype": "float32"}).model.dtype == torch.float32
     placed = teacher_of(name, init_kwargs={"device_map": {"": "cpu"}})
-    placed.prove(SIZE)
+    prove_teacher(placed.model, SIZE)
     assert placed.model.device == CPU
     given = larger()
     assert refusal(given, init_kwargs={"dtype": "float32"}) == (
@@ -72,10 +74,27 @@ def test_a_name_is_loaded_as_it_is_stored(tmp_path):
     assert refusal(given, revision="main").startswith("teacher_model_revision: expected None, as teacher_model is ")
 
 
+@pytest.mark.heavy
+@pytest.mark.parametrize("where", ["disk", "cpu"])
+def test_a_device_map_may_spread_it(tmp_path, where):
+    layers = {f"model.layers.{index}": where for index in range(3)}
+    rest = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    options = {"device_map": rest | layers, "offload_folder": str(tmp_path / "offloaded")}
+    teacher = teacher_of(saved(tmp_path / "model", larger(), tokenizer()), init_kwargs=options)
+    assert any(weight.is_meta for weight in teacher.model.parameters()) == (where == "disk")
+    prove_teacher(teacher.model, SIZE)
+    ids = torch.randint(6, SIZE, (1, 12))
+    with torch.no_grad(), teacher.active() as model:
+        found, _ = with_head(model, lambda *read: token_statistics(*read, ids.roll(-1, 1)), input_ids=ids)
+        logp = larger().eval()(ids).logits.log_softmax(-1).gather(-1, ids.roll(-1, 1)[..., None])[..., 0]
+    torch.testing.assert_close(found.logp, logp, rtol=1e-4, atol=1e-4)
+    assert len(teacher.digest) == 64
+
+
 def test_what_is_no_model_of_its_own_is_refused():
     message = "teacher_model: expected a model that reads images, as the student does, got one that does not"
     assert refusal(larger(), images=True) == message
-    assert refusal(7) == "teacher_model: expected a model, or the name or path of one, got 7"
+    assert refusal(7) == "teacher_model: expected a model, the name or path of one, or a Teacher, got 7"
     student = tiny_model()
     assert refusal(student, student=student).startswith(
         "teacher_model: expected a model of its own, got one that shares weights with the student; "
@@ -85,13 +104,13 @@ def test_what_is_no_model_of_its_own_is_refused():
 def test_another_number_of_logits_is_refused():
     teacher = teacher_of(larger(vocabulary=SIZE + 3))
     with pytest.raises(ValueError) as caught:
-        teacher.prove(SIZE)
+        prove_teacher(teacher.model, SIZE)
     assert str(caught.value) == (
         "teacher_model: expected 76 logits, as the student has, got 79; where the difference is padding, load it "
         "yourself and call resize_token_embeddings(76)"
     )
     teacher.model.resize_token_embeddings(SIZE)
-    teacher.prove(SIZE)
+    prove_teacher(teacher.model, SIZE)
 
 
 class Shifted(Qwen3ForCausalLM):
@@ -103,7 +122,7 @@ class Shifted(Qwen3ForCausalLM):
 
 def test_a_head_that_does_more_is_refused():
     with pytest.raises(ValueError, match=r"^teacher_model: Shifted: ") as caught:
-        teacher_of(Shifted(larger().config)).prove(SIZE)
+        prove_teacher(Shifted(larger().config), SIZE)
     assert "\n" not in str(caught.value)
 
 
@@ -227,3 +246,55 @@ def test_what_cannot_teach_is_refused(tmp_path, options, says):
     with pytest.raises(ValueError) as caught:
         make(tmp_path, **options | model)
     assert str(caught.value).startswith(says) and "\n" not in str(caught.value)
+
+
+class Mine:
+    """A teacher by the protocol: a model that is made elsewhere, and how often it was asked."""
+
+    def __init__(self, model):
+        self.model, self.asked = model, 0
+
+    @contextlib.contextmanager
+    def active(self):
+        self.asked += 1
+        yield self.model
+
+    def state_dict(self):
+        return {"asked": self.asked}
+
+    def load_state_dict(self, state):
+        self.asked = state["asked"]
+
+
+@pytest.mark.slow
+def test_a_teacher_of_ones_own_is_what_its_model_is(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    plain, _ = make(tmp_path / "a", teacher_model=larger(), **options)
+    plain.train()
+    teacher = Mine(larger(attention_dropout=0.5).train())
+    assert isinstance(teacher, Teacher)
+    run, _ = make(tmp_path / "b", teacher_model=teacher, **options)
+    asked = teacher.asked
+    run.train()
+    assert teacher.asked == asked + 2 and teacher.model.training  # once a generation; its mode is its own
+    assert all(torch.equal(value, weights(run)[key]) for key, value in weights(plain).items())
+    again = Mine(larger())
+    resumed, _ = make(tmp_path / "b", teacher_model=again, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-1"))
+    assert again.asked == teacher.asked
+    assert all(torch.equal(value, weights(resumed)[key]) for key, value in weights(plain).items())
+
+
+def test_what_a_teacher_of_ones_own_has_to_give(tmp_path):
+    with pytest.raises(TypeError, match=r"^teacher_model: expected active\(\) to give a model, got None$"):
+        make(tmp_path, teacher_model=Mine(None))
+    with pytest.raises(ValueError, match=r"^teacher_model: expected 76 logits, as the student has, got 79"):
+        make(tmp_path, teacher_model=Mine(larger(vocabulary=SIZE + 3)))
+    model = tiny_model()
+    with pytest.raises(
+        ValueError, match=r"^teacher_model: expected earlier weights of all that is trained, got others"
+    ):
+        make(tmp_path, model=model, teacher_model=EarlierWeights(model, moves=True))  # adapters come on top
+    assert refusal(Mine(larger()), sharded=True) == (
+        "teacher_model: a Teacher of one's own is not supported with sharded weights; pass a model"
+    )

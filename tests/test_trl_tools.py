@@ -18,7 +18,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import reference
+from egrsd_kernels.trl.context import images_of, in_parts
 from tests.support.trl_tiny import exported, make, row, tiny_model, weights
+from tests.support.vlm_tiny import dataset_with_images, picture, qwen2_vl, qwen2_vl_processor
 
 pytestmark = pytest.mark.skipif(
     int(transformers.__version__.split(".")[0]) < 5, reason="TRL calls tools with transformers 5"
@@ -59,7 +61,7 @@ CALL = '<tool_call>\n{"name": "multiply", "arguments": {"a": 6, "b": 7}}\n</tool
 ANSWERS = ("It is 42.<|im_end|>", "No idea at all.<|im_end|>", "42<|im_end|>")
 
 
-def scripted(run, calls=True):
+def scripted(run, calls=True, call=CALL):
     """Every second rollout calls the tool and then answers; the others answer at once."""
     count = 0
 
@@ -68,7 +70,7 @@ def scripted(run, calls=True):
         texts = []
         for ids in prompt_ids:
             asked = "<tool_response>" in chat_tokenizer().decode(ids)
-            texts.append(CALL if calls and not asked and count % 2 else ANSWERS[count % 3])
+            texts.append(call if calls and not asked and count % 2 else ANSWERS[count % 3])
             count += 1
         return [chat_tokenizer()(text, add_special_tokens=False)["input_ids"] for text in texts], None
 
@@ -180,6 +182,72 @@ def test_the_length_bonus_counts_the_policys_own_tokens(tmp_path):
         assert rollout.reward == pytest.approx(1 + 0.5 * (1 - len(rollout.tokens) / 200), rel=1e-5)
 
 
+def see(a: int, b: int) -> list:
+    """
+    Shows a picture.
+
+    Args:
+        a: Which one.
+        b: Which other.
+
+    Returns:
+        The picture.
+    """
+    return [{"type": "image", "image": picture(a * b)}, {"type": "text", "text": "Here."}]
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("options", [{}, {"loss_type": "grpo", "num_iterations": 2}])
+def test_images_that_tools_answer_with_are_read_by_both(tmp_path, options):
+    """In prompts of one or two images; by the model's own logits, row by row."""
+    processor = qwen2_vl_processor(chat_tokenizer(), trl.chat_template_utils.qwen3_vl_chat_template)
+    plain = qwen2_vl(processor).eval()
+    small = {"max_position_embeddings": 2048}
+    plain.config.text_config.update(small)
+    tiny = qwen2_vl(processor)
+    tiny.config.text_config.update(small)
+    run, logs = build(
+        tmp_path, model=tiny, processing_class=processor, tools=[see], peft=False, learning_rate=1e-3,
+        train_dataset=dataset_with_images(8), **options,
+    )  # fmt: skip
+    scripted(run, call=CALL.replace("multiply", "see"))
+    generate, images = run._generate_and_score_completions, []
+
+    def logp_behind(conversation, completion, more):
+        text = processor.apply_chat_template(
+            [in_parts(message) for message in conversation], tools=[see], tokenize=False, add_generation_prompt=True,
+            chat_template=run.chat_template,
+        )  # fmt: skip
+        shown = [*images_of(conversation), *more]
+        inputs = processor(text=[text], images=[images_of(conversation)], return_tensors="pt")
+        ids = torch.cat([inputs["input_ids"][0], completion])
+        pixels = processor.image_processor(images=shown, return_tensors="pt")
+        types = (ids == processor.image_token_id).int()[None]
+        logits = plain(input_ids=ids[None], mm_token_type_ids=types, **pixels, use_cache=False).logits[0]
+        return reference.log_prob(logits[-len(completion) - 1 : -1], completion)
+
+    @torch.no_grad()
+    def compare(inputs):
+        output = generate(inputs)
+        for index, example in enumerate(inputs):
+            given = run._given[index]
+            count = int(output["completion_mask"][index].sum())
+            completion, own = output["completion_ids"][index, :count], output["tool_mask"][index, :count]
+            more = [picture(42)] * int((completion == processor.image_token_id).any())
+            images.append(len(more))
+            teacher = run.teacher_prompt({**example, "prompt": given})
+            found = output["teacher_logp"][index, :count]
+            torch.testing.assert_close(found, logp_behind(teacher, completion, more) * own, rtol=1e-3, atol=1e-4)
+            if "old_per_token_logps" in output:
+                found = output["old_per_token_logps"][index, :count] * own
+                torch.testing.assert_close(found, logp_behind(given, completion, more) * own, rtol=1e-3, atol=1e-4)
+        return output
+
+    run._generate_and_score_completions = compare
+    run.train()
+    assert set(images) == {0, 1} and math.isfinite(logs.steps[0]["loss"])
+
+
 # -------------------------------------------------------------------------------------------------------- environments
 
 
@@ -255,7 +323,7 @@ def test_each_row_has_its_environment_and_that_its_tools(tmp_path):
     assert math.isfinite(logs.steps[0]["loss"])
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_resume_between_turns_of_a_generation(tmp_path):
     options = {"max_steps": 4, "num_iterations": 2, "save_strategy": "steps", "save_steps": 3, "rollout_steps": 0}
     straight, expected = build(tmp_path / "a", **options)

@@ -62,6 +62,16 @@ SETTINGS = {
         "eval_dataset": dataset(4),
         "logging_steps": 2,
     },
+    "eval of TRL's loss": {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "per_device_eval_batch_size": 4,
+        "eval_dataset": dataset(4),
+        "logging_steps": 2,
+        "loss_type": "grpo",
+        "beta": 0.1,
+        "num_iterations": 2,
+    },
 }
 ALWAYS = {"gamma", "tokens_per_second", "peak_memory_gib", "reward", "completions/clipped_ratio"}
 WITH_TOKENS = {
@@ -87,11 +97,12 @@ def test_every_option_trains(tmp_path, name):
         assert all(row["gate/mean"] == row["magnitude/mean"] == 1 for row in logs.steps)
     measured = [row["gradient/error_bound"] for row in logs.steps if "gradient/error_bound" in row]
     assert len(measured) == (2 if name == "sparse" else 0) and all(bound <= 0.01 for bound in measured)
-    if name == "eval":
+    if name.startswith("eval"):
         evaluated = [row for row in logs.rows if "eval_reward" in row]
         assert len(evaluated) == 2
         assert evaluated[0].keys() >= {f"eval_{metric}" for metric in ALWAYS | WITH_TOKENS}
-        assert run.welford.steps == 2  # evaluation left the statistics alone
+        assert run.welford.steps == 2 // run.num_iterations  # evaluation left the statistics alone
+        assert ("eval_kl" in evaluated[0]) == (run.beta > 0)
 
 
 class Spy:
@@ -301,11 +312,13 @@ def test_old_log_p_without_logits(tmp_path):
 
 
 @pytest.mark.slow
-def test_vllms_importance_ratio_multiplies_the_advantages(tmp_path):
+@pytest.mark.parametrize("loss_type", ["dapo", "cispo"])
+def test_vllms_importance_ratio_multiplies_the_advantages(tmp_path, loss_type):
     """vLLM's part is played by transformers, whose log p it reports as half: the ratio is 2 everywhere."""
 
     def first_loss(path, vllm: bool) -> dict:
         options = {"vllm_importance_sampling_mode": "token_truncate", "max_steps": 1, "advantage": "group"}
+        options |= {"loss_type": loss_type, "epsilon_high": 2.0}
         run, logs = make(path, **options)
         if vllm:
             generate = run._generate_single_turn

@@ -51,7 +51,7 @@ class TokenEvidence:
     advantages: Tensor
     """A (B,), the sequences'; 0 where no reward function judged the rollout."""
     rewards: Tensor
-    """(B,), weighted sums of the reward functions; NaN where none judged the rollout."""
+    """(B,), what A is made of: in the trainer the weighted sums with the length bonus, NaN where none judged."""
     contexts: Mapping[str, ContextStatistics]
     """By name, what the teacher says in each context; empty without a teacher."""
     entropy_scale: Tensor

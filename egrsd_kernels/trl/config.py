@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from types import NoneType
 from typing import Any, ClassVar
 
+from transformers import TrainingArguments
 from trl import GRPOConfig
 
 from egrsd_kernels.backends import DEFAULT_SPARSE_TOL
@@ -18,6 +19,7 @@ from egrsd_kernels.credit import ENTROPY_SCALES, FILTERS, TAU_HIGH, TAU_LOW, Loo
 from egrsd_kernels.rl.token_advantages import WITHOUT_TEACHER
 
 from .former import RENAMED, check_former, in_present_words
+from .grpo_settings import KNOWN
 from .methods import TEACHER, settle
 
 CHOICES = {
@@ -288,14 +290,16 @@ class EGRSDConfig(GRPOConfig):
         """Whether the loss is −Σ Â log p over the tokens of an optimizer step, or over their most, and nothing else.
 
         So it is where each rollout serves one update, by the policy that made it (TRL's ratio is 1 then), and no
-        setting adds a term or a mask. :func:`egrsd_kernels.fused_egrsd_loss` then makes it, with the gradient in the
-        same pass. A generation is one optimizer step's, whose tokens are therefore known before its first backward.
+        setting adds a term or a mask, nor is one given that only a later TRL knows.
+        :func:`egrsd_kernels.fused_egrsd_loss` then makes it, with the gradient in the same pass. A generation is one
+        optimizer step's, whose tokens are therefore known before its first backward.
         """
         defaults = {f.name: f.default for f in fields(GRPOConfig)}
         once = self.num_iterations == 1 and self.steps_per_generation == self.gradient_accumulation_steps
         plain = self.loss_type in ("dapo", "dr_grpo")
         taught = self.token_advantage not in WITHOUT_TEACHER
-        return taught and once and plain and all(getattr(self, name) == defaults[name] for name in TERMS)
+        unknown = defaults.keys() - KNOWN - {f.name for f in fields(TrainingArguments)}
+        return taught and once and plain and all(getattr(self, name) == defaults[name] for name in {*TERMS, *unknown})
 
     def _take_former_names(self) -> None:
         """Say by their present names what is given by former ones."""

@@ -90,8 +90,8 @@ class Reader:
     what is measured here, where each image is a token or so.
     ``options``: what apply_chat_template gets beside the conversation; ``tools``: and the tools of a row.
     ``teacher``: what words the teacher's conversation. ``generated``: a bound on prompt and completion together that
-    generation keeps by itself. ``window``: the student's, and the teacher's unless that has one of its own.
-    ``environments``: a row need not have a prompt, they begin with one.
+    generation keeps by itself. ``environments``: a row need not have a prompt, they begin with one.
+    ``window``: the student's, and the teacher's unless that has one of its own.
     """
 
     tokenizer: Any
@@ -103,9 +103,9 @@ class Reader:
     teacher: str = "teacher_template"
     generated: int | None = None
     images: bool = False
-    teacher_window: float | None = None
     tools: Callable[[Mapping[str, Any]], Sequence[Any] | None] = lambda _: None
     environments: bool = False
+    teacher_window: float | None = None
 
     def __post_init__(self):
         longest = min(self.completion or 1, self.generated or self.completion or 1)

@@ -8,10 +8,10 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from accelerate.utils import is_peft_model, send_to_device
+from accelerate.utils import gather_object, is_peft_model, patch_environment, send_to_device
 from torch import Tensor, nn
 from transformers import AutoTokenizer, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -27,18 +27,19 @@ from .errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class Teacher(Protocol):
-    """Who teaches: a model to read as it is while :meth:`active` is entered, and how a resumed run knows it again."""
+    """Who teaches: a model to read as it is while :meth:`active` is entered, and how a resumed run knows it again.
 
-    moves: bool
-    """Whether its weights follow the student's."""
+    Of one's own it is passed as ``EGRSDTrainer(teacher_model=...)``.
+    """
 
     def active(self) -> AbstractContextManager[nn.Module]:
-        """While this is entered, the model that it gives computes as the teacher."""
+        """While this is entered, the model that it gives computes as the teacher; the student's, or another."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: the weights where they move, else what to recognise them by."""
+        """What a resumed run needs, as tensors, numbers and texts: weights where they move, else what tells them."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -48,8 +49,6 @@ class Teacher(Protocol):
 
 class NoTeacher:
     """Of a token advantage without one."""
-
-    moves = False
 
     def active(self) -> AbstractContextManager[nn.Module]:
         raise ValueError("teacher: there is none without a context")
@@ -63,8 +62,6 @@ class NoTeacher:
 
 class AdaptersOff:
     """The base model under the adapters of a PEFT model: no second copy of anything."""
-
-    moves = False
 
     def __init__(self, model: Any):
         self.model = model
@@ -93,7 +90,7 @@ class EarlierWeights:
     """The trained weights of an earlier moment, exchanged in place while the teacher reads.
 
     One copy of what is trained (all weights, or the adapters) and no second module. The exchange restores the
-    student's bits.
+    student's bits. moves: :meth:`move` is going to be called, so a checkpoint holds the copy.
     """
 
     def __init__(self, model: nn.Module, moves: bool):
@@ -138,48 +135,50 @@ class EarlierWeights:
 class SeparateModel:
     """A model of its own, which stays as it is: of another size, head, dtype or place, with the student's vocabulary.
 
-    It is whole on each process, is never trained, and no checkpoint holds it. images: it is called with some.
+    It is whole on each process, is never trained, and no checkpoint holds it.
     """
 
-    moves = False
-
-    def __init__(self, model: nn.Module, images: bool = False):
+    def __init__(self, model: nn.Module):
         self.model = model.requires_grad_(False).eval()
-        self.images = images
 
     @contextmanager
     def active(self) -> Iterator[nn.Module]:
         yield self.model
 
-    @property
-    def window(self) -> float:
-        """The tokens that it reads at most."""
-        config = getattr(self.model, "config", None)
-        return math.inf if config is None else context_window(config) or math.inf
-
     @cached_property
-    def _digest(self) -> str:
+    def digest(self) -> str:
+        """What its weights are recognised by."""
         return digest_of(self.model.parameters())
 
     def state_dict(self) -> dict[str, Any]:
-        return {"teacher_model": self._digest}
+        return {"teacher_model": self.digest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         _expect_kind(state, ("teacher_model",))
-        if state["teacher_model"] != self._digest:
+        if state["teacher_model"] != self.digest:
             raise CheckpointError("teacher_model: not the one that this run began with")
 
-    def prove(self, vocabulary: int) -> None:
-        """A ModelError where its log p cannot be read, a ValueError where it has not ``vocabulary`` logits."""
-        try:
-            head = head_of(Called(self.model, False, self.images))
-        except ModelError as error:
-            raise ModelError(f"teacher_{error}") from error
-        if len(head.weight) != vocabulary:
-            raise ValueError(
-                f"teacher_model: expected {vocabulary} logits, as the student has, got {len(head.weight)}; where the "
-                f"difference is padding, load it yourself and call resize_token_embeddings({vocabulary})"
-            )
+
+def prove_teacher(model: nn.Module, vocabulary: int, images: bool = False) -> None:
+    """A ModelError where a model's log p cannot be read, a ValueError where it has not ``vocabulary`` logits.
+
+    images: it is called with some.
+    """
+    try:
+        head = head_of(Called(model, False, images))
+    except ModelError as error:
+        raise ModelError(f"teacher_{error}") from error
+    if len(head.weight) != vocabulary:
+        raise ValueError(
+            f"teacher_model: expected {vocabulary} logits, as the student has, got {len(head.weight)}; where the "
+            f"difference is padding, load it yourself and call resize_token_embeddings({vocabulary})"
+        )
+
+
+def window_of(model: nn.Module) -> float:
+    """The tokens that a teacher reads at most."""
+    config = getattr(model, "config", None)
+    return math.inf if config is None else context_window(config) or math.inf
 
 
 def _expect_kind(state: Mapping[str, Any], keys: Sequence[str]) -> None:
@@ -245,17 +244,19 @@ def separate_teacher(
     *,
     images: bool = False,
     distributed: bool = False,
+    sharded: bool = False,
     revision: str | None = None,
     init_kwargs: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
-) -> SeparateModel:
-    """The teacher that ``teacher_model`` is: a model, or the name or path of one.
+) -> Teacher:
+    """The teacher that ``teacher_model`` is: a model, the name or path of one, or a :class:`Teacher`.
 
     Args:
         student: the model that is trained. tokenizer: what makes its token ids.
         device: where the teacher goes, unless a device_map has placed it.
         images: the student reads some.
         distributed: there are several processes, and each gets a teacher of its own.
+        sharded: the student's weights are spread over them.
         revision, init_kwargs, trust_remote_code: how a name is loaded; its dtype is the stored one by default.
 
     Raises:
@@ -273,13 +274,28 @@ def separate_teacher(
         options |= {"device_map": None} if distributed else {}
         options |= init_kwargs or {}
         placed = options.get("device_map") is not None
-        teacher_model = create_model_from_path(name, **options)
-    elif isinstance(teacher_model, nn.Module):
+        # Under FSDP transformers would load the weights on one process only.
+        with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
+            teacher_model = create_model_from_path(name, **options)
+    elif isinstance(teacher_model, (nn.Module, Teacher)):
         for setting, given in {"teacher_model_init_kwargs": init_kwargs, "teacher_model_revision": revision}.items():
             if given is not None:
                 raise ValueError(f"{setting}: expected None, as teacher_model is already a model, got {given!r}")
     else:
-        raise TypeError(f"teacher_model: expected a model, or the name or path of one, got {teacher_model!r}")
+        expected = "a model, the name or path of one, or a Teacher"
+        raise TypeError(f"teacher_model: expected {expected}, got {teacher_model!r}")
+    if not isinstance(teacher_model, nn.Module):
+        if sharded:  # what it makes of the student's weights would be made of parts of them
+            raise ValueError(
+                "teacher_model: a Teacher of one's own is not supported with sharded weights; pass a model"
+            )
+        trained = {id(weight) for weight in student.parameters() if weight.requires_grad}
+        if isinstance(teacher_model, EarlierWeights) and {id(weight) for weight in teacher_model.own} != trained:
+            raise ValueError(
+                "teacher_model: expected earlier weights of all that is trained, got others; make it of the model that "
+                "the trainer gets, with its adapters, and pass no peft_config"
+            )
+        return teacher_model
     weights = list(teacher_model.parameters())
     if any(hasattr(weight, "ds_id") for weight in weights):
         raise ValueError(
@@ -300,7 +316,13 @@ def separate_teacher(
         if not placed:
             teacher_model.to(device)
         teacher_model.register_forward_pre_hook(_to_its_device, with_kwargs=True)
-    return SeparateModel(teacher_model, images)
+    teacher = SeparateModel(teacher_model)
+    if distributed and len(set(gather_object([teacher.digest]))) > 1:
+        raise ValueError(
+            "teacher_model: expected the same weights on each process, got others; load it before the config is made, "
+            "which may tell transformers to load on one process only"
+        )
+    return teacher
 
 
 def _to_its_device(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

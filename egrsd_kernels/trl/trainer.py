@@ -16,10 +16,10 @@ few of its methods, each the narrowest that does the job:
 
 The teacher's log p and entropy of each rollout token are (B, T) tensors, made once in each context, when the rollout is
 made, and named after it: teacher_logp, teacher_entropy. They ride through TRL's buffer like its own
-old_per_token_logps: a teacher batch is never kept, and several passes over the same
-rollouts cost one teacher pass. The token advantage Â = A · w · ω is made anew in each of them, with w against the log p
-of the policy as it is then: in a rollout's second update w asks whether the teacher still is further along in the
-direction of A, while TRL's ratio π/π_old accounts for what the first update has done.
+old_per_token_logps: a teacher batch is never kept, and several passes over the same rollouts cost one teacher pass. The
+token advantage Â = A · w · ω is made anew in each of them, with w against the log p of the policy as it is then: in a
+rollout's second update w asks whether the teacher still is further along in the direction of A, while TRL's ratio
+π/π_old accounts for what the first update has done.
 """
 
 import copy
@@ -70,11 +70,12 @@ from .teacher import (
     EarlierWeights,
     MoveTeacher,
     NoTeacher,
-    SeparateModel,
     Teacher,
     make_teacher,
     pad_prompts,
+    prove_teacher,
     separate_teacher,
+    window_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -89,8 +90,10 @@ class EGRSDTrainer(GRPOTrainer):
     """GRPOTrainer with EGRSD's token advantages.
 
     The dataset needs a column ``prompt`` (conversations) and one with the reference solution as text, which the teacher
-    reads and the student never does. The tokenizer's chat template renders both, with ``chat_template_kwargs`` (for
-    example ``{"enable_thinking": False}``).
+    reads and the student never does; none without a teacher, nor with ``contexts``. The tokenizer's chat template
+    renders both, with ``chat_template_kwargs`` (for example ``{"enable_thinking": False}``). The teacher's prompt
+    begins with what generation was given: images, tools, what an environment says first. What tools return is read by
+    both, and learned by neither.
 
     Args:
         model, reward_funcs, args, datasets, and further keywords: as GRPOTrainer's; args is an :class:`EGRSDConfig`.
@@ -101,8 +104,8 @@ class EGRSDTrainer(GRPOTrainer):
         token_advantage: what a token is worth, a function of an :class:`egrsd_kernels.rl.TokenEvidence`. Default: the
             one that ``args`` names.
         teacher_model: a model of its own as the teacher, or the name or path of one: larger, or with a head, a dtype or
-            a device_map of its own. It has the student's vocabulary. Default: the one that ``args`` names, if any, else
-            what teacher_model_kind makes of the student.
+            a device_map of its own; or a :class:`egrsd_kernels.trl.Teacher`. It has the student's vocabulary. Default:
+            the one that ``args`` names, if any, else what teacher_model_kind makes of the student.
 
     Raises:
         TypeError, ValueError: in one line that names the setting, argument, column or row.
@@ -135,8 +138,9 @@ class EGRSDTrainer(GRPOTrainer):
         self._token_advantage = function_of(args, token_advantage)
         self._contexts = contexts_of(args, token_advantage is not None, contexts, self.teacher_prompt)
         teacher_model = teacher_model_of(args, teacher_model, bool(self._contexts))
-        if contexts is not None and teacher_template is not TWO_TURN:
-            raise ValueError("teacher_template: expected none beside contexts, which word all that the teacher reads")
+        if teacher_template is not TWO_TURN and (contexts is not None or not self._contexts):
+            why = "beside contexts, which word all that the teacher reads" if contexts else "as there is no teacher"
+            raise ValueError(f"teacher_template: expected none {why}")
         if self._token_advantage is not None and args.rollout_steps:
             why = "0, as a token_advantage of one's own has no gate to show"
             raise ValueError(f"rollout_steps: expected {why}, got {args.rollout_steps}")
@@ -189,11 +193,10 @@ class EGRSDTrainer(GRPOTrainer):
                 "sync_ref_model: not supported with sharded weights, a checkpoint would lack the reference"
             )
         self.teacher = self._make_teacher(teacher_model)
+        self._teacher_window = self._other_window()
         for name, dataset in datasets.items():
             for reader in self._readers.values():
                 check_rows(name, dataset, reader)
-        if isinstance(self.teacher, EarlierWeights) and self.teacher.moves:
-            self.add_callback(MoveTeacher(self.teacher))
         self._proved = False
         if not self._sharded and weights_at_hand(self.model, self.accelerator.device):
             self._prove()
@@ -231,12 +234,30 @@ class EGRSDTrainer(GRPOTrainer):
                 self.accelerator.device,
                 images=self._is_vlm,
                 distributed=self.accelerator.num_processes > 1,
+                sharded=self._sharded,
                 revision=args.teacher_model_revision,
                 init_kwargs=args.teacher_model_init_kwargs,
                 trust_remote_code=args.trust_remote_code,
             )
         # EGRSDConfig has put in the defaults.
-        return make_teacher(self.model, args.teacher_model_kind, self._sharded, args.teacher_update_rate)
+        teacher = make_teacher(self.model, args.teacher_model_kind, self._sharded, args.teacher_update_rate)
+        if isinstance(teacher, EarlierWeights) and teacher.moves:
+            self.add_callback(MoveTeacher(teacher))
+        return teacher
+
+    @property
+    def _teacher_is_another(self) -> bool:
+        """Whether the teacher may be another model than the student's, and has to be proved by itself."""
+        return not isinstance(self.teacher, (AdaptersOff, EarlierWeights, NoTeacher))
+
+    def _other_window(self) -> float | None:
+        """The teacher's window, where that is not the student's."""
+        if not self._teacher_is_another:
+            return None
+        with self.teacher.active() as teacher:
+            if not isinstance(teacher, nn.Module):
+                raise TypeError(f"teacher_model: expected active() to give a model, got {teacher!r}")
+            return None if teacher is self.model else window_of(teacher)
 
     def _prove(self) -> None:
         """Run the model on a few tokens: what we compute is what it computes, and each has its role."""
@@ -247,9 +268,9 @@ class EGRSDTrainer(GRPOTrainer):
             with self.accelerator.autocast(), self._as_teacher():
                 head_of(called)
         self._vocab_size = getattr(head.weight, "ds_shape", head.weight.shape)[0]  # ZeRO-3 has taken the rows away
-        if isinstance(self.teacher, SeparateModel):
-            with self.accelerator.autocast():
-                self.teacher.prove(self._vocab_size)
+        if self._teacher_is_another:
+            with self.accelerator.autocast(), self._as_teacher() as teacher:
+                prove_teacher(teacher, self._vocab_size, self._is_vlm)
         self._check_roles()
         self._proved = True
 
@@ -269,11 +290,10 @@ class EGRSDTrainer(GRPOTrainer):
             if isinstance(self.teacher, AdaptersOff):
                 roles.check_adapters_off()
         if self._may_pad:
-            if not isinstance(self.teacher, (AdaptersOff, EarlierWeights)):  # which are the student's architecture
+            if self._teacher_is_another or not self._contexts:  # else the teacher is of the student's architecture
                 roles.check_padding("model", self._as_student)
             if self._contexts:
-                name = "teacher_model" if isinstance(self.teacher, SeparateModel) else "model"
-                roles.check_padding(name, self._as_teacher)
+                roles.check_padding("teacher_model" if self._teacher_is_another else "model", self._as_teacher)
 
     @property
     def _may_pad(self) -> bool:
@@ -368,9 +388,9 @@ class EGRSDTrainer(GRPOTrainer):
                 word,
                 self.args.vllm_max_model_length if self.use_vllm and self.vllm_mode == "colocate" else None,
                 self._is_vlm,
-                self.teacher.window if isinstance(self.teacher, SeparateModel) else None,
                 self._tools_of,
                 self.environment_factories is not None,
+                self._teacher_window,
             )
             for name, word in (words or {"": own}).items()
         }
@@ -398,7 +418,7 @@ class EGRSDTrainer(GRPOTrainer):
     @contextmanager
     def _as_teacher(self) -> Iterator[nn.Module]:
         """The teacher, without dropout and gradient checkpointing."""
-        with evaluating(self.model), self.teacher.active() as teacher:
+        with evaluating(self.model), self.teacher.active() as teacher, evaluating(teacher):
             yield teacher
 
     def _read(
@@ -478,8 +498,6 @@ class EGRSDTrainer(GRPOTrainer):
         return scored
 
     def _generate_and_score_completions(self, inputs):
-        if not self._proved:  # weights that were elsewhere at construction
-            self._prove()
         # A stream's rows are seen here first, so they are checked before anything is generated.
         names = [row_name(f"{self._mode}_dataset", example) for example in inputs]
         for reader in self._readers.values():
@@ -492,6 +510,7 @@ class EGRSDTrainer(GRPOTrainer):
         output["reward"] = self._rewards[ours]
         given = [{**example, "prompt": prompt} for example, prompt in zip(inputs, self._given, strict=True)]
         completion = output["completion_ids"], output["completion_mask"], learned(output)
+        size = self._rows_at_a_time()  # of the student's mode: the teacher's is another
         for context in self._contexts:
             prompts, images = self._teacher_prompts(context, names, given, output)
             batch = [
@@ -499,7 +518,7 @@ class EGRSDTrainer(GRPOTrainer):
             ]
             with self._as_teacher() as teacher:
                 output[f"{context}_logp"], output[f"{context}_entropy"] = self._statistics(
-                    teacher, *batch, *completion, self._rows_at_a_time(), **images
+                    teacher, *batch, *completion, size, **images
                 )
         if self.args.rollout_steps:
             output["reference"] = [example.get(self.args.solution_column) for example in inputs]
@@ -513,8 +532,7 @@ class EGRSDTrainer(GRPOTrainer):
         # With the rows' images, and what environments say first. The teacher's prompt is made from these.
         self._given = prompts
         self._lengths = [len(ids) for ids in responses] if own is None else [sum(mask) for mask in own]
-        if any(tool_images):
-            raise ValueError("tools: expected answers without images, which the teacher could not read")
+        self._tool_images = any(tool_images)
         if self.rollout_func is not None and self._contexts:
             rendered = self._tokenize_prompts(copy.deepcopy(prompts))[0]
             for prompt, ids, expected in zip(prompts, prompt_ids, rendered, strict=True):
@@ -551,19 +569,31 @@ class EGRSDTrainer(GRPOTrainer):
         images = {key: output[key] for key in (*MODEL_IMAGES, "num_images", "num_tiles") if key in output}
         for key in TOKEN_TYPES:  # of the prompt's tokens, where images are; the student's are of its own
             if key in output:
-                types = pad(
-                    [torch.as_tensor(row) for row in fields[key]],
-                    padding_value=0,
-                    padding_side="left",
-                    pad_to_multiple_of=self.pad_to_multiple_of,
-                ).to(output[key])
-                completion = types.new_zeros(output["completion_ids"].shape)
-                images[key] = torch.cat([types, completion], dim=1)
+                images[key] = self._token_types(prompts, fields.get(key), output).to(output[key])
         return prompts, images
+
+    def _token_types(self, prompts: list[list[int]], types: Any, output: Mapping[str, Any]) -> Tensor:
+        """(B, L) of prompts, padded on the left, and completions, as TRL makes them: which tokens images stand for.
+
+        types: the processor's, of the prompts.
+        """
+        completion = output["completion_ids"].cpu()
+        if self._tool_images:  # in completions, too: TRL then tells all by their ids, and may have left all images out
+            shown = "pixel_values" in output
+            kinds = {self._image_pad_token_id: 1, self._video_pad_token_id: 2} if shown else {}
+            types = [[kinds.get(token, 0) for token in ids] for ids in prompts]
+            completion = torch.tensor([[kinds.get(token, 0) for token in ids] for ids in completion.tolist()])
+        else:
+            completion = torch.zeros_like(completion)
+        rows = [torch.as_tensor(row) for row in types]
+        options = {"padding_side": "left", "pad_to_multiple_of": self.pad_to_multiple_of}
+        return torch.cat([pad(rows, padding_value=0, **options), completion], dim=1)
 
     # ---------------------------------------------------------------------------------------------------------- loss
 
     def _prepare_inputs(self, generation_batch):
+        if not self._proved:  # weights that were elsewhere at construction
+            self._prove()
         self._pace.setdefault(self._mode, [0, time.perf_counter()])
         buffered = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
@@ -625,7 +655,8 @@ class EGRSDTrainer(GRPOTrainer):
         loss, signals = (self._direct_loss if self._direct else self._trl_loss)(model, inputs)
         mask = learned(inputs)
         signals["entropy_scale"] = inputs["entropy_scale"].expand(mask.shape)
-        self._step_signals.append({name: values[mask] for name, values in signals.items()})
+        kept = torch.stack(list(signals.values()))[:, mask]  # at once: the host waits for how many they are
+        self._step_signals.append(dict(zip(signals, kept, strict=True)))
         step = self.state.global_step + 1
         export = self._mode == "train" and self.args.rollout_steps and step % self.args.rollout_steps == 0
         if export:
@@ -797,6 +828,9 @@ class EGRSDTrainer(GRPOTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         with reading(f"the model in {resume_from_checkpoint}"):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if is_peft_model(self.model) and {"default", "ref"} <= self.model.peft_config.keys() and not self._sharded:
+                # transformers 4 reads those adapters alone that have a folder of their own, and "default" has none.
+                self.model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         with reading(f"the optimizer's state in {checkpoint}"):

@@ -36,9 +36,9 @@ TEXT = {
 }  # fmt: skip
 
 
-def with_images(*tokens: str) -> PreTrainedTokenizerFast:
-    """The tiny tokenizer with tokens of images."""
-    made = copy.deepcopy(tokenizer())
+def with_images(words: PreTrainedTokenizerFast, *tokens: str) -> PreTrainedTokenizerFast:
+    """A tokenizer with tokens of images."""
+    made = copy.deepcopy(words)
     made.add_tokens([*tokens], special_tokens=True)
     return made
 
@@ -47,7 +47,7 @@ def with_images(*tokens: str) -> PreTrainedTokenizerFast:
 def llava_processor() -> ProcessorMixin:
     pictures = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
     return LlavaProcessor(
-        pictures, with_images("<image>"), patch_size=4, chat_template=CHAT.replace("IMAGE", "<image>"),
+        pictures, with_images(tokenizer(), "<image>"), patch_size=4, chat_template=CHAT.replace("IMAGE", "<image>"),
         vision_feature_select_strategy="default", num_additional_image_tokens=1,
     )  # fmt: skip
 
@@ -69,12 +69,13 @@ def llava() -> LlavaForConditionalGeneration:
 
 
 @functools.cache
-def qwen2_vl_processor() -> ProcessorMixin:
+def qwen2_vl_processor(words: PreTrainedTokenizerFast | None = None, template: str = "") -> ProcessorMixin:
+    """With the tiny tokenizer and a template of its own, or others."""
     from transformers import Qwen2VLProcessor
 
-    words = with_images("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+    words = with_images(words or tokenizer(), "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
     pictures = Qwen2VLImageProcessor(patch_size=4, merge_size=2, min_pixels=64, max_pixels=1024, temporal_patch_size=2)
-    template = CHAT.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
+    template = template or CHAT.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
 
     class Processor(Qwen2VLProcessor):
         """Without videos, whose processor needs torchvision."""
@@ -91,10 +92,10 @@ def qwen2_vl_processor() -> ProcessorMixin:
     return Processor(pictures, words, chat_template=template)
 
 
-def qwen2_vl() -> Qwen2VLForConditionalGeneration:
+def qwen2_vl(processor: ProcessorMixin | None = None) -> Qwen2VLForConditionalGeneration:
     """All images' patches are in one tensor; positions are of time, height and width."""
     torch.manual_seed(0)
-    processor = qwen2_vl_processor()
+    processor = processor or qwen2_vl_processor()
     token = processor.tokenizer.convert_tokens_to_ids
     vision = {"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2,
               "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3}  # fmt: skip
