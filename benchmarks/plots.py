@@ -2,7 +2,7 @@
 sparse gradients cost at each tolerance; or how sparse a language model's softmax rows are, and how it trains with them.
 
     python -m benchmarks.plots benchmarks/results/compare-h100.json --output benchmarks/results
-    python -m benchmarks.plots benchmarks/results/sparse-h100.json --output benchmarks/results
+    python -m benchmarks.plots benchmarks/results/sparse-h200.json --output benchmarks/results
     python -m benchmarks.plots benchmarks/results/language_model-h100.json --output benchmarks/results
 
 Time is per token, in µs, so that peers can be told apart over three decades of batch sizes. Scales are logarithmic.

@@ -1,6 +1,6 @@
 """Sparse gradients beside exact ones: time, dense tokens, error, and what looking for entries costs.
 
-    python -m benchmarks.sparse --output benchmarks/results/sparse-h100.json
+    python -m benchmarks.sparse --output benchmarks/results/sparse-h200.json
 
 A step is the whole method (teacher, student, gate, gradients), as in ``benchmarks.compare``, on the same data, beside
 the bare matrix products of the same rounds. ``dense_share``: of the tokens, those that were made exactly. ``bound``:

@@ -1,6 +1,10 @@
 """Every kernel at odd shapes, without a reference beside it: what compute-sanitizer watches for accesses out of bounds.
 
-make memcheck, which runs the families and dtypes side by side: compute-sanitizer is slow, and a GPU has room for all.
+make memcheck, which runs each family, dtype and shape in a process of its own: compute-sanitizer is slow, and a GPU has
+room for many.
+
+    python -m tests.memcheck            what to run, a line a process
+    python -m tests.memcheck tma bfloat16 131 515 72
 """
 
 from __future__ import annotations
@@ -8,6 +12,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+from collections.abc import Iterator
 
 import torch
 
@@ -54,14 +59,23 @@ def run(n: int, vocabulary: int, size: int, dtype: torch.dtype) -> None:
         linear_logp(hidden, weight.detach() * 200, target_ids, extras=EXTRAS, grad_mode=mode)
 
 
-def main(family: str, dtype: str) -> None:
+def cases() -> Iterator[tuple[str, str, int, int, int]]:
+    """(family, dtype, tokens, vocabulary, hidden size)"""
+    for (n, vocabulary), dtype in itertools.product(SHAPES, ("bfloat16", "float16", "float32")):
+        for family, size in (*(("tma", size) for size in SIZES), ("pointer", SIZES[0])):
+            yield family, dtype, n, vocabulary, size
+
+
+def main(family: str, dtype: str, n: str, vocabulary: str, size: str) -> None:
     os.environ["EGRSD_KERNELS_TMA"] = "1" if family == "tma" else "0"
-    for (n, vocabulary), size in itertools.product(SHAPES, SIZES if family == "tma" else SIZES[:1]):
-        with Used("cuda"):
-            run(n, vocabulary, size, getattr(torch, dtype))
+    with Used("cuda"):
+        run(int(n), int(vocabulary), int(size), getattr(torch, dtype))
     torch.cuda.synchronize()
-    print(family, dtype, "done", flush=True)
+    print(family, dtype, n, vocabulary, size, "done", flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if len(sys.argv) > 1:
+        main(*sys.argv[1:])
+    else:
+        print("\n".join(" ".join(map(str, case)) for case in cases()))

@@ -19,7 +19,7 @@ LEVELS = (
     ("models",),
     ("__init__",),  # the public names
     ("rl", "rollouts"),
-    ("trl",),
+    ("trl", "verl"),
     ("cli",),
     ("__main__",),
 )

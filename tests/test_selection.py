@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from tests.support.doc_examples import ROOT
 from tests.support.selection import COLLECTED, mark_slow_cases
 
-WHOLE_RUNS = {"test_trl_distributed.py", "test_trl_equivalence.py"}  # each of them minutes of training
+WHOLE_RUNS = {"test_trl_distributed.py", "test_trl_equivalence.py", "test_vllm.py"}  # each of them minutes of training
 
 
 class Item:

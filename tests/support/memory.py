@@ -6,6 +6,7 @@ comparison. Plausible numbers do not, and a write out of bounds shows, if ever, 
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,25 +16,36 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
+POOL = 1 << 22  # words; larger tensors repeat them
+
 
 class Used(TorchDispatchMode):
-    """New tensors hold small integers, of both signs or none, or floats of both signs, never twice the same."""
+    """New tensors hold small integers, of both signs or none, or floats of both signs, and others the next time.
+
+    They are copied from pools: compute-sanitizer slows a kernel that would draw them, and leaves a copy alone.
+    """
 
     def __init__(self, device: torch.device | str, seed: int = 0):
         super().__init__()
-        self.random = torch.Generator(device).manual_seed(seed)
+        self.random = random.Random(seed)
+        words = torch.empty(POOL, dtype=torch.int32, device=device)
+        generator = torch.Generator(device).manual_seed(seed)
+        self.pools = (
+            words.clone().random_(-300, 1000, generator=generator),
+            words.clone().random_(0, 1000, generator=generator),
+            words.view(torch.float32).normal_(generator=generator).view(torch.int32),
+        )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if "empty" in func.__name__ and isinstance(out, torch.Tensor) and out.device.type == self.random.device.type:
+        if "empty" in func.__name__ and isinstance(out, torch.Tensor) and out.device.type == self.pools[0].device.type:
             storage = out.untyped_storage()
             words = torch.tensor([], dtype=torch.int32, device=out.device)
             words.set_(storage, 0, (storage.nbytes() // 4,))
-            kind = torch.randint(4, (), device=self.random.device, generator=self.random).item()
-            if kind < 2:
-                words.view(torch.float32).normal_(generator=self.random)
-            else:
-                words.random_(-300 if kind == 2 else 0, 1000, generator=self.random)
+            pool = self.pools[self.random.choice((0, 1, 2, 2))]
+            for part in words.split(POOL):
+                first = self.random.randint(0, POOL - len(part))
+                part.copy_(pool[first : first + len(part)])
         return out
 
 
