@@ -9,7 +9,10 @@ from types import SimpleNamespace
 from tests.support.doc_examples import ROOT
 from tests.support.selection import COLLECTED, mark_slow_cases
 
-WHOLE_RUNS = {"test_trl_distributed.py", "test_trl_equivalence.py", "test_vllm.py"}  # each of them minutes of training
+WHOLE_RUNS = {
+    "test_trl_distributed.py", "test_trl_equivalence.py", "test_trl_fuse_heads_distributed.py",
+    "test_trl_fuse_heads_trainers.py", "test_vllm.py",
+}  # fmt: skip  # each of them minutes of training
 
 
 class Item:
