@@ -332,7 +332,10 @@ class _Call(NamedTuple):
 
 @contextmanager
 def _noting_calls(base: nn.Module) -> Iterator[list[_Call]]:
-    """While this is entered, the list collects the calls of modules that could be a head: with a (V, D) weight."""
+    """While this is entered, the list collects the calls of modules that could be a head: with a (V, D) weight.
+
+    Where PEFT trains some tokens of a head (``token_adapter``), the module that wraps it has the weight.
+    """
     calls: list[_Call] = []
 
     def note(path: str, _: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], out: Any) -> None:
@@ -343,7 +346,7 @@ def _noting_calls(base: nn.Module) -> Iterator[list[_Call]]:
     handles = [
         module.register_forward_hook(functools.partial(note, path), with_kwargs=True)
         for path, module in base.named_modules(remove_duplicate=False)
-        if module._parameters.get("weight") is not None
+        if module._parameters.get("weight") is not None or "token_adapter" in module._modules
     ]
     try:
         yield calls
