@@ -237,10 +237,15 @@ def take_off_fused_head(model: Any) -> None:
         forward = vars(model).get("forward")
         if isinstance(forward, FusedForward):
             forward.take_off()
-        elif getattr(getattr(forward, "__func__", None), "__globals__", None) is vars(trl.trainer.utils):
+        elif is_trls(getattr(forward, "__func__", None)):
             _take_off_trls(model)
         else:
             return
+
+
+def is_trls(function: Any) -> bool:
+    """Whether TRL's module of ``add_fused_lm_head`` defines the function."""
+    return getattr(function, "__globals__", None) is vars(trl.trainer.utils)
 
 
 def _take_off_trls(model: Any) -> None:
