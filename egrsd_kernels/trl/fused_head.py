@@ -43,7 +43,8 @@ def fuse_head(
 
     Args:
         model: a transformers model, below PEFT, DDP and torch.compile. Its head is proved at the first call; a head
-            that is refused is a :class:`egrsd_kernels.ModelError` then.
+            that is refused is a :class:`egrsd_kernels.ModelError` then. A later change behind the head, such as another
+            scale in the config or a hook, has to be followed by :func:`egrsd_kernels.head_of`, which proves it again.
         temperature: logits are divided by it.
         outputs: names of what is made of each token, others are None: "log_probs" (always made), "entropy", "is_top1",
             "mean_logits", "log_sum_sq_probs".
@@ -53,8 +54,8 @@ def fuse_head(
     The fields, with labels (B, L) of any integer dtype, -100 where there is nothing to learn: float32, in nats, and 0
     or False where there is no label:
 
-    - loss: -Σ log p / num_items_in_batch, a number of tokens, or that of labels, at least 1; and the weight that the
-      model's config gives it (``router_aux_loss_coef``) times aux_loss.
+    - loss: -Σ log p over ``num_items_in_batch``, or over the number of labels, at least 1; and ``router_aux_loss_coef``
+      of the model's config times aux_loss.
     - log_probs, entropy: (B, L - 1), of the labels that follow each token but the last, both differentiable; or (B, L)
       with ``shift_labels`` (B, L), where label j is what token j predicts.
     - log_sum_sq_probs, mean_logits, is_top1: shaped alike, without gradient; log Σ p², the mean of the logits over the
