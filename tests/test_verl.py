@@ -145,10 +145,11 @@ def test_without_gradients_nothing_is_kept():
             "labels: expected 5, one for each hidden state, got",
         ),
         ({"labels": [0] * 5}, TypeError, "labels: expected an integer tensor, got"),
+        ({"labels": torch.zeros(5)}, TypeError, "labels: expected an integer tensor, got"),
         ({"temperature": 0.0}, ValueError, "temperature: expected"),
         ({"weight": torch.zeros(11, 9)}, ValueError, "weight: expected"),
     ],
-    ids=["reduction", "no reduction", "too few labels", "a list", "temperature", "width"],
+    ids=["reduction", "no reduction", "too few labels", "a list", "no integers", "temperature", "width"],
 )
 def test_errors_are_one_line(change, error, message):
     arguments = dict(zip(("hidden", "weight", "labels"), small(), strict=True)) | change

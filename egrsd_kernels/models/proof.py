@@ -68,9 +68,9 @@ def head_of(model: nn.Module) -> Head:
     """The model's head as it is now, read off the model and proved against its own logits.
 
     The model runs three times on 16 tokens, in evaluation mode and without gradients; no other logits are made.
-    Weights, modes and random states are afterwards what they were. Every process of a sharded model has to call it. A
-    change to the model's code, settings or weights behind its head has to be followed by another call;
-    :func:`with_head` makes the first one itself.
+    Weights, modes and random states are afterwards what they were; until then no other thread may run the model. Every
+    process of a sharded model has to call it. A change to the model's code, settings or weights behind its head has to
+    be followed by another call; :func:`with_head` makes the first one itself.
 
     Args:
         model: a causal language model, of transformers or any module whose forward takes ``input_ids`` (B, L) and
@@ -78,9 +78,9 @@ def head_of(model: nn.Module) -> Head:
             torch.compile, DDP, FSDP2 or DeepSpeed around it.
 
     Returns:
-        A :class:`Head` with the model's own parameters, not copies of them. Under ``disable_adapter()`` it is the
-            teacher's. Where FSDP2 or DeepSpeed has sharded the parameters they are sharded here, too, and whole only
-            inside :func:`with_head`.
+        A :class:`Head` with the model's own parameters, not copies of them, but for a weight into which PEFT puts
+            trained tokens. Under ``disable_adapter()`` it is the teacher's. Where FSDP2 or DeepSpeed has sharded the
+            parameters they are sharded here, too, and whole only inside :func:`with_head`.
 
     Raises:
         ModelError: a ValueError, in one line with the difference in nats, where the logits are not

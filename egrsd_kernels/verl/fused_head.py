@@ -51,7 +51,8 @@ def linear_cross_entropy(
     given = checks.instance("reduction", reduction, str, "a string").lower()
     checks.expect(given in REDUCTIONS, "reduction", reduction, " or ".join(map(repr, REDUCTIONS)))
     checks.expect(not _split(dist_process_group), "dist_process_group", dist_process_group, "one process at most")
-    checks.instance("labels", labels, Tensor, "an integer tensor")
+    ids = checks.instance("labels", labels, Tensor, "an integer tensor").dtype in checks.INTEGERS
+    checks.expect(ids, "labels", labels, "an integer tensor", TypeError)
     rows = checks.instance("hidden", hidden, Tensor, "a floating-point tensor").reshape(-1, hidden.shape[-1])
     checks.expect(labels.numel() == len(rows), "labels", labels, f"{len(rows)}, one for each hidden state")
     # verl asks for the entropy's gradient where calculate_entropy is on, and says so to nobody.
