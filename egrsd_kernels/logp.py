@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -186,6 +186,30 @@ def _gradients(
     return finish(power).of_operands(options.needs, columns)
 
 
+@overload
+def linear_logp(
+    hidden: Tensor, weight: Tensor | Head, target_ids: Tensor, *, bias: Tensor | None = ..., mask: Tensor | None = ...,
+    temperature: float = ..., softcap: float | None = ...,
+    return_entropy: Literal[False] = ..., entropy_grad: Literal[False] = ..., extras: tuple[()] = ...,
+    backend: Literal["auto", "triton", "torch"] = ..., grad_mode: Literal["exact", "sparse"] = ...,
+    sparse_tol: float = ..., chunk_bytes: int = ..., keep_bytes: int = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def linear_logp(
+    hidden: Tensor, weight: Tensor | Head, target_ids: Tensor, *, bias: Tensor | None = ..., mask: Tensor | None = ...,
+    temperature: float = ..., softcap: float | None = ...,
+    return_entropy: Literal[True], entropy_grad: bool | Literal["lazy"] = ..., extras: tuple[()] = ...,
+    backend: Literal["auto", "triton", "torch"] = ..., grad_mode: Literal["exact", "sparse"] = ...,
+    sparse_tol: float = ..., chunk_bytes: int = ..., keep_bytes: int = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def linear_logp(
+    hidden: Tensor, weight: Tensor | Head, target_ids: Tensor, *, bias: Tensor | None = ..., mask: Tensor | None = ...,
+    temperature: float = ..., softcap: float | None = ...,
+    return_entropy: bool = ..., entropy_grad: bool | Literal["lazy"] = ..., extras: Collection[str] = ...,
+    backend: Literal["auto", "triton", "torch"] = ..., grad_mode: Literal["exact", "sparse"] = ...,
+    sparse_tol: float = ..., chunk_bytes: int = ..., keep_bytes: int = ...,
+) -> Tensor | tuple[Tensor, Tensor] | VocabularyStatistics: ...  # fmt: skip
 @eager
 def linear_logp(
     hidden: Tensor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 import threading
@@ -609,6 +610,34 @@ def test_several_active_adapters_and_merged_ones():
     with model.disable_adapter():
         ours, _ = with_head(model, logits_of, input_ids=IDS)
     torch.testing.assert_close(ours, tiny()(input_ids=IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("first", ["base", "teacher", "student"])
+def test_trained_tokens_of_a_tied_head(first):
+    """PEFT's trainable_token_indices puts rows of its own into the embedding and into the head."""
+    peft = pytest.importorskip("peft")
+    base = tiny()
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    plain = copy.deepcopy(base)
+    if first == "base":
+        check_same(base)
+    options = {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5, 8]}
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, **options)).eval()
+    (rows,) = (rows for name, rows in model.named_parameters() if "trainable_tokens_delta" in name)
+    with torch.no_grad():
+        rows.add_(torch.randn(rows.shape, generator=torch.Generator().manual_seed(0)))
+    for who in ("teacher", "student", "teacher") if first == "teacher" else ("student", "teacher"):
+        with model.disable_adapter() if who == "teacher" else contextlib.nullcontext():
+            ours, _ = with_head(model, logits_of, input_ids=IDS)
+            own = model(input_ids=IDS).logits
+        torch.testing.assert_close(ours, own)
+        if who == "teacher":
+            torch.testing.assert_close(ours, plain(input_ids=IDS).logits)
+        else:
+            assert (ours - plain(input_ids=IDS).logits).abs().max() > 0.1
+            found, expected = (torch.autograd.grad(x.square().sum(), rows)[0] for x in (ours, own))
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -161,10 +161,43 @@ def test_fields_that_nobody_asked_for_are_none():
     fuse_head(model)
     out = model(**batch(), fused_lm_head=True)
     assert list(out) == ["loss", "log_probs", "label_mask"]
-    with pytest.raises(ValueError, match=r"^outputs: expected names of log_probs, .*, got 'entropies'$"):
-        fuse_head(model, outputs=("log_probs", "entropies"))
-    with pytest.raises(ValueError, match=r"^temperature: expected a finite number above 0, got 0$"):
-        fuse_head(model, temperature=0)
+
+
+@pytest.mark.parametrize(
+    "options, error, words",
+    [
+        (
+            {"outputs": ("log_probs", "entropies")},
+            ValueError,
+            r"outputs: expected names out of log_.*, got \['entropies'\]",
+        ),
+        ({"outputs": "entropy"}, TypeError, r"outputs: expected a collection of names out of .*, got 'entropy'"),
+        ({"temperature": 0}, ValueError, r"temperature: expected a finite number above 0, got 0"),
+        ({"entropy_grad": "lazy"}, TypeError, r"entropy_grad: expected True or False, got 'lazy'"),
+        ({"model": "gpt2"}, TypeError, r"model: expected a model, got 'gpt2'"),
+    ],
+)
+def test_refused(options, error, words):
+    model = tiny_model()
+    with pytest.raises(error, match=f"^{words}$"):
+        fuse_head(**{"model": model} | options)
+    assert "forward" not in vars(model)
+
+
+def test_labels_of_any_integer_dtype():
+    """-100 is 156 in uint8, where that would be a label."""
+    model, inputs = tiny_model(vocab_size=200), batch(padded=False)
+    fuse_head(model)
+    labels = inputs["labels"].clamp(min=0)
+    labels[0, 4] = 156
+    expected = model(**inputs | {"labels": labels}, fused_lm_head=True)
+    assert expected.label_mask.all()
+    check_outputs(model(**inputs | {"labels": labels.to(torch.uint8)}, fused_lm_head=True), expected)
+    expected = model(**inputs, fused_lm_head=True)
+    for dtype in (torch.int8, torch.int16, torch.int32):
+        check_outputs(model(**inputs | {"labels": inputs["labels"].to(dtype)}, fused_lm_head=True), expected)
+    with pytest.raises(TypeError, match="expected an integer tensor"):
+        model(**inputs | {"labels": labels.float()}, fused_lm_head=True)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -382,6 +415,15 @@ def test_a_routers_loss_that_the_model_does_not_have():
     assert model(**batch(), fused_lm_head=True).aux_loss is None
     with pytest.raises(ModelError, match=r"^model: Llama4ForCausalLM: it returns no load-balancing loss"):
         model(**batch(), output_router_logits=True, fused_lm_head=True)
+
+
+def test_a_routers_loss_that_the_config_asks_for():
+    model = build("mixtral", **MODELS["mixtral"], output_router_logits=True)
+    fuse_head(model)
+    inputs = batch(padded=False)
+    torch.testing.assert_close(model(**inputs, fused_lm_head=True).loss, model(**inputs).loss, **CLOSE)
+    with pytest.raises(ModelError, match=r"^model: MixtralForCausalLM: it returns no load-balancing loss"):
+        model(**inputs, return_dict=False, fused_lm_head=True)  # a tuple has it under no name
 
 
 # ------------------------------------------------------------------------------------------------------- fuse_heads

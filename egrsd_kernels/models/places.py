@@ -1,7 +1,8 @@
 """Where a model's head is, below what wraps the model and what wraps the head, and what its weights are.
 
 Wrappers and adapters are told by what they hold: torch.compile's ``_orig_mod``; PEFT's ``base_layer``,
-``original_module`` and ``modules_to_save``. Nothing of PEFT is imported, so such modules are typed as Any.
+``original_module``, ``modules_to_save`` and ``token_adapter``. Nothing of PEFT is imported, so such modules are typed
+as Any.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def module_at(base: nn.Module, path: str) -> Any:
     while True:
         if "_orig_mod" in module._modules:  # torch.compile's
             module = module._orig_mod
-        elif "original_module" in module._modules:  # PEFT's modules_to_save
+        elif "modules_to_save" in module._modules:  # PEFT's
             copies, active = module._modules["modules_to_save"], _active(module)
             module = copies[active[0]] if active and active[0] in copies else module.original_module
         else:

@@ -68,9 +68,9 @@ def head_of(model: nn.Module) -> Head:
     """The model's head as it is now, read off the model and proved against its own logits.
 
     The model runs three times on 16 tokens, in evaluation mode and without gradients; no other logits are made.
-    Weights, modes and random states are afterwards what they were. Every process of a sharded model has to call it. A
-    change to the model's code, settings or weights behind its head has to be followed by another call;
-    :func:`with_head` makes the first one itself.
+    Weights, modes and random states are afterwards what they were; until then no other thread may run the model. Every
+    process of a sharded model has to call it. A change to the model's code, settings or weights behind its head has to
+    be followed by another call; :func:`with_head` makes the first one itself.
 
     Args:
         model: a causal language model, of transformers or any module whose forward takes ``input_ids`` (B, L) and
@@ -78,9 +78,9 @@ def head_of(model: nn.Module) -> Head:
             torch.compile, DDP, FSDP2 or DeepSpeed around it.
 
     Returns:
-        A :class:`Head` with the model's own parameters, not copies of them. Under ``disable_adapter()`` it is the
-            teacher's. Where FSDP2 or DeepSpeed has sharded the parameters they are sharded here, too, and whole only
-            inside :func:`with_head`.
+        A :class:`Head` with the model's own parameters, not copies of them, but for a weight into which PEFT puts
+            trained tokens. Under ``disable_adapter()`` it is the teacher's. Where FSDP2 or DeepSpeed has sharded the
+            parameters they are sharded here, too, and whole only inside :func:`with_head`.
 
     Raises:
         ModelError: a ValueError, in one line with the difference in nats, where the logits are not
@@ -332,7 +332,10 @@ class _Call(NamedTuple):
 
 @contextmanager
 def _noting_calls(base: nn.Module) -> Iterator[list[_Call]]:
-    """While this is entered, the list collects the calls of modules that could be a head: with a (V, D) weight."""
+    """While this is entered, the list collects the calls of modules that could be a head: with a (V, D) weight.
+
+    Where PEFT trains some tokens of a head (``token_adapter``), the module that wraps it has the weight.
+    """
     calls: list[_Call] = []
 
     def note(path: str, _: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], out: Any) -> None:
@@ -343,7 +346,7 @@ def _noting_calls(base: nn.Module) -> Iterator[list[_Call]]:
     handles = [
         module.register_forward_hook(functools.partial(note, path), with_kwargs=True)
         for path, module in base.named_modules(remove_duplicate=False)
-        if module._parameters.get("weight") is not None
+        if module._parameters.get("weight") is not None or "token_adapter" in module._modules
     ]
     try:
         yield calls

@@ -10,10 +10,10 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any
+from typing import Any, Literal
 
 import trl.trainer.grpo_trainer
 import trl.trainer.utils
@@ -21,19 +21,18 @@ from torch import Tensor, nn
 from trl.trainer.utils import FusedCausalLMOutput
 
 from egrsd_kernels import Head, VocabularyStatistics, checks, linear_logp, with_head
+from egrsd_kernels.backends import EXTRAS
 from egrsd_kernels.models import ModelError
 from egrsd_kernels.models.reading import InForward
 
-EXTRAS = ("log_sum_sq_probs", "mean_logits", "is_top1")
 OUTPUTS = ("log_probs", "entropy", *EXTRAS)
-IGNORED = -100  # transformers' label of a token without a loss
 _KEPT = "_fused_forwards"
 
 
 def fuse_head(
     model: nn.Module,
     temperature: float = 1.0,
-    outputs: Sequence[str] = ("log_probs",),
+    outputs: Collection[str] = ("log_probs",),
     *,
     entropy_grad: bool = False,
 ) -> None:
@@ -44,18 +43,19 @@ def fuse_head(
 
     Args:
         model: a transformers model, below PEFT, DDP and torch.compile. Its head is proved at the first call; a head
-            that is refused is a :class:`egrsd_kernels.ModelError` then.
+            that is refused is a :class:`egrsd_kernels.ModelError` then. A later change behind the head, such as another
+            scale in the config or a hook, has to be followed by :func:`egrsd_kernels.head_of`, which proves it again.
         temperature: logits are divided by it.
-        outputs: names of what is made of each token, others are None: "log_probs" (always made), "entropy",
-            "log_sum_sq_probs", "mean_logits", "is_top1".
+        outputs: names of what is made of each token, others are None: "log_probs" (always made), "entropy", "is_top1",
+            "mean_logits", "log_sum_sq_probs".
         entropy_grad: whether to be ready for a gradient of the entropy, as an entropy bonus has it, from the first call
             on. Otherwise the backward pass that first brings one takes longer, and later calls are ready.
 
     The fields, with labels (B, L) of any integer dtype, -100 where there is nothing to learn: float32, in nats, and 0
     or False where there is no label:
 
-    - loss: -Σ log p / num_items_in_batch, a number of tokens, or that of labels, at least 1; and the weight that the
-      model's config gives it (``router_aux_loss_coef``) times aux_loss.
+    - loss: -Σ log p over ``num_items_in_batch``, or over the number of labels, at least 1; and ``router_aux_loss_coef``
+      of the model's config times aux_loss.
     - log_probs, entropy: (B, L - 1), of the labels that follow each token but the last, both differentiable; or (B, L)
       with ``shift_labels`` (B, L), where label j is what token j predicts.
     - log_sum_sq_probs, mean_logits, is_top1: shaped alike, without gradient; log Σ p², the mean of the logits over the
@@ -64,14 +64,44 @@ def fuse_head(
     - aux_loss: the model's own, where it returns one.
 
     Raises:
-        TypeError, ValueError: outputs has a name that is none of these, or the temperature is not above 0.
+        TypeError, ValueError: naming the argument, what it got and what it expects.
     """
+    checks.instance("model", model, nn.Module, "a model")
     checks.number("temperature", temperature, low=0, strict=True)
-    unknown = [name for name in outputs if name not in OUTPUTS]
-    if unknown:
-        raise ValueError(f"outputs: expected names of {', '.join(OUTPUTS)}, got {unknown[0]!r}")
+    names = checks.names("outputs", outputs, OUTPUTS)
+    checks.flag("entropy_grad", entropy_grad)
     take_off_fused_head(model)
-    vars(model)["forward"] = FusedForward(model, temperature, tuple(outputs), entropy_grad)
+    vars(model)["forward"] = FusedForward(model, temperature, names, entropy_grad)
+
+
+def score_labels(
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    *,
+    outputs: Collection[str],
+    entropy_grad: bool | Literal["lazy"] = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """The fields of TRL's ``FusedCausalLMOutput`` that are one a token: ``outputs``, log_probs and label_mask.
+
+    hidden: (B, L, D). labels: (B, L), what each of them predicts, on any device; -100: a token that counts as 0.
+    options: others of :func:`egrsd_kernels.linear_logp`. Fields that nobody asked for are None.
+    """
+    labels = labels.to(hidden.device)  # of a model that is spread over devices
+    found = linear_logp(
+        hidden, head, labels, return_entropy="entropy" in outputs,
+        entropy_grad=entropy_grad if "entropy" in outputs else False,
+        extras=[name for name in EXTRAS if name in outputs], **options,
+    )  # fmt: skip
+    if not isinstance(found, VocabularyStatistics):
+        found = VocabularyStatistics(*(found if isinstance(found, tuple) else (found,)))
+    return {
+        "log_probs": found.logp,
+        "entropy": found.entropy,
+        **{name: getattr(found, name) for name in EXTRAS},
+        "label_mask": labels.long() != checks.IGNORE_INDEX,  # in uint8 it would be 156, an id
+    }
 
 
 class FusedForward:
@@ -148,37 +178,30 @@ class FusedForward:
             fields, output = with_head(InForward(self.model, self.own), score, **inputs)
         except ModelError as refusal:
             raise ModelError(f"{refusal}; egrsd_kernels.trl.unfuse_heads() leaves the head to TRL") from refusal
-        aux_loss = getattr(output, "aux_loss", None)
+        config, aux_loss = self.model.config.get_text_config(), getattr(output, "aux_loss", None)
+        asked = inputs.get("output_router_logits")
+        asked = getattr(config, "output_router_logits", False) if asked is None else asked
         if isinstance(aux_loss, Tensor):
-            weight = getattr(self.model.config.get_text_config(), "router_aux_loss_coef", 0.0)
+            weight = getattr(config, "router_aux_loss_coef", 0.0)
             fields["loss"] = fields["loss"] + weight * aux_loss.to(fields["loss"].device)
-        elif inputs.get("output_router_logits"):
+        elif asked:
             raise ModelError(
                 f"model: {type(self.model).__name__}: it returns no load-balancing loss: "
-                "set router_aux_loss_coef to 0 to train without one"
+                "set router_aux_loss_coef to 0, or output_router_logits to False, to train without one"
             )
         return FusedCausalLMOutput(**fields, aux_loss=aux_loss)
 
     def _score(self, hidden: Tensor, head: Head, labels: Tensor, count: Tensor | int | None) -> dict[str, Any]:
-        labels = labels.to(hidden.device)  # of a model that is spread over devices
-        mask = labels != IGNORED
-        entropy, extras = "entropy" in self.outputs, [name for name in EXTRAS if name in self.outputs]
-        found = linear_logp(
-            hidden, head, labels, temperature=self.temperature, return_entropy=entropy,
-            entropy_grad=entropy and (self.entropy_grad or "lazy"), extras=extras,
+        fields = score_labels(
+            hidden, head, labels, outputs=self.outputs, entropy_grad=self.entropy_grad or "lazy",
+            temperature=self.temperature,
         )  # fmt: skip
-        if not isinstance(found, VocabularyStatistics):
-            found = VocabularyStatistics(*(found if isinstance(found, tuple) else (found,)))
-        if found.entropy is not None and found.entropy.requires_grad:
-            found.entropy.register_hook(self._entropy_asked)
-        count = mask.sum().clamp(min=1) if count is None else count
-        return {
-            "loss": -found.logp.sum() / (count.to(hidden.device) if isinstance(count, Tensor) else count),
-            "log_probs": found.logp,
-            "entropy": found.entropy,
-            **{name: getattr(found, name) for name in EXTRAS},
-            "label_mask": mask,
-        }
+        entropy = fields["entropy"]
+        if entropy is not None and entropy.requires_grad:
+            entropy.register_hook(self._entropy_asked)
+        count = fields["label_mask"].sum().clamp(min=1) if count is None else count
+        count = count.to(hidden.device) if isinstance(count, Tensor) else count
+        return {"loss": -fields["log_probs"].sum() / count, **fields}
 
     def _entropy_asked(self, gradient: Tensor | None) -> None:
         self.entropy_grad |= gradient is not None
@@ -215,10 +238,15 @@ def take_off_fused_head(model: Any) -> None:
         forward = vars(model).get("forward")
         if isinstance(forward, FusedForward):
             forward.take_off()
-        elif getattr(getattr(forward, "__func__", None), "__globals__", None) is vars(trl.trainer.utils):
+        elif is_trls(getattr(forward, "__func__", None)):
             _take_off_trls(model)
         else:
             return
+
+
+def is_trls(function: Any) -> bool:
+    """Whether TRL's module of ``add_fused_lm_head`` defines the function."""
+    return getattr(function, "__globals__", None) is vars(trl.trainer.utils)
 
 
 def _take_off_trls(model: Any) -> None:

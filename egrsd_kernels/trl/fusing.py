@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from typing import Any
 
 import trl.trainer.utils
 
-from .fused_head import OUTPUTS, fuse_head
+from egrsd_kernels.replacing import is_replacement, put_back, put_in_place
 
-_trls = trl.trainer.utils.add_fused_lm_head
+from .fused_head import OUTPUTS, fuse_head, is_trls
 
 
 def fuse_heads() -> AbstractContextManager[Any]:
@@ -30,39 +29,29 @@ def fuse_heads() -> AbstractContextManager[Any]:
     Raises:
         RuntimeError: somebody else has replaced ``add_fused_lm_head``.
     """
-    undo = ExitStack()
     now = trl.trainer.utils.add_fused_lm_head
-    if now not in (_trls, _ours):
+    if not (is_trls(now) or is_replacement(now)):
         raise RuntimeError(f"fuse_heads: expected TRL's own add_fused_lm_head, got {now.__module__}.{now.__qualname__}")
-    if now is _trls:
-        _replace(_trls, _ours)
-        undo.callback(unfuse_heads)
-    return undo
+    return put_in_place(now, _in_place_of)
 
 
 def unfuse_heads() -> None:
     """From now on TRL's trainers add TRL's own head. Models that were given ours keep it."""
-    _replace(_ours, _trls)
+    put_back(trl.trainer.utils.add_fused_lm_head)
 
 
-@functools.wraps(_trls)
-def _ours(
-    model: Any,
-    temperature: float = 1.0,
-    cast_lm_head_to_fp32: bool = False,
-    outputs: tuple[str, ...] = ("log_probs",),
-    **later: Any,
-) -> None:
-    if cast_lm_head_to_fp32 or later or not set(outputs) <= set(OUTPUTS):
-        _trls(model, temperature, cast_lm_head_to_fp32, outputs, **later)
-    else:
-        fuse_head(model, temperature, outputs)
+def _in_place_of(trls: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(trls)
+    def add(
+        model: Any,
+        temperature: float = 1.0,
+        cast_lm_head_to_fp32: bool = False,
+        outputs: tuple[str, ...] = ("log_probs",),
+        **later: Any,
+    ) -> None:
+        if cast_lm_head_to_fp32 or later or not set(outputs) <= set(OUTPUTS):
+            trls(model, temperature, cast_lm_head_to_fp32, outputs, **later)
+        else:
+            fuse_head(model, temperature, outputs)
 
-
-def _replace(old: Callable[..., Any], new: Callable[..., Any]) -> None:
-    """In all modules: trainers import the function by its name, and those to come from a module that has it by now."""
-    for module in list(sys.modules.values()):
-        if module is not sys.modules[__name__]:
-            names = [name for name, value in list(getattr(module, "__dict__", {}).items()) if value is old]
-            for name in names:
-                setattr(module, name, new)
+    return add

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch.distributed as dist
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from egrsd_kernels import checks
 from egrsd_kernels.logp import linear_logp
+from egrsd_kernels.replacing import put_back, put_in_place
 
 MODULE, NAME = "verl.utils.kernel.linear_cross_entropy", "linear_cross_entropy"
 # Of log p alone, as there: its entropies are always one a token.
@@ -51,14 +51,14 @@ def linear_cross_entropy(
     given = checks.instance("reduction", reduction, str, "a string").lower()
     checks.expect(given in REDUCTIONS, "reduction", reduction, " or ".join(map(repr, REDUCTIONS)))
     checks.expect(not _split(dist_process_group), "dist_process_group", dist_process_group, "one process at most")
-    checks.instance("labels", labels, Tensor, "an integer tensor")
+    ids = checks.instance("labels", labels, Tensor, "an integer tensor").dtype in checks.INTEGERS
+    checks.expect(ids, "labels", labels, "an integer tensor", TypeError)
     rows = checks.instance("hidden", hidden, Tensor, "a floating-point tensor").reshape(-1, hidden.shape[-1])
     checks.expect(labels.numel() == len(rows), "labels", labels, f"{len(rows)}, one for each hidden state")
     # verl asks for the entropy's gradient where calculate_entropy is on, and says so to nobody.
-    both: Any = linear_logp(
+    logp, entropy = linear_logp(
         rows, weight, labels.reshape(-1), temperature=temperature, return_entropy=True, entropy_grad="lazy"
     )
-    logp, entropy = both
     return REDUCTIONS[given](logp), entropy
 
 
@@ -82,16 +82,7 @@ def _in_place_of(original: Callable[..., Any]) -> Callable[..., Any]:
         both: tuple[Tensor, Tensor] = function(hidden, weight, labels, temperature, reduction, dist_process_group)
         return both
 
-    fused.original = original  # type: ignore[attr-defined]
     return fused
-
-
-def _replace(old: Callable[..., Any], new: Callable[..., Any]) -> None:
-    """In all modules: verl's Megatron engine imports the function by its name when it is loaded."""
-    for module in list(sys.modules.values()):
-        names = getattr(module, "__dict__", {})
-        for name in [name for name, value in list(names.items()) if value is old]:
-            names[name] = new
 
 
 def _installed() -> Callable[..., Any]:
@@ -120,11 +111,7 @@ def fuse_heads() -> AbstractContextManager[Any]:
     Raises:
         ModuleNotFoundError: there is no verl, or not that module in it.
     """
-    undo, now = ExitStack(), _installed()
-    if not hasattr(now, "original"):
-        _replace(now, _in_place_of(now))
-        undo.callback(unfuse_heads)
-    return undo
+    return put_in_place(_installed(), _in_place_of)
 
 
 def unfuse_heads() -> None:
@@ -133,6 +120,4 @@ def unfuse_heads() -> None:
     Raises:
         ModuleNotFoundError: as there.
     """
-    now = _installed()
-    if hasattr(now, "original"):
-        _replace(now, now.original)
+    put_back(_installed())
