@@ -754,7 +754,10 @@ class EGRSDTrainer(GRPOTrainer):
         """Metrics of ``tokens``: by name, (N,) each, the signals and the entropy scale of ``calls`` micro-batches."""
         args = self.args
         if "gate" not in tokens:
-            return evidence_metrics(tokens, self._contexts)
+            metrics = evidence_metrics(tokens, self._contexts)
+            if not math.isfinite(metrics.get("token_advantage/abs_mean", 0.0)):  # on a GPU nobody has looked yet
+                raise ValueError("token_advantage: expected no NaN and no infinity at a valid position, got some")
+            return metrics
         return {"gamma": self.gamma} | token_metrics(
             tokens,
             gamma=self.gamma,
