@@ -92,10 +92,10 @@ def token_metrics(
 
 def evidence_metrics(tokens: Mapping[str, Tensor], contexts: Iterable[str]) -> dict[str, float]:
     """Metrics of tokens whose worth is not EGRSD's: token_advantage/mean and token_advantage/abs_mean, and for each
-    context CONTEXT_entropy/mean (nats) and CONTEXT_abs_log_ratio/mean, |log p_T(y) − log p_S(y)|.
+    context CONTEXT_entropy/mean and CONTEXT_abs_log_ratio/mean, nats.
 
     Args:
-        tokens: (N,) each: student_logp, token_advantage, and CONTEXT_logp and CONTEXT_entropy of the ``contexts``.
+        tokens: (N,) each: token_advantage, and CONTEXT_entropy and CONTEXT_abs_log_ratio of the ``contexts``.
 
     Returns:
         The metrics; empty without a token.
@@ -105,8 +105,7 @@ def evidence_metrics(tokens: Mapping[str, Tensor], contexts: Iterable[str]) -> d
         return {}
     metrics = {"token_advantage/mean": credit.mean(), "token_advantage/abs_mean": credit.abs().mean()}
     for name in contexts:
-        metrics[f"{name}_entropy/mean"] = tokens[f"{name}_entropy"].mean()
-        metrics[f"{name}_abs_log_ratio/mean"] = (tokens[f"{name}_logp"] - tokens["student_logp"]).abs().mean()
+        metrics |= {f"{name}_{what}/mean": tokens[f"{name}_{what}"].mean() for what in ("entropy", "abs_log_ratio")}
     return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
 
 
