@@ -3,9 +3,10 @@
 import math
 import resource
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from egrsd_kernels import credit
@@ -107,6 +108,16 @@ def evidence_metrics(tokens: Mapping[str, Tensor], contexts: Iterable[str]) -> d
     for name in contexts:
         metrics |= {f"{name}_{what}/mean": tokens[f"{name}_{what}"].mean() for what in ("entropy", "abs_log_ratio")}
     return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
+
+
+def gathered_tokens(batches: Sequence[Mapping[str, Tensor]], accelerator: Accelerator) -> dict[str, Tensor]:
+    """The tokens of an optimizer step on all processes: by name (N,) each, of signals (n,) of each micro-batch."""
+    names = list(batches[0])
+    local = torch.stack([torch.cat([signals[name] for signals in batches]) for name in names], dim=1)
+    # Processes hold different numbers of tokens; padding is told from tokens by an infinite log p.
+    local = accelerator.pad_across_processes(local, dim=0, pad_index=math.inf)
+    every = accelerator.gather(local).T
+    return dict(zip(names, every[:, every[names.index("student_logp")] != math.inf], strict=True))
 
 
 def peak_memory_gib(device: torch.device) -> float:
