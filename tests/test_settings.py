@@ -115,7 +115,7 @@ def test_the_page_has_the_table(tmp_path):
     shutil.copy(ROOT / settings.PAGE, page)
     text = page.read_text(encoding="utf-8")
     page.write_text(text.replace("| `beta` |", "| `beta` is |"), encoding="utf-8")
-    with pytest.raises(SystemExit, match=r"^docs/from-grpo.md is out of date: run python -m benchmarks.settings$"):
+    with pytest.raises(SystemExit, match=r"^docs/grpo-settings.md is out of date: run python -m benchmarks.settings$"):
         settings.main(["--root", str(tmp_path), "--check"])
     settings.main(["--root", str(tmp_path)])
     assert page.read_text(encoding="utf-8") == text
