@@ -659,7 +659,13 @@ class EGRSDTrainer(GRPOTrainer):
             accumulation = self.current_gradient_accumulation_steps if self._mode == "train" else 1
             loss = loss + self.router_aux_loss_coef * output.aux_loss / accumulation
             self._step_aux.append(output.aux_loss.detach())
-        return loss, stats._asdict()
+        signals = stats._asdict()
+        if ratio is not None:  # what is logged is the method's, as on the other path
+            evidence = evidence_of(
+                inputs, inputs["advantages"], stats.student_logp, self._contexts, self.args, self.gamma
+            )
+            signals = signals_of(evidence, None) | {"gradient_error_bound": stats.gradient_error_bound}
+        return loss, signals
 
     def _log_step(self) -> None:
         """Metrics of one optimizer step, exact over its micro-batches and processes, into TRL's own averages."""
