@@ -284,6 +284,29 @@ def test_what_is_not_finite_stops_the_run_where_values_are_not_looked_at_at_once
     assert all(torch.equal(value, before[name]) for name, value in weights(run).items())
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_an_interrupted_step_is_in_nobody_elses_metrics(tmp_path, own):
+    """As where memory runs out in a notebook, or a user interrupts."""
+    cls = with_(token_advantage=TOKEN_ADVANTAGES["egrsd"]) if own else EGRSDTrainer
+    evaluated = {"eval_dataset": dataset(2), "num_generations_eval": 2, "per_device_eval_batch_size": 4}
+    run, _ = make(tmp_path, cls=cls, **evaluated)
+    step, calls = run.training_step, []
+
+    def interrupted(*arguments, **options):
+        if run._step_signals:
+            raise RuntimeError("out of memory")
+        return step(*arguments, **options)
+
+    run.training_step = interrupted
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run.train()
+    metrics = run._token_metrics
+    run._token_metrics = lambda tokens, count: calls.append(count) or metrics(tokens, count)
+    run.training_step = step
+    run.evaluate()
+    assert calls == [1] and run._in_loss is None
+
+
 @pytest.mark.slow
 def test_several_updates_and_a_resume_with_contexts(tmp_path):
     options = {"num_iterations": 2, "save_strategy": "steps", "save_steps": 1, "max_steps": 4}

@@ -11,9 +11,11 @@ few of its methods, each the narrowest that does the job:
     _get_per_token_logps_and_entropies    log p without logits, for student, reference and teacher; token advantages
     _compute_loss                         TRL's on those, or fused_egrsd_loss; metrics; export of rollouts
     log                                   tokens per second begin anew
-    train                             which run goes on, in which folder
-    _save_rng_state, _load_rng_state  everything else that a bit-exact resume needs
-    _get_train_sampler                the same order of prompts after a resume
+    train                                 which run goes on, in which folder
+    _save_rng_state, _load_rng_state      everything else that a bit-exact resume needs
+    _get_train_sampler                    the same order of prompts after a resume
+
+What needs no trainer has a module of its own beside this one.
 
 The teacher's log p and entropy of each rollout token are (B, T) tensors, made once in each context, when the rollout is
 made, and named after it: teacher_logp, teacher_entropy. They ride through TRL's buffer like its own
@@ -181,10 +183,7 @@ class EGRSDTrainer(GRPOTrainer):
         self.welford = WelfordAdvantage(args.welford_warmup_steps)
         self._in_loss: dict[str, Any] | None = None  # the batch of the loss of TRL's that is being made
         self._signals: dict[str, Tensor] = {}  # of that batch
-        # Signals and entropy scale (valid tokens,) of the optimizer step's micro-batches so far.
-        self._step_signals: list[dict[str, Tensor]] = []
-        self._step_aux: list[Tensor] = []  # load-balancing losses, one a micro-batch
-        self._step_rollouts: list[Rollout] = []
+        self._begin_step()
         self._export_failed = False
         named = zip(self.reward_funcs, self.reward_func_names, strict=True)
         self.reward_funcs: list[Any] = [checked(*pair) for pair in named]
@@ -541,10 +540,18 @@ class EGRSDTrainer(GRPOTrainer):
         buffered = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         if self._mode == "eval":
+            self._begin_step()
             self._measure_steps([inputs])
         elif self._buffered_inputs is not buffered:
             self._measure_steps(self._buffered_inputs)
         return inputs
+
+    def _begin_step(self) -> None:
+        """Forget the micro-batches of the optimizer step before, which is logged, or was interrupted for good."""
+        # Signals and entropy scale (valid tokens,) of the micro-batches so far.
+        self._step_signals: list[dict[str, Tensor]] = []
+        self._step_aux: list[Tensor] = []  # load-balancing losses, one a micro-batch
+        self._step_rollouts: list[Rollout] = []
 
     def _measure_steps(self, batches: list[dict[str, Any]]) -> None:
         """Put the entropy scale of its optimizer step, and the direct loss's normaliser, into each micro-batch.
@@ -609,6 +616,7 @@ class EGRSDTrainer(GRPOTrainer):
             self._log_step()
             if export:
                 self._write_rollouts(step)
+            self._begin_step()
         return loss
 
     def _trl_loss(self, model, inputs) -> tuple[Tensor, dict[str, Tensor]]:
@@ -671,13 +679,11 @@ class EGRSDTrainer(GRPOTrainer):
         """Metrics of one optimizer step, exact over its micro-batches and processes, into TRL's own averages."""
         calls = len(self._step_signals) * self.accelerator.num_processes
         tokens = gathered_tokens(self._step_signals, self.accelerator)
-        self._step_signals.clear()
         metrics = self._token_metrics(tokens, calls)
         memory = torch.tensor([peak_memory_gib(self.accelerator.device)], device=self.accelerator.device)
         metrics["peak_memory_gib"] = self.accelerator.gather(memory).max().item()
         if self._step_aux:
             metrics["aux_loss"] = self.accelerator.gather(torch.stack(self._step_aux)).mean().item()
-            self._step_aux.clear()
         for name, value in metrics.items():
             self._metrics[self._mode][name].append(value)
         # TRL logs a mean over steps, of which only some generate: hence one value, of all tokens and all the time.
@@ -722,7 +728,6 @@ class EGRSDTrainer(GRPOTrainer):
                         f"without a word on later ones that cannot be written"
                     )
                 self._export_failed = True
-        self._step_rollouts = []
 
     # --------------------------------------------------------------------------------------------------- checkpoints
 
@@ -743,6 +748,7 @@ class EGRSDTrainer(GRPOTrainer):
         if not isinstance(self.train_dataset, Sized) and next(iter(self.train_dataset), None) is None:
             raise ValueError("train_dataset: expected at least 1 row, got an empty stream")
         begin(self.args, resume_from_checkpoint or None, self._settings)
+        self._begin_step()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     @property
