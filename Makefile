@@ -8,7 +8,7 @@
 # make memcheck   the kernels at odd shapes under compute-sanitizer, every allocation its own
 # make bench      every peer beside the bare matrix products, with the Python and torch that a GPU machine has
 # make table      the figures of README.md and benchmarks/README.md, from the committed result files, and the table of
-#                 TRL's settings in docs/from-grpo.md, from the installed TRL
+#                 TRL's settings in docs/grpo-settings.md, from the installed TRL
 # make docs       the site, in build/site, with warnings as errors
 # make types      mypy
 

@@ -1,4 +1,4 @@
-"""The table of GRPOConfig's settings in docs/from-grpo.md, from the classes of the installed TRL and of this package.
+"""The table of GRPOConfig's settings in docs/grpo-settings.md, from the classes of the installed TRL and of this package.
 
 python -m benchmarks.settings            # rewrites it between its markers
 python -m benchmarks.settings --check    # fails where that would change it, or where a setting is in no class
@@ -23,7 +23,7 @@ from egrsd_kernels.trl import EGRSDConfig
 from egrsd_kernels.trl.config import REFUSED
 from egrsd_kernels.trl.grpo_settings import NEVER, SETTINGS, Here
 
-PAGE = "docs/from-grpo.md"
+PAGE = "docs/grpo-settings.md"
 BEGIN, END = "<!-- settings: begin -->", "<!-- settings: end -->"
 CPU = {"use_cpu": True, "bf16": False, "report_to": "none"}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import shutil
 from dataclasses import fields
 
@@ -14,7 +16,7 @@ import trl
 from benchmarks import settings
 from benchmarks.table import ROOT
 from egrsd_kernels.trl import EGRSDConfig
-from egrsd_kernels.trl.config import GROUP_ONLY, KNOWN, REFUSED
+from egrsd_kernels.trl.config import GROUP_ONLY, KNOWN, REFUSED, TERMS
 from egrsd_kernels.trl.grpo_settings import HONOURED, NEVER, SETTINGS
 
 # Another value than the default, and what it needs beside it, where no flag is turned and no number raised.
@@ -87,6 +89,26 @@ def test_a_setting_of_a_later_trl_is_left_to_trls_loss(monkeypatch):
     assert not made.direct and EGRSDConfig("unused", **settings.CPU).direct
 
 
+# Why the loss may be made directly whatever these are: with a ratio of 1 they clip nothing, they belong to a term or a
+# loss type that is not direct, they decide that it is, or the direct loss reads them, too.
+OF_THE_RATIO = {"epsilon_high", "importance_sampling_level"}
+OF_TERMS = {"use_bias_correction_kl", "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"}
+OF_LOSS_TYPES = {"sapo_temperature_neg", "sapo_temperature_pos", "vespo_k_neg", "vespo_k_pos", "vespo_lambda_neg",
+                 "vespo_lambda_pos"}  # fmt: skip
+DECIDE = {"loss_type", "num_iterations", "steps_per_generation", "gradient_accumulation_steps"}
+READ_TOO = {"max_completion_length", "router_aux_loss_coef", "use_vllm", "vllm_importance_sampling_correction"}
+
+
+def test_the_direct_loss_forgets_no_setting_that_trls_loss_reads():
+    """Of a TRL whose loss begins to read one that was there before, too."""
+    parts = ("_compute_loss", "get_off_policy_mask", "get_gamma_weights", "get_high_entropy_mask", "compute_loss",
+             "_get_per_token_logps_and_entropies", "training_step")  # fmt: skip
+    source = "".join(inspect.getsource(getattr(trl.GRPOTrainer, name)) for name in parts)
+    read = {field.name for field in fields(trl.GRPOConfig) if re.search(rf"\b{field.name}\b", source)}
+    assert {"beta", "delta", "loss_type"} <= read
+    assert read - set(TERMS) <= OF_THE_RATIO | OF_TERMS | OF_LOSS_TYPES | DECIDE | READ_TOO
+
+
 @pytest.mark.parametrize("name", sorted(settings.own_settings().keys() - REFUSED.keys() - FORMER))
 def test_what_is_honoured_is_taken(name):
     default = settings.own_settings()[name]
@@ -115,7 +137,7 @@ def test_the_page_has_the_table(tmp_path):
     shutil.copy(ROOT / settings.PAGE, page)
     text = page.read_text(encoding="utf-8")
     page.write_text(text.replace("| `beta` |", "| `beta` is |"), encoding="utf-8")
-    with pytest.raises(SystemExit, match=r"^docs/from-grpo.md is out of date: run python -m benchmarks.settings$"):
+    with pytest.raises(SystemExit, match=r"^docs/grpo-settings.md is out of date: run python -m benchmarks.settings$"):
         settings.main(["--root", str(tmp_path), "--check"])
     settings.main(["--root", str(tmp_path)])
     assert page.read_text(encoding="utf-8") == text

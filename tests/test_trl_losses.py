@@ -81,6 +81,33 @@ def test_both_paths_give_the_same_step(tmp_path, options):
     assert all(math.isfinite(row["loss"]) for row in logs.steps)
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_vllms_correction_weighs_the_loss_and_not_what_is_logged(tmp_path, level):
+    """As with vLLM whose log p was another: on both paths the ratio is the loss's, and Â, w and ω are the method's."""
+    run, _ = make(tmp_path, max_steps=1)
+    direct, checked = run._direct_loss, 0
+
+    def both(model, inputs):
+        nonlocal checked
+        mask = inputs["completion_mask"]
+        ratio = torch.rand(mask.shape if level == "token" else (len(mask), 1))
+        ratio[0] = 0  # a rollout that the default mode masks
+        batch, run.use_vllm = inputs | {"importance_sampling_ratio": ratio}, True
+        theirs, other = run._trl_loss(model, batch)
+        ours, stats = direct(model, batch)
+        run.use_vllm = False
+        assert apart(gradients(ours, model), gradients(theirs, model)) < 1e-6
+        assert (stats["magnitude"][0] != 1)[mask[0].bool()].all()
+        for name, one in stats.items():
+            torch.testing.assert_close(one, other[name], rtol=1e-5, atol=1e-5, msg=name)
+        checked += 1
+        return ours, stats
+
+    run._direct_loss = both
+    run.train()
+    assert run.args.direct and checked == 2
+
+
 # ------------------------------------------------------------------------------------------- TRL's code on full logits
 
 

@@ -234,6 +234,79 @@ def test_the_teacher_reads_in_each_context(tmp_path):
     assert row["wrong_entropy/mean"] != row["right_entropy/mean"] and math.isfinite(row["token_advantage/mean"])
 
 
+def test_a_context_by_the_students_name_is_a_context(tmp_path):
+    """Its log-ratio is not the student's with itself, and what is trained and logged stays the student's."""
+    seen: list[TokenEvidence] = []
+
+    def plain(evidence):
+        seen.append(evidence)
+        return evidence.advantages[:, None].expand(evidence.mask.shape)
+
+    contexts = {"student": wrong, "right": right}
+    run, logs = make(tmp_path, cls=with_(contexts=contexts, token_advantage=plain), max_steps=1)
+    run.train()
+    apart = [(one.contexts["student"].logp - one.student_logp)[one.mask].abs() for one in seen]
+    expected = torch.cat(apart).mean().item()
+    assert expected > 0.1 and logs.steps[0]["student_abs_log_ratio/mean"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_function_that_writes_into_its_evidence_leaves_the_rollouts_alone(tmp_path):
+    """Three micro-batches to an update, two updates to a rollout, and an evaluation between them."""
+    seen = []
+
+    def careless(evidence):
+        fields = evidence.advantages, evidence.rewards, evidence.entropy_scale
+        fields += tuple(x for statistics in evidence.contexts.values() for x in statistics)
+        seen.append([x.clone() for x in fields])
+        for x in fields:
+            x.mul_(2)
+        return evidence.advantages[:, None].expand(evidence.mask.shape)
+
+    options = {"gradient_accumulation_steps": 3, "num_iterations": 2, "max_steps": 2}
+    evaluated = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": dataset(4), "num_generations_eval": 2}
+    evaluated |= {"per_device_eval_batch_size": 4}
+    run, _ = make(tmp_path, cls=with_(token_advantage=careless), **options, **evaluated)
+    run.train()
+    first, second = seen[:3], seen[-5:-2]  # of four rows times two generations an evaluation has two batches
+    assert len(seen) == 10
+    for one, other in zip(first, second, strict=True):
+        assert one[0].any() and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_what_is_not_finite_stops_the_run_where_values_are_not_looked_at_at_once(tmp_path, monkeypatch):
+    """As on a GPU: before the optimizer's step, so the weights are what they were."""
+    monkeypatch.setattr("egrsd_kernels.checks.values_checked", lambda _: False)
+    nan = with_(token_advantage=lambda evidence: torch.full(evidence.mask.shape, math.nan))
+    run, _ = make(tmp_path, cls=nan)
+    before = weights(run)
+    with pytest.raises(ValueError, match=r"^token_advantage: expected no NaN and no infinity at a valid position"):
+        run.train()
+    assert all(torch.equal(value, before[name]) for name, value in weights(run).items())
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_an_interrupted_step_is_in_nobody_elses_metrics(tmp_path, own):
+    """As where memory runs out in a notebook, or a user interrupts."""
+    cls = with_(token_advantage=TOKEN_ADVANTAGES["egrsd"]) if own else EGRSDTrainer
+    evaluated = {"eval_dataset": dataset(2), "num_generations_eval": 2, "per_device_eval_batch_size": 4}
+    run, _ = make(tmp_path, cls=cls, **evaluated)
+    step, calls = run.training_step, []
+
+    def interrupted(*arguments, **options):
+        if run._step_signals:
+            raise RuntimeError("out of memory")
+        return step(*arguments, **options)
+
+    run.training_step = interrupted
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run.train()
+    metrics = run._token_metrics
+    run._token_metrics = lambda tokens, count: calls.append(count) or metrics(tokens, count)
+    run.training_step = step
+    run.evaluate()
+    assert calls == [1] and run._in_loss is None
+
+
 @pytest.mark.slow
 def test_several_updates_and_a_resume_with_contexts(tmp_path):
     options = {"num_iterations": 2, "save_strategy": "steps", "save_steps": 1, "max_steps": 4}

@@ -51,13 +51,13 @@ def evidence_of(
     return TokenEvidence(
         mask=mask,
         student_logp=unmasked(student_logp),
-        advantages=advantages,
-        rewards=inputs["reward"],
+        advantages=advantages.clone(),  # a function of the user's may write into them, and the batch serves again
+        rewards=inputs["reward"].clone(),
         contexts={
             name: ContextStatistics(unmasked(inputs[f"{name}_logp"]), unmasked(inputs[f"{name}_entropy"]))
             for name in contexts
         },
-        entropy_scale=inputs["entropy_scale"],
+        entropy_scale=inputs["entropy_scale"].clone(),
         options=CreditOptions(gamma, args.gate_floor, args.clip_eps),
         lookahead=lookahead_of(args),
     )
@@ -67,12 +67,13 @@ def signals_of(evidence: TokenEvidence, own: TokenAdvantage | None) -> dict[str,
     """By name, (B, T) each: student_logp and token_advantage, and what the logs need beside them.
 
     Those of :class:`egrsd_kernels.TokenStats` where the method is EGRSD or a part of it; own: the user's function,
-    whose contexts have ``{name}_logp`` and ``{name}_entropy``.
+    whose contexts have ``{name}_entropy`` and ``{name}_abs_log_ratio``, |log p_T(y) − log p_S(y)|, nats.
     """
     if own is None and evidence.contexts:
         return token_stats(evidence)._asdict()  # the config's numbers make each method of it
     credit = apply_token_advantage(own or sequence_advantage, evidence)
     signals = {"student_logp": evidence.student_logp, "token_advantage": credit}
     for name, context in evidence.contexts.items():
-        signals |= {f"{name}_logp": context.logp, f"{name}_entropy": context.entropy}
+        distance = (context.logp - evidence.student_logp).abs()
+        signals |= {f"{name}_entropy": context.entropy, f"{name}_abs_log_ratio": distance}
     return signals

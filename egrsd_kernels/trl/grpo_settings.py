@@ -123,9 +123,9 @@ SETTINGS: dict[str, dict[str, Here]] = {
     "Of transformers": {
         "remove_unused_columns": refused(remove_unused_columns=True),
         "use_liger_kernel": NEVER,
-        "resume_from_checkpoint": Here("by `egrsd train`; see [going on with a run](#going-on-with-a-run)"),
+        "resume_from_checkpoint": Here("by `egrsd train`; see [going on with a run](from-grpo.md#going-on-with-a-run)"),
         "save_only_model": Here("but no run can go on from such a checkpoint"),
-        "fsdp": Here("see [more than one process](#more-than-one-process)"),
+        "fsdp": Here("see [more than one process](from-grpo.md#more-than-one-process)"),
         "deepspeed": Here("but `autotp_size` above 1 is refused: tensor parallelism is not supported"),
     },
 }

@@ -80,6 +80,8 @@ def function_of(config: Any, given: Any) -> TokenAdvantage | None:
     expect(callable(given), "token_advantage", given, "a function of a TokenEvidence", TypeError)
     name = config.token_advantage
     expect(name is None, "token_advantage", name, "None in args, as the trainer is given a function")
+    why = "0, as a token_advantage of one's own has no gate to show"
+    expect(not config.rollout_steps, "rollout_steps", config.rollout_steps, why)
     return given
 
 

@@ -3,9 +3,10 @@
 import math
 import resource
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from egrsd_kernels import credit
@@ -92,10 +93,10 @@ def token_metrics(
 
 def evidence_metrics(tokens: Mapping[str, Tensor], contexts: Iterable[str]) -> dict[str, float]:
     """Metrics of tokens whose worth is not EGRSD's: token_advantage/mean and token_advantage/abs_mean, and for each
-    context CONTEXT_entropy/mean (nats) and CONTEXT_abs_log_ratio/mean, |log p_T(y) − log p_S(y)|.
+    context CONTEXT_entropy/mean and CONTEXT_abs_log_ratio/mean, nats.
 
     Args:
-        tokens: (N,) each: student_logp, token_advantage, and CONTEXT_logp and CONTEXT_entropy of the ``contexts``.
+        tokens: (N,) each: token_advantage, and CONTEXT_entropy and CONTEXT_abs_log_ratio of the ``contexts``.
 
     Returns:
         The metrics; empty without a token.
@@ -105,9 +106,18 @@ def evidence_metrics(tokens: Mapping[str, Tensor], contexts: Iterable[str]) -> d
         return {}
     metrics = {"token_advantage/mean": credit.mean(), "token_advantage/abs_mean": credit.abs().mean()}
     for name in contexts:
-        metrics[f"{name}_entropy/mean"] = tokens[f"{name}_entropy"].mean()
-        metrics[f"{name}_abs_log_ratio/mean"] = (tokens[f"{name}_logp"] - tokens["student_logp"]).abs().mean()
+        metrics |= {f"{name}_{what}/mean": tokens[f"{name}_{what}"].mean() for what in ("entropy", "abs_log_ratio")}
     return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
+
+
+def gathered_tokens(batches: Sequence[Mapping[str, Tensor]], accelerator: Accelerator) -> dict[str, Tensor]:
+    """The tokens of an optimizer step on all processes: by name (N,) each, of signals (n,) of each micro-batch."""
+    names = list(batches[0])
+    local = torch.stack([torch.cat([signals[name] for signals in batches]) for name in names], dim=1)
+    # Processes hold different numbers of tokens; padding is told from tokens by an infinite log p.
+    local = accelerator.pad_across_processes(local, dim=0, pad_index=math.inf)
+    every = accelerator.gather(local).T
+    return dict(zip(names, every[:, every[names.index("student_logp")] != math.inf], strict=True))
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -1,9 +1,10 @@
 """The check of what reward functions return. What no statistics could hold is taken out of it."""
 
 import functools
+import logging
 import math
 import textwrap
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from numbers import Complex, Real
 from typing import Any
 
@@ -12,6 +13,7 @@ from trl.trainer.utils import is_async_callable
 
 from .errors import RewardError
 
+logger = logging.getLogger(__name__)
 # Statistics of rewards are float32 in TRL: squares, and sums of many squares, have to stay finite.
 LARGEST = 1e18
 
@@ -47,6 +49,36 @@ def without_infinite(rewards: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     overflow = (rest * weights).nansum(dim=1).abs() > LARGEST
     skipped = (infinite & (weights != 0)).any(dim=1) | overflow
     return rest.masked_fill(skipped[:, None], math.nan), cat([infinite, overflow[:, None]], dim=1)
+
+
+class InfiniteRewards:
+    """Warns of the first infinite reward of each function."""
+
+    def __init__(self, names: Sequence[str]):
+        self.names = (*names, "the weighted sum of the rewards")
+        self.named: set[str] = set()
+
+    def warn(self, rewards: Tensor, infinite: Tensor, prompts: list, completions: list, process: int) -> None:
+        """Say it on the process that has the rollout.
+
+        Args:
+            rewards: (N, F), as the functions returned them, of all processes' rollouts.
+            infinite: (N, F + 1), as :func:`without_infinite` tells.
+            prompts, completions: those of this ``process``.
+        """
+        for column, name in enumerate(self.names):
+            rows = infinite[:, column].nonzero().flatten().tolist()
+            if not rows or name in self.named:
+                continue
+            self.named.add(name)
+            owner, row = divmod(rows[0], len(prompts))
+            if owner == process:
+                got = rewards[rows[0], column].item() if column < rewards.shape[1] else "too large"
+                logger.warning(
+                    f"reward_funcs: {name}: expected a finite number, at most {LARGEST:g} in size, got {got} for the "
+                    f"answer {excerpt(completions[row])} to {excerpt(prompts[row])}; such rollouts are left out of the "
+                    f"training and, from now on, only counted, in rewards/infinite"
+                )
 
 
 def excerpt(messages: Any) -> str:

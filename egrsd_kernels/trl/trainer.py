@@ -11,9 +11,11 @@ few of its methods, each the narrowest that does the job:
     _get_per_token_logps_and_entropies    log p without logits, for student, reference and teacher; token advantages
     _compute_loss                         TRL's on those, or fused_egrsd_loss; metrics; export of rollouts
     log                                   tokens per second begin anew
-    train                             which run goes on, in which folder
-    _save_rng_state, _load_rng_state  everything else that a bit-exact resume needs
-    _get_train_sampler                the same order of prompts after a resume
+    train                                 which run goes on, in which folder
+    _save_rng_state, _load_rng_state      everything else that a bit-exact resume needs
+    _get_train_sampler                    the same order of prompts after a resume
+
+What needs no trainer has a module of its own beside this one.
 
 The teacher's log p and entropy of each rollout token are (B, T) tensors, made once in each context, when the rollout is
 made, and named after it: teacher_logp, teacher_entropy. They ride through TRL's buffer like its own
@@ -25,7 +27,6 @@ rollout's second update w asks whether the teacher still is further along in the
 
 import copy
 import functools
-import inspect
 import logging
 import math
 import time
@@ -37,7 +38,7 @@ import torch
 from accelerate.utils import gather_object, is_peft_model, send_to_device
 from torch import Tensor, nn
 from trl import GRPOTrainer
-from trl.trainer.utils import FusedCausalLMOutput, pad
+from trl.trainer.utils import FusedCausalLMOutput
 
 from egrsd_kernels import Head, TokenStats, fused_egrsd_loss, head_of, linear_logp, token_statistics, with_head
 from egrsd_kernels.credit import ENTROPY_SCALES
@@ -46,6 +47,7 @@ from egrsd_kernels.models.proof import evaluating
 from egrsd_kernels.rl import TWO_TURN, Message, TokenAdvantage, WelfordAdvantage, length_shaped_reward
 from egrsd_kernels.rollouts import Rollout, write_rollouts
 
+from .arguments import check_arguments
 from .calling import Called, in_training, inputs_of
 from .checkpoint import (
     EndAtMaxSteps,
@@ -58,13 +60,14 @@ from .checkpoint import (
     write_state,
 )
 from .config import EGRSDConfig
-from .context import Reader, check_columns, check_rows, context_window, images_of, privileged_conversation, row_name
+from .context import Reader, check_columns, check_rows, context_window, privileged_conversation, row_name
 from .evidence import evidence_of, learned, peak_entropy, signals_of
 from .export import rollout_file, rollouts_of
 from .fused_head import adapters_on_head_allowed, take_off_fused_head
+from .images import MODEL_IMAGES, TOKEN_TYPES, check_prompt, token_types
 from .methods import Context, contexts_of, function_of, teacher_model_of
-from .metrics import evidence_metrics, peak_memory_gib, token_metrics
-from .rewards import LARGEST, checked, excerpt, without_infinite
+from .metrics import evidence_metrics, gathered_tokens, peak_memory_gib, token_metrics
+from .rewards import InfiniteRewards, checked, excerpt, without_infinite
 from .roles import Roles, check_trained, weights_at_hand
 from .teacher import (
     AdaptersOff,
@@ -81,10 +84,8 @@ from .teacher import (
 
 logger = logging.getLogger(__name__)
 IGNORED = -100  # a label that is not scored
-# What TRL's batches hold of images for the model, and which tokens are theirs.
-MODEL_IMAGES = ("pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes",
-                "image_position_ids")  # fmt: skip
-TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+# Settings that the fused loss has by the same names; γ is the step's.
+CREDIT = ("gate_floor", "lookahead", "lookahead_filter", "lookahead_decay", "clip_eps", "min_entropy_scale")
 
 
 class EGRSDTrainer(GRPOTrainer):
@@ -142,32 +143,10 @@ class EGRSDTrainer(GRPOTrainer):
         if teacher_template is not TWO_TURN and (contexts is not None or not self._contexts):
             why = "beside contexts, which word all that the teacher reads" if contexts else "as there is no teacher"
             raise ValueError(f"teacher_template: expected none {why}")
-        if self._token_advantage is not None and args.rollout_steps:
-            why = "0, as a token_advantage of one's own has no gate to show"
-            raise ValueError(f"rollout_steps: expected {why}, got {args.rollout_steps}")
         environments = kwargs.get("environment_factory") is not None
-        if not reward_funcs and not environments:
-            raise ValueError("reward_funcs: expected at least one reward function")
-        listed = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs else []
-        for index, reward in enumerate(listed):
-            if inspect.isclass(reward) or not (callable(reward) or isinstance(reward, str)):
-                raise TypeError(f"reward_funcs[{index}]: expected a function or a model, got {reward!r}")
-        if (getattr(model, "_tp_size", None) or 1) > 1:
-            raise ValueError("model: expected one that is whole on each process, tensor parallelism is not supported")
         adapters = kwargs.get("peft_config") is not None or (isinstance(model, nn.Module) and is_peft_model(model))
-        if args.sync_ref_model and adapters:
-            raise ValueError("sync_ref_model: expected False with adapters, whose reference is no model of its own")
+        check_arguments(args, model, reward_funcs, train_dataset, eval_dataset, environments, adapters)
         datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        if isinstance(train_dataset, Sized):  # else TRL would train nothing, and say nothing
-            prompts = args.generation_batch_size // args.num_generations
-            if len(train_dataset) < prompts:
-                raise ValueError(
-                    f"train_dataset: expected at least {prompts} rows, the prompts of one generation "
-                    f"(generation_batch_size / num_generations), got {len(train_dataset)}"
-                )
-        for part in eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset]:
-            if isinstance(part, Sized) and not len(part) and args.eval_strategy != "no":
-                raise ValueError("eval_dataset: expected at least 1 row, got 0")
         columns = [] if environments else ["prompt"]
         if contexts is None and self._contexts:
             columns.append(args.solution_column)
@@ -204,14 +183,11 @@ class EGRSDTrainer(GRPOTrainer):
         self.welford = WelfordAdvantage(args.welford_warmup_steps)
         self._in_loss: dict[str, Any] | None = None  # the batch of the loss of TRL's that is being made
         self._signals: dict[str, Tensor] = {}  # of that batch
-        # Signals and entropy scale (valid tokens,) of the optimizer step's micro-batches so far.
-        self._step_signals: list[dict[str, Tensor]] = []
-        self._step_aux: list[Tensor] = []  # load-balancing losses, one a micro-batch
-        self._step_rollouts: list[Rollout] = []
+        self._begin_step()
         self._export_failed = False
         named = zip(self.reward_funcs, self.reward_func_names, strict=True)
         self.reward_funcs: list[Any] = [checked(*pair) for pair in named]
-        self._named_infinite: set[str] = set()
+        self._infinite = InfiniteRewards(self.reward_func_names)
         self.add_callback(EndAtMaxSteps())
         self._identity = identity(
             self.model,
@@ -319,7 +295,7 @@ class EGRSDTrainer(GRPOTrainer):
         weights = self.reward_weights.to(rewards.device)
         as_returned = rewards
         rewards, infinite = without_infinite(rewards, weights)
-        self._name_infinite(as_returned, infinite, prompts, completions)
+        self._infinite.warn(as_returned, infinite, prompts, completions, self.accelerator.process_index)
         if self.args.length_beta:
             lengths = self.accelerator.gather(torch.tensor(self._lengths, device=rewards.device))
             bonus = length_shaped_reward(
@@ -333,22 +309,6 @@ class EGRSDTrainer(GRPOTrainer):
         for name, rows in {"unjudged": unjudged, "infinite": infinite.any(dim=1)}.items():
             self._metrics[self._mode][f"rewards/{name}"].append(rows.float().mean().item())
         return rewards
-
-    def _name_infinite(self, rewards: Tensor, infinite: Tensor, prompts: list, completions: list) -> None:
-        """Warn of the first infinite reward of each function, on the process that has its rollout."""
-        for column, name in enumerate([*self.reward_func_names, "the weighted sum of the rewards"]):
-            rows = infinite[:, column].nonzero().flatten().tolist()
-            if not rows or name in self._named_infinite:
-                continue
-            self._named_infinite.add(name)
-            process, row = divmod(rows[0], len(prompts))
-            if process == self.accelerator.process_index:
-                got = rewards[rows[0], column].item() if column < rewards.shape[1] else "too large"
-                logger.warning(
-                    f"reward_funcs: {name}: expected a finite number, at most {LARGEST:g} in size, got {got} for the "
-                    f"answer {excerpt(completions[row])} to {excerpt(prompts[row])}; such rollouts are left out of the "
-                    f"training and, from now on, only counted, in rewards/infinite"
-                )
 
     def _welford_advantages(self) -> Tensor:
         """Advantages of all processes' rollouts. Evaluation uses the statistics and leaves them alone."""
@@ -476,27 +436,31 @@ class EGRSDTrainer(GRPOTrainer):
         """log p and entropy (B, T) of labels (B, T) where they are not -100; entropies differentiable for a bonus."""
         labels = labels.to(hidden.device)  # a device_map may have placed the head elsewhere
         mask = labels != IGNORED
-        options = {
-            "target_ids": labels.masked_fill(~mask, 0),
-            "mask": mask,
-            "temperature": self.temperature,
-            "backend": self.args.backend,
-            "chunk_bytes": self.args.chunk_mib << 20,
-        }
+        targets, options = labels.masked_fill(~mask, 0), self._head_options
         if not torch.is_grad_enabled():
-            found = token_statistics(hidden, head, **options)
+            found = token_statistics(hidden, head, targets, mask=mask, **options)
             return found.logp, found.entropy
         scored: Any = linear_logp(  # its type depends on return_entropy
             hidden,
             head,
-            **options,
+            targets,
+            mask=mask,
             return_entropy=True,
             entropy_grad=self._entropy_bonus_enabled,
             keep_bytes=options["chunk_bytes"],
-            grad_mode=self.args.grad_mode,
-            sparse_tol=self.args.sparse_tol,
+            **options,
+            **self._gradient_options,
         )
         return scored
+
+    @property
+    def _head_options(self) -> dict[str, Any]:
+        args = self.args
+        return {"temperature": self.temperature, "backend": args.backend, "chunk_bytes": args.chunk_mib << 20}
+
+    @property
+    def _gradient_options(self) -> dict[str, Any]:
+        return {"grad_mode": self.args.grad_mode, "sparse_tol": self.args.sparse_tol}
 
     def _generate_and_score_completions(self, inputs):
         # A stream's rows are seen here first, so they are checked before anything is generated.
@@ -554,41 +518,18 @@ class EGRSDTrainer(GRPOTrainer):
         if not self._is_vlm:
             return prompts, {}
         for name, row, conversation, ids in zip(names, rows, conversations, prompts, strict=True):
-            expected, found = images_of(row["prompt"]), images_of(conversation)
-            if len(expected) != len(found) or any(a is not b for a, b in zip(expected, found, strict=True)):
-                raise ValueError(
-                    f"{name}: {reader.teacher}: expected the {len(expected)} images of the prompt in their order, "
-                    f"got {len(found)}, or others"
-                )
-            window = reader.window if reader.teacher_window is None else reader.teacher_window
-            room = (window or math.inf) - output["completion_ids"].shape[1]
-            if len(ids) > room:
-                raise ValueError(
-                    f"{name}: the teacher's prompt has {len(ids)} tokens with its images, and the window has room for "
-                    f"{room} before the completion; shorten it, or take smaller images"
-                )
+            check_prompt(name, reader, row["prompt"], conversation, ids, output["completion_ids"].shape[1])
         images = {key: output[key] for key in (*MODEL_IMAGES, "num_images", "num_tiles") if key in output}
-        for key in TOKEN_TYPES:  # of the prompt's tokens, where images are; the student's are of its own
-            if key in output:
-                images[key] = self._token_types(prompts, fields.get(key), output).to(output[key])
-        return prompts, images
-
-    def _token_types(self, prompts: list[list[int]], types: Any, output: Mapping[str, Any]) -> Tensor:
-        """(B, L) of prompts, padded on the left, and completions, as TRL makes them: which tokens images stand for.
-
-        types: the processor's, of the prompts.
-        """
-        completion = output["completion_ids"].cpu()
-        if self._tool_images:  # in completions, too: TRL then tells all by their ids, and may have left all images out
+        kinds = None
+        if self._tool_images:  # which TRL may have left out, and then all others with them
             shown = "pixel_values" in output
             kinds = {self._image_pad_token_id: 1, self._video_pad_token_id: 2} if shown else {}
-            types = [[kinds.get(token, 0) for token in ids] for ids in prompts]
-            completion = torch.tensor([[kinds.get(token, 0) for token in ids] for ids in completion.tolist()])
-        else:
-            completion = torch.zeros_like(completion)
-        rows = [torch.as_tensor(row) for row in types]
-        options = {"padding_side": "left", "pad_to_multiple_of": self.pad_to_multiple_of}
-        return torch.cat([pad(rows, padding_value=0, **options), completion], dim=1)
+        for key in TOKEN_TYPES:  # of the prompt's tokens, where images are; the student's are of its own
+            if key in output:
+                completion = output["completion_ids"]
+                types = token_types(prompts, fields.get(key), completion, kinds, self.pad_to_multiple_of)
+                images[key] = types.to(output[key])
+        return prompts, images
 
     # ---------------------------------------------------------------------------------------------------------- loss
 
@@ -599,10 +540,18 @@ class EGRSDTrainer(GRPOTrainer):
         buffered = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         if self._mode == "eval":
+            self._begin_step()
             self._measure_steps([inputs])
         elif self._buffered_inputs is not buffered:
             self._measure_steps(self._buffered_inputs)
         return inputs
+
+    def _begin_step(self) -> None:
+        """Forget the micro-batches of the optimizer step before, which is logged, or was interrupted for good."""
+        # Signals and entropy scale (valid tokens,) of the micro-batches so far.
+        self._step_signals: list[dict[str, Tensor]] = []
+        self._step_aux: list[Tensor] = []  # load-balancing losses, one a micro-batch
+        self._step_rollouts: list[Rollout] = []
 
     def _measure_steps(self, batches: list[dict[str, Any]]) -> None:
         """Put the entropy scale of its optimizer step, and the direct loss's normaliser, into each micro-batch.
@@ -667,6 +616,7 @@ class EGRSDTrainer(GRPOTrainer):
             self._log_step()
             if export:
                 self._write_rollouts(step)
+            self._begin_step()
         return loss
 
     def _trl_loss(self, model, inputs) -> tuple[Tensor, dict[str, Tensor]]:
@@ -683,7 +633,7 @@ class EGRSDTrainer(GRPOTrainer):
 
     def _direct_loss(self, model, inputs) -> tuple[Tensor, dict[str, Tensor]]:
         """The same with the gradient in the loss's own pass: see :attr:`EGRSDConfig.direct`."""
-        args, mask, advantages = self.args, learned(inputs), inputs["advantages"]
+        mask, advantages = learned(inputs), inputs["advantages"]
         (context,) = self._contexts
         ratio = inputs.get("importance_sampling_ratio")
         if ratio is not None:  # vLLM's correction; it is not negative, so it leaves sign(A) alone
@@ -699,20 +649,12 @@ class EGRSDTrainer(GRPOTrainer):
                 mask=mask,
                 teacher_logp=inputs[f"{context}_logp"],
                 teacher_entropy=inputs[f"{context}_entropy"],
-                gamma=self.gamma,
-                gate_floor=args.gate_floor,
-                lookahead=args.lookahead,
-                lookahead_filter=args.lookahead_filter,
-                lookahead_decay=args.lookahead_decay,
-                clip_eps=args.clip_eps,
                 entropy_scale=inputs["entropy_scale"],
-                min_entropy_scale=args.min_entropy_scale,
-                temperature=self.temperature,
                 normalizer=inputs["normalizer"],
-                backend=args.backend,
-                grad_mode=args.grad_mode,
-                sparse_tol=args.sparse_tol,
-                chunk_bytes=args.chunk_mib << 20,
+                gamma=self.gamma,
+                **{name: getattr(self.args, name) for name in CREDIT},
+                **self._head_options,
+                **self._gradient_options,
                 return_stats=True,
             )
 
@@ -725,24 +667,23 @@ class EGRSDTrainer(GRPOTrainer):
             accumulation = self.current_gradient_accumulation_steps if self._mode == "train" else 1
             loss = loss + self.router_aux_loss_coef * output.aux_loss / accumulation
             self._step_aux.append(output.aux_loss.detach())
-        return loss, stats._asdict()
+        signals = stats._asdict()
+        if ratio is not None:  # what is logged is the method's, as on the other path
+            evidence = evidence_of(
+                inputs, inputs["advantages"], stats.student_logp, self._contexts, self.args, self.gamma
+            )
+            signals = signals_of(evidence, None) | {"gradient_error_bound": stats.gradient_error_bound}
+        return loss, signals
 
     def _log_step(self) -> None:
         """Metrics of one optimizer step, exact over its micro-batches and processes, into TRL's own averages."""
         calls = len(self._step_signals) * self.accelerator.num_processes
-        names = list(self._step_signals[0])
-        local = torch.stack([torch.cat([signals[name] for signals in self._step_signals]) for name in names], dim=1)
-        self._step_signals.clear()
-        # Processes hold different numbers of tokens; padding is told from tokens by an infinite log p.
-        local = self.accelerator.pad_across_processes(local, dim=0, pad_index=math.inf)
-        every = self.accelerator.gather(local).T
-        tokens = dict(zip(names, every[:, every[names.index("student_logp")] != math.inf], strict=True))
+        tokens = gathered_tokens(self._step_signals, self.accelerator)
         metrics = self._token_metrics(tokens, calls)
         memory = torch.tensor([peak_memory_gib(self.accelerator.device)], device=self.accelerator.device)
         metrics["peak_memory_gib"] = self.accelerator.gather(memory).max().item()
         if self._step_aux:
             metrics["aux_loss"] = self.accelerator.gather(torch.stack(self._step_aux)).mean().item()
-            self._step_aux.clear()
         for name, value in metrics.items():
             self._metrics[self._mode][name].append(value)
         # TRL logs a mean over steps, of which only some generate: hence one value, of all tokens and all the time.
@@ -754,7 +695,10 @@ class EGRSDTrainer(GRPOTrainer):
         """Metrics of ``tokens``: by name, (N,) each, the signals and the entropy scale of ``calls`` micro-batches."""
         args = self.args
         if "gate" not in tokens:
-            return evidence_metrics(tokens, self._contexts)
+            metrics = evidence_metrics(tokens, self._contexts)
+            if not math.isfinite(metrics.get("token_advantage/abs_mean", 0.0)):  # on a GPU nobody has looked yet
+                raise ValueError("token_advantage: expected no NaN and no infinity at a valid position, got some")
+            return metrics
         return {"gamma": self.gamma} | token_metrics(
             tokens,
             gamma=self.gamma,
@@ -784,7 +728,6 @@ class EGRSDTrainer(GRPOTrainer):
                         f"without a word on later ones that cannot be written"
                     )
                 self._export_failed = True
-        self._step_rollouts = []
 
     # --------------------------------------------------------------------------------------------------- checkpoints
 
@@ -805,6 +748,7 @@ class EGRSDTrainer(GRPOTrainer):
         if not isinstance(self.train_dataset, Sized) and next(iter(self.train_dataset), None) is None:
             raise ValueError("train_dataset: expected at least 1 row, got an empty stream")
         begin(self.args, resume_from_checkpoint or None, self._settings)
+        self._begin_step()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     @property
