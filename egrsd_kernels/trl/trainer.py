@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from trl import GRPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from egrsd_kernels import Head, TokenStats, fused_egrsd_loss, head_of, linear_logp, token_statistics, with_head
+from egrsd_kernels import TokenStats, fused_egrsd_loss, head_of, with_head
 from egrsd_kernels.credit import ENTROPY_SCALES
 from egrsd_kernels.models.places import tensors_of
 from egrsd_kernels.models.proof import evaluating
@@ -63,7 +63,7 @@ from .config import EGRSDConfig
 from .context import Reader, check_columns, check_rows, context_window, privileged_conversation, row_name
 from .evidence import evidence_of, learned, peak_entropy, signals_of
 from .export import rollout_file, rollouts_of
-from .fused_head import adapters_on_head_allowed, take_off_fused_head
+from .fused_head import adapters_on_head_allowed, score_labels, take_off_fused_head
 from .images import MODEL_IMAGES, TOKEN_TYPES, check_prompt, token_types
 from .methods import Context, contexts_of, function_of, teacher_model_of
 from .metrics import evidence_metrics, gathered_tokens, peak_memory_gib, token_metrics
@@ -83,7 +83,6 @@ from .teacher import (
 )
 
 logger = logging.getLogger(__name__)
-IGNORED = -100  # a label that is not scored
 # Settings that the fused loss has by the same names; γ is the step's.
 CREDIT = ("gate_floor", "lookahead", "lookahead_filter", "lookahead_decay", "clip_eps", "min_entropy_scale")
 
@@ -419,11 +418,11 @@ class EGRSDTrainer(GRPOTrainer):
             parts = (x.tensor_split([-logits_to_keep], dim=1) for x in (input_ids, attention_mask, labels))
             ids, attended, (_, labels) = parts
             row = ids[0], attended[0], ids[1], attended[1]
-            (logp, entropy), output = self._read(
-                functools.partial(self._score, labels), model, *row, router=output_router_logits, **images
-            )
-            aux_loss = output.aux_loss if output_router_logits else None
-            return FusedCausalLMOutput(log_probs=logp, entropy=entropy, aux_loss=aux_loss)
+            fields, output = self._read(
+                functools.partial(score_labels, labels=labels, **self._scoring), model, *row,
+                router=output_router_logits, **images,
+            )  # fmt: skip
+            return FusedCausalLMOutput(**fields, aux_loss=output.aux_loss if output_router_logits else None)
 
         found = super()._get_per_token_logps_and_entropies(
             read, input_ids, attention_mask, logits_to_keep, *args, **kwargs
@@ -432,26 +431,16 @@ class EGRSDTrainer(GRPOTrainer):
             self._put_token_advantages(self._in_loss, found[0].detach())
         return found
 
-    def _score(self, labels: Tensor, hidden: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-        """log p and entropy (B, T) of labels (B, T) where they are not -100; entropies differentiable for a bonus."""
-        labels = labels.to(hidden.device)  # a device_map may have placed the head elsewhere
-        mask = labels != IGNORED
-        targets, options = labels.masked_fill(~mask, 0), self._head_options
-        if not torch.is_grad_enabled():
-            found = token_statistics(hidden, head, targets, mask=mask, **options)
-            return found.logp, found.entropy
-        scored: Any = linear_logp(  # its type depends on return_entropy
-            hidden,
-            head,
-            targets,
-            mask=mask,
-            return_entropy=True,
-            entropy_grad=self._entropy_bonus_enabled,
-            keep_bytes=options["chunk_bytes"],
-            **options,
+    @property
+    def _scoring(self) -> dict[str, Any]:
+        """How :func:`.fused_head.score_labels` reads a model: entropies are differentiable for a bonus."""
+        return {
+            "outputs": ("log_probs", "entropy"),
+            "entropy_grad": self._entropy_bonus_enabled,
+            "keep_bytes": self.args.chunk_mib << 20,
+            **self._head_options,
             **self._gradient_options,
-        )
-        return scored
+        }
 
     @property
     def _head_options(self) -> dict[str, Any]:
