@@ -1,4 +1,4 @@
-"""The table of GRPOConfig's settings in docs/grpo-settings.md, from the classes of the installed TRL and of this package.
+"""The table of GRPOConfig's settings in docs/grpo-settings.md, from the classes of the installed TRL and package.
 
 python -m benchmarks.settings            # rewrites it between its markers
 python -m benchmarks.settings --check    # fails where that would change it, or where a setting is in no class

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 
@@ -194,6 +195,10 @@ def wrong(example):
     return [*example["prompt"], {"role": "assistant", "content": "It is 0."}]
 
 
+def plainly(evidence):
+    return evidence.advantages[:, None].expand(evidence.mask.shape)
+
+
 def contrast(evidence):
     hints = evidence.contexts
     return evidence.advantages[:, None] + 0.1 * (hints["right"].logp - hints["wrong"].logp)
@@ -240,7 +245,7 @@ def test_a_context_by_the_students_name_is_a_context(tmp_path):
 
     def plain(evidence):
         seen.append(evidence)
-        return evidence.advantages[:, None].expand(evidence.mask.shape)
+        return plainly(evidence)
 
     contexts = {"student": wrong, "right": right}
     run, logs = make(tmp_path, cls=with_(contexts=contexts, token_advantage=plain), max_steps=1)
@@ -282,6 +287,33 @@ def test_what_is_not_finite_stops_the_run_where_values_are_not_looked_at_at_once
     with pytest.raises(ValueError, match=r"^token_advantage: expected no NaN and no infinity at a valid position"):
         run.train()
     assert all(torch.equal(value, before[name]) for name, value in weights(run).items())
+
+
+def test_what_a_context_writes_into_its_row_is_the_teachers_alone(tmp_path):
+    """Else the student would be prompted with the hint, and the next context would begin with it."""
+
+    def writing(hint):
+        def context(example):
+            example["prompt"].append({"role": "assistant", "content": hint})
+            example["prompt"][0]["content"] += hint
+            example["answer"] = hint
+            return example["prompt"]
+
+        return context
+
+    own = with_(contexts={"one": writing("Hm."), "other": writing("Oh!")}, token_advantage=plainly)
+    run, _ = make(tmp_path, cls=own, max_steps=1)
+    read, prompts, answers = [], [], []
+    tokenize, judge, generate = run._tokenize_prompts, run.reward_funcs[0], run._generate
+    run._tokenize_prompts = lambda conversations: read.append(copy.deepcopy(conversations)) or tokenize(conversations)
+    run._generate = lambda given: prompts.extend(copy.deepcopy(given)) or generate(given)
+    run.reward_funcs[0] = lambda **given: answers.extend(given["answer"]) or judge(**given)
+    run.train()
+    assert all(len(prompt) == 1 and prompt[0]["content"].endswith("?") for prompt in prompts)
+    assert prompts and answers and all(answer.isdecimal() for answer in answers)
+    assert [[len(conversation) for conversation in each] for each in read] == [[1] * 8, [2] * 8, [2] * 8]
+    for conversations, end in zip(read, ("?", "?Hm.", "?Oh!"), strict=True):
+        assert all(conversation[0]["content"].endswith(end) for conversation in conversations)
 
 
 @pytest.mark.parametrize("own", [False, True])

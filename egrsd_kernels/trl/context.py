@@ -1,5 +1,6 @@
 """What student and teacher read: the rows of the data set, as the chat template renders them, in the model's window."""
 
+import copy
 import html
 import math
 import re
@@ -124,7 +125,7 @@ class Reader:
                     example = {"prompt": NO_PROMPT, **example}
                 if not self.images:
                     self._refuse_images(example)
-                conversation, prompt = self.conversation_of(example), example["prompt"]
+                conversation, prompt = self.conversation_of(_copied(example)), example["prompt"]
                 tools = self.tools(example) or None  # some templates write about tools where there is an empty list
                 text = self._render("prompt", prompt, tools), self._render(self.teacher, conversation, tools)
                 self._find_solution(example, conversation, text[1])
@@ -239,6 +240,12 @@ def images_of(conversation: Any) -> list[Any]:
     """The images in a conversation's parts, in their order."""
     parts = (part for message in _messages(conversation) for part in _parts_of(message))
     return [part["image"] for part in parts if isinstance(part, Mapping) and part.get("type") == "image"]
+
+
+def _copied(example: Mapping[str, Any]) -> dict[str, Any]:
+    """A row that a function may write into, or into its prompt, which is the student's; with the very same images."""
+    images = {id(image): image for image in images_of(example.get("prompt"))}
+    return {**example} | ({"prompt": copy.deepcopy(example["prompt"], images)} if "prompt" in example else {})
 
 
 def _beginning(text: str) -> str:
