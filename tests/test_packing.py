@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import math
+import re
+import threading
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from egrsd_kernels.packing import Pack, pack_rows
+from egrsd_kernels import Head, linear_logp
+from egrsd_kernels.models import ModelError
+from egrsd_kernels.packing import Pack, attention, pack_rows, packed, proof
+from egrsd_kernels.packing.proof import row_limit
 
 # -------------------------------------------------------------------------------------------------------------- trees
 
@@ -168,3 +180,332 @@ def test_what_is_no_rows_is_said_in_a_line(rows, options, words):
     with pytest.raises((TypeError, ValueError), match=f"^{words}") as error:
         pack_rows(rows, **{"budget": 10, **options})
     assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------------- over a model
+
+COMMON = {
+    "vocab_size": 90,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+# By name: the model type and its settings; windows and chunks are shorter than the rows.
+MODELS = {
+    "llama": ("llama", {}),
+    "llama, eager": ("llama", {"attn_implementation": "eager"}),
+    "a window in each layer": ("mistral", {"sliding_window": 6}),
+    "a window in some layers": ("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
+    "windows and softcaps": (
+        "gemma2",
+        {"sliding_window": 6, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0},
+    ),
+    "two ropes": ("gemma3_text", {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}),
+    "chunks": (
+        "llama4_text",
+        {
+            "attention_chunk_size": 7,
+            "layer_types": ["chunked_attention", "full_attention"],
+            "no_rope_layers": [1, 0],
+            "num_local_experts": 2,
+            "intermediate_size_mlp": 48,
+        },
+    ),
+    "sinks": ("gpt_oss", {"sliding_window": 6, "num_local_experts": 4}),
+    "learned positions": ("gpt2", {}),
+}
+
+
+def tiny(model_type: str, **settings_: object) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(model_type, **{**COMMON, **settings_})
+    config._experts_implementation = "eager"  # the grouped product knows no float64
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation=settings_.get("attn_implementation", "eager" if model_type == "gemma2" else None)
+    )
+    return model.float().eval()
+
+
+def group_rows(seed: int = 0) -> tuple[list[list[int]], list[list[bool]]]:
+    """Rollouts of two prompts that begin alike, an empty response, equal rows, and a row of another tree."""
+    random = torch.Generator().manual_seed(seed)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(10, 90, (count,), generator=random).tolist()
+
+    system, one, two, other, turn = tokens(9), tokens(3), tokens(6), tokens(1), tokens(5)
+    answers = [(system + one, tokens(13)), (system + one, turn + tokens(4)), (system + one, turn + tokens(7))]
+    answers += [(system + two, tokens(11)), (system + two, []), (other, tokens(17)), (other, tokens(2))]
+    answers.append(answers[0])
+    rows = [prompt + answer for prompt, answer in answers]
+    return rows, [[False] * len(prompt) + [True] * len(answer) for prompt, answer in answers]
+
+
+class Float64(TorchFunctionMode):
+    """Layers that go on in float32 for a norm or a softmax stay in float64, so that sums alone are rounded."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            if func is Tensor.float:
+                return args[0]
+            args = tuple(torch.float64 if one is torch.float32 else one for one in args)
+            if kwargs.get("dtype") is torch.float32:
+                kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+@pytest.fixture
+def in_float64() -> Iterator[None]:
+    with Float64():
+        yield
+
+
+def logp_alone(model: nn.Module, rows: list[list[int]], targets: list[list[bool]]) -> Tensor:
+    """(M,) of the targets, row by row, each row by itself and unpadded."""
+    found = []
+    for row, asked in zip(rows, targets, strict=True):
+        ids = torch.tensor([row])
+        logp = model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+        found.append(logp[torch.tensor(asked[1:], dtype=torch.bool)])
+    return torch.cat(found)
+
+
+def logp_packed(model: nn.Module, pack: Pack) -> Tensor:
+    logp, _ = packed(model, pack, lambda hidden, head: logp_of(hidden, head, pack))
+    return logp
+
+
+def logp_of(hidden: Tensor, head: Head, pack: Pack) -> Tensor:
+    return linear_logp(hidden, head, pack.target_ids, backend="torch")
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def check_same(model: nn.Module) -> None:
+    """log p over packs is that of the rows alone to 1e-12 nat, and every gradient to 1e-12 of the whole one's size."""
+    rows, targets = group_rows()
+    expected = logp_alone(model, rows, targets)
+    weights = torch.linspace(-1, 1, len(expected), dtype=expected.dtype)
+    (weights * expected).sum().backward()
+    alone = gradients(model)
+    first = dict(zip(range(len(rows)), torch.tensor([0, *map(sum, targets)]).cumsum(0).tolist(), strict=False))
+    for budget in (1000, 45):  # one pack, and several that repeat the system's prompt
+        packs = pack_rows(rows, budget=budget, targets=targets)
+        assert (len(packs) == 1) == (budget == 1000)
+        for pack in packs:
+            logp = logp_packed(model, pack)
+            mine = torch.cat([torch.arange(first[row], first[row] + sum(targets[row])) for row in pack.rows])
+            torch.testing.assert_close(logp.to(expected.dtype), expected[mine].detach(), rtol=0, atol=1e-12)
+            (weights[mine] * logp).sum().backward()
+        found = gradients(model)
+        assert found.keys() == alone.keys() and len(found) > 3
+        size = torch.cat([gradient.flatten() for gradient in alone.values()]).norm()
+        for name, gradient in alone.items():
+            assert (found[name] - gradient).norm() <= 1e-12 * size, name
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_of_a_pack_are_what_each_is_alone(name):
+    model_type, settings_ = MODELS[name]
+    check_same(tiny(model_type, **settings_).double())
+
+
+@pytest.mark.usefixtures("in_float64")
+def test_adapters_learn_from_a_pack_what_they_learn_from_rows():
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj", "up_proj"], r=4, init_lora_weights=False)
+    check_same(peft.get_peft_model(tiny("qwen3"), config).double().eval())
+
+
+def test_layers_that_are_computed_again_see_the_same():
+    """Gradient checkpointing runs them once more in the backward pass, when no pack is in progress."""
+    rows, targets = group_rows()
+    (pack,) = pack_rows(rows, budget=1000, targets=targets)
+    model = tiny("gemma3_text", sliding_window=6, layer_types=["sliding_attention", "full_attention"]).train()
+    logp_packed(model, pack).sum().backward()
+    expected = gradients(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    logp_packed(model, pack).sum().backward()
+    for name, gradient in gradients(model).items():
+        assert gradient.equal(expected[name]), name
+
+
+@pytest.mark.usefixtures("in_float64")
+def test_the_loop_of_the_docstring():
+    rows, targets = group_rows()
+    model = tiny("llama").double()
+    advantages = torch.randn(len(rows), dtype=torch.float64)
+    tokens = sum(map(sum, targets))
+    per_token = advantages.repeat_interleave(torch.tensor([sum(row) for row in targets]))
+    (-(per_token * logp_alone(model, rows, targets)).sum() / tokens).backward()
+    expected = gradients(model)
+    width = max(map(len, rows))
+    ids, mask, completion_mask = torch.zeros(3, len(rows), width, dtype=torch.int64)
+    for number, (row, asked) in enumerate(zip(rows, targets, strict=True)):
+        ids[number, : len(row)], mask[number, : len(row)] = torch.tensor(row), 1
+        completion_mask[number, : len(row)] = torch.tensor(asked)
+    for pack in pack_rows(ids, budget=45, mask=mask, targets=completion_mask):
+        logp, _ = packed(model, pack, lambda hidden, head, pack=pack: logp_of(hidden, head, pack))
+        loss = -(advantages[pack.target_rows] * logp).sum() / completion_mask.sum()
+        loss.backward()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------- the proof
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_mask_of_packed_indices_is_refused(name, monkeypatch):
+    """What other packings do: the tree is right, and a window or chunk counts tokens."""
+    model_type, settings_ = MODELS[name]
+    model = tiny(model_type, **settings_)
+    own = attention._mask
+
+    def by_index(maker, /, **asked):
+        pack = attention._current.pack
+        if pack is None:
+            return own(maker, **asked)
+        sees, ends = asked["mask_function"], pack.ends
+
+        def tree(batch, head, query, key):
+            return (key <= query) & (query < ends[key]) & sees(batch, head, query, key)
+
+        return maker(**{**asked, "mask_function": tree, "attention_mask": None, "allow_is_causal_skip": False})
+
+    monkeypatch.setattr(attention, "_mask", by_index)
+    reaches = {"sliding_window", "attention_chunk_size"} & {*settings_}
+    if not reaches:
+        assert row_limit(model) == math.inf
+        return
+    with pytest.raises(ModelError, match=rf"^model: {type(model).__name__}: log p of a row in a pack is off by ") as no:
+        row_limit(model)
+    assert float(re.search(r"off by (\S+) nat", str(no.value))[1]) > 1e-2
+
+
+def test_a_model_that_sees_its_neighbours_is_refused():
+    model = tiny("llama")
+    (pack,) = pack_rows([[3, 4, 5], [3, 4, 6]], budget=9)
+
+    def no_road(pack):  # a causal row: branches see one another
+        return contextlib.nullcontext()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "ROADS", {"sdpa": no_road})
+        with pytest.raises(ModelError, match=r"^model: LlamaForCausalLM: log p of a row in a pack is off by ") as no:
+            packed(model, pack, lambda hidden, head: hidden)
+    assert "\n" not in str(no.value)
+    assert packed(model, pack, lambda hidden, head: hidden)[0].shape == (4, 32)  # nothing wrong was kept
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "bloom"])
+def test_recurrent_layers_and_distances_by_index_are_refused(model_type):
+    settings_ = {"state_size": 8} if model_type == "mamba" else {}
+    with pytest.raises(ModelError, match=r"off by \S+ nat from the row alone where rounding allows"):
+        row_limit(tiny(model_type, **settings_))
+
+
+@pytest.mark.parametrize(
+    ("rope", "limit"),
+    [
+        ({"rope_type": "dynamic", "factor": 2.0}, 64),
+        ({"rope_type": "linear", "factor": 2.0}, math.inf),
+        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}, math.inf),
+    ],
+)
+def test_a_rope_that_depends_on_the_longest_row_has_a_limit(rope, limit):
+    model = tiny("llama", rope_scaling=rope)
+    assert row_limit(model) == limit
+    rows = [[3, *[5] * 70], [3, *[4] * 9]]
+    (pack,) = pack_rows(rows, budget=100)
+    if limit == math.inf:
+        packed(model, pack, lambda hidden, head: hidden)
+        return
+    with pytest.raises(ModelError, match=r"rows up to 64 tokens can be packed, .* got one of 71$"):
+        packed(model, pack, lambda hidden, head: hidden)
+    (alone,) = pack_rows(rows[:1], budget=100)
+    packed(model, alone, lambda hidden, head: hidden)
+
+
+def test_what_has_no_road_is_said_in_a_line():
+    (pack,) = pack_rows([[3, 4]], budget=9)
+    model = tiny("llama")
+    model.config._attn_implementation = "flash_attention_2"
+    words = "model: LlamaForCausalLM: attn_implementation: packing expects one of eager, sdpa, got 'flash_attention_2'"
+    with pytest.raises(ModelError, match=f"^{words}$"):
+        packed(model, pack, lambda hidden, head: hidden)
+    with pytest.raises(ModelError, match=r"^model: Linear: packing expects a model of transformers$"):
+        packed(nn.Linear(2, 2), pack, lambda hidden, head: hidden)
+
+
+def test_the_proof_is_made_once_and_leaves_no_trace(monkeypatch):
+    masking_utils = pytest.importorskip("transformers.masking_utils")
+    registry = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
+    before, model = dict(registry), tiny("llama").train()
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    state = torch.get_rng_state()
+    (pack,) = pack_rows([[3, 4, 5], [3, 4, 6]], budget=9)
+    made = []
+    prove = proof._prove
+    monkeypatch.setattr(proof, "_prove", lambda *given: made.append(given) or prove(*given))
+    for _ in range(2):
+        packed(model, pack, lambda hidden, head: hidden)
+    assert len(made) == 1
+    assert dict(registry) == before and not registry._local_mapping
+    assert model.training and torch.get_rng_state().equal(state)
+    assert all(p.equal(weights[name]) for name, p in model.named_parameters())
+    packed(copy.deepcopy(model), pack, lambda hidden, head: hidden)
+    assert len(made) == 1
+
+
+def test_other_forwards_are_none_of_the_packs():
+    """Neither in the function at the head, nor in another thread while a pack's forward is in progress."""
+    model, other = tiny("llama").double(), tiny("mistral", sliding_window=6).double()
+    rows, targets = group_rows()
+    (pack,) = pack_rows(rows, budget=1000, targets=targets)
+    ids = torch.randint(10, 90, (1, len(pack)))  # as long as the pack: its mask would fit
+    with torch.no_grad():
+        expected, own = other(input_ids=ids).logits, logp_alone(model, rows, targets)
+        found = []
+        forward, entered, done = model.model.forward, threading.Event(), threading.Event()
+
+        def slow(*args, **kwargs):
+            out = forward(*args, **kwargs)
+            entered.set()
+            assert done.wait(60)
+            return out
+
+        def elsewhere():
+            assert entered.wait(60)
+            found.append(other(input_ids=ids).logits)
+            done.set()
+
+        def function(hidden, head):
+            found.append(other(input_ids=ids).logits)
+            return logp_of(hidden, head, pack)
+
+        packed(model, pack, function)  # the proofs
+        found.clear()
+        model.model.forward = slow
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        logp, _ = packed(model, pack, function)
+        thread.join()
+    torch.testing.assert_close(logp, own, rtol=0, atol=1e-12)
+    assert len(found) == 2 and all(logits.equal(expected) for logits in found)

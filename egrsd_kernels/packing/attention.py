@@ -99,7 +99,7 @@ ROADS: Mapping[str, Road] = MappingProxyType({"eager": by_mask, "sdpa": by_mask}
 
 def road_of(model: Any) -> Road:
     """The way of a transformers model's attention implementation; a ModelError for one that has none."""
-    name = getattr(model.config.get_text_config(), "_attn_implementation", None)
+    name = str(getattr(model.config.get_text_config(), "_attn_implementation", None))
     if name not in ROADS:
         raise ModelError(f"attn_implementation: packing expects one of {', '.join(ROADS)}, got {name!r}")
     return ROADS[name]

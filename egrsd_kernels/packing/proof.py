@@ -4,8 +4,8 @@ It is made on a small model of the same class and settings, with random weights,
 are shorter than the rows of the probe: with those of the real model a window that is left out would not show. Weights
 of size 1/√inputs let every token look at all that it may, so what is overlooked moves log p by 1e-2 nat and more.
 
-Rows on both sides of a rope limit change each other where the longest sets the frequencies for all. Such a model packs
-rows within its limit.
+Where the longest row sets a rope's frequencies for all, rows on both sides of its limit change each other. Such a model
+packs rows within its limit, which is proved with rows that are within and a pack that is not.
 """
 
 from __future__ import annotations
@@ -52,7 +52,13 @@ def row_limit(model: nn.Module) -> float:
             # Plain values, as a head's proof keeps: they hold in a deep copy as well.
             kept = vars(base).setdefault(_KEPT, {})
             if implementation not in kept:
-                kept[implementation] = _prove(base, road)
+                with (
+                    torch.no_grad(),
+                    torch.device("cpu"),
+                    torch.autocast("cpu", enabled=False),
+                    torch.compiler.set_stance("force_eager"),
+                ):
+                    kept[implementation] = _prove(base, road)
             return float(kept[implementation])
     except torch.OutOfMemoryError:
         raise
@@ -63,14 +69,15 @@ def row_limit(model: nn.Module) -> float:
 def _prove(base: Any, road: Road) -> float:
     text = base.config.get_text_config().to_dict()
     limit = min((place[name] for place, name in _limits(text)), default=math.inf)
-    off, allowed = _difference(base, road, limit=None)
+    rows = _probe(base)
+    off, allowed = _difference(base, road, rows, max(map(len, rows)))
     if not off <= allowed:  # NaN, too
         raise ModelError(
             f"log p of a row in a pack is off by {off:.3g} nat from the row alone where rounding allows "
             f"{allowed:.2g}: its layers see more than positions and a mask, so it cannot be packed"
         )
     if limit < math.inf:
-        off, allowed = _difference(base, road, limit=LIMIT)
+        off, allowed = _difference(base, road, rows, LIMIT)
         if off <= allowed:
             return math.inf
     return limit
@@ -79,35 +86,29 @@ def _prove(base: Any, road: Road) -> float:
 # ---------------------------------------------------------------------------------------------------------- the models
 
 
-def _difference(base: Any, road: Road, limit: int | None) -> tuple[float, float]:
-    """(the largest difference of log p, what was allowed there), nats, over the probe's rows and the vocabulary."""
-    small, rows = _small(base, limit), _probe(base)
+def _difference(base: Any, road: Road, rows: list[Tensor], limit: int) -> tuple[float, float]:
+    """(the largest difference of log p, what was allowed there), nats, over the rows and the vocabulary."""
+    small = _small(base, limit)
     (pack,) = pack_rows(rows, budget=sum(map(len, rows)))
-    with torch.no_grad():
-        try:
-            logits = _logits(small, road, pack)
-            alone = [small(input_ids=row[None]).logits[0] for row in rows]
-        except ModelError:
-            raise
-        except Exception as failure:  # whatever a model's forward may raise
-            raise ModelError(f"a pack does not pass through it: {_line(failure)}") from failure
+    try:
+        with road(pack):
+            logits = small(**inputs_of(pack, torch.device("cpu"))).logits[0]
+        alone = [small(input_ids=row[None]).logits[0] for row in rows]
+    except ModelError:
+        raise
+    except Exception as failure:  # whatever a model's forward may raise
+        raise ModelError(f"a pack does not pass through it: {_line(failure)}") from failure
     worst = 0.0, math.inf
     for places, expected in zip(pack.places, alone, strict=True):
         one, other = logits[places].float().log_softmax(-1), expected.float().log_softmax(-1)
         # log p_v = z_v - logsumexp z, as in the proof of a head.
         size = expected.float().abs()
-        allowed = ROUNDINGS * ROUNDOFF * (size + (other.exp() * size).sum(-1, keepdim=True))
+        allowed = (ROUNDINGS * ROUNDOFF * (size + (other.exp() * size).sum(-1, keepdim=True))).nan_to_num(nan=0.0)
         off = (one - other).abs().nan_to_num(nan=torch.inf)
         at = (off / allowed.clamp(min=torch.finfo(torch.float32).tiny)).argmax()
         here = off.flatten()[at].item(), allowed.flatten()[at].item()
         worst = max(worst, here, key=lambda pair: pair[0] / pair[1])
     return worst
-
-
-def _logits(model: Any, road: Road, pack: Pack) -> Tensor:
-    with road(pack):
-        logits: Tensor = model(**inputs_of(pack, torch.device("cpu"))).logits
-    return logits[0]
 
 
 def inputs_of(pack: Pack, device: torch.device) -> dict[str, Tensor]:
@@ -123,7 +124,7 @@ def inputs_of(pack: Pack, device: torch.device) -> dict[str, Tensor]:
 
 def _probe(base: Any) -> list[Tensor]:
     """Rows that share prefixes to two depths, and two that share none; all longer than REACH."""
-    size = base.config.get_text_config().vocab_size
+    size = _setting(base.config, "vocab_size")
     random = torch.Generator().manual_seed(0)
     # Ids of no special meaning, for any config known.
     ids = torch.randint(min(10, size - 1), min(75, size), (100,), generator=random)
@@ -134,18 +135,20 @@ def _probe(base: Any) -> list[Tensor]:
     ]
 
 
-def _small(base: Any, limit: int | None) -> Any:
+def _small(base: Any, limit: int) -> Any:
     """A model of the same class with few layers, each kind of them in it, in float32 on the CPU."""
     failure: Exception | None = None
     # Where a width is tied to another, or layers are told by their numbers, a smaller model cannot be built.
     for layers, narrow in itertools.product(_layers(base.config), (True, False)):
         try:
-            with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 model = type(base)(_small_config(base.config, layers, narrow, limit)).float().eval()
                 for parameter in model.parameters():
                     if parameter.ndim > 1:
                         nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+                    else:  # a gate that starts at 0 would hide what is behind it
+                        parameter += 0.1 * torch.randn_like(parameter)
         except Exception as error:  # whatever a config or a model may raise
             failure = error
             continue
@@ -161,19 +164,23 @@ def _classes(model: nn.Module) -> set[str]:
         base.__name__
         for module in model.modules()
         for base in type(module).__mro__
-        if base.__module__.startswith("transformers")
+        if base.__module__.startswith(("transformers.models.", "transformers_modules."))
     }
 
 
 # --------------------------------------------------------------------------------------------------------- the settings
 
 
+def _setting(config: Any, name: str) -> int:
+    value = getattr(config.get_text_config(), name, None)
+    if not isinstance(value, int):
+        raise ModelError(f"packing cannot be proved: its config does not say {name}")
+    return value
+
+
 def _layers(config: Any) -> Iterator[list[int]]:
     """Which layers to keep: one of each kind and two at least; else all."""
-    text = config.get_text_config()
-    count = getattr(text, "num_hidden_layers", None)
-    if not count:
-        raise ModelError("packing cannot be proved: its config does not say num_hidden_layers")
+    text, count = config.get_text_config(), _setting(config, "num_hidden_layers")
     kinds = list(zip(*_by_layer(text.to_dict(), count).values(), strict=True)) or [()] * count
     first = {kinds.index(kind) for kind in kinds}
     few = sorted(first | {next((layer for layer in range(count) if layer not in first), 0)})
@@ -193,7 +200,7 @@ def _by_layer(values: dict[str, Any], count: int) -> dict[str, Any]:
     }
 
 
-def _small_config(config: Any, layers: list[int], narrow: bool, limit: int | None) -> Any:
+def _small_config(config: Any, layers: list[int], narrow: bool, limit: int) -> Any:
     values = config.to_dict()
     own = config.get_text_config()
     inner = next((name for name, value in vars(config).items() if value is own), None)
@@ -208,9 +215,8 @@ def _small_config(config: Any, layers: list[int], narrow: bool, limit: int | Non
     for name, value in text.items():
         if isinstance(value, int) and not isinstance(value, bool) and _reaches(name):
             text[name] = min(value, REACH)
-    if limit is not None:
-        for place, name in _limits(text):
-            place[name] = limit
+    for place, name in _limits(text):
+        place[name] = limit
     values.update(use_cache=False)
     small = type(config).from_dict(values)
     parts = {"": config, **{name: getattr(config, name, None) for name in config.sub_configs}}
@@ -228,10 +234,10 @@ def _reaches(name: str) -> bool:
 
 def _narrow(text: dict[str, Any]) -> None:
     """Heads stay as they are and become fewer, and the model as much narrower."""
-    heads = [text.get(name) for name in ("num_attention_heads", "num_key_value_heads", "hidden_size")]
-    if all(isinstance(value, int) for value in heads):
-        common = math.gcd(*heads)
-        text.update(zip(("num_attention_heads", "num_key_value_heads", "hidden_size"), (v // common for v in heads)))
+    heads = ("num_attention_heads", "num_key_value_heads", "hidden_size")
+    if all(isinstance(text.get(name), int) for name in heads):
+        common = math.gcd(*(text[name] for name in heads))
+        text.update({name: text[name] // common for name in heads})
     for name in ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"):
         if isinstance(text.get(name), int):
             text[name] = min(text[name], WIDTH)
