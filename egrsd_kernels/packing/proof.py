@@ -25,7 +25,7 @@ from egrsd_kernels.models.places import language_model
 from .attention import Road, road_of
 from .tree import Pack, pack_rows
 
-REACH = 5  # positions of a window or a chunk; every row of the probe is longer
+REACH = 5  # positions of a window or a chunk; most rows of the probe are longer
 LIMIT = 20  # positions of a rope limit; the probe has rows on both sides
 WIDTH = 64  # of layers whose width nothing else depends on
 # Of a float32 forward: sums of some hundred products, a few in a row, of either sign.
@@ -123,16 +123,14 @@ def inputs_of(pack: Pack, device: torch.device) -> dict[str, Tensor]:
 
 
 def _probe(base: Any) -> list[Tensor]:
-    """Rows that share prefixes to two depths, and two that share none; all longer than REACH."""
+    """Rows that share prefixes to two depths, longer than REACH, and rows that share none, one of them shorter."""
     size = _setting(base.config, "vocab_size")
     random = torch.Generator().manual_seed(0)
     # Ids of no special meaning, for any config known.
     ids = torch.randint(min(10, size - 1), min(75, size), (100,), generator=random)
-    trunk, left, right, deep, deeper, other, short = ids.split([9, 8, 14, 7, 13, 31, 18])
-    return [
-        torch.cat(parts)
-        for parts in ((trunk, left, deep), (trunk, left, deeper), (trunk, right), (trunk, left), (other,), (short,))
-    ]
+    trunk, left, right, deep, deeper, *others = ids.split([9, 8, 14, 7, 13, 31, 15, 3])
+    tree = (trunk, left, deep), (trunk, left, deeper), (trunk, right), (trunk, left)
+    return [*map(torch.cat, tree), *others]
 
 
 def _small(base: Any, limit: int) -> Any:
@@ -144,7 +142,7 @@ def _small(base: Any, limit: int) -> Any:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 model = type(base)(_small_config(base.config, layers, narrow, limit)).float().eval()
-                for parameter in model.parameters():
+                for parameter in filter(Tensor.is_floating_point, model.parameters()):
                     if parameter.ndim > 1:
                         nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
                     else:  # a gate that starts at 0 would hide what is behind it
