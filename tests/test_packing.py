@@ -139,6 +139,14 @@ def test_one_hidden_state_predicts_every_branch():
     assert pack.target_rows.tolist() == [0, 1]
 
 
+def test_a_pack_moves_as_a_whole():
+    (pack,) = pack_rows([[5, 6, 7], [5, 8]], budget=10)
+    moved = pack.to("meta")
+    assert (moved.rows, moved.segments) == (pack.rows, pack.segments)
+    tensors = [value for value in (*vars(moved).values(), *moved.places) if isinstance(value, Tensor)]
+    assert len(tensors) == 8 and all(tensor.is_meta for tensor in tensors)
+
+
 def test_a_tree_above_the_budget_is_cut_where_its_rows_share_least():
     system, one, two = [1] * 10, [2] * 10, [3] * 10
     rows = [[*system, *prompt, answer] for answer in range(4, 8) for prompt in (one, two)]

@@ -40,7 +40,7 @@ def packed(
     Args:
         model: a causal language model of transformers, as :func:`with_head` takes it, whose attention is ``"eager"`` or
             ``"sdpa"``.
-        pack: of :func:`pack_rows`.
+        pack: of :func:`pack_rows`, on any device.
         function: of hidden (M, D), the state that predicts each of the pack's M targets, in their order, and a
             :class:`Head`; as :func:`with_head` takes it.
         inputs: the model's further ones, none of which may have an entry for each token.

@@ -18,9 +18,9 @@ import sys
 from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate, pairwise
-from typing import NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Pack:
-    """Rows for one forward. All tensors are int64, on the CPU.
+    """Rows for one forward. All tensors are int64, on the CPU until :meth:`to` moves them.
 
     rows: which of the rows that were packed stand here, ascending. places: for each, the packed index (L,) of its
     tokens. input_ids, position_ids: (N,), depth first; a branch goes on from its parent's positions. segments: in the
@@ -61,6 +61,12 @@ class Pack:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    def to(self, device: torch.device | str) -> Pack:
+        """The same with its tensors on another device."""
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {name: value.to(device) for name, value in held.items() if isinstance(value, Tensor)}
+        return replace(self, places=tuple(place.to(device) for place in self.places), **moved)
 
     @functools.cached_property
     def ends(self) -> Tensor:
