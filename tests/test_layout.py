@@ -17,6 +17,7 @@ LEVELS = (
     ("backends",),
     ("statistics", "logp", "loss"),
     ("models",),
+    ("packing",),
     ("__init__",),  # the public names
     ("rl", "rollouts"),
     ("trl", "verl"),

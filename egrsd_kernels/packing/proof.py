@@ -1,0 +1,261 @@
+"""The proof that a model's rows in a pack are what each is alone, unpadded.
+
+It is made on a small model of the same class and settings, with random weights, whose windows, chunks and rope limits
+are shorter than the rows of the probe: with those of the real model a window that is left out would not show. Weights
+of size 1/√inputs let every token look at all that it may, so what is overlooked moves log p by 1e-2 nat and more.
+
+Where the longest row sets a rope's frequencies for all, rows on both sides of its limit change each other. Such a model
+packs rows within its limit, which is proved with rows that are within and a pack that is not.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from egrsd_kernels.models import ModelError
+from egrsd_kernels.models.places import language_model
+
+from .attention import Road, road_of
+from .tree import Pack, pack_rows
+
+REACH = 5  # positions of a window or a chunk; most rows of the probe are longer
+LIMIT = 20  # positions of a rope limit; the probe has rows on both sides
+WIDTH = 64  # of layers whose width nothing else depends on
+# Of a float32 forward: sums of some hundred products, a few in a row, of either sign.
+ROUNDOFF = 2**-24
+ROUNDINGS = 1024
+_KEPT = "_proved_packing"
+_lock = threading.Lock()
+
+
+def row_limit(model: nn.Module) -> float:
+    """The length of the longest row that may be packed, by a proof that is kept with the model; math.inf for all.
+
+    Raises:
+        ModelError: in one line, with the difference in nats, where a row in a pack is not what it is alone.
+    """
+    base: Any = language_model(model)
+    name = type(base).__name__
+    if not hasattr(base, "config") or not hasattr(base.config, "get_text_config"):
+        raise ModelError(f"model: {name}: packing expects a model of transformers")
+    try:
+        road = road_of(base)
+        implementation = base.config.get_text_config()._attn_implementation
+        with _lock:
+            # Plain values, as a head's proof keeps: they hold in a deep copy as well.
+            kept = vars(base).setdefault(_KEPT, {})
+            if implementation not in kept:
+                with (
+                    torch.no_grad(),
+                    torch.device("cpu"),
+                    torch.autocast("cpu", enabled=False),
+                    torch.compiler.set_stance("force_eager"),
+                ):
+                    kept[implementation] = _prove(base, road)
+            return float(kept[implementation])
+    except torch.OutOfMemoryError:
+        raise
+    except ModelError as refusal:
+        raise ModelError(f"model: {name}: {refusal}") from None
+
+
+def _prove(base: Any, road: Road) -> float:
+    text = base.config.get_text_config().to_dict()
+    limit = min((place[name] for place, name in _limits(text)), default=math.inf)
+    rows = _probe(base)
+    off, allowed = _difference(base, road, rows, max(map(len, rows)))
+    if not off <= allowed:  # NaN, too
+        raise ModelError(
+            f"log p of a row in a pack is off by {off:.3g} nat from the row alone where rounding allows "
+            f"{allowed:.2g}: its layers see more than positions and a mask, so it cannot be packed"
+        )
+    if limit < math.inf:
+        off, allowed = _difference(base, road, rows, LIMIT)
+        if off <= allowed:
+            return math.inf
+    return limit
+
+
+# ---------------------------------------------------------------------------------------------------------- the models
+
+
+def _difference(base: Any, road: Road, rows: list[Tensor], limit: int) -> tuple[float, float]:
+    """(the largest difference of log p, what was allowed there), nats, over the rows and the vocabulary."""
+    small = _small(base, limit)
+    (pack,) = pack_rows(rows, budget=sum(map(len, rows)))
+    try:
+        with road(pack):
+            logits = small(**inputs_of(pack, torch.device("cpu"))).logits[0]
+        alone = [small(input_ids=row[None]).logits[0] for row in rows]
+    except ModelError:
+        raise
+    except Exception as failure:  # whatever a model's forward may raise
+        raise ModelError(f"a pack does not pass through it: {_line(failure)}") from failure
+    worst = 0.0, math.inf
+    for places, expected in zip(pack.places, alone, strict=True):
+        one, other = logits[places].float().log_softmax(-1), expected.float().log_softmax(-1)
+        # log p_v = z_v - logsumexp z, as in the proof of a head.
+        size = expected.float().abs()
+        allowed = (ROUNDINGS * ROUNDOFF * (size + (other.exp() * size).sum(-1, keepdim=True))).nan_to_num(nan=0.0)
+        off = (one - other).abs().nan_to_num(nan=torch.inf)
+        at = (off / allowed.clamp(min=torch.finfo(torch.float32).tiny)).argmax()
+        here = off.flatten()[at].item(), allowed.flatten()[at].item()
+        worst = max(worst, here, key=lambda pair: pair[0] / pair[1])
+    return worst
+
+
+def inputs_of(pack: Pack, device: torch.device) -> dict[str, Tensor]:
+    """What a model's forward takes for a pack: a row (1, N) each."""
+    ids = pack.input_ids[None].to(device)
+    # Without a mask, transformers would take the positions for those of rows that stand one after another.
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "position_ids": pack.position_ids[None].to(device),
+    }
+
+
+def _probe(base: Any) -> list[Tensor]:
+    """Rows that share prefixes to two depths, longer than REACH, and rows that share none, one of them shorter."""
+    size = _setting(base.config, "vocab_size")
+    random = torch.Generator().manual_seed(0)
+    # Ids of no special meaning, for any config known.
+    ids = torch.randint(min(10, size - 1), min(75, size), (100,), generator=random)
+    trunk, left, right, deep, deeper, *others = ids.split([9, 8, 14, 7, 13, 31, 15, 3])
+    tree = (trunk, left, deep), (trunk, left, deeper), (trunk, right), (trunk, left)
+    return [*map(torch.cat, tree), *others]
+
+
+def _small(base: Any, limit: int) -> Any:
+    """A model of the same class with few layers, each kind of them in it, in float32 on the CPU."""
+    failure: Exception | None = None
+    # Where a width is tied to another, or layers are told by their numbers, a smaller model cannot be built.
+    for layers, narrow in itertools.product(_layers(base.config), (True, False)):
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                model = type(base)(_small_config(base.config, layers, narrow, limit)).float().eval()
+                for parameter in filter(Tensor.is_floating_point, model.parameters()):
+                    if parameter.ndim > 1:
+                        nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+                    else:  # a gate that starts at 0 would hide what is behind it
+                        parameter += 0.1 * torch.randn_like(parameter)
+        except Exception as error:  # whatever a config or a model may raise
+            failure = error
+            continue
+        if not (missing := _classes(base) - _classes(model)):
+            return model
+        failure = ValueError(f"it has no {min(missing)}")
+    raise ModelError(f"packing cannot be proved, for want of a small model of its class: {_line(failure)}")
+
+
+def _classes(model: nn.Module) -> set[str]:
+    """The modules of the model's own library that it is made of, whatever wraps them."""
+    return {
+        base.__name__
+        for module in model.modules()
+        for base in type(module).__mro__
+        if base.__module__.startswith(("transformers.models.", "transformers_modules."))
+    }
+
+
+# --------------------------------------------------------------------------------------------------------- the settings
+
+
+def _setting(config: Any, name: str) -> int:
+    value = getattr(config.get_text_config(), name, None)
+    if not isinstance(value, int):
+        raise ModelError(f"packing cannot be proved: its config does not say {name}")
+    return value
+
+
+def _layers(config: Any) -> Iterator[list[int]]:
+    """Which layers to keep: one of each kind and two at least; else all."""
+    text, count = config.get_text_config(), _setting(config, "num_hidden_layers")
+    kinds = list(zip(*_by_layer(text.to_dict(), count).values(), strict=True)) or [()] * count
+    first = {kinds.index(kind) for kind in kinds}
+    few = sorted(first | {next((layer for layer in range(count) if layer not in first), 0)})
+    yield few
+    if len(few) < count:
+        yield [*range(count)]
+
+
+def _by_layer(values: dict[str, Any], count: int) -> dict[str, Any]:
+    """The settings that have an entry for each layer."""
+    return {
+        name: value
+        for name, value in values.items()
+        if len(value if isinstance(value, (list, str)) else ()) == count
+        and (isinstance(value, list) or "pattern" in name)
+        and not name.endswith(("_id", "_ids", "section"))
+    }
+
+
+def _small_config(config: Any, layers: list[int], narrow: bool, limit: int) -> Any:
+    values = config.to_dict()
+    own = config.get_text_config()
+    inner = next((name for name, value in vars(config).items() if value is own), None)
+    text = values if inner is None else values[inner]
+    count = own.num_hidden_layers
+    for name, value in _by_layer(text, count).items():
+        kept = [value[layer] for layer in layers]
+        text[name] = "".join(kept) if isinstance(value, str) else kept
+    text[own.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(layers)
+    if narrow:
+        _narrow(text)
+    for name, value in text.items():
+        if isinstance(value, int) and not isinstance(value, bool) and _reaches(name):
+            text[name] = min(value, REACH)
+    for place, name in _limits(text):
+        place[name] = limit
+    values.update(use_cache=False)
+    small = type(config).from_dict(values)
+    parts = {"": config, **{name: getattr(config, name, None) for name in config.sub_configs}}
+    small._attn_implementation = {
+        name: part._attn_implementation for name, part in parts.items() if hasattr(part, "_attn_implementation")
+    }
+    return small
+
+
+def _reaches(name: str) -> bool:
+    """Whether a setting says how far a layer sees."""
+    far = any(part in name for part in ("window", "chunk", "local_attention", "index_topk"))
+    return far and not name.endswith(("layers", "pattern"))
+
+
+def _narrow(text: dict[str, Any]) -> None:
+    """Heads stay as they are and become fewer, and the model as much narrower."""
+    heads = ("num_attention_heads", "num_key_value_heads", "hidden_size")
+    if all(isinstance(text.get(name), int) for name in heads):
+        common = math.gcd(*(text[name] for name in heads))
+        text.update({name: text[name] // common for name in heads})
+    for name in ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"):
+        if isinstance(text.get(name), int):
+            text[name] = min(text[name], WIDTH)
+
+
+def _ropes(values: Any) -> Iterator[dict[str, Any]]:
+    """The settings of ropes whose frequencies depend on how long a row is, wherever they stand."""
+    if isinstance(values, dict):
+        if values.get("rope_type", values.get("type")) in ("dynamic", "longrope"):
+            yield values
+        for value in values.values():
+            yield from _ropes(value)
+
+
+def _limits(text: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+    """Where the lengths stand from which on those frequencies change."""
+    ropes = list(_ropes(text))
+    names = ("original_max_position_embeddings", "max_position_embeddings")
+    return [(place, name) for place in (*ropes, text) for name in names if ropes and isinstance(place.get(name), int)]
+
+
+def _line(error: Exception | None) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,297 @@
+"""Rows of token ids as packs in which every shared prefix stands once.
+
+Rows are sorted by their ids. What a row adds to the one before it is then all that is new of it, and these parts, one
+after another, are the tokens of a prefix tree, depth first: every token before the tokens that follow it.
+
+    rows       sorted     packed      1 2 | 3 | 4 5 | 7
+    1 2 4 5    1 2 3      positions   0 1   2   2 3   0
+    1 2 3      1 2 4 5    ends        5 5   3   5 5   6
+    7          7
+
+A token sees the tokens up to itself whose branch has not ended: key ≤ query < ends[key].
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from array import array
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple, TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+Values: TypeAlias = Tensor | Sequence[int] | Sequence[bool]
+
+
+class Segment(NamedTuple):
+    """Packed tokens start, ..., start + length - 1: no row branches off within. parent: of the segments, or -1."""
+
+    start: int
+    length: int
+    parent: int
+
+
+@dataclass(frozen=True, eq=False)
+class Pack:
+    """Rows for one forward. All tensors are int64, on the CPU until :meth:`to` moves them.
+
+    rows: which of the rows that were packed stand here, ascending. places: for each, the packed index (L,) of its
+    tokens. input_ids, position_ids: (N,), depth first; a branch goes on from its parent's positions. segments: in the
+    order of the tokens.
+
+    The targets are the tokens that were asked for, row by row: target_rows (M,) and target_positions (M,) say which,
+    target_ids (M,) are the tokens, and hidden_index (M,) is the packed token before each, whose hidden state predicts
+    it. One hidden state predicts the first token of every branch after it.
+    """
+
+    rows: tuple[int, ...]
+    places: tuple[Tensor, ...]
+    input_ids: Tensor
+    position_ids: Tensor
+    segments: tuple[Segment, ...]
+    target_rows: Tensor
+    target_positions: Tensor
+    target_ids: Tensor
+    hidden_index: Tensor
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def to(self, device: torch.device | str) -> Pack:
+        """The same with its tensors on another device."""
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {name: value.to(device) for name, value in held.items() if isinstance(value, Tensor)}
+        return replace(self, places=tuple(place.to(device) for place in self.places), **moved)
+
+    @functools.cached_property
+    def ends(self) -> Tensor:
+        """(N,): behind the last packed token that sees each token."""
+        after = [start + length for start, length, _ in self.segments]
+        for index in reversed(range(len(after))):  # children stand behind their parent
+            parent = self.segments[index].parent
+            if parent >= 0:
+                after[parent] = max(after[parent], after[index])
+        lengths = torch.tensor([segment.length for segment in self.segments])
+        return torch.tensor(after).repeat_interleave(lengths)
+
+    def path(self, segment: int) -> list[int]:
+        """The segments that one sees, from the root to itself."""
+        path = []
+        while segment >= 0:
+            path.append(segment)
+            segment = self.segments[segment].parent
+        return path[::-1]
+
+
+def pack_rows(
+    rows: Tensor | Sequence[Values],
+    *,
+    budget: int,
+    mask: Tensor | None = None,
+    targets: Tensor | Sequence[Values] | None = None,
+) -> list[Pack]:
+    """Pack rows of token ids into as few tokens as the budget lets them share.
+
+    Prefixes are found by the ids alone, to any depth. A tree of more tokens than the budget is cut where its rows share
+    least, and each part has the prefix; then the largest part goes first, each into the first pack with room for it. A
+    row longer than the budget is a pack alone, with the rows that are equal to it or a prefix of it. The order of
+    equal rows decides nothing.
+
+    Args:
+        rows: sequences or (L,) tensors of ids of at least 0, each with a token or more; or a padded (B, L) integer
+            tensor.
+        budget: the most tokens in a pack.
+        mask: (B, L), bool or 0/1, for padded rows: which entries are tokens. Default: all.
+        targets: for each row, or as (B, L), bool or 0/1 for each token: whether its log p is asked for. A row's first
+            token has none. Default: all tokens but the first.
+
+    Returns:
+        The packs; every row is in one of them.
+
+    Raises:
+        TypeError, ValueError: in one line, for what these are not.
+    """
+    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
+        raise ValueError(f"budget: expected a number of tokens of at least 1, got {budget!r}")
+    ids, wanted = _read(rows, mask, targets)
+    # Bytes of equally wide big-endian numbers compare as the numbers do, in one call for a row.
+    keys = [_key(row) for row in ids]
+    order = sorted(range(len(ids)), key=keys.__getitem__)
+    shared = [0, *(_common(ids[one], ids[other]) for one, other in pairwise(order))]
+    parts = _parts([len(ids[row]) for row in order], shared, budget)
+    return [_pack(chosen, order, shared, ids, wanted) for chosen in _fill(parts, budget)]
+
+
+# ------------------------------------------------------------------------------------------------------------ the rows
+
+
+def _read(
+    rows: Tensor | Sequence[Values], mask: Tensor | None, targets: Tensor | Sequence[Values] | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """For each row its ids (L,) int64 and which of them are asked for (L,) bool, checked."""
+    if isinstance(rows, Tensor):
+        ids, wanted = _unpadded(rows, mask, targets)
+    elif mask is not None:
+        raise ValueError("mask: expected none for rows that are not padded")
+    else:
+        ids = [_vector("rows", number, row) for number, row in enumerate(rows)]
+        if targets is None:
+            wanted = [torch.ones(len(row), dtype=torch.bool) for row in ids]
+            for row in wanted:
+                row[:1] = False
+        else:
+            wanted = [_vector("targets", number, row).bool() for number, row in enumerate(targets)]
+    if not ids:
+        raise ValueError("rows: expected at least one")
+    if len(wanted) != len(ids):
+        raise ValueError(f"targets: expected one entry for each of {len(ids)} rows, got {len(wanted)}")
+    for number, (row, asked) in enumerate(zip(ids, wanted, strict=True)):
+        if not len(row):
+            raise ValueError(f"rows: row {number} has no token")
+        if int(row.min()) < 0:
+            raise ValueError(f"rows: row {number} has the id {int(row.min())}, expected ids of at least 0")
+        if len(asked) != len(row):
+            raise ValueError(f"targets: row {number} has {len(row)} tokens, got {len(asked)} entries")
+        if asked[0]:
+            raise ValueError(f"targets: row {number} asks for its first token, which nothing predicts")
+    return ids, wanted
+
+
+def _unpadded(
+    rows: Tensor, mask: Tensor | None, targets: Tensor | Sequence[Values] | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    if rows.ndim != 2 or rows.is_floating_point() or rows.dtype == torch.bool:
+        raise TypeError(f"rows: expected (B, L) integers, got {tuple(rows.shape)} {rows.dtype}")
+    for name, given in (("mask", mask), ("targets", targets)):
+        if given is not None and (not isinstance(given, Tensor) or given.shape != rows.shape):
+            got = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+            raise ValueError(f"{name}: expected {tuple(rows.shape)} as the rows, got {got}")
+    rows = rows.detach().cpu().long()
+    valid = torch.ones_like(rows, dtype=torch.bool) if mask is None else mask.detach().cpu().bool()
+    if targets is None:
+        # The first token of a row is the first that is valid.
+        asked = valid & (valid.cumsum(1) > 1)
+    else:
+        asked = cast(Tensor, targets).detach().cpu().bool()
+        if (asked & ~valid).any():
+            raise ValueError(f"targets: {int((asked & ~valid).sum())} of them are masked")
+    pairs = list(zip(rows, asked, valid, strict=True))
+    return [row[kept] for row, _, kept in pairs], [one[kept] for _, one, kept in pairs]
+
+
+def _vector(name: str, number: int, row: Values) -> Tensor:
+    """(L,) int64 of one row."""
+    if isinstance(row, Tensor):
+        if row.ndim != 1 or row.is_floating_point():
+            raise TypeError(f"{name}: row {number}: expected (L,) integers, got {tuple(row.shape)} {row.dtype}")
+        return row.detach().cpu().long()
+    try:
+        numbers = array("q", row)
+    except (TypeError, OverflowError) as error:
+        raise TypeError(f"{name}: row {number}: expected integers: {error}") from None
+    return torch.frombuffer(numbers, dtype=torch.int64) if numbers else torch.empty(0, dtype=torch.int64)
+
+
+def _key(row: Tensor) -> bytes:
+    numbers = array("q", row.tolist())
+    if sys.byteorder == "little":
+        numbers.byteswap()
+    return numbers.tobytes()
+
+
+def _common(one: Tensor, other: Tensor) -> int:
+    """The length of the longest common prefix."""
+    length = min(len(one), len(other))
+    differ = (one[:length] != other[:length]).nonzero()
+    return int(differ[0]) if len(differ) else length
+
+
+# ----------------------------------------------------------------------------------------------------------- the packs
+
+
+class _Part(NamedTuple):
+    """Sorted rows first, ..., last, and the tokens of their tree."""
+
+    first: int
+    last: int
+    tokens: int
+
+
+def _parts(lengths: list[int], shared: list[int], budget: int) -> list[_Part]:
+    """Neighbours that share most are joined first, while their tree keeps to the budget or costs nothing more."""
+    new = list(accumulate(length - common for length, common in zip(lengths, shared, strict=True)))
+
+    def joined(first: int, last: int) -> _Part:
+        return _Part(first, last, lengths[first] + new[last] - new[first])
+
+    # Each part, by its first and by its last row.
+    at_first = {row: joined(row, row) for row in range(len(lengths))}
+    at_last = dict(at_first)
+    for row in sorted(range(1, len(lengths)), key=lambda row: -shared[row]):
+        left, right = at_last[row - 1], at_first[row]
+        both = joined(left.first, right.last)
+        if shared[row] and both.tokens <= max(budget, left.tokens, right.tokens):
+            del at_last[row - 1], at_first[row]
+            at_first[both.first] = at_last[both.last] = both
+    return list(at_first.values())
+
+
+def _fill(parts: list[_Part], budget: int) -> list[list[_Part]]:
+    """First fit, decreasing."""
+    packs: list[list[_Part]] = []
+    room: list[int] = []
+    for part in sorted(parts, key=lambda part: -part.tokens):
+        number = next((number for number, left in enumerate(room) if part.tokens <= left), None)
+        if number is None:
+            number = len(packs)
+            packs.append([])
+            room.append(budget)
+        packs[number].append(part)
+        room[number] -= part.tokens
+    return packs
+
+
+def _pack(parts: list[_Part], order: list[int], shared: list[int], ids: list[Tensor], wanted: list[Tensor]) -> Pack:
+    places: dict[int, Tensor] = {}
+    tokens, positions, before = [], [], {}  # before: of the first packed token of each new part, the one it follows
+    starts: set[int] = set()
+    size, place, above = 0, torch.empty(0, dtype=torch.int64), 0
+    for sorted_row in (row for part in sorted(parts) for row in range(part.first, part.last + 1)):
+        row = order[sorted_row]
+        # Parts of one tree that meet here share what all rows between them share.
+        common = min(shared[above + 1 : sorted_row + 1]) if places else 0
+        added = len(ids[row]) - common
+        last = int(place[common - 1]) if common else -1
+        if common:
+            starts.add(last + 1)
+        if added:
+            starts.add(size)
+            before[size] = last
+        place = torch.cat([place[:common], torch.arange(size, size + added)])
+        places[row] = place
+        tokens.append(ids[row][common:])
+        positions.append(torch.arange(common, common + added))
+        size, above = size + added, sorted_row
+    begins = sorted(starts - {size})
+    segments = tuple(
+        Segment(start, end - start, bisect_right(begins, before.get(start, start - 1)) - 1)
+        for start, end in pairwise([*begins, size])
+    )
+    rows = tuple(sorted(places))
+    asked = [wanted[row].nonzero()[:, 0] for row in rows]
+    return Pack(
+        rows=rows,
+        places=tuple(places[row] for row in rows),
+        input_ids=torch.cat(tokens),
+        position_ids=torch.cat(positions),
+        segments=segments,
+        target_rows=torch.tensor(rows).repeat_interleave(torch.tensor([len(one) for one in asked])),
+        target_positions=torch.cat(asked),
+        target_ids=torch.cat([ids[row][one] for row, one in zip(rows, asked, strict=True)]),
+        hidden_index=torch.cat([places[row][one - 1] for row, one in zip(rows, asked, strict=True)]),
+    )

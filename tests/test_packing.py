@@ -1,0 +1,582 @@
+"""Rows as a prefix tree, a model's forward over it, and the proof that each row is what it is alone."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import re
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from egrsd_kernels import Head, linear_logp
+from egrsd_kernels.models import ModelError
+from egrsd_kernels.packing import Pack, attention, pack_rows, packed, proof
+from egrsd_kernels.packing.proof import row_limit
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Matrices of 32 columns gain nothing from more, and wait for them on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# -------------------------------------------------------------------------------------------------------------- trees
+
+# Few ids, so that rows share prefixes to every depth, are prefixes of one another, and are equal.
+ROWS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=14)
+FAR_IDS = st.sampled_from([0, 255, 256, 2**31, 2**62])  # whose bytes sort otherwise in the other order
+
+
+def prefixes(rows: list[list[int]]) -> set[tuple[int, ...]]:
+    return {tuple(row[: n + 1]) for row in rows for n in range(len(row))}
+
+
+def check(packs: list[Pack], rows: list[list[int]], budget: int) -> None:
+    """All that a list of packs promises, by the prefixes that its tokens end."""
+    assert sorted(row for pack in packs for row in pack.rows) == list(range(len(rows)))
+    for pack in packs:
+        mine = [rows[row] for row in pack.rows]
+        ids = pack.input_ids.tolist()
+        # Each row comes back, and each prefix is there once.
+        for row, places in zip(mine, pack.places, strict=True):
+            assert pack.input_ids[places].tolist() == row
+            assert pack.position_ids[places].tolist() == list(range(len(row)))
+        ending = {}
+        for row, places in zip(mine, pack.places, strict=True):
+            for n, place in enumerate(places.tolist()):
+                assert ending.setdefault(place, tuple(row[: n + 1])) == tuple(row[: n + 1])
+        assert len(pack) == len(ids) == len(ending) == len(prefixes(mine))
+        # Within the budget, or a single row with what costs nothing beside it.
+        longest = max(mine, key=len)
+        assert len(pack) <= budget or all(row == longest[: len(row)] for row in mine)
+        # A token sees the prefixes of what it ends, and nothing else.
+        index = torch.arange(len(pack))
+        seen = (index <= index[:, None]) & (index[:, None] < pack.ends)
+        for query in range(len(pack)):
+            assert seen[query].nonzero()[:, 0].tolist() == sorted(
+                key for key in ending if ending[key] == ending[query][: len(ending[key])]
+            )
+        # So say the segments and their paths.
+        assert [s.start for s in pack.segments] == [0, *torch.tensor([s.length for s in pack.segments]).cumsum(0)[:-1]]
+        for number, segment in enumerate(pack.segments):
+            last = segment.start + segment.length - 1
+            path = [pack.segments[one] for one in pack.path(number)]
+            assert path[-1] == segment
+            assert [t for s in path for t in range(s.start, s.start + s.length)] == seen[last].nonzero()[:, 0].tolist()
+            assert int(pack.ends[segment.start]) == int(pack.ends[last])  # no branch within
+
+
+@settings(max_examples=150, deadline=None)
+@given(rows=ROWS, budget=st.integers(1, 60))
+def test_each_prefix_stands_once_and_every_row_comes_back(rows, budget):
+    packs = pack_rows(rows, budget=budget)
+    check(packs, rows, budget)
+    # A tree that the budget holds is in one pack.
+    for first in {row[0] for row in rows}:
+        tree = [number for number, row in enumerate(rows) if row[0] == first]
+        if len(prefixes([rows[number] for number in tree])) <= budget:
+            assert len([pack for pack in packs if {*tree} & {*pack.rows}]) == 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(rows=st.lists(st.lists(FAR_IDS, min_size=1, max_size=6), min_size=1, max_size=8))
+def test_ids_of_any_size(rows):
+    check(pack_rows(rows, budget=1000), rows, 1000)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), rows=ROWS, budget=st.integers(1, 60))
+def test_targets_are_read_at_the_token_before_each(data, rows, budget):
+    targets = [[False, *(data.draw(st.booleans()) for _ in row[1:])] for row in rows]
+    found = []
+    for pack in pack_rows(rows, budget=budget, targets=targets):
+        assert pack.target_rows.tolist() == sorted(pack.target_rows.tolist())
+        for row, position, token, hidden in zip(
+            pack.target_rows.tolist(),
+            pack.target_positions.tolist(),
+            pack.target_ids.tolist(),
+            pack.hidden_index.tolist(),
+            strict=True,
+        ):
+            assert token == rows[row][position]
+            assert hidden == pack.places[pack.rows.index(row)][position - 1]
+            found.append((row, position))
+    assert sorted(found) == [(r, p) for r, row in enumerate(targets) for p, asked in enumerate(row) if asked]
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.data(), rows=ROWS)
+def test_padded_rows_are_the_same_rows(data, rows):
+    width = max(map(len, rows)) + data.draw(st.integers(0, 3))
+    ids, mask = torch.full((len(rows), width), 7), torch.zeros(len(rows), width, dtype=torch.bool)
+    for number, row in enumerate(rows):
+        left = data.draw(st.integers(0, width - len(row)))
+        ids[number, left : left + len(row)] = torch.tensor(row)
+        mask[number, left : left + len(row)] = True
+    found, expected = pack_rows(ids, budget=30, mask=mask.long()), pack_rows(rows, budget=30)
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert one.rows == other.rows and one.segments == other.segments
+        for name in ("input_ids", "position_ids", "target_rows", "target_positions", "target_ids", "hidden_index"):
+            assert getattr(one, name).equal(getattr(other, name)), name
+
+
+def test_one_hidden_state_predicts_every_branch():
+    (pack,) = pack_rows([[5, 6, 7], [5, 6, 8], [5, 6]], budget=10, targets=[[0, 0, 1], [0, 0, 1], [0, 0]])
+    assert pack.hidden_index.tolist() == [1, 1]
+    assert pack.target_ids.tolist() == [7, 8]
+    assert pack.target_rows.tolist() == [0, 1]
+
+
+def test_a_pack_moves_as_a_whole():
+    (pack,) = pack_rows([[5, 6, 7], [5, 8]], budget=10)
+    moved = pack.to("meta")
+    assert (moved.rows, moved.segments) == (pack.rows, pack.segments)
+    tensors = [value for value in (*vars(moved).values(), *moved.places) if isinstance(value, Tensor)]
+    assert len(tensors) == 8 and all(tensor.is_meta for tensor in tensors)
+
+
+def test_a_tree_above_the_budget_is_cut_where_its_rows_share_least():
+    system, one, two = [1] * 10, [2] * 10, [3] * 10
+    rows = [[*system, *prompt, answer] for answer in range(4, 8) for prompt in (one, two)]
+    packs = pack_rows(rows, budget=30)
+    assert [len(pack) for pack in packs] == [24, 24]
+    assert [pack.rows for pack in packs] == [(0, 2, 4, 6), (1, 3, 5, 7)]
+
+
+def test_parts_of_a_cut_tree_that_meet_in_a_pack_share_again():
+    # 1 1 and its longest branch fill a pack; the branches on its either side find room together.
+    rows = [[1, 1, 0, 0], [1, 1, *[1] * 20], [1, 1, 2, 2]]
+    packs = pack_rows(rows, budget=22)
+    assert [(pack.rows, len(pack)) for pack in packs] == [((1,), 22), ((0, 2), 6)]
+
+
+def test_packs_are_filled_by_the_largest_first():
+    rows = [[number] * length for number, length in enumerate([4, 7, 3, 6])]
+    assert [pack.rows for pack in pack_rows(rows, budget=10)] == [(1, 2), (0, 3)]
+
+
+def test_a_row_longer_than_the_budget_is_a_pack_alone():
+    rows = [[1] * 9, [2, 2], [1] * 9, [1] * 4, [1, 2]]
+    packs = pack_rows(rows, budget=5)
+    assert [(pack.rows, len(pack)) for pack in packs] == [((0, 2, 3), 9), ((1, 4), 4)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "words"),
+    [
+        ([], {}, "rows: expected at least one"),
+        ([[1], []], {}, "rows: row 1 has no token"),
+        ([[1], [3, -2]], {}, "rows: row 1 has the id -2"),
+        ([[1.5]], {}, "rows: row 0: expected integers"),
+        ([[1]], {"budget": 0}, "budget: expected a number of tokens of at least 1, got 0"),
+        ([[1, 2]], {"targets": [[0, 1], [0]]}, "targets: expected one entry for each of 1 rows, got 2"),
+        ([[1, 2]], {"targets": [[0]]}, "targets: row 0 has 2 tokens, got 1 entries"),
+        ([[1, 2]], {"targets": [[1, 1]]}, "targets: row 0 asks for its first token, which nothing predicts"),
+        ([[1, 2]], {"mask": torch.ones(1, 2)}, "mask: expected none for rows that are not padded"),
+        (torch.ones(2, 2), {}, r"rows: expected \(B, L\) integers, got \(2, 2\) torch.float32"),
+        (torch.ones(2, 2).long(), {"mask": torch.ones(2, 3)}, r"mask: expected \(2, 2\) as the rows, got \(2, 3\)"),
+        (
+            torch.ones(1, 3).long(),
+            {"mask": torch.tensor([[0, 1, 1]]), "targets": torch.tensor([[1, 0, 1]])},
+            "targets: 1 of them are masked",
+        ),
+    ],
+)
+def test_what_is_no_rows_is_said_in_a_line(rows, options, words):
+    with pytest.raises((TypeError, ValueError), match=f"^{words}") as error:
+        pack_rows(rows, **{"budget": 10, **options})
+    assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------------- over a model
+
+COMMON = {
+    "vocab_size": 90,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+# By name: the model type and its settings; windows and chunks are shorter than the rows.
+MODELS = {
+    "llama": ("llama", {}),
+    "llama, eager": ("llama", {"attn_implementation": "eager"}),
+    "a window in each layer": ("mistral", {"sliding_window": 6}),
+    "a window in some layers": ("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
+    "windows and softcaps": (
+        "gemma2",
+        {"sliding_window": 6, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0},
+    ),
+    "two ropes": ("gemma3_text", {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}),
+    "chunks": (
+        "llama4_text",
+        {
+            "attention_chunk_size": 7,
+            "layer_types": ["chunked_attention", "full_attention"],
+            "no_rope_layers": [1, 0],
+            "num_local_experts": 2,
+            "intermediate_size_mlp": 48,
+        },
+    ),
+    "sinks": ("gpt_oss", {"sliding_window": 6, "num_local_experts": 4}),
+    "learned positions": ("gpt2", {}),
+}
+
+
+def tiny(model_type: str, **settings_: object) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(model_type, **{**COMMON, **settings_})
+    config._experts_implementation = "eager"  # the grouped product knows no float64
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation=settings_.get("attn_implementation", "eager" if model_type == "gemma2" else None)
+    )
+    return model.float().eval()
+
+
+def group_rows(seed: int = 0) -> tuple[list[list[int]], list[list[bool]]]:
+    """Rollouts of two prompts that begin alike, an empty response, equal rows, and a row of another tree."""
+    random = torch.Generator().manual_seed(seed)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(10, 90, (count,), generator=random).tolist()
+
+    system, one, two, other, turn = tokens(9), tokens(3), tokens(6), tokens(1), tokens(5)
+    answers = [(system + one, tokens(13)), (system + one, turn + tokens(4)), (system + one, turn + tokens(7))]
+    answers += [(system + two, tokens(11)), (system + two, []), (other, tokens(17)), (other, tokens(2))]
+    answers.append(answers[0])
+    rows = [prompt + answer for prompt, answer in answers]
+    return rows, [[False] * len(prompt) + [True] * len(answer) for prompt, answer in answers]
+
+
+class Float64(TorchFunctionMode):
+    """Layers that go on in float32 for a norm or a softmax stay in float64, so that sums alone are rounded."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is Tensor.float:
+            return args[0].double()  # positions, too
+        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            args = tuple(torch.float64 if one is torch.float32 else one for one in args)
+            if kwargs.get("dtype") is torch.float32:
+                kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+def logp_alone(model: nn.Module, rows: list[list[int]], targets: list[list[bool]]) -> Tensor:
+    """(M,) of the targets, row by row, each row by itself and unpadded."""
+    found = []
+    for row, asked in zip(rows, targets, strict=True):
+        ids = torch.tensor([row])
+        logp = model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+        found.append(logp[torch.tensor(asked[1:], dtype=torch.bool)])
+    return torch.cat(found)
+
+
+def logp_packed(model: nn.Module, pack: Pack) -> Tensor:
+    logp, _ = packed(model, pack, lambda hidden, head: logp_of(hidden, head, pack))
+    return logp
+
+
+def logp_of(hidden: Tensor, head: Head, pack: Pack) -> Tensor:
+    return linear_logp(hidden, head, pack.target_ids, backend="torch")
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def check_same(model: nn.Module) -> None:
+    """log p over packs is that of the rows alone to 1e-12 nat, and every gradient to 1e-12 of the whole one's size."""
+    row_limit(model)  # the proof is in float32
+    with Float64():
+        check_same_in_float64(model)
+
+
+def check_same_in_float64(model: nn.Module) -> None:
+    rows, targets = group_rows()
+    expected = logp_alone(model, rows, targets)
+    weights = torch.linspace(-1, 1, len(expected), dtype=expected.dtype)
+    (weights * expected).sum().backward()
+    alone = gradients(model)
+    first = dict(zip(range(len(rows)), torch.tensor([0, *map(sum, targets)]).cumsum(0).tolist(), strict=False))
+    for budget in (1000, 45):  # one pack, and several that repeat the system's prompt
+        packs = pack_rows(rows, budget=budget, targets=targets)
+        assert (len(packs) == 1) == (budget == 1000)
+        for pack in packs:
+            logp = logp_packed(model, pack)
+            mine = torch.cat([torch.arange(first[row], first[row] + sum(targets[row])) for row in pack.rows])
+            torch.testing.assert_close(logp.to(expected.dtype), expected[mine].detach(), rtol=0, atol=1e-12)
+            (weights[mine] * logp).sum().backward()
+        found = gradients(model)
+        assert found.keys() == alone.keys() and len(found) > 3
+        size = torch.cat([gradient.flatten() for gradient in alone.values()]).norm()
+        for name, gradient in alone.items():
+            assert (found[name] - gradient).norm() <= 1e-12 * size, name
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_of_a_pack_are_what_each_is_alone(name):
+    model_type, settings_ = MODELS[name]
+    check_same(tiny(model_type, **settings_).double())
+
+
+def test_adapters_learn_from_a_pack_what_they_learn_from_rows():
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj", "up_proj"], r=4, init_lora_weights=False)
+    check_same(peft.get_peft_model(tiny("qwen3"), config).double().eval())
+
+
+def test_layers_that_are_computed_again_see_the_same():
+    """Gradient checkpointing runs them once more in the backward pass, when no pack is in progress."""
+    rows, targets = group_rows()
+    (pack,) = pack_rows(rows, budget=1000, targets=targets)
+    model = tiny("gemma3_text", sliding_window=6, layer_types=["sliding_attention", "full_attention"]).train()
+    logp_packed(model, pack).sum().backward()
+    expected = gradients(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    logp_packed(model, pack).sum().backward()
+    for name, gradient in gradients(model).items():
+        assert gradient.equal(expected[name]), name
+
+
+def test_the_loop_of_the_docstring():
+    rows, targets = group_rows()
+    model = tiny("llama").double()
+    advantages = torch.randn(len(rows), dtype=torch.float64)
+    tokens = sum(map(sum, targets))
+    per_token = advantages.repeat_interleave(torch.tensor([sum(row) for row in targets]))
+    (-(per_token * logp_alone(model, rows, targets)).sum() / tokens).backward()
+    expected = gradients(model)
+    width = max(map(len, rows))
+    ids, mask, completion_mask = torch.zeros(3, len(rows), width, dtype=torch.int64)
+    for number, (row, asked) in enumerate(zip(rows, targets, strict=True)):
+        ids[number, : len(row)], mask[number, : len(row)] = torch.tensor(row), 1
+        completion_mask[number, : len(row)] = torch.tensor(asked)
+    for pack in pack_rows(ids, budget=45, mask=mask, targets=completion_mask):
+        logp, _ = packed(model, pack, lambda hidden, head, pack=pack: logp_of(hidden, head, pack))
+        loss = -(advantages[pack.target_rows] * logp).sum() / completion_mask.sum()
+        loss.backward()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(
+            gradient, expected[name], rtol=0, atol=1e-6
+        )  # norms and their gradients are rounded to float32
+
+
+# ---------------------------------------------------------------------------------------------------------- the proof
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_mask_of_packed_indices_is_refused(name, monkeypatch):
+    """What other packings do: the tree is right, and a window or chunk counts tokens."""
+    model_type, settings_ = MODELS[name]
+    model = tiny(model_type, **settings_)
+    own = attention._mask
+
+    def by_index(maker, /, **asked):
+        pack = attention._current.pack
+        if pack is None:
+            return own(maker, **asked)
+        sees, ends = asked["mask_function"], pack.ends
+
+        def tree(batch, head, query, key):
+            return (key <= query) & (query < ends[key]) & sees(batch, head, query, key)
+
+        return maker(**{**asked, "mask_function": tree, "attention_mask": None, "allow_is_causal_skip": False})
+
+    monkeypatch.setattr(attention, "_mask", by_index)
+    reaches = {"sliding_window", "attention_chunk_size"} & {*settings_}
+    if not reaches:
+        assert row_limit(model) == math.inf
+        return
+    with pytest.raises(ModelError, match=rf"^model: {type(model).__name__}: log p of a row in a pack is off by ") as no:
+        row_limit(model)
+    assert float(re.search(r"off by (\S+) nat", str(no.value))[1]) > 1e-2
+
+
+def test_a_model_that_sees_its_neighbours_is_refused():
+    model = tiny("llama")
+    (pack,) = pack_rows([[3, 4, 5], [3, 4, 6]], budget=9)
+
+    def no_road(pack):  # a causal row: branches see one another
+        return contextlib.nullcontext()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "ROADS", {"sdpa": no_road})
+        with pytest.raises(ModelError, match=r"^model: LlamaForCausalLM: log p of a row in a pack is off by ") as no:
+            packed(model, pack, lambda hidden, head: hidden)
+    assert "\n" not in str(no.value)
+    assert packed(model, pack, lambda hidden, head: hidden)[0].shape == (4, 32)  # nothing wrong was kept
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "bloom"])
+def test_recurrent_layers_and_distances_by_index_are_refused(model_type):
+    settings_ = {"state_size": 8} if model_type == "mamba" else {}
+    with pytest.raises(ModelError, match=r"off by \S+ nat from the row alone where rounding allows"):
+        row_limit(tiny(model_type, **settings_))
+
+
+@pytest.mark.parametrize(
+    ("rope", "limit"),
+    [
+        ({"rope_type": "dynamic", "factor": 2.0}, 64),
+        ({"rope_type": "linear", "factor": 2.0}, math.inf),
+        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}, math.inf),
+    ],
+)
+def test_a_rope_that_depends_on_the_longest_row_has_a_limit(rope, limit):
+    model = tiny("llama", rope_scaling=rope)
+    assert row_limit(model) == limit
+    rows = [[3, *[5] * 70], [3, *[4] * 9]]
+    (pack,) = pack_rows(rows, budget=100)
+    if limit == math.inf:
+        packed(model, pack, lambda hidden, head: hidden)
+        return
+    with pytest.raises(ModelError, match=r"rows up to 64 tokens can be packed, .* got one of 71$"):
+        packed(model, pack, lambda hidden, head: hidden)
+    (alone,) = pack_rows(rows[:1], budget=100)
+    packed(model, alone, lambda hidden, head: hidden)
+
+
+def test_what_has_no_road_is_said_in_a_line():
+    (pack,) = pack_rows([[3, 4]], budget=9)
+    model = tiny("llama")
+    model.config._attn_implementation = "flash_attention_2"
+    words = "model: LlamaForCausalLM: attn_implementation: packing expects one of eager, sdpa, got 'flash_attention_2'"
+    with pytest.raises(ModelError, match=f"^{words}$"):
+        packed(model, pack, lambda hidden, head: hidden)
+    with pytest.raises(ModelError, match=r"^model: Linear: packing expects a model of transformers$"):
+        packed(nn.Linear(2, 2), pack, lambda hidden, head: hidden)
+
+
+def test_the_proof_is_made_once_and_leaves_no_trace(monkeypatch):
+    masking_utils = pytest.importorskip("transformers.masking_utils")
+    registry = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
+    before, model = dict(registry), tiny("llama").train()
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    state = torch.get_rng_state()
+    (pack,) = pack_rows([[3, 4, 5], [3, 4, 6]], budget=9)
+    made = []
+    prove = proof._prove
+    monkeypatch.setattr(proof, "_prove", lambda *given: made.append(given) or prove(*given))
+    for _ in range(2):
+        packed(model, pack, lambda hidden, head: hidden)
+    assert len(made) == 1
+    assert dict(registry) == before and not registry._local_mapping
+    assert model.training and torch.get_rng_state().equal(state)
+    assert all(p.equal(weights[name]) for name, p in model.named_parameters())
+    packed(copy.deepcopy(model), pack, lambda hidden, head: hidden)
+    assert len(made) == 1
+
+
+def test_other_forwards_are_none_of_the_packs():
+    """Neither in the function at the head, nor in another thread while a pack's forward is in progress."""
+    model, other = tiny("llama").double(), tiny("mistral", sliding_window=6).double()
+    rows, targets = group_rows()
+    (pack,) = pack_rows(rows, budget=1000, targets=targets)
+    ids = torch.randint(10, 90, (1, len(pack)))  # as long as the pack: its mask would fit
+    with torch.no_grad():
+        expected, own = other(input_ids=ids).logits, logp_alone(model, rows, targets)
+        found = []
+        forward, entered, done = model.model.forward, threading.Event(), threading.Event()
+
+        def slow(*args, **kwargs):
+            out = forward(*args, **kwargs)
+            entered.set()
+            assert done.wait(60)
+            return out
+
+        def elsewhere():
+            assert entered.wait(60)
+            found.append(other(input_ids=ids).logits)
+            done.set()
+
+        def function(hidden, head):
+            found.append(other(input_ids=ids).logits)
+            return logp_of(hidden, head, pack)
+
+        packed(model, pack, function)  # the proofs
+        found.clear()
+        model.model.forward = slow
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        logp, _ = packed(model, pack, function)
+        thread.join()
+    torch.testing.assert_close(logp, own, rtol=0, atol=1e-12)
+    assert len(found) == 2 and all(logits.equal(expected) for logits in found)
+
+
+# ---------------------------------------------------------------------------------------------------- by architecture
+
+# fmt: off
+PACKS = (
+    "apertus", "aria_text", "bert", "cohere", "cohere2", "ctrl", "deepseek_v2", "deepseek_v3", "doge", "emu3",
+    "ernie4_5", "exaone4", "falcon", "gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n_text", "gemma4_text",
+    "glm", "glm4", "glm4_moe", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "gptj", "granite", "granitemoe",
+    "helium", "llama", "llama4_text", "llava", "longcat_flash", "minimax_m2", "mistral", "mixtral",
+    "modernbert-decoder", "nemotron", "olmo2", "olmo3", "opt", "phi", "phi3", "phimoe", "qwen2", "qwen2_5_vl",
+    "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_vl", "seed_oss", "smollm3", "stablelm", "starcoder2", "vaultgemma",
+)
+REFUSED = (
+    "bamba", "bloom", "falcon_h1", "falcon_mamba", "gpt_neo", "granitemoehybrid", "jamba", "lfm2_moe", "mamba",
+    "mamba2", "minimax", "mpt", "nemotron_h", "openai-gpt", "paligemma", "qwen3_5", "qwen3_next", "recurrent_gemma",
+    "rwkv", "xlnet", "zamba2",
+)
+# fmt: on
+
+
+def built(model_type: str) -> nn.Module:
+    if pytest.importorskip("transformers").__version__ < "5":
+        pytest.skip("fewer models ask the registry for their masks in transformers 4")
+    models = pytest.importorskip("benchmarks.models")
+    found = {a.model_type: a for a in models.architectures()}
+    if model_type not in found:
+        pytest.skip(f"the installed transformers has no {model_type}")
+    config = models.tiny_config(models.CONFIG_MAPPING[model_type])
+    try:
+        return models.build(found[model_type].class_name, config)
+    except Exception as failure:
+        pytest.skip(f"cannot be built here: {failure}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", PACKS)
+def test_architectures_that_pack(model_type):
+    """The proof of a small model holds for another one of its class: four layers, other weights, other rows."""
+    model = built(model_type)
+    rows, targets = group_rows(seed=1)
+    rows = [[id_ % 65 + 10 for id_ in row] for row in rows]  # ids of no special meaning there
+    with torch.no_grad():
+        expected = logp_alone(model, rows, targets)
+        (pack,) = pack_rows(rows, budget=1000, targets=targets)
+        torch.testing.assert_close(logp_packed(model, pack), expected, rtol=0, atol=5e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_architectures_that_are_refused(model_type):
+    with pytest.raises(ModelError, match=r"off by \S+ nat|does not pass") as no:
+        row_limit(built(model_type))
+    assert "\n" not in str(no.value)
