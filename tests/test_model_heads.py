@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from egrsd_kernels import Head, head_of, read_hidden, with_head
+from egrsd_kernels import Head, head_of, linear_logp, read_hidden, with_head
 from egrsd_kernels.models.proof import TOKENS, behind_head, ladder
+from tests.support.devices import two_gpus
 
 DTYPES = [torch.float32, torch.bfloat16]
 VOCABULARY, WIDTH = 90, 32
@@ -522,6 +523,30 @@ def test_heads_on_another_device_than_the_backbone():
     assert moved == ["in", "out"] * 2
     accelerate.hooks.remove_hook_from_module(model.quack)
     check_same(model)
+
+
+@pytest.mark.cuda
+@two_gpus
+@pytest.mark.parametrize("head_on", [0, 1])
+def test_layers_and_head_on_two_gpus(head_on):
+    """Spread by Accelerate, as a device_map spreads it, the model is what it is in one place."""
+    accelerate = pytest.importorskip("accelerate")
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": False}
+    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**sizes, **heads, initializer_range=0.3))
+    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers": 0, "model.norm": 1, "lm_head": head_on}
+    spread = accelerate.dispatch_model(copy.deepcopy(model), places)
+    own = logp_of(model(input_ids=IDS).logits).mean()
+    expected = gradients(own, model)
+    ours, _ = with_head(
+        spread, lambda hidden, head: linear_logp(hidden, head, TARGETS.to(hidden.device)).mean(), input_ids=IDS.cuda(0)
+    )
+    found = gradients(ours, spread)
+    torch.testing.assert_close(ours.cpu(), own, rtol=1e-5, atol=1e-5)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():  # sums of 24 rows and 90 entries, in another order
+        torch.testing.assert_close(gradient.cpu(), expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 # ------------------------------------------------------------------------------------------------------ LoRA heads
