@@ -38,7 +38,6 @@ pytest.importorskip("trl", reason="TRL is not installed")
 
 import reference
 from egrsd_kernels import TokenStats
-from egrsd_kernels.statistics import TokenStatistics
 from egrsd_kernels.trl import trainer
 from tests.support.trl_tiny import make, tiny_model, weights
 
@@ -73,10 +72,11 @@ def loss_on_full_logits(hidden, head, *tensors, backend, chunk_bytes, grad_mode,
     return loss, TokenStats(*stats, torch.zeros_like(stats[0]))
 
 
-def statistics_on_full_logits(hidden, head, target_ids, *, mask, temperature, backend, chunk_bytes):
+def scores_on_full_logits(hidden, head, labels, *, temperature, **_):
+    mask = labels != -100
     logits = reference.logits(hidden, head.weight, temperature=temperature)
-    found = reference.log_prob(logits, target_ids), reference.entropy(logits), logits.logsumexp(-1)
-    return TokenStatistics(*(x * mask for x in found))
+    found = reference.log_prob(logits, labels.clamp(min=0)), reference.entropy(logits)
+    return dict(zip(("log_probs", "entropy"), (x * mask for x in found), strict=True))
 
 
 def train(path, exchanged: dict, **options) -> SimpleNamespace:
@@ -110,9 +110,9 @@ def norm(tensors) -> float:
 @pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.cuda) if "GPU" in x else x for x in SETTINGS])
 def test_the_fused_loss_trains_like_the_reference(tmp_path, name):
     fused = train(tmp_path / "fused", {}, **SETTINGS[name])
-    full_logits = {"fused_egrsd_loss": loss_on_full_logits, "token_statistics": statistics_on_full_logits}
+    full_logits = {"fused_egrsd_loss": loss_on_full_logits, "score_labels": scores_on_full_logits}
     plain = train(tmp_path / "plain", full_logits, **SETTINGS[name])
-    assert plain.calls == {"fused_egrsd_loss": 2 * STEPS, "token_statistics": 2 * STEPS}
+    assert plain.calls == {"fused_egrsd_loss": 2 * STEPS, "score_labels": 2 * STEPS}
     assert len(fused.steps) == len(plain.steps) == len(fused.sampled) == STEPS
 
     def column(run, key):

@@ -48,7 +48,9 @@ def run(case: str, folder: Path) -> tuple[list[Record], list[dict[str, float]]]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # workers share the cores
         "VLLM_NO_USAGE_STATS": "1",
     }
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    # Of a run on several processes, which a test before this one may have left: TRL then takes a port that is free.
+    others = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TRITON_INTERPRET"}
+    inherited = {name: value for name, value in os.environ.items() if name not in others}
     command = [str(ENVIRONMENT / "bin/python"), "-m", "tests.support.vllm_run", case, str(folder)]
     done = subprocess.run(command, cwd=ROOT, env=inherited | settings, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
