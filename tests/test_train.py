@@ -161,7 +161,7 @@ def test_trains_on_two_processes(config, home, tmp_path, device, loss):
 
 
 @pytest.mark.slow
-def test_a_whole_teacher_beside_a_sharded_student(config, home, tmp_path):
+def test_a_whole_teacher_on_two_processes_that_shard_the_student(config, home, tmp_path):
     """Another model, by name, teaches all weights: under FSDP2, which shards the student, as under DDP."""
     torch.manual_seed(5)
     other = tiny_model().apply(
