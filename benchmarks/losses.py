@@ -13,6 +13,7 @@ hidden gradient of the first rows, and some rows of the head's gradient over all
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -107,6 +108,19 @@ class Exact:
         return found
 
 
+def checked(row: dict, subject, p: Problem, incoming: torch.Tensor, exact: Exact, largest: dict[str, float]) -> bool:
+    """Whether a subject's time counts. Its errors come into the row, and a note of what is wrong, if anything."""
+    try:
+        row["error"] = exact.errors(subject, subject(p, incoming))
+        off = [f"{name} = {x:.2g}" for name, x in row["error"].items() if not x <= largest[name]]
+        note = f"wrong result: {', '.join(off)}" if off else None
+    except Exception as error:
+        note = failure(error)
+    if note:
+        row["note"] = note
+    return not note
+
+
 def measure(p: Problem, device: torch.device, **effort) -> dict:
     """One shape's entry in the result file. effort: ``rounds`` and ``budget`` of :func:`interleaved`."""
     timer = timer_of(device)
@@ -118,15 +132,7 @@ def measure(p: Problem, device: torch.device, **effort) -> dict:
         row = {"name": subject.name, "trained": subject.trained, "entropy": subject.entropy}
         row |= {"entropy_grad": subject.entropy_grad, "keep": subject.keep}
         timer.free()
-        try:
-            row["error"] = exact.errors(subject, subject(p, incoming))
-            off = [f"{name} = {x:.2g}" for name, x in row["error"].items() if not x <= LARGEST_ERROR[name]]
-            note = f"wrong result: {', '.join(off)}" if off else None
-        except Exception as error:
-            note = failure(error)
-        if note:
-            row["note"] = note
-        else:
+        if checked(row, subject, p, incoming, exact, LARGEST_ERROR):
             subjects["row", subject.name] = partial(subject, p, incoming)
         rows.append(row)
     times = interleaved(subjects, timer, sustained=is_long(p), **effort)
@@ -137,20 +143,25 @@ def measure(p: Problem, device: torch.device, **effort) -> dict:
     return {"products": products, "rows": rows}
 
 
-def describe(entry: dict) -> str:
+def describe(entry: dict, title: Callable[[dict], str]) -> str:
     products = ", ".join(f"{name} {time.get('ms', float('nan')):.2f} ms" for name, time in entry["products"].items())
     lines = [f"D = {entry['hidden_size']}, N = {entry['tokens']}, {entry['data']}: bare products {products}"]
     for row in entry["rows"]:
-        cells = [f"  {row['name']:36s}"]
+        cells = [f"  {title(row)}".ljust(38)]
         if "ms" in row:
             cells.append(f"{row['ms']:9.3f} ms {row['ratio']:6.3f} x {row['peak_mib'] or 0:7.0f} MiB")
+            cells += [f"{row['speedup']:.2f} x TRL's speed"] if "speedup" in row else []
         cells += [f"{name} {value:.1e}" for name, value in row.get("error", {}).items()]
         lines.append("  ".join([*cells, row.get("note", "")]).rstrip())
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def run(
+    module: str, about: str | None, packages: list[str], measure: Callable[..., dict], title: Callable[[dict], str],
+    argv: list[str] | None,
+) -> None:  # fmt: skip
+    """The command ``python -m module``, which says ``about`` itself: ``measure`` at each shape, into a result file."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="JSON")
     parser.add_argument("--shapes", default="4b:4096,8b:4096,4b:16384,8b:16384", help="size:tokens,... by name or D")
     parser.add_argument("--data", choices=GENERATORS, default="peaked")
@@ -158,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    report = {"command": command("benchmarks.losses", parser, args)} | environment(device, [], args.commit)
+    report = {"command": command(module, parser, args)} | environment(device, packages, args.commit)
     report["shapes"] = []
     for size, n in parse_shapes(args.shapes):
         p = Problem.draw(size, n, args.vocabulary, args.data, device)
@@ -166,7 +177,11 @@ def main(argv: list[str] | None = None) -> None:
         report["shapes"].append(shape_of(p, args.data) | found)
         del p
         write(args.output, report)
-        print(describe(report["shapes"][-1]), flush=True)
+        print(describe(report["shapes"][-1], title), flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    run("benchmarks.losses", __doc__, [], measure, lambda row: row["name"], argv)
 
 
 if __name__ == "__main__":

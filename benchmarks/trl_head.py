@@ -11,18 +11,15 @@ does; TRL may be off by what 16-bit logits are.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
-from benchmarks.compare import is_long, over_floor, parse_shapes, run_options, shape_of
-from benchmarks.data import GENERATORS
-from benchmarks.losses import FLOORS, LARGEST_ERROR, Exact
-from benchmarks.measure import command, environment, failure, interleaved, timer_of, write
+from benchmarks.compare import is_long, over_floor
+from benchmarks.losses import FLOORS, LARGEST_ERROR, Exact, checked, run
+from benchmarks.measure import interleaved, timer_of
 from benchmarks.problem import LARGEST_ERROR as LARGEST_IN_16_BITS
 from benchmarks.problem import Problem
 from egrsd_kernels import linear_logp
@@ -89,16 +86,8 @@ def measure(p: Problem, device: torch.device, **effort) -> dict:
             subject = Subject(trainer, trained, made_by)
             row = {"trainer": trainer, "trained": trained, "made_by": made_by}
             timer.free()
-            try:
-                row["error"] = exact.errors(subject, subject(p, incoming))
-                largest = LARGEST_ERROR if made_by == "ours" else LARGEST_IN_16_BITS
-                off = [f"{name} = {x:.2g}" for name, x in row["error"].items() if not x <= largest[name]]
-                note = f"wrong result: {', '.join(off)}" if off else None
-            except Exception as error:
-                note = failure(error)
-            if note:
-                row["note"] = note
-            else:
+            largest = LARGEST_ERROR if made_by == "ours" else LARGEST_IN_16_BITS
+            if checked(row, subject, p, incoming, exact, largest):
                 subjects[subject] = partial(subject, p, incoming)
             rows.append(row)
     times = interleaved(subjects, timer, sustained=is_long(p), **effort)
@@ -112,38 +101,12 @@ def measure(p: Problem, device: torch.device, **effort) -> dict:
     return {"products": products, "rows": rows}
 
 
-def describe(entry: dict) -> str:
-    products = ", ".join(f"{name} {time.get('ms', float('nan')):.2f} ms" for name, time in entry["products"].items())
-    lines = [f"D = {entry['hidden_size']}, N = {entry['tokens']}, {entry['data']}: bare products {products}"]
-    for row in entry["rows"]:
-        head = "trained" if row["trained"] else "frozen"
-        cells = [f"  {row['trainer']}, {head}: {row['made_by']}".ljust(38)]
-        if "ms" in row:
-            cells.append(f"{row['ms']:9.3f} ms {row['ratio']:6.3f} x {row['peak_mib'] or 0:7.0f} MiB")
-            cells += [f"{row['speedup']:.2f} x TRL's speed"] if "speedup" in row else []
-        cells += [f"{name} {value:.1e}" for name, value in row.get("error", {}).items()]
-        lines.append("  ".join([*cells, row.get("note", "")]).rstrip())
-    return "\n".join(lines)
+def title(row: dict) -> str:
+    return f"{row['trainer']}, {'trained' if row['trained'] else 'frozen'}: {row['made_by']}"
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="JSON")
-    parser.add_argument("--shapes", default="4b:4096,8b:4096,4b:16384,8b:16384", help="size:tokens,... by name or D")
-    parser.add_argument("--data", choices=GENERATORS, default="peaked")
-    run_options(parser, budget=0.5)
-    args = parser.parse_args(argv)
-    device = torch.device(args.device)
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    report = {"command": command("benchmarks.trl_head", parser, args)} | environment(device, ["trl"], args.commit)
-    report["shapes"] = []
-    for size, n in parse_shapes(args.shapes):
-        p = Problem.draw(size, n, args.vocabulary, args.data, device)
-        found = measure(p, device, rounds=args.rounds, budget=args.budget)
-        report["shapes"].append(shape_of(p, args.data) | found)
-        del p
-        write(args.output, report)
-        print(describe(report["shapes"][-1]), flush=True)
+    run("benchmarks.trl_head", __doc__, ["trl"], measure, title, argv)
 
 
 if __name__ == "__main__":
