@@ -18,7 +18,7 @@ import reference
 from egrsd_kernels.trl import EGRSDTrainer
 from tests.support.trl_tiny import exported, make, row, weights
 from tests.support.vlm_tiny import VLMS, dataset_with_images, picture
-from tests.test_trl_losses import apart, gradients
+from tests.test_trl_losses import check_both_paths
 
 pytestmark = pytest.mark.skipif(
     int(transformers.__version__.split(".")[0]) < 5, reason="the tiny processors are of transformers 5"
@@ -181,16 +181,4 @@ def test_images_that_fill_the_window_are_refused(tmp_path):
 @pytest.mark.parametrize("name", VLMS)
 def test_both_paths_read_the_images_alike(tmp_path, name):
     run, _ = build(tmp_path, name, peft=False, max_steps=1)
-    direct, compared = run._direct_loss, 0
-
-    def both(model, inputs):
-        nonlocal compared
-        theirs, _ = run._trl_loss(model, inputs)
-        ours, signals = direct(model, inputs)
-        assert apart(gradients(ours, model), gradients(theirs, model)) < 1e-6
-        compared += 1
-        return ours, signals
-
-    run._direct_loss = both
-    run.train()
-    assert compared == 2
+    check_both_paths(run, 2)

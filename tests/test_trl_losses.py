@@ -38,6 +38,23 @@ def apart(one, other) -> float:
     return norm(a - b for a, b in zip(one, other, strict=True)) / size
 
 
+def check_both_paths(run, steps: int) -> None:
+    """Train; at each of so many micro-batches the direct loss's gradients are those of TRL's, in float32."""
+    direct, compared = run._direct_loss, 0
+
+    def both(model, inputs):
+        nonlocal compared
+        theirs, _ = run._trl_loss(model, inputs)
+        ours, signals = direct(model, inputs)
+        assert apart(gradients(ours, model), gradients(theirs, model)) < 1e-6
+        compared += 1
+        return ours, signals
+
+    run._direct_loss = both
+    run.train()
+    assert compared == steps
+
+
 # -------------------------------------------------------------------------------------------------- one step, two paths
 
 

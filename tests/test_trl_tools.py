@@ -154,22 +154,10 @@ def test_what_tools_answer_is_read_and_not_learned(tmp_path, options):
 @pytest.mark.heavy
 @pytest.mark.parametrize("loss_type", ["dapo", "dr_grpo"])
 def test_both_paths_mask_tools_alike(tmp_path, loss_type):
-    from tests.test_trl_losses import apart, gradients
+    from tests.test_trl_losses import check_both_paths
 
     run, _ = build(tmp_path, loss_type=loss_type)
-    direct, compared = run._direct_loss, 0
-
-    def both(model, inputs):
-        nonlocal compared
-        theirs, _ = run._trl_loss(model, inputs)
-        ours, signals = direct(model, inputs)
-        assert apart(gradients(ours, model), gradients(theirs, model)) < 1e-6
-        compared += 1
-        return ours, signals
-
-    run._direct_loss = both
-    run.train()
-    assert compared == 2
+    check_both_paths(run, 2)
 
 
 @pytest.mark.heavy
