@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +26,7 @@ from egrsd_kernels.trl.run import last_checkpoint, load_reward, load_splits, mak
 from egrsd_kernels.trl.settings import parse_settings
 from tests.support.devices import two_gpus
 from tests.support.fsdp_on_cpu import SHARDED
+from tests.support.ports import free_port
 from tests.support.trl_tiny import OPTIONS, dataset, row, tiny_model, tokenizer
 
 REWARDS = '''
@@ -101,9 +101,7 @@ FORMATS = "expected a file that ends in .jsonl, .json, .parquet, a folder, or a 
 
 def on_two_processes(home: Path, module: str, config: str, *options: str) -> str:
     """What ``module`` prints, started as ``accelerate launch`` starts it on two GPUs."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     path = os.pathsep.join(filter(None, [str(Path(cli.__file__).parents[2]), os.environ.get("PYTHONPATH")]))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
     finished = subprocess.run(

@@ -6,7 +6,6 @@ import functools
 import math
 import os
 import random
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ pytest.importorskip("trl", reason="TRL is not installed")
 
 from egrsd_kernels.credit import gate
 from egrsd_kernels.trl import EGRSDTrainer
+from tests.support.ports import free_port
 from tests.support.trl_tiny import exported, make, weights
 
 pytestmark = pytest.mark.slow
@@ -105,9 +105,7 @@ def worker(path: Path) -> None:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> tuple[dict, Path]:
     path = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     shared = {
         "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
         "OMP_NUM_THREADS": "1",

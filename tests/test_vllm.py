@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.support.doc_examples import ROOT
+from tests.support.ports import free_port
 
 ENVIRONMENT = Path(f"{sys.prefix}-vllm")  # beside this one: vLLM pins much of what it stands on
 LENGTH, END, PAD = 12, 1, 0  # of trl_tiny, which the environment imports with all of TRL
@@ -39,6 +40,10 @@ def test_two_generations_and_their_steps(case, tmp_path):
     assert {bool(x) for record in records for x in truncated(record)} == {True, False}, "the case shows nothing"
 
 
+# What the interpreter, or a test on several processes before this one, has left.
+OF_OTHERS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "TRITON_INTERPRET"}
+
+
 def run(case: str, folder: Path) -> tuple[list[Record], list[dict[str, float]]]:
     """What a run recorded of its generations, and what it logged of its steps."""
     settings = {
@@ -47,10 +52,9 @@ def run(case: str, folder: Path) -> tuple[list[Record], list[dict[str, float]]]:
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # workers share the cores
         "VLLM_NO_USAGE_STATS": "1",
+        "MASTER_PORT": str(free_port()),  # Accelerate's is the same for all runs at once
     }
-    # Of a run on several processes, which a test before this one may have left: TRL then takes a port that is free.
-    others = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TRITON_INTERPRET"}
-    inherited = {name: value for name, value in os.environ.items() if name not in others}
+    inherited = {name: value for name, value in os.environ.items() if name not in OF_OTHERS}
     command = [str(ENVIRONMENT / "bin/python"), "-m", "tests.support.vllm_run", case, str(folder)]
     done = subprocess.run(command, cwd=ROOT, env=inherited | settings, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
