@@ -54,25 +54,28 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_model(vocab_size: int | None = None) -> Qwen3ForCausalLM:
-    """The same weights every time."""
-    torch.manual_seed(0)
-    config = Qwen3Config(
+def tiny_config(vocab_size: int | None = None, **sizes: int) -> Qwen3Config:
+    sizes = {"hidden_size": 32, "head_dim": 16} | sizes
+    return Qwen3Config(
         vocab_size=vocab_size or len(tokenizer()),
-        hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        head_dim=16,
         max_position_embeddings=512,
         initializer_range=0.3,
         pad_token_id=0,
         eos_token_id=1,
         bos_token_id=None,
         tie_word_embeddings=False,
+        **sizes,
     )
-    return Qwen3ForCausalLM(config)
+
+
+def tiny_model(vocab_size: int | None = None) -> Qwen3ForCausalLM:
+    """The same weights every time."""
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(tiny_config(vocab_size))
 
 
 def row(a: int, b: int) -> dict:

@@ -15,7 +15,7 @@ import torch
 import trl.generation.vllm_generation
 import vllm
 import vllm._custom_ops
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3ForCausalLM
 
 from egrsd_kernels.trl import EGRSDTrainer
 from tests.support import trl_tiny
@@ -32,21 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 # vLLM's attention wants 64 numbers a head.
-CONFIG = Qwen3Config(
-    vocab_size=len(trl_tiny.tokenizer()),
-    hidden_size=64,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=64,
-    max_position_embeddings=512,
-    initializer_range=0.3,
-    pad_token_id=0,
-    eos_token_id=1,
-    bos_token_id=None,
-    tie_word_embeddings=False,
-)
+CONFIG = trl_tiny.tiny_config(hidden_size=64, head_dim=64)
 
 
 def made_for_this() -> None:
