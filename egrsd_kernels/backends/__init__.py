@@ -78,6 +78,11 @@ def choose_divergence(name: object, pair: Pair) -> DivergenceBackend:
     """
     from . import torch_divergence as in_torch
 
-    choose(name, pair.student_hidden, pair.teacher_hidden)
-    expect(name != "triton", "backend", name, '"auto" or "torch", since the kernels make no divergence')
+    if choose(name, pair.student_hidden, pair.teacher_hidden) is importlib.import_module(".torch", __name__):
+        return in_torch
+    from .triton import divergence as in_triton
+
+    if in_triton.takes(pair):
+        return in_triton
+    expect(name != "triton", "backend", name, '"auto" or "torch", since top_k is given')
     return in_torch

@@ -67,7 +67,7 @@ def student_pass(
     """See :meth:`..protocol.Backend.student_pass`."""
     n = target_ids.numel()
     if not n:
-        return _zeros(head, hidden, needs)
+        return no_gradients(head, hidden, needs)
     problem, wanted = (head, temperature, hidden, machine(head.weight), chunk_bytes, needs), Wanted.of(out)
     if sparse is None:
         work = ExactGradients(*problem, n, wanted, entropy_gradient)
@@ -94,7 +94,7 @@ def keep(
 ) -> Kept:  # fmt: skip
     """See :meth:`..protocol.Backend.keep`."""
     if not target_ids.numel():
-        return lambda head, hidden, *_: _zeros(head, hidden, needs)
+        return lambda head, hidden, *_: no_gradients(head, hidden, needs)
     how, (V, D) = machine(head.weight), head.weight.shape
     shape = ceil_div(target_ids.numel(), ROW_TILE), V, D, hidden.dtype.itemsize
     plan, room = kept_plan(*shape, how, keep_bytes, needs)
@@ -128,7 +128,7 @@ def keep(
     return kept
 
 
-def _zeros(head: Head, hidden: Tensor, needs: Needs) -> Finish:
+def no_gradients(head: Head, hidden: Tensor, needs: Needs) -> Finish:
     """Of no row at all."""
     columns = head.weight[:, needs.first_column :]
     return lambda factor: Gradients(

@@ -416,14 +416,23 @@ class ChunkGradients:
             ACCUMULATE=first_col > 0, PRECISION=PRECISION, **c.tile, **c.launch,
         )  # fmt: skip
 
-    def backward(self, order: torch.Tensor, gradient: torch.Tensor) -> None:
+    def backward(self, order: torch.Tensor, gradient: torch.Tensor | None) -> None:
         """Turn dL/dlogp, ``gradient`` (N,) float32, into the chunk's hidden gradients, and E into the head's."""
-        chunk, e, weight = self.chunk, self.exponentials, self.chunk.head.weight
+        self.factors(order, gradient)
+        self.scale(order)
+
+    def factors(self, order: torch.Tensor, gradient: torch.Tensor | None) -> None:
+        """What each row's products are multiplied by, and its target's entry."""
+        chunk, e = self.chunk, self.exponentials
         factor_kernel[(triton.cdiv(chunk.rows, SLOTS),)](
             e, e.stride(0), chunk.softcap_grad, self.others, self.total, self.moment, self.slope, chunk.target,
             gradient, order, chunk.row_counts, self.factor, self.entry, self.head_factor, chunk.rows,
             chunk.temperature, 2.0**-self.shift, HEAD=self.head_product is not None, BLOCK=SLOTS,
         )  # fmt: skip
+
+    def scale(self, order: torch.Tensor) -> None:
+        """By :meth:`factors` make hidden gradients of E W, and of hidden states what the head's product takes."""
+        chunk, e, weight = self.chunk, self.exponentials, self.chunk.head.weight
         if self.out_hidden is not None:
             c = self.configs.hidden
             finish_hidden_kernel[(triton.cdiv(chunk.rows, REDUCE_ROWS), triton.cdiv(chunk.D, c.cols))](

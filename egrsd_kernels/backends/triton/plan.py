@@ -55,7 +55,7 @@ def least_partial_tiles(config: Config, rows: int, hidden_size: int, programs: i
     return tiles if tiles >= programs else 2 * programs
 
 
-def _product_steps(tiles: int, steps: int, most: int, programs: int) -> int:
+def product_steps(tiles: int, steps: int, most: int, programs: int) -> int:
     """Steps of the hidden gradient's product, its sum cut as ``split_count`` of the kernel cuts it."""
     return min(
         ceil_div(tiles * splits, programs) * ceil_div(steps, splits) + tiles * splits * PARTIAL_STEPS // programs
@@ -102,7 +102,7 @@ def chunk_plan(
                 steps = max(ceil_div(tiles * cols, programs) * depth, read) + LAUNCHES["slice"] * LAUNCH_STEPS
                 if needs.hidden:
                     # Steps of the two products are alike in time: a tile has as many elements in both.
-                    product = _product_steps(outputs, ceil_div(cols * c.cols, h.depth), room, programs)
+                    product = product_steps(outputs, ceil_div(cols * c.cols, h.depth), room, programs)
                     steps += max(product, read)
                 total += count * steps
         if needs.weight:

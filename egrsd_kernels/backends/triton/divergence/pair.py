@@ -1,0 +1,211 @@
+"""Student's and teacher's tile of logits side by side in registers, so that ln p_S - ln p_T is a float32 difference.
+
+With x_S = z_S - offset_S and x_T = z_T - offset_T of a row, in units of ln 2, a pass over the vocabulary stores
+
+    M = max(2^x_S, 2^x_T)    bfloat16 beside 16-bit operands, else float32
+    r' = x_S - x_T           float16 beside 16-bit operands, else float32; 0 where both logits are -inf
+
+and leaves the float32 sums of each row and tile, from the same registers: S_S = Σ 2^x_S and S_T = Σ 2^x_T, and of
+Σ 2^x_S r', Σ 2^x_T r', Σ 2^x_S x_S and Σ 2^x_T x_T those that are asked for. Then r = r' - log2(S_S / S_T), and
+
+    p_S = M 2^min(r', 0) / S_S    p_T = M 2^-max(r', 0) / S_T
+
+Neither underflows where the other does not, and both have the one rounding of M: their ratio has none of it.
+Student and teacher with one head of one D share its tiles; else the two products come one after the other.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ..common import NEG, PRECISION, ROW_TILE, Config, load_tile, logits_of
+from ..gather import Chunk
+from ..plan import ceil_div
+from ..vocab import GROUP
+
+# Two tiles of accumulators, so half as wide as one product's: the largest first that shared memory has room for.
+HALF = (
+    Config(ROW_TILE, 128, 64, 8, 3),
+    Config(ROW_TILE, 128, 32, 8, 3),
+    Config(ROW_TILE, 64, 32, 4, 3),
+    Config(ROW_TILE, 64, 32, 4, 2),
+)
+FLOAT32 = Config(ROW_TILE, 64, 32, 8, 2)
+# Where float16 ends: beyond it, one of the two probabilities is 0 in float32.
+RATIO = tl.constexpr(30000.0)
+
+
+class Sums(NamedTuple):
+    """Which sums a pass leaves beside S_S and S_T."""
+
+    reverse: bool = False
+    """Σ 2^x_S r'"""
+    forward: bool = False
+    """Σ 2^x_T r'"""
+    student_entropy: bool = False
+    """Σ 2^x_S x_S"""
+    teacher_entropy: bool = False
+    """Σ 2^x_T x_T"""
+
+    @property
+    def planes(self) -> int:
+        return 2 + sum(self)
+
+
+@triton.jit
+def finite_logits(product, bias, v, V, softcap, scale, BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
+    """z of a tile in units of ln 2; NEG for -inf, so that the difference of two is 0."""
+    if BIAS:
+        product += tl.load(bias + v, mask=v < V, other=0.0).to(tl.float32)[None, :]
+    z, _ = logits_of(product, softcap, scale, SOFTCAP)
+    if BIAS:
+        z = tl.where(z == float("-inf"), NEG, z)
+    return z
+
+
+@triton.jit
+def pair_kernel(
+    student, teacher, student_weight, student_sv, student_sd, teacher_weight, teacher_sv, teacher_sd,
+    student_bias, teacher_bias, student_offset, teacher_offset, magnitudes, ratios, sums, row_counts, n_slots, V,
+    student_cap, student_scale, teacher_cap, teacher_scale,
+    D: tl.constexpr, TEACHER_D: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    DEPTH: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr, TMA: tl.constexpr, STORE: tl.constexpr,
+    REVERSE: tl.constexpr, FORWARD: tl.constexpr, STUDENT_ENTROPY: tl.constexpr, TEACHER_ENTROPY: tl.constexpr,
+    STUDENT_BIAS: tl.constexpr, TEACHER_BIAS: tl.constexpr, STUDENT_CAP: tl.constexpr, TEACHER_CAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """M, r' (n_slots, tiles COLS) with STORE, in their dtypes, and sums (planes, tiles, n_slots) float32.
+
+    Grid: (PROGRAMS,), persistent over tiles of ROWS x COLS of the n_valid rows. student: (n_slots, D), teacher:
+    (n_slots, TEACHER_D), weights: (V, those), biases: (V,), offsets: (n_slots,) float32. SHARED: one weight for both.
+    """
+    # The chunk's buffers are whole tiles of rows: what a tile holds past n_valid is computed and never used.
+    row_tiles = tl.cdiv(tl.load(row_counts), ROWS)
+    col_tiles = tl.cdiv(V, COLS)
+    width = GROUP * col_tiles
+    for tile in tl.range(tl.program_id(0), row_tiles * col_tiles, PROGRAMS, flatten=TMA and SHARED):
+        group = tile // width
+        group_rows = tl.minimum(row_tiles - group * GROUP, GROUP)
+        row = (group * GROUP + (tile % width) % group_rows) * ROWS
+        col_tile = (tile % width) // group_rows
+        col = col_tile * COLS
+        s = tl.zeros([ROWS, COLS], tl.float32)
+        t = tl.zeros([ROWS, COLS], tl.float32)
+        for d in range(0, D, DEPTH):
+            w = load_tile(student_weight, col, d, V, D, student_sv, student_sd, COLS, DEPTH, TMA, False, D % DEPTH == 0)
+            h = load_tile(student, row, d, n_slots, D, D, 1, ROWS, DEPTH, TMA, True, D % DEPTH == 0)
+            s = tl.dot(h, w.T, s, input_precision=PRECISION)
+            if SHARED:
+                h = load_tile(teacher, row, d, n_slots, D, D, 1, ROWS, DEPTH, TMA, True, D % DEPTH == 0)
+                t = tl.dot(h, w.T, t, input_precision=PRECISION)
+        if not SHARED:
+            even: tl.constexpr = TEACHER_D % DEPTH == 0
+            for d in range(0, TEACHER_D, DEPTH):
+                h = load_tile(teacher, row, d, n_slots, TEACHER_D, TEACHER_D, 1, ROWS, DEPTH, TMA, True, even)
+                w = load_tile(
+                    teacher_weight, col, d, V, TEACHER_D, teacher_sv, teacher_sd, COLS, DEPTH, TMA, False, even
+                )
+                t = tl.dot(h, w.T, t, input_precision=PRECISION)
+        r = row + tl.arange(0, ROWS)
+        v = col + tl.arange(0, COLS)
+        s = finite_logits(s, student_bias, v, V, student_cap, student_scale, STUDENT_BIAS, STUDENT_CAP)
+        t = finite_logits(t, teacher_bias, v, V, teacher_cap, teacher_scale, TEACHER_BIAS, TEACHER_CAP)
+        student_base = tl.load(student_offset + r)
+        teacher_base = tl.load(teacher_offset + r)
+        # Logits that are near each other differ without a rounding; exponents less their offsets would each have one.
+        ratio = (s - t) - (student_base - teacher_base)[:, None]
+        s -= student_base[:, None]
+        t -= teacher_base[:, None]
+        inside = (v < V)[None, :]
+        p = tl.where(inside, tl.exp2(s), 0.0)
+        q = tl.where(inside, tl.exp2(t), 0.0)
+        at = sums + col_tile * n_slots + r
+        plane = col_tiles * n_slots
+        tl.store(at, tl.sum(p, 1))
+        tl.store(at + plane, tl.sum(q, 1))
+        if REVERSE:
+            tl.store(at + 2 * plane, tl.sum(p * ratio, 1))
+        if FORWARD:
+            tl.store(at + (2 + REVERSE) * plane, tl.sum(q * ratio, 1))
+        if STUDENT_ENTROPY:
+            tl.store(at + (2 + REVERSE + FORWARD) * plane, tl.sum(p * s, 1))
+        if TEACHER_ENTROPY:
+            tl.store(at + (2 + REVERSE + FORWARD + STUDENT_ENTROPY) * plane, tl.sum(q * t, 1))
+        if STORE:
+            p = tl.maximum(p, q)
+            ratio = tl.minimum(tl.maximum(ratio, -RATIO), RATIO)
+            if TMA:
+                magnitudes.store([row, col], p.to(magnitudes.dtype))
+                ratios.store([row, col], ratio.to(ratios.dtype))
+            else:
+                inner = r.to(tl.int64)[:, None] * (col_tiles * COLS) + v[None, :]
+                tl.store(magnitudes + inner, p.to(magnitudes.dtype.element_ty))
+                tl.store(ratios + inner, ratio.to(ratios.dtype.element_ty))
+
+
+def pair_config(dtypes: tuple[torch.dtype, ...], shared: int) -> Config:
+    """The tile for operands of these dtypes on a device with so many bytes of shared memory for a program."""
+    if torch.float32 in dtypes:
+        return FLOAT32
+
+    def room(c: Config) -> int:
+        """Operands, and the two tiles on their way out."""
+        return c.stages * (2 * c.rows + c.cols) * c.depth * 2 + 2 * c.rows * c.cols * 2
+
+    return next((c for c in HALF if room(c) <= shared), HALF[-1])
+
+
+def one_head(student: Chunk, teacher: Chunk) -> bool:
+    """Whether both read the same matrix; what else a head has may differ."""
+    a, b = student.head.weight, teacher.head.weight
+    return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
+
+
+class PairPass:
+    """Passes over the vocabulary for the rows of two chunks of one size: the student's, and the teacher's.
+
+    wanted: the sums. memory: what M is stored in, of the student's dtype (rows, whole tiles); r' has the same shape, in
+    ``ratios``. None: nothing is stored.
+
+    Attributes:
+        magnitudes: M, in the memory of ``memory``. sums: (wanted.planes, tiles, rows) float32.
+    """
+
+    def __init__(
+        self, student: Chunk, teacher: Chunk, config: Config, wanted: Sums,
+        memory: torch.Tensor | None, ratios: torch.Tensor | None,
+    ):  # fmt: skip
+        self.student, self.teacher, self.config, self.wanted, c = student, teacher, config, wanted, config
+        self.tma = student.tma and teacher.tma
+        self.col_tiles = ceil_div(student.V, c.cols)
+        self.sums = student.floats(wanted.planes, self.col_tiles, student.rows)
+        self.magnitudes = memory if memory is None or memory.dtype == torch.float32 else memory.view(torch.bfloat16)
+        self.ratios = ratios
+        self.stored = tuple(x if x is None else self._tiled(x, c.rows, c.cols) for x in (self.magnitudes, ratios))
+        self.operands = tuple(
+            self._tiled(chunk.hidden, c.rows, c.depth) for chunk in (student, teacher)
+        ), tuple(self._tiled(chunk.head.weight, c.cols, c.depth) for chunk in (student, teacher))  # fmt: skip
+
+    def _tiled(self, matrix: torch.Tensor, rows: int, cols: int):
+        return self.student.tiled(matrix, rows, cols) if self.tma else matrix
+
+    def __call__(self, row_counts: torch.Tensor) -> None:
+        student, teacher = self.student, self.teacher
+        (student_hidden, teacher_hidden), (student_weight, teacher_weight) = self.operands
+        heads = student.head, teacher.head
+        pair_kernel[(student.programs,)](
+            student_hidden, teacher_hidden, student_weight, *heads[0].weight.stride(), teacher_weight,
+            *heads[1].weight.stride(), heads[0].bias, heads[1].bias, student.offset, teacher.offset, *self.stored,
+            self.sums, row_counts, student.rows, student.V, student.softcap or 0.0, student.logit_scale,
+            teacher.softcap or 0.0, teacher.logit_scale, D=student.D, TEACHER_D=teacher.D,
+            SHARED=one_head(student, teacher), GROUP=GROUP, PROGRAMS=student.programs, TMA=self.tma,
+            STORE=self.magnitudes is not None, REVERSE=self.wanted.reverse, FORWARD=self.wanted.forward,
+            STUDENT_ENTROPY=self.wanted.student_entropy, TEACHER_ENTROPY=self.wanted.teacher_entropy,
+            STUDENT_BIAS=heads[0].bias is not None, TEACHER_BIAS=heads[1].bias is not None,
+            STUDENT_CAP=student.softcap is not None, TEACHER_CAP=teacher.softcap is not None, PRECISION=PRECISION,
+            **self.config.tile, **self.config.launch,
+        )  # fmt: skip

@@ -1,0 +1,210 @@
+"""From the sums of tiles to what is said of a row: divergences, log p and entropies, and what its gradient needs."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from egrsd_kernels.backends.protocol import DivergenceStatistics
+
+from ..common import LN2, LOG2E, NEG
+from ..vocab import ROW_BLOCK, TILE_BLOCK
+from .pair import PairPass
+
+# Between these sums of exponentials a row's offsets are suited: products of M with them stay normal float32 numbers.
+LEAST_SUM = 2.0**-60
+SUM_LIMIT = 2.0**100
+# Of |KL| in units of ln 2: beyond it, one model has a probability where the other's logit is -inf.
+INFINITE = tl.constexpr(1.0e15)
+# Of Σ (p_S - p_T) r in nats.
+FAR = tl.constexpr(10.0)
+# Of entries that are nothing but rounding errors.
+ROUNDING = tl.constexpr(1.0e-4)
+# What a row has in ``values``: 1/S_S, 1/S_T, log2(S_S/S_T), the mean that its gradient takes off (KL in units of ln 2,
+# or Σ p_S u, and before that Σ (p_S - p_T) r), a bound of its entries, and the student's logsumexp in units of ln 2.
+VALUES = 6
+JSD_BLOCK = 2048
+
+
+@triton.jit
+def entry_bound(k):
+    """Of p |ln(p/q) - K| and of |p - q|, with K = KL(p, q) in nats: the smaller K, the smaller are a row's entries.
+
+    |p - q| <= sqrt(K/2), by Pinsker's inequality, and p |ln(p/q)| <= K + |p - q|, of two entries and all others as one.
+    """
+    k = tl.where(k < 0, 0.0, k)
+    return 2.0 * k + tl.sqrt(0.5 * k) + ROUNDING
+
+
+@triton.jit
+def combine_pairs_kernel(
+    sums, student_logit, teacher_logit, student_offset, teacher_offset, order, row_counts, retry, values,
+    divergence, student_logp, teacher_logp, student_entropy, teacher_entropy, n_slots, col_tiles, least, limit,
+    REVERSE: tl.constexpr, FORWARD: tl.constexpr, ROW_BLOCK: tl.constexpr, TILE_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """values (VALUES, n_slots) float32 of each slot, and what is said of it at its place in ``order``, (N,) or None.
+
+    Grid: (n_slots / ROW_BLOCK,). sums: as pair_kernel leaves them. logits: (n_slots,) float32, NaN for a target outside
+    the vocabulary, or None without targets. retry: becomes row_counts if offsets do not suit a row; or None.
+    REVERSE, FORWARD: which sums there are: of one, the divergence is made here; both are what jsd_kernel needs.
+    """
+    n_valid = tl.load(row_counts)
+    r = tl.program_id(0) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
+    ours = r < n_valid
+    if tl.program_id(0) * ROW_BLOCK < n_valid:
+        plane = col_tiles * n_slots
+        p = tl.zeros([ROW_BLOCK], tl.float32)
+        q = tl.zeros([ROW_BLOCK], tl.float32)
+        by_p = tl.zeros([ROW_BLOCK], tl.float32)
+        by_q = tl.zeros([ROW_BLOCK], tl.float32)
+        student_u = tl.zeros([ROW_BLOCK], tl.float32)
+        teacher_u = tl.zeros([ROW_BLOCK], tl.float32)
+        of_student: tl.constexpr = 2 + REVERSE + FORWARD
+        of_teacher: tl.constexpr = of_student + (student_entropy is not None)
+        for start in range(0, col_tiles, TILE_BLOCK):
+            tile = start + tl.arange(0, TILE_BLOCK)
+            inside = (tile < col_tiles)[:, None] & ours[None, :]
+            at = sums + tile[:, None] * n_slots + r[None, :]
+            p += tl.sum(tl.load(at, mask=inside, other=0.0), 0)
+            q += tl.sum(tl.load(at + plane, mask=inside, other=0.0), 0)
+            if REVERSE:
+                by_p += tl.sum(tl.load(at + 2 * plane, mask=inside, other=0.0), 0)
+            if FORWARD:
+                by_q += tl.sum(tl.load(at + (2 + REVERSE) * plane, mask=inside, other=0.0), 0)
+            if student_entropy is not None:
+                student_u += tl.sum(tl.load(at + of_student * plane, mask=inside, other=0.0), 0)
+            if teacher_entropy is not None:
+                teacher_u += tl.sum(tl.load(at + of_teacher * plane, mask=inside, other=0.0), 0)
+        if retry is not None:
+            # A NaN fails every comparison: no offset would help it.
+            unsuited = (p >= limit) | (p <= least) | (q >= limit) | (q <= least)
+            unsuited = tl.max((ours & unsuited).to(tl.int32), 0)
+            # Every program that has such a row stores the same two numbers.
+            tl.store(retry, n_valid, mask=unsuited > 0)
+            tl.store(retry + 1, tl.load(row_counts + 1), mask=unsuited > 0)
+        student_base = tl.load(student_offset + r, mask=ours, other=0.0)
+        teacher_base = tl.load(teacher_offset + r, mask=ours, other=0.0)
+        row = tl.load(order + r, mask=ours, other=0)
+        if student_logit is not None:
+            z = tl.load(student_logit + r, mask=ours, other=0.0)
+            y = tl.load(teacher_logit + r, mask=ours, other=0.0)
+            p = tl.where(z == z, p, float("nan"))
+            q = tl.where(z == z, q, float("nan"))
+            if student_logp is not None:
+                logp = (z - student_base - tl.log2(p)) * LN2
+                tl.store(student_logp + row, tl.where(z == NEG, float("-inf"), logp), mask=ours)
+            if teacher_logp is not None:
+                logp = (y - teacher_base - tl.log2(q)) * LN2
+                tl.store(teacher_logp + row, tl.where(y == NEG, float("-inf"), logp), mask=ours)
+        if student_entropy is not None:
+            tl.store(student_entropy + row, (tl.log2(p) - student_u / p) * LN2, mask=ours)
+        if teacher_entropy is not None:
+            tl.store(teacher_entropy + row, (tl.log2(q) - teacher_u / q) * LN2, mask=ours)
+        c = tl.log2(p / q)  # one quotient: 0 exactly where both models are the same
+        tl.store(values + r, 1.0 / p, mask=ours)
+        tl.store(values + n_slots + r, 1.0 / q, mask=ours)
+        tl.store(values + 2 * n_slots + r, c, mask=ours)
+        tl.store(values + 5 * n_slots + r, student_base + tl.log2(p), mask=ours)
+        if REVERSE and FORWARD:
+            tl.store(values + 3 * n_slots + r, by_p / p - by_q / q, mask=ours)
+        else:
+            if REVERSE:
+                kl = by_p / p - c
+                tl.store(values + 3 * n_slots + r, kl, mask=ours)
+            else:
+                kl = c - by_q / q
+            kl = tl.where(kl < 0, 0.0, tl.where(kl > INFINITE, float("inf"), kl * LN2))
+            tl.store(divergence + row, kl, mask=ours)
+            bound = entry_bound(kl)
+            if FORWARD:
+                bound = tl.where(bound > 1, 1.0, bound)
+            tl.store(values + 4 * n_slots + r, bound, mask=ours)
+
+
+@triton.jit
+def expm1_of(x):
+    """e^x - 1 for x <= 0."""
+    series = x * (1.0 + x * (0.5 + x * (1.0 / 6.0 + x * (1.0 / 24.0 + x * (1.0 / 120.0)))))
+    return tl.where(x > -0.17, series, tl.exp2(x * LOG2E) - 1.0)
+
+
+@triton.jit
+def log1p_of(x):
+    """log(1 + x) for -1 < x <= 0."""
+    series = x * (1.0 - x * (0.5 - x * (1.0 / 3.0 - x * (0.25 - x * 0.2))))
+    return tl.where(x > -0.04, series, tl.log2(1.0 + x) * LN2)
+
+
+@triton.jit
+def log_share(r, beta):
+    """u = ln(p_S / m) with m = (1 - beta) p_S + beta p_T, of r = ln(p_S / p_T)."""
+    w = tl.where(r < 0, 1.0 - beta, beta)
+    return tl.minimum(r, 0.0) - log1p_of(w * expm1_of(-tl.abs(r)))
+
+
+@triton.jit
+def jsd_kernel(
+    magnitudes, ratios, values, order, row_counts, divergence, n_slots, width, beta, BLOCK: tl.constexpr
+):  # fmt: skip
+    """divergence (N,) = Σ (1 - beta) p_S u + beta p_T (u - r), and Σ p_S u in ``values``. Grid: (n_slots,).
+
+    The rounding of M would leave 2^-8 of it where few entries make it up. J = Σ (p_S - p_T) r is known from float32
+    sums, and near proportional to it, term by term: so the ratio of the two is taken of what is stored, and J makes the
+    divergence of it. Where J is beyond FAR, perhaps infinite, it is not, and the sum of m takes its place, which is 1.
+    """
+    i = tl.program_id(0)
+    if i < tl.load(row_counts):
+        of_p = tl.load(values + i)
+        of_q = tl.load(values + n_slots + i)
+        c = tl.load(values + 2 * n_slots + i)
+        sum_p = tl.zeros([BLOCK], tl.float32)
+        sum_u = tl.zeros([BLOCK], tl.float32)
+        sum_m = tl.zeros([BLOCK], tl.float32)
+        sum_j = tl.zeros([BLOCK], tl.float32)
+        total = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, width, BLOCK):
+            v = start + tl.arange(0, BLOCK)
+            at = i.to(tl.int64) * width + v
+            m = tl.load(magnitudes + at, mask=v < width, other=0.0).to(tl.float32)
+            ratio = tl.load(ratios + at, mask=v < width, other=0.0).to(tl.float32)
+            p = m * tl.exp2(tl.minimum(ratio, 0.0)) * of_p
+            q = m * tl.exp2(tl.minimum(-ratio, 0.0)) * of_q
+            r = (ratio - c) * LN2
+            u = log_share(r, beta)
+            sum_p += p
+            sum_u += p * u
+            sum_m += (1.0 - beta) * p + beta * q
+            sum_j += (p - q) * r
+            total += (1.0 - beta) * p * u + beta * q * (u - r)
+        exact = tl.load(values + 3 * n_slots + i) * LN2
+        j = tl.sum(sum_j, 0)
+        jsd = tl.sum(total, 0)
+        near = (j > 0) & (exact < FAR)
+        jsd = tl.where(near, jsd * (exact / tl.where(near, j, 1.0)), jsd / tl.sum(sum_m, 0))
+        tl.store(divergence + tl.load(order + i), tl.where(jsd < 0, 0.0, jsd))
+        mean = tl.sum(sum_u, 0) / tl.sum(sum_p, 0)
+        tl.store(values + 3 * n_slots + i, mean)
+        tl.store(values + 4 * n_slots + i, entry_bound(mean))
+
+
+def combine(
+    pair: PairPass, targets: bool, order, row_counts, values, out: DivergenceStatistics,
+    retry=None,
+) -> None:  # fmt: skip
+    """Write ``values`` (VALUES, rows) float32, and ``out`` of row i at order[i], but for a jsd. See the kernel."""
+    student, teacher = pair.student, pair.teacher
+    combine_pairs_kernel[(triton.cdiv(student.rows, ROW_BLOCK),)](
+        pair.sums, student.logit if targets else None, teacher.logit if targets else None, student.offset,
+        teacher.offset, order, row_counts, retry, values, *out, student.rows, pair.col_tiles, LEAST_SUM, SUM_LIMIT,
+        REVERSE=pair.wanted.reverse, FORWARD=pair.wanted.forward, ROW_BLOCK=ROW_BLOCK, TILE_BLOCK=TILE_BLOCK,
+    )  # fmt: skip
+
+
+def jsd(pair: PairPass, beta: float, order, row_counts, values, out: DivergenceStatistics) -> None:
+    """Write the jsd of row i at order[i] of ``out``, out of what is stored; see the kernel."""
+    assert pair.magnitudes is not None
+    rows, width = pair.magnitudes.shape
+    jsd_kernel[(rows,)](
+        pair.magnitudes, pair.ratios, values, order, row_counts, out.divergence, rows, width, beta,
+        BLOCK=JSD_BLOCK, num_warps=8,
+    )  # fmt: skip
