@@ -52,22 +52,23 @@ def top_and_rest(log_p: Tensor, top: Tensor) -> Tensor:
 
     (..., V), (..., k) ids -> (..., k + 1)
     """
-    inside = torch.zeros_like(log_p, dtype=torch.bool).scatter(-1, top, True)
-    rest = torch.logsumexp(log_p.masked_fill(inside, -torch.inf), dim=-1, keepdim=True)
+    others = log_p.scatter(-1, top, -torch.inf)
+    nothing = others.isneginf().all(dim=-1, keepdim=True)  # a sum of nothing has a logarithm, and no gradient
+    rest = torch.logsumexp(others.masked_fill(nothing, 0.0), dim=-1, keepdim=True).masked_fill(nothing, -torch.inf)
     return torch.cat([log_p.gather(-1, top), rest], dim=-1)
 
 
 def divergence(
     student_logits: Tensor, teacher_logits: Tensor, kind: str, beta: float = 0.5, top_k: int | None = None
 ) -> Tensor:
-    """D(p_S, p_T) in nats, differentiable in the student's logits.  (..., V), (..., V) -> (...)
+    """D(p_S, p_T) in nats, differentiable in both.  (..., V), (..., V) -> (...)
 
     kind: "reverse_kl", "forward_kl" or "jsd". top_k: of the partition of the vocabulary into the teacher's k likeliest
     entries, each for itself, and all others together; what is between two partitions of one vocabulary is a divergence
     as well, and at most that of the vocabulary itself.
     """
     log_s = torch.log_softmax(student_logits, dim=-1)
-    log_t = torch.log_softmax(teacher_logits.detach(), dim=-1)
+    log_t = torch.log_softmax(teacher_logits, dim=-1)
     if top_k is not None and top_k < log_t.shape[-1]:
         top = log_t.topk(top_k, dim=-1).indices
         log_s, log_t = top_and_rest(log_s, top), top_and_rest(log_t, top)
@@ -86,6 +87,7 @@ def linear_divergence(
 ) -> dict[str, Tensor]:  # fmt: skip
     """Of each token, by name: divergence, student_entropy, teacher_entropy, and with targets log p of them for both.
 
+    The divergence is differentiable in the student's operands.
     (..., D), (V, D), (..., D'), (V, D') -> (...); 0 where the mask is 0 or the target −100.
     """
     valid = torch.ones(student_hidden.shape[:-1], dtype=torch.bool, device=student_hidden.device)
@@ -94,13 +96,13 @@ def linear_divergence(
     if target_ids is not None:
         valid = valid & (target_ids != -100)
     z_s = logits(student_hidden[valid], student_weight, student_bias, softcap, temperature)
-    z_t = logits(teacher_hidden[valid], teacher_weight, teacher_bias, softcap, temperature).to(z_s.dtype)
+    z_t = logits(teacher_hidden[valid], teacher_weight, teacher_bias, softcap, temperature).detach().to(z_s.dtype)
     found = {
         "divergence": divergence(z_s, z_t, kind, beta, top_k),
         "student_entropy": entropy(z_s.detach()),
-        "teacher_entropy": entropy(z_t.detach()),
+        "teacher_entropy": entropy(z_t),
     }
     if target_ids is not None:
         found["student_logp"] = log_prob(z_s.detach(), target_ids[valid])
-        found["teacher_logp"] = log_prob(z_t.detach(), target_ids[valid])
+        found["teacher_logp"] = log_prob(z_t, target_ids[valid])
     return {name: torch.zeros_like(valid, dtype=x.dtype).masked_scatter(valid, x) for name, x in found.items()}
