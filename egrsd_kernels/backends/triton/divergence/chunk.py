@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from egrsd_kernels.backends.protocol import DivergenceStatistics, Needs, Pair, PairCredit
@@ -15,13 +14,13 @@ from egrsd_kernels.rows import Rows
 from ..common import Config, Machine, device_limits
 from ..gather import Chunk
 from ..gradient import ChunkGradients
-from ..plan import Plan
+from ..plan import Plan, ceil_div
 from ..tuning import machine
-from ..vocab import NOTHING, VocabPass, Wanted
-from .entries import BLOCK, LARGEST_RATIO, SLOTS, WARPS, entries_kernel, row_factor_kernel
+from ..vocab import NOTHING, ROW_BLOCK, TILE_BLOCK, VocabPass, Wanted
+from .entries import LARGEST_RATIO, SLOTS, balance_kernel, entries_kernel, row_factor_kernel
 from .offsets import MeanRow, make_offsets
 from .pair import PairPass, Sums, pair_config
-from .sums import VALUES, combine, jsd
+from .sums import BLOCK, VALUES, WARPS, combine, jsd
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class PairGradients(ChunkGradients):
     def factors(self, order: Tensor, gradient: Tensor | None) -> None:
         """gradient: what is not in the entries yet (N,) float32; None for 1."""
         chunk = self.chunk
-        row_factor_kernel[(triton.cdiv(chunk.rows, SLOTS),)](
+        row_factor_kernel[(ceil_div(chunk.rows, SLOTS),)](
             self.size, gradient, order, chunk.row_counts, self.factor, self.entry, self.head_factor, chunk.rows,
             chunk.temperature, 2.0**self.shift, BLOCK=SLOTS,
         )  # fmt: skip
@@ -133,11 +132,16 @@ class PairChunk:
     def _entries(self, row_counts, order, credit: PairCredit | None, gradients: PairGradients, retry) -> None:
         student, (rows, width) = self.student, gradients.exponentials.shape
         of_divergence, of_logp = (None, None) if credit is None else credit
-        entries_kernel[(rows,)](
+        blocks, cap = ceil_div(width, BLOCK), (student.softcap or 0.0) * student.logit_scale
+        parts = student.floats(5, blocks, rows)
+        entries_kernel[(rows, blocks)](
             self.pair.magnitudes, gradients.exponentials, self.pair.ratios, self.values, of_divergence, of_logp,
-            student.target, order, row_counts, retry, gradients.size, rows, width, 2.0**gradients.shift,
-            (student.softcap or 0.0) * student.logit_scale, self.which.beta, LARGEST_RATIO,
-            KIND=self.which.kind, SOFTCAP=student.softcap is not None, BLOCK=BLOCK, num_warps=WARPS,
+            student.target, order, row_counts, gradients.size, parts, rows, width, 2.0**gradients.shift, cap,
+            self.which.beta, KIND=self.which.kind, SOFTCAP=student.softcap is not None, BLOCK=BLOCK, num_warps=WARPS,
+        )  # fmt: skip
+        balance_kernel[(ceil_div(rows, ROW_BLOCK),)](
+            gradients.exponentials, self.values, row_counts, retry, parts, rows, blocks, width, cap, LARGEST_RATIO,
+            SOFTCAP=student.softcap is not None, ROW_BLOCK=ROW_BLOCK, TILE_BLOCK=TILE_BLOCK,
         )  # fmt: skip
 
 

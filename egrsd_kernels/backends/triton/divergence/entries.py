@@ -7,12 +7,13 @@ With p_S, p_T and r as pair.py has them, in nats, and dL/dD = w, dL/dlog p = g o
 and g (1_y - p_S) beside it. A row's entries are stored over its ``size``, a bound of their magnitude, so that float16
 holds them, in units of 2^-shift there; and times the softcap's 1 - tanh^2, from z = logsumexp + log2 p_S.
 
-The error. An entry has the rounding of M and its own, 2^-8 each in bfloat16, and that of r', p_S 2^-11 |r'|. The first
-two are 2.4e-3 of a row's norm over many entries. The last is small as long as |r'| is not much larger than |r - D|
-where p is, which is what the offsets are chosen for. Where one entry has nearly all of p_S this fails: there r is near
-D. Entries of a row sum to 0, so one that has more than ALONE of p_S is made of the others. Where the last error would
-be more than TOLERANCE of a row's norm all the same, the chunk is done again with both logsumexps as offsets, whose r'
-is r itself; the device decides. Together 3.5e-3 of a row's norm in the root mean square, whatever the target is.
+The error. An entry has the rounding of M, 7e-4 at most, and its own, 4e-3 in bfloat16 and 5e-4 in float16; and that of
+r', p_S 2^-11 |r'|. This is small as long as |r'| is not much larger than |r - D| where p is, which is what the offsets
+are chosen for. Where one entry has nearly all of p_S it is not: there r is near D. Entries of a row sum to 0, so one
+that has more than ALONE of p_S is made of the others. Where the last error would be more than TOLERANCE of a row's norm
+all the same, the chunk is done again with both logsumexps as offsets, whose r' is r itself; the device decides. A row's
+hidden gradient, rounded to bfloat16, so is off by 2.5e-3 of its norm in the root mean square, and by 5e-3 where a
+single entry makes it up, whatever the target is: sqrt(4^2 + 1.7^2 + 0.7^2 + 2^2) e-3.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..common import LN2, ROW_TILE
+from ..common import LN2, NEG, ROW_TILE
+from .pair import magnitude_of
 from .sums import log_share
 
 TILE = tl.constexpr(ROW_TILE)
 SLOTS = 128
 # No two entries have so much of p_S, rounded as they are.
 ALONE = tl.constexpr(0.6)
-BLOCK, WARPS = 2048, 8
 # Of a row's norm, from the rounding of r'; float16 is off by 0.42 * 2^-11 in the root mean square.
-TOLERANCE = 2.5e-3
+TOLERANCE = 2e-3
 LARGEST_RATIO = (TOLERANCE / (0.42 * 2.0**-11)) ** 2
 
 
@@ -42,100 +43,125 @@ def damping(logsumexp, p, cap):
 
 @triton.jit
 def entries_kernel(
-    magnitudes, entries, ratios, values, of_divergence, of_logp, target, order, row_counts, retry, size,
-    n_slots, width, unit, cap, beta, largest_ratio,
-    KIND: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+    magnitudes, entries, ratios, values, of_divergence, of_logp, target, order, row_counts, size, parts,
+    n_slots, width, unit, cap, beta, KIND: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """entries (n_slots, width) = dL/dz (1 - tanh^2) unit / size, 0 in rows without; size (n_slots,) float32.
 
-    In the memory of magnitudes. Grid: (n_slots,). values: as combine_pairs_kernel leaves them. of_divergence: w (N,)
-    float32, or None for 1. of_logp: g (N,), beside target (n_slots,) int32; or None. cap: the softcap in units of ln 2.
-    retry: becomes row_counts if a row's error may be beyond TOLERANCE; or None.
+    In the memory of magnitudes. Grid: (n_slots, blocks). values: as combine_pairs_kernel leaves them. of_divergence: w
+    (N,) float32, or None for 1. of_logp: g (N,), beside target (n_slots,) int32; or None. cap: the softcap in units of
+    ln 2. parts (5, blocks, n_slots) float32: of each BLOCK the sum of entries before the softcap, of their squares, and
+    of squares of the errors that r' leaves; and the place of an entry that has more than ALONE of p_S, which is none of
+    these and not stored, or -1, and its p_S.
     """
     i = tl.program_id(0)
     n_active = tl.load(row_counts + 1)
-    base = i.to(tl.int64) * width
     if i < tl.cdiv(n_active, TILE) * TILE:
+        v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = v < width
+        at = i.to(tl.int64) * width + v
+        m = magnitude_of(tl.load(magnitudes + at, mask=inside, other=0))
+        ratio = tl.load(ratios + at, mask=inside, other=0.0).to(tl.float32)
         ours = i < n_active
         row = tl.load(order + i, mask=ours, other=0)
+        of_p = tl.load(values + i)
+        of_q = tl.load(values + n_slots + i)
+        c = tl.load(values + 2 * n_slots + i)
+        mean = tl.load(values + 3 * n_slots + i)
+        bound = tl.load(values + 4 * n_slots + i)
         if of_divergence is None:
             w = tl.full([], 1.0, tl.float32)
         else:
             w = tl.load(of_divergence + row, mask=ours, other=0.0)
-        bound = tl.abs(w) * tl.load(values + 4 * n_slots + i, mask=ours, other=0.0)
+            bound = tl.where(w == 0, 0.0, tl.abs(w) * bound)
         moving = ours & (w != 0)
         if of_logp is not None:
             g = tl.load(of_logp + row, mask=ours, other=0.0)
-            bound = tl.where(w == 0, 0.0, bound) + tl.abs(g)
+            bound += tl.abs(g)
             moving = ours & ((w != 0) | (g != 0))
-        if not moving:  # whatever the row holds, NaN included
-            tl.store(size + i, 0.0)
-            for start in range(0, width, BLOCK):
-                v = start + tl.arange(0, BLOCK)
-                tl.store(entries + base + v, tl.zeros([BLOCK], entries.dtype.element_ty), mask=v < width)
+        if tl.program_id(1) == 0:
+            tl.store(size + i, tl.where(moving, bound, 0.0))
+        w *= unit / bound
+        p = tl.exp2(tl.where(inside, m, NEG) + tl.minimum(ratio, 0.0)) * of_p
+        r = ratio - c
+        if KIND == "reverse_kl":
+            e = w * p * ((r - mean) * LN2)
+            error = p
         else:
-            tl.store(size + i, bound)
-            of_p = tl.load(values + i)
-            of_q = tl.load(values + n_slots + i)
-            c = tl.load(values + 2 * n_slots + i)
-            mean = tl.load(values + 3 * n_slots + i)
-            logsumexp = tl.load(values + 5 * n_slots + i)
-            scale = unit / bound
-            w *= scale
-            if of_logp is not None:
-                y = tl.load(target + i)
-                g *= scale
-            total = tl.zeros([BLOCK], tl.float32)
-            squares = tl.zeros([BLOCK], tl.float32)
-            errors = tl.zeros([BLOCK], tl.float32)
-            peak = tl.zeros([BLOCK], tl.float32)
-            peak_at = tl.full([BLOCK], -1, tl.int32)
-            for start in range(0, width, BLOCK):
-                v = start + tl.arange(0, BLOCK)
-                inside = v < width
-                m = tl.load(magnitudes + base + v, mask=inside, other=0.0).to(tl.float32)
-                ratio = tl.load(ratios + base + v, mask=inside, other=0.0).to(tl.float32)
-                p = m * tl.exp2(tl.minimum(ratio, 0.0)) * of_p
-                r = ratio - c
-                if KIND == "reverse_kl":
-                    e = w * p * ((r - mean) * LN2)
-                    error = p
-                else:
-                    q = m * tl.exp2(tl.minimum(-ratio, 0.0)) * of_q
-                    x = r * LN2
-                    if KIND == "forward_kl":
-                        # Near r = 0 a difference of the two would keep few digits.
-                        near = x * (1.0 - x * (0.5 - x * (1.0 / 6.0 - x * (1.0 / 24.0 - x * (1.0 / 120.0)))))
-                        e = w * tl.where(tl.abs(x) < 0.17, p * near, p - q)
-                        error = q
-                    else:
-                        e = w * (1.0 - beta) * p * (log_share(x, beta) - mean)
-                        mixed = (1.0 - beta) * p + beta * q
-                        error = (1.0 - beta) * beta * p * q / tl.where(mixed > 0, mixed, 1.0)
-                error *= w * ratio * LN2
-                if of_logp is not None:
-                    e = tl.where(v == y, e + g, e) - g * p
-                alone = p > ALONE
-                total += tl.where(alone, 0.0, e)
-                squares += tl.where(alone, 0.0, e * e)
-                errors += tl.where(alone, 0.0, error * error)
-                peak = tl.where(alone, p, peak)
-                peak_at = tl.where(alone, v, peak_at)
-                if SOFTCAP:
-                    e *= damping(logsumexp, p, cap)
-                tl.store(entries + base + v, e.to(entries.dtype.element_ty), mask=inside & ~alone)
-            at = tl.max(peak_at, 0)
-            norm = tl.sum(squares, 0)
-            if at >= 0:
-                e = -tl.sum(total, 0)
-                norm += e * e
-                if SOFTCAP:
-                    e *= damping(logsumexp, tl.max(peak, 0), cap)
-                tl.store(entries + base + at, e.to(entries.dtype.element_ty))
-            if retry is not None:
-                again = tl.sum(errors, 0) > largest_ratio * norm
-                tl.store(retry, tl.load(row_counts), mask=again)
-                tl.store(retry + 1, n_active, mask=again)
+            q = tl.exp2(tl.where(inside, m, NEG) - tl.maximum(ratio, 0.0)) * of_q
+            x = r * LN2
+            if KIND == "forward_kl":
+                # Near r = 0 a difference of the two would keep few digits.
+                near = x * (1.0 - x * (0.5 - x * (1.0 / 6.0 - x * (1.0 / 24.0 - x * (1.0 / 120.0)))))
+                e = w * tl.where(tl.abs(x) < 0.17, p * near, p - q)
+                error = q
+            else:
+                # An infinite ratio has no part in the sum where p_S is 0.
+                e = w * (1.0 - beta) * p * (log_share(x, beta) - mean)
+                mixed = (1.0 - beta) * p + beta * q
+                error = (1.0 - beta) * beta * p * q / tl.where(mixed > 0, mixed, 1.0)
+        error *= w * ratio * LN2
+        if of_logp is not None:
+            g *= unit / bound
+            e = tl.where(v == tl.load(target + i), e + g, e) - g * p
+        e = tl.where(moving, e, 0.0)  # chosen: a row that is not to move may hold anything, NaN included
+        alone = moving & (p > ALONE)
+        e = tl.where(alone, 0.0, e)
+        error = tl.where(alone | ~moving, 0.0, error)
+        part = parts + tl.program_id(1) * n_slots + i
+        plane = tl.num_programs(1) * n_slots
+        tl.store(part, tl.sum(e, 0))
+        tl.store(part + plane, tl.sum(e * e, 0))
+        tl.store(part + 2 * plane, tl.sum(error * error, 0))
+        tl.store(part + 3 * plane, tl.max(tl.where(alone, v, -1), 0).to(tl.float32))
+        if SOFTCAP:
+            tl.store(part + 4 * plane, tl.max(tl.where(alone, p, 0.0), 0))
+            e *= damping(tl.load(values + 5 * n_slots + i), p, cap)
+            e = tl.where(moving, e, 0.0)
+        tl.store(entries + at, e.to(entries.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def balance_kernel(
+    entries, values, row_counts, retry, parts, n_slots, blocks, width, cap, largest_ratio,
+    SOFTCAP: tl.constexpr, ROW_BLOCK: tl.constexpr, TILE_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The entry that has more than ALONE of p_S, if a row has one: less the sum of the others, times 1 - tanh^2.
+
+    Grid: (n_slots / ROW_BLOCK,). retry: becomes row_counts if a row's error may be beyond TOLERANCE; or None. Others as
+    entries_kernel has them.
+    """
+    r = tl.program_id(0) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
+    n_active = tl.load(row_counts + 1)
+    if tl.program_id(0) * ROW_BLOCK < n_active:
+        ours = r < n_active
+        plane = blocks * n_slots
+        total = tl.zeros([ROW_BLOCK], tl.float32)
+        squares = tl.zeros([ROW_BLOCK], tl.float32)
+        errors = tl.zeros([ROW_BLOCK], tl.float32)
+        alone = tl.full([ROW_BLOCK], -1.0, tl.float32)
+        p = tl.zeros([ROW_BLOCK], tl.float32)
+        for start in range(0, blocks, TILE_BLOCK):
+            block = start + tl.arange(0, TILE_BLOCK)
+            inside = (block < blocks)[:, None] & ours[None, :]
+            at = parts + block[:, None] * n_slots + r[None, :]
+            total += tl.sum(tl.load(at, mask=inside, other=0.0), 0)
+            squares += tl.sum(tl.load(at + plane, mask=inside, other=0.0), 0)
+            errors += tl.sum(tl.load(at + 2 * plane, mask=inside, other=0.0), 0)
+            alone = tl.maximum(alone, tl.max(tl.load(at + 3 * plane, mask=inside, other=-1.0), 0))
+            if SOFTCAP:
+                p = tl.maximum(p, tl.max(tl.load(at + 4 * plane, mask=inside, other=0.0), 0))
+        has = ours & (alone >= 0)
+        e = tl.where(has, -total, 0.0)
+        if retry is not None:
+            again = tl.max((ours & (errors > largest_ratio * (squares + e * e))).to(tl.int32), 0)
+            # Every program that has such a row stores the same two numbers.
+            tl.store(retry, tl.load(row_counts), mask=again > 0)
+            tl.store(retry + 1, n_active, mask=again > 0)
+        if SOFTCAP:
+            e *= damping(tl.load(values + 5 * n_slots + r, mask=has, other=0.0), tl.where(has, p, 1.0), cap)
+        at = r.to(tl.int64) * width + tl.where(has, alone, 0.0).to(tl.int32)
+        tl.store(entries + at, e.to(entries.dtype.element_ty), mask=has)
 
 
 @triton.jit

@@ -2,15 +2,16 @@
 
 With x_S = z_S - offset_S and x_T = z_T - offset_T of a row, in units of ln 2, a pass over the vocabulary stores
 
-    M = max(2^x_S, 2^x_T)    bfloat16 beside 16-bit operands, else float32
-    r' = x_S - x_T           float16 beside 16-bit operands, else float32; 0 where both logits are -inf
+    M = max(x_S, x_T)    beside 16-bit operands rounded to 2^-9, as an int16, else float32
+    r' = x_S - x_T       float16 beside 16-bit operands, else float32; 0 where both logits are -inf
 
 and leaves the float32 sums of each row and tile, from the same registers: S_S = Σ 2^x_S and S_T = Σ 2^x_T, and of
 Σ 2^x_S r', Σ 2^x_T r', Σ 2^x_S x_S and Σ 2^x_T x_T those that are asked for. Then r = r' - log2(S_S / S_T), and
 
-    p_S = M 2^min(r', 0) / S_S    p_T = M 2^-max(r', 0) / S_T
+    p_S = 2^(M + min(r', 0)) / S_S    p_T = 2^(M - max(r', 0)) / S_T
 
-Neither underflows where the other does not, and both have the one rounding of M: their ratio has none of it.
+Neither underflows where the other does not, and both have the one rounding of M: their ratio has none of it. It is
+7e-4 of them at most, where a bfloat16 2^M would have 4e-3; whatever is beyond 2^±64 of the offset has no place in it.
 Student and teacher with one head of one D share its tiles; else the two products come one after the other.
 """
 
@@ -35,6 +36,11 @@ HALF = (
     Config(ROW_TILE, 64, 32, 4, 2),
 )
 FLOAT32 = Config(ROW_TILE, 64, 32, 8, 2)
+# An int16 M counts these steps; LEAST stands for a probability of 0.
+STEPS = tl.constexpr(512.0)
+LEAST = tl.constexpr(-32768.0)
+# A float32 of this size counts whole numbers, in its last bits: adding it rounds to them.
+WHOLE = tl.constexpr(12582912.0)  # 1.5 * 2^23
 # Where float16 ends: beyond it, one of the two probabilities is 0 in float32.
 RATIO = tl.constexpr(30000.0)
 
@@ -68,17 +74,34 @@ def finite_logits(product, bias, v, V, softcap, scale, BIAS: tl.constexpr, SOFTC
 
 
 @triton.jit
+def whole_steps(x):
+    """x in STEPS as int16, for x below 64."""
+    steps = tl.maximum(x * STEPS, LEAST) + WHOLE
+    return steps.to(tl.int32, bitcast=True).to(tl.int16)
+
+
+@triton.jit
+def magnitude_of(stored):
+    """M of what is stored; far below all others where it is LEAST, so that 2^M is 0."""
+    if stored.dtype == tl.int16:
+        steps = stored.to(tl.float32)
+        return tl.where(steps == LEAST, NEG, steps * (1.0 / STEPS))
+    else:
+        return stored
+
+
+@triton.jit
 def pair_kernel(
     student, teacher, student_weight, student_sv, student_sd, teacher_weight, teacher_sv, teacher_sd,
     student_bias, teacher_bias, student_offset, teacher_offset, magnitudes, ratios, sums, row_counts, n_slots, V,
     student_cap, student_scale, teacher_cap, teacher_scale,
     D: tl.constexpr, TEACHER_D: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     DEPTH: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr, TMA: tl.constexpr, STORE: tl.constexpr,
-    REVERSE: tl.constexpr, FORWARD: tl.constexpr, STUDENT_ENTROPY: tl.constexpr, TEACHER_ENTROPY: tl.constexpr,
+    STEPPED: tl.constexpr, REVERSE: tl.constexpr, FORWARD: tl.constexpr, STUDENT_ENTROPY: tl.constexpr, TEACHER_ENTROPY: tl.constexpr,
     STUDENT_BIAS: tl.constexpr, TEACHER_BIAS: tl.constexpr, STUDENT_CAP: tl.constexpr, TEACHER_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """M, r' (n_slots, tiles COLS) with STORE, in their dtypes, and sums (planes, tiles, n_slots) float32.
+    """M and r' (n_slots, tiles COLS) with STORE, M in steps if STEPPED, and sums (planes, tiles, n_slots) float32.
 
     Grid: (PROGRAMS,), persistent over tiles of ROWS x COLS of the n_valid rows. student: (n_slots, D), teacher:
     (n_slots, TEACHER_D), weights: (V, those), biases: (V,), offsets: (n_slots,) float32. SHARED: one weight for both.
@@ -87,7 +110,7 @@ def pair_kernel(
     row_tiles = tl.cdiv(tl.load(row_counts), ROWS)
     col_tiles = tl.cdiv(V, COLS)
     width = GROUP * col_tiles
-    for tile in tl.range(tl.program_id(0), row_tiles * col_tiles, PROGRAMS, flatten=TMA and SHARED):
+    for tile in tl.range(tl.program_id(0), row_tiles * col_tiles, PROGRAMS):
         group = tile // width
         group_rows = tl.minimum(row_tiles - group * GROUP, GROUP)
         row = (group * GROUP + (tile % width) % group_rows) * ROWS
@@ -136,14 +159,16 @@ def pair_kernel(
         if TEACHER_ENTROPY:
             tl.store(at + (2 + REVERSE + FORWARD + STUDENT_ENTROPY) * plane, tl.sum(q * t, 1))
         if STORE:
-            p = tl.maximum(p, q)
+            largest = tl.where(inside, tl.maximum(s, t), NEG)
+            if STEPPED:
+                largest = whole_steps(largest)
             ratio = tl.minimum(tl.maximum(ratio, -RATIO), RATIO)
             if TMA:
-                magnitudes.store([row, col], p.to(magnitudes.dtype))
+                magnitudes.store([row, col], largest)
                 ratios.store([row, col], ratio.to(ratios.dtype))
             else:
                 inner = r.to(tl.int64)[:, None] * (col_tiles * COLS) + v[None, :]
-                tl.store(magnitudes + inner, p.to(magnitudes.dtype.element_ty))
+                tl.store(magnitudes + inner, largest)
                 tl.store(ratios + inner, ratio.to(ratios.dtype.element_ty))
 
 
@@ -183,7 +208,7 @@ class PairPass:
         self.tma = student.tma and teacher.tma
         self.col_tiles = ceil_div(student.V, c.cols)
         self.sums = student.floats(wanted.planes, self.col_tiles, student.rows)
-        self.magnitudes = memory if memory is None or memory.dtype == torch.float32 else memory.view(torch.bfloat16)
+        self.magnitudes = memory if memory is None or memory.dtype == torch.float32 else memory.view(torch.int16)
         self.ratios = ratios
         self.stored = tuple(x if x is None else self._tiled(x, c.rows, c.cols) for x in (self.magnitudes, ratios))
         self.operands = tuple(
@@ -203,9 +228,11 @@ class PairPass:
             self.sums, row_counts, student.rows, student.V, student.softcap or 0.0, student.logit_scale,
             teacher.softcap or 0.0, teacher.logit_scale, D=student.D, TEACHER_D=teacher.D,
             SHARED=one_head(student, teacher), GROUP=GROUP, PROGRAMS=student.programs, TMA=self.tma,
-            STORE=self.magnitudes is not None, REVERSE=self.wanted.reverse, FORWARD=self.wanted.forward,
+            STORE=self.magnitudes is not None, STEPPED=self.ratios is not None and self.ratios.dtype == torch.float16,
+            REVERSE=self.wanted.reverse, FORWARD=self.wanted.forward,
             STUDENT_ENTROPY=self.wanted.student_entropy, TEACHER_ENTROPY=self.wanted.teacher_entropy,
             STUDENT_BIAS=heads[0].bias is not None, TEACHER_BIAS=heads[1].bias is not None,
             STUDENT_CAP=student.softcap is not None, TEACHER_CAP=teacher.softcap is not None, PRECISION=PRECISION,
-            **self.config.tile, **self.config.launch,
+            # Where a product and the difference with another make one fma, equal models would not have equal logits.
+            enable_fp_fusion=False, **self.config.tile, **self.config.launch,
         )  # fmt: skip

@@ -8,12 +8,13 @@ import triton.language as tl
 from egrsd_kernels.backends.protocol import DivergenceStatistics
 
 from ..common import LN2, LOG2E, NEG
+from ..plan import ceil_div
 from ..vocab import ROW_BLOCK, TILE_BLOCK
-from .pair import PairPass
+from .pair import PairPass, magnitude_of
 
-# Between these sums of exponentials a row's offsets are suited: products of M with them stay normal float32 numbers.
-LEAST_SUM = 2.0**-60
-SUM_LIMIT = 2.0**100
+# Between these sums of exponentials a row's offsets are suited: M has a place for all that is 2^-40 of a sum or more.
+LEAST_SUM = 2.0**-24
+SUM_LIMIT = 2.0**63
 # Of |KL| in units of ln 2: beyond it, one model has a probability where the other's logit is -inf.
 INFINITE = tl.constexpr(1.0e15)
 # Of Σ (p_S - p_T) r in nats.
@@ -23,7 +24,8 @@ ROUNDING = tl.constexpr(1.0e-4)
 # What a row has in ``values``: 1/S_S, 1/S_T, log2(S_S/S_T), the mean that its gradient takes off (KL in units of ln 2,
 # or Σ p_S u, and before that Σ (p_S - p_T) r), a bound of its entries, and the student's logsumexp in units of ln 2.
 VALUES = 6
-JSD_BLOCK = 2048
+# Entries of a row that a program of an elementwise pass takes.
+BLOCK, WARPS = 4096, 8
 
 
 @triton.jit
@@ -144,47 +146,69 @@ def log_share(r, beta):
 
 @triton.jit
 def jsd_kernel(
-    magnitudes, ratios, values, order, row_counts, divergence, n_slots, width, beta, BLOCK: tl.constexpr
+    magnitudes, ratios, values, row_counts, parts, n_slots, width, beta, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """divergence (N,) = Σ (1 - beta) p_S u + beta p_T (u - r), and Σ p_S u in ``values``. Grid: (n_slots,).
-
-    The rounding of M would leave 2^-8 of it where few entries make it up. J = Σ (p_S - p_T) r is known from float32
-    sums, and near proportional to it, term by term: so the ratio of the two is taken of what is stored, and J makes the
-    divergence of it. Where J is beyond FAR, perhaps infinite, it is not, and the sum of m takes its place, which is 1.
-    """
+    """parts (5, blocks, n_slots) float32: of each BLOCK of a row Σ p_S, Σ p_T, Σ p_S u, Σ (p_S - p_T) r and its share
+    of the divergence, Σ (1 - beta) p_S u + beta p_T (u - r). Grid: (n_slots, blocks)."""
     i = tl.program_id(0)
     if i < tl.load(row_counts):
-        of_p = tl.load(values + i)
-        of_q = tl.load(values + n_slots + i)
-        c = tl.load(values + 2 * n_slots + i)
-        sum_p = tl.zeros([BLOCK], tl.float32)
-        sum_u = tl.zeros([BLOCK], tl.float32)
-        sum_m = tl.zeros([BLOCK], tl.float32)
-        sum_j = tl.zeros([BLOCK], tl.float32)
-        total = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, width, BLOCK):
-            v = start + tl.arange(0, BLOCK)
-            at = i.to(tl.int64) * width + v
-            m = tl.load(magnitudes + at, mask=v < width, other=0.0).to(tl.float32)
-            ratio = tl.load(ratios + at, mask=v < width, other=0.0).to(tl.float32)
-            p = m * tl.exp2(tl.minimum(ratio, 0.0)) * of_p
-            q = m * tl.exp2(tl.minimum(-ratio, 0.0)) * of_q
-            r = (ratio - c) * LN2
-            u = log_share(r, beta)
-            sum_p += p
-            sum_u += p * u
-            sum_m += (1.0 - beta) * p + beta * q
-            sum_j += (p - q) * r
-            total += (1.0 - beta) * p * u + beta * q * (u - r)
-        exact = tl.load(values + 3 * n_slots + i) * LN2
-        j = tl.sum(sum_j, 0)
-        jsd = tl.sum(total, 0)
+        v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        at = i.to(tl.int64) * width + v
+        m = magnitude_of(tl.load(magnitudes + at, mask=v < width, other=0))
+        ratio = tl.load(ratios + at, mask=v < width, other=0.0).to(tl.float32)
+        m = tl.where(v < width, m, NEG)
+        p = tl.exp2(m + tl.minimum(ratio, 0.0)) * tl.load(values + i)
+        q = tl.exp2(m - tl.maximum(ratio, 0.0)) * tl.load(values + n_slots + i)
+        r = (ratio - tl.load(values + 2 * n_slots + i)) * LN2
+        u = log_share(r, beta)
+        at = parts + tl.program_id(1) * n_slots + i
+        plane = tl.num_programs(1) * n_slots
+        tl.store(at, tl.sum(p, 0))
+        tl.store(at + plane, tl.sum(q, 0))
+        tl.store(at + 2 * plane, tl.sum(p * u, 0))
+        tl.store(at + 3 * plane, tl.sum((p - q) * r, 0))
+        tl.store(at + 4 * plane, tl.sum((1.0 - beta) * p * u + beta * q * (u - r), 0))
+
+
+@triton.jit
+def combine_jsd_kernel(
+    parts, values, order, row_counts, divergence, n_slots, blocks, beta, ROW_BLOCK: tl.constexpr,
+    TILE_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """divergence (N,) and, in ``values``, Σ p_S u and the bound of entries. Grid: (n_slots / ROW_BLOCK,).
+
+    The rounding of M would leave some 1e-3 of it where few entries make it up. J = Σ (p_S - p_T) r is known from
+    float32 sums, and near proportional to it, term by term: so the ratio of the two is taken of what is stored, and J
+    makes the divergence of it. Where J is beyond FAR, perhaps infinite, it is not, and the sum of m takes its place,
+    which is 1.
+    """
+    r = tl.program_id(0) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
+    n_valid = tl.load(row_counts)
+    if tl.program_id(0) * ROW_BLOCK < n_valid:
+        ours = r < n_valid
+        plane = blocks * n_slots
+        p = tl.zeros([ROW_BLOCK], tl.float32)
+        q = tl.zeros([ROW_BLOCK], tl.float32)
+        u = tl.zeros([ROW_BLOCK], tl.float32)
+        j = tl.zeros([ROW_BLOCK], tl.float32)
+        jsd = tl.zeros([ROW_BLOCK], tl.float32)
+        for start in range(0, blocks, TILE_BLOCK):
+            block = start + tl.arange(0, TILE_BLOCK)
+            inside = (block < blocks)[:, None] & ours[None, :]
+            at = parts + block[:, None] * n_slots + r[None, :]
+            p += tl.sum(tl.load(at, mask=inside, other=0.0), 0)
+            q += tl.sum(tl.load(at + plane, mask=inside, other=0.0), 0)
+            u += tl.sum(tl.load(at + 2 * plane, mask=inside, other=0.0), 0)
+            j += tl.sum(tl.load(at + 3 * plane, mask=inside, other=0.0), 0)
+            jsd += tl.sum(tl.load(at + 4 * plane, mask=inside, other=0.0), 0)
+        exact = tl.load(values + 3 * n_slots + r, mask=ours, other=0.0) * LN2
         near = (j > 0) & (exact < FAR)
-        jsd = tl.where(near, jsd * (exact / tl.where(near, j, 1.0)), jsd / tl.sum(sum_m, 0))
-        tl.store(divergence + tl.load(order + i), tl.where(jsd < 0, 0.0, jsd))
-        mean = tl.sum(sum_u, 0) / tl.sum(sum_p, 0)
-        tl.store(values + 3 * n_slots + i, mean)
-        tl.store(values + 4 * n_slots + i, entry_bound(mean))
+        jsd *= tl.where(near, exact / tl.where(near, j, 1.0), 1.0 / ((1.0 - beta) * p + beta * q))
+        row = tl.load(order + r, mask=ours, other=0)
+        tl.store(divergence + row, tl.where(jsd < 0, 0.0, jsd), mask=ours)
+        mean = u / p
+        tl.store(values + 3 * n_slots + r, mean, mask=ours)
+        tl.store(values + 4 * n_slots + r, entry_bound(mean), mask=ours)
 
 
 def combine(
@@ -193,7 +217,7 @@ def combine(
 ) -> None:  # fmt: skip
     """Write ``values`` (VALUES, rows) float32, and ``out`` of row i at order[i], but for a jsd. See the kernel."""
     student, teacher = pair.student, pair.teacher
-    combine_pairs_kernel[(triton.cdiv(student.rows, ROW_BLOCK),)](
+    combine_pairs_kernel[(ceil_div(student.rows, ROW_BLOCK),)](
         pair.sums, student.logit if targets else None, teacher.logit if targets else None, student.offset,
         teacher.offset, order, row_counts, retry, values, *out, student.rows, pair.col_tiles, LEAST_SUM, SUM_LIMIT,
         REVERSE=pair.wanted.reverse, FORWARD=pair.wanted.forward, ROW_BLOCK=ROW_BLOCK, TILE_BLOCK=TILE_BLOCK,
@@ -204,7 +228,12 @@ def jsd(pair: PairPass, beta: float, order, row_counts, values, out: DivergenceS
     """Write the jsd of row i at order[i] of ``out``, out of what is stored; see the kernel."""
     assert pair.magnitudes is not None
     rows, width = pair.magnitudes.shape
-    jsd_kernel[(rows,)](
-        pair.magnitudes, pair.ratios, values, order, row_counts, out.divergence, rows, width, beta,
-        BLOCK=JSD_BLOCK, num_warps=8,
+    blocks = ceil_div(width, BLOCK)
+    parts = pair.student.floats(5, blocks, rows)
+    jsd_kernel[(rows, blocks)](
+        pair.magnitudes, pair.ratios, values, row_counts, parts, rows, width, beta, BLOCK=BLOCK, num_warps=WARPS
+    )
+    combine_jsd_kernel[(ceil_div(rows, ROW_BLOCK),)](
+        parts, values, order, row_counts, out.divergence, rows, blocks, beta, ROW_BLOCK=ROW_BLOCK,
+        TILE_BLOCK=TILE_BLOCK,
     )  # fmt: skip
