@@ -97,7 +97,8 @@ def pair_kernel(
     student_cap, student_scale, teacher_cap, teacher_scale,
     D: tl.constexpr, TEACHER_D: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     DEPTH: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr, TMA: tl.constexpr, STORE: tl.constexpr,
-    STEPPED: tl.constexpr, REVERSE: tl.constexpr, FORWARD: tl.constexpr, STUDENT_ENTROPY: tl.constexpr, TEACHER_ENTROPY: tl.constexpr,
+    STEPPED: tl.constexpr, REVERSE: tl.constexpr, FORWARD: tl.constexpr, STUDENT_ENTROPY: tl.constexpr,
+    TEACHER_ENTROPY: tl.constexpr,
     STUDENT_BIAS: tl.constexpr, TEACHER_BIAS: tl.constexpr, STUDENT_CAP: tl.constexpr, TEACHER_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip

@@ -19,8 +19,8 @@ SUM_LIMIT = 2.0**63
 INFINITE = tl.constexpr(1.0e15)
 # Of Σ (p_S - p_T) r in nats.
 FAR = tl.constexpr(10.0)
-# Of entries that are nothing but rounding errors.
-ROUNDING = tl.constexpr(1.0e-4)
+# Of entries: where K is nothing but rounding errors, of 4e-6 nat, its root is not 0.
+ROUNDING = tl.constexpr(2.0e-3)
 # What a row has in ``values``: 1/S_S, 1/S_T, log2(S_S/S_T), the mean that its gradient takes off (KL in units of ln 2,
 # or Σ p_S u, and before that Σ (p_S - p_T) r), a bound of its entries, and the student's logsumexp in units of ln 2.
 VALUES = 6
