@@ -17,6 +17,7 @@ from .egrsd import (
     magnitude,
     mean_logits,
     normalised_entropy,
+    position_weights,
     token_advantage,
 )
 
@@ -37,5 +38,6 @@ __all__ = [
     "magnitude",
     "mean_logits",
     "normalised_entropy",
+    "position_weights",
     "token_advantage",
 ]
