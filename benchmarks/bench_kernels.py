@@ -112,6 +112,6 @@ def test_token_credit(timed, n):
     def run() -> None:
         lookahead = triton_backend.lookahead_entropy(entropy, valid, end, window)
         stats = TokenStats(logp, teacher_logp, entropy, lookahead, *made[:4])
-        triton_backend.token_credit(rows, 0, n, advantages, scale, options, stats, made[4])
+        triton_backend.token_credit(rows, 0, n, advantages, scale, scale, options, stats, *made[4:])
 
     timed("token credit", run)

@@ -12,7 +12,6 @@ from . import checks
 from .backends import DEFAULT_CHUNK_BYTES, EXTRAS, VocabularyStatistics, choose, no_extras, no_statistics
 from .eager import eager
 from .head import Head
-from .rows import Rows
 
 
 class TokenStatistics(NamedTuple):
@@ -80,7 +79,7 @@ def token_statistics(
     names = checks.names("extras", extras, EXTRAS)
     ops = choose(backend, hidden)
     with torch.cuda.device_of(hidden):
-        rows = Rows.build(valid, valid)
+        rows = ops.build_rows(valid, valid)
         states, head = head.joined(checks.batched(hidden), valid)
         found = no_statistics(valid.numel(), states)
         out = VocabularyStatistics(*found, **no_extras(found[0], names))

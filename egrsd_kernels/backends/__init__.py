@@ -25,13 +25,13 @@ from .protocol import (
     no_extras,
     no_statistics,
 )
-from .scaling import power_of_two
+from .scaling import Scales, power_of_two
 from .sparsity import DEFAULT_SPARSE_TOL, Sparse, exceeding
 
 __all__ = [
     "DEFAULT_CHUNK_BYTES", "DEFAULT_SPARSE_TOL", "EXTRAS", "Backend", "Credit", "EntropyGradient", "Finish",
-    "Gradients", "Kept", "Needs", "Sparse", "VocabularyStatistics", "choose", "exceeding", "no_extras", "no_statistics",
-    "power_of_two",
+    "Gradients", "Kept", "Needs", "Scales", "Sparse", "VocabularyStatistics", "choose", "exceeding", "no_extras",
+    "no_statistics", "power_of_two",
 ]  # fmt: skip
 
 

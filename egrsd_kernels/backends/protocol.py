@@ -10,8 +10,9 @@ from torch import Tensor
 
 from egrsd_kernels.credit import CreditOptions, Lookahead, TokenStats
 from egrsd_kernels.head import Head, compute_dtype
-from egrsd_kernels.rows import Rows
+from egrsd_kernels.rows import Rows, Sequences
 
+from .scaling import Scales
 from .sparsity import Sparse
 
 DEFAULT_CHUNK_BYTES = 1 << 30  # the most logits-sized memory that a call holds at a time
@@ -128,6 +129,15 @@ class Backend(Protocol):
     def takes(self, hidden: Tensor) -> bool:
         """Whether it works on operands of this dtype and device."""
 
+    def build_rows(self, valid: Tensor, active: Tensor) -> Rows:
+        """See :meth:`egrsd_kernels.rows.Rows.build`."""
+
+    def by_token(self, values: Tensor, n: int, sequences: Sequences, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """See :func:`egrsd_kernels.rows.by_token`."""
+
+    def scales(self, peak: Tensor, least: float, rows: Rows, normalizer: Tensor | None, low: bool) -> Scales:
+        """See :func:`~.scaling.scales`."""
+
     def statistics(
         self, head: Head, temperature: float, hidden: Tensor, target_ids: Tensor, rows: Rows,
         out: VocabularyStatistics, chunk_bytes: int,
@@ -138,8 +148,8 @@ class Backend(Protocol):
         """See :func:`egrsd_kernels.credit.lookahead_entropy`."""
 
     def token_credit(
-        self, rows: Rows, first_row: int, n_rows: int, advantages: Tensor, scale: Tensor, options: CreditOptions,
-        stats: TokenStats, loss: Tensor,
+        self, rows: Rows, first_row: int, n_rows: int, advantages: Tensor, scale: Tensor, share: Tensor,
+        options: CreditOptions, stats: TokenStats, loss: Tensor, gradient: Tensor,
     ) -> None:  # fmt: skip
         """See :func:`egrsd_kernels.credit.token_credit`."""
 
