@@ -17,7 +17,7 @@ LEVELS = (
     ("checks",),
     ("credit",),
     ("backends",),
-    ("statistics", "logp", "loss"),
+    ("statistics", "logp", "loss", "divergence"),
     ("models",),
     ("packing",),
     ("__init__",),  # the public names
