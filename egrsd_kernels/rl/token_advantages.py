@@ -117,7 +117,8 @@ def token_stats(evidence: TokenEvidence) -> TokenStats:
     w = magnitude(advantages, context.logp - evidence.student_logp, options.clip_eps)
     omega = gate(ahead, evidence.entropy_scale, options.gamma, options.gate_floor)
     credit = token_advantage(advantages, w, omega)
-    signals = evidence.student_logp, context.logp, context.entropy, ahead, w, omega, credit, torch.zeros_like(w)
+    nothing = torch.zeros_like(w)
+    signals = evidence.student_logp, context.logp, context.entropy, ahead, w, omega, credit, nothing, nothing
     return TokenStats(*(torch.where(mask, signal, 0) for signal in signals))
 
 
