@@ -93,6 +93,17 @@ class VocabularyStatistics(NamedTuple):
         assert logp is not None
         return VocabularyStatistics(logp, *others)
 
+    @classmethod
+    def empty(cls, names: Collection[str], n: int, hidden: Tensor, new: Callable[..., Tensor]) -> list[Tensor]:
+        """A tensor (n,) for each of these fields, in their order. new: makes it, such as hidden.new_zeros."""
+        number = compute_dtype(hidden.dtype)
+        return [new(n, dtype=torch.bool if x == "is_top1" else number) for x in cls._fields if x in names]
+
+    @classmethod
+    def of(cls, names: Collection[str], tensors: Sequence[Tensor]) -> VocabularyStatistics:
+        """These fields, of as many tensors in the fields' order."""
+        return cls(**dict(zip((x for x in cls._fields if x in names), tensors, strict=True)))
+
 
 EXTRAS = ("is_top1", "mean_logits", "log_sum_sq_probs")
 """What is made only where asked for by name."""
