@@ -25,9 +25,11 @@ from egrsd_kernels.presets import PRESETS
 from .config import EGRSDConfig
 from .fused_head import fuse_head
 from .fusing import fuse_heads, unfuse_heads
+from .self_distillation import without_logits
 from .teacher import EarlierWeights, Teacher
 from .trainer import EGRSDTrainer
 
 __all__ = [
     "PRESETS", "EGRSDConfig", "EGRSDTrainer", "EarlierWeights", "Teacher", "fuse_head", "fuse_heads", "unfuse_heads",
+    "without_logits",
 ]  # fmt: skip
