@@ -14,13 +14,14 @@ from transformers import TrainingArguments
 from trl import GRPOConfig
 
 from egrsd_kernels.backends import DEFAULT_SPARSE_TOL
-from egrsd_kernels.checks import expect, integer, number
+from egrsd_kernels.checks import expect, flag, integer, number
 from egrsd_kernels.credit import ENTROPY_SCALES, FILTERS, TAU_HIGH, TAU_LOW, Lookahead
 from egrsd_kernels.rl.token_advantages import WITHOUT_TEACHER
 
 from .former import RENAMED, check_former, in_present_words
 from .grpo_settings import KNOWN
 from .methods import TEACHER, settle
+from .packed_rows import MAX_TOKENS_PER_PACK
 
 CHOICES = {
     "advantage": ("welford", "group"),
@@ -35,7 +36,8 @@ CHOICES = {
 AT_LEAST = {
     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
     "num_generations": 1, "num_iterations": 1, "max_completion_length": 1, "welford_warmup_steps": 1,
-    "teacher_sync_steps": 1, "chunk_mib": 1, "lookahead": 0, "rollout_steps": 0, "seed": 0, "data_seed": 0,
+    "teacher_sync_steps": 1, "chunk_mib": 1, "max_tokens_per_pack": 1, "lookahead": 0, "rollout_steps": 0, "seed": 0,
+    "data_seed": 0,
 }  # fmt: skip
 BOUNDS: dict[str, dict[str, float]] = {
     "learning_rate": {},
@@ -76,10 +78,12 @@ PARALLEL = {"tp_size": "tensor", "cp_size": "context", "sp_size": "sequence"}
 
 # A run is told by all settings of ours but SAME_RUN, and by OTHER_RUN of TRL's and transformers'. Its length may
 # change, and what it logs, saves and writes.
-# What token_advantage makes of other settings tells a run; which model teaches, the checkpoint knows by its weights.
+# What token_advantage makes of other settings tells a run, and so does what packing has come to; which model teaches,
+# the checkpoint knows by its weights.
 SAME_RUN = (
-    "backend", "chunk_mib", "rollout_steps", "tau_low", "tau_high", "overwrite_output_dir", "resume_changed",
-    "token_advantage", "teacher_model_name_or_path", "teacher_model_revision", "teacher_model_init_kwargs",
+    "packing", "max_tokens_per_pack", "backend", "chunk_mib", "rollout_steps", "tau_low", "tau_high",
+    "overwrite_output_dir", "resume_changed", "token_advantage", "teacher_model_name_or_path",
+    "teacher_model_revision", "teacher_model_init_kwargs",
 )  # fmt: skip
 OTHER_RUN = (
     "adam_beta1", "adam_beta2", "adam_epsilon", "beta", "bf16", "chat_template_kwargs", "data_seed", "delta",
@@ -216,6 +220,17 @@ class EGRSDConfig(GRPOConfig):
         metadata={"help": "What its from_pretrained gets, for example dtype and device_map."},
     )
     backend: str = field(default="auto", metadata={"help": 'Kernels: "auto", "triton" or "torch".'})
+    packing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether rollouts are read in packs, every prefix that they share once and no padding, and those "
+            "of a prompt stay beside one another. Default: where the model and the other settings allow it."
+        },
+    )
+    max_tokens_per_pack: int = field(
+        default=MAX_TOKENS_PER_PACK,
+        metadata={"help": "With packing, the most tokens of a forward; a longer rollout is one alone."},
+    )
     chunk_mib: int = field(default=1024, metadata={"help": "The most working memory of the loss, MiB."})
     grad_mode: str = field(
         default="exact",
@@ -336,6 +351,8 @@ class EGRSDConfig(GRPOConfig):
             value = getattr(self, name)
             if value is not None or name not in optional or name in CHOICES:
                 setattr(self, name, check(name, value, **bounds))
+        if self.packing is not None:
+            flag("packing", self.packing)
         expect(self.tau_low < self.tau_high, "tau_low", self.tau_low, f"less than tau_high = {self.tau_high}")
         Lookahead.checked(self.lookahead, self.lookahead_filter, self.lookahead_decay)
         self._check_schedule()
