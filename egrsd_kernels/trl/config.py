@@ -224,7 +224,7 @@ class EGRSDConfig(GRPOConfig):
         default=None,
         metadata={
             "help": "Whether rollouts are read in packs, every prefix that they share once and no padding, and those "
-            "of a prompt stay beside one another. Default: where the model and the other settings allow it."
+            "of a prompt stay beside one another. Default: on a GPU, where the model and the other settings allow it."
         },
     )
     max_tokens_per_pack: int = field(

@@ -83,9 +83,8 @@ def parts_of(
             at_rows = torch.tensor([rows[index] for index in numbers]).repeat_interleave(counts)
             at_columns = torch.cat([columns[index][columns[index] >= first] for index in numbers]) - first
             parts.append(Part(pack, at_rows.to(device), at_columns.to(device)))
-    while len(parts) < max(as_many_as(len(parts)), 1):
-        parts.append(_company(ids, valid, device))
-    return parts
+    missing = max(as_many_as(len(parts)), 1) - len(parts)
+    return parts + [_company(ids, valid, device)] * missing
 
 
 def _company(ids: Tensor, valid: Tensor, device: torch.device) -> Part:

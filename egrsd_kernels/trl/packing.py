@@ -17,7 +17,7 @@ from .packed_rows import INDEX, MAX_TOKENS_PER_PACK, groups_together
 from .packed_step import PackedStep
 
 HOOKED = ("_get_per_token_logps_and_entropies", "_generate_and_score_completions", "_prepare_inputs")
-_KEPT = "_packed"  # on the trainer: what takes it back
+_KEPT = "_unpack"  # on the trainer: what takes it back
 
 
 def pack(trainer: Any, *, max_tokens_per_pack: int = MAX_TOKENS_PER_PACK) -> AbstractContextManager[Any]:
@@ -43,7 +43,7 @@ def pack(trainer: Any, *, max_tokens_per_pack: int = MAX_TOKENS_PER_PACK) -> Abs
 
     Raises:
         TypeError, ValueError: in one line, for a trainer whose log p cannot come from packs.
-        egrsd_kernels.ModelError: the model's rows in a pack are not what each is alone.
+        egrsd_kernels.models.ModelError: the model's rows in a pack are not what each is alone.
     """
     if not isinstance(trainer, (GRPOTrainer, RLOOTrainer)):
         raise TypeError(f"trainer: expected a GRPOTrainer or RLOOTrainer, got {type(trainer).__name__}")

@@ -242,7 +242,7 @@ class EGRSDTrainer(GRPOTrainer):
 
     def _packed_step(self) -> PackedStep | None:
         """What reads rollouts in packs; None: they are read padded."""
-        if self.args.packing is False:
+        if self.args.packing is False or (self.args.packing is None and self.accelerator.device.type == "cpu"):
             return None
         fault = fault_of(self)
         if fault is None:
