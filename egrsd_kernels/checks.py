@@ -167,6 +167,14 @@ def head(prefix: str, hidden_name: str, hidden: torch.Tensor, weight: object, bi
     return _head(Head(**parts), hidden_name, hidden, name, f"{prefix}bias", "")
 
 
+def whole_head(name: str, hidden_name: str, hidden: torch.Tensor, value: object) -> Head:
+    """The LM head that belongs to ``hidden``, out of one argument: a Head or a weight."""
+    if isinstance(value, Head):
+        return _head(value, hidden_name, hidden, f"{name}.weight", f"{name}.bias", f"{name}.")
+    of: Any = value
+    return _head(Head(of), hidden_name, hidden, name, "", "")
+
+
 def _head(of: Head, hidden_name: str, hidden: torch.Tensor, name: str, bias_name: str, prefix: str) -> Head:
     weight = tensor(name, of.weight, like=hidden)
     expect(weight.ndim == 2 and weight.shape[0] > 0, name, weight, "shape (V, D) with V > 0")
@@ -242,6 +250,18 @@ def targets(value: object, hidden: torch.Tensor, vocabulary: int, mask: object) 
         if outside.any():
             raise ValueError(f"target_ids: expected ids in [0, {vocabulary}), got {int(value[outside][0])}")
     return value.reshape(-1).contiguous(), valid.reshape(-1).contiguous()
+
+
+def optional_targets(
+    value: object, hidden: torch.Tensor, vocabulary: int, mask: object
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """(target_ids or None, valid), flat (N,) as by :func:`targets`; without targets valid is mask."""
+    if value is not None:
+        return targets(value, hidden, vocabulary, mask)
+    valid = torch.ones(hidden.shape[:-1], dtype=torch.bool, device=hidden.device)
+    if mask is not None:
+        valid = mask_of("mask", mask, shape=tuple(valid.shape), like=hidden)
+    return None, valid.reshape(-1).contiguous()
 
 
 def operands(

@@ -180,6 +180,8 @@ def fused_egrsd_loss(
     lookahead: int = 0,
     lookahead_filter: Filter = "minimum",
     lookahead_decay: float = 1.0,
+    lookahead_temperature: float = 0.0,
+    lookahead_quantile: float = 0.0,
     clip_eps: float = 0.2,
     entropy_scale: EntropyScale | float | Tensor = "batch_max",
     min_entropy_scale: float = 1.0,
@@ -200,7 +202,7 @@ def fused_egrsd_loss(
     - magnitude w = clip(exp(sign(A) · δ), 1 - clip_eps, 1 + clip_eps), δ = log p_T(y) - log p_S(y);
     - gate ω = clip(1 - gamma · Ĥ, gate_floor, 1), Ĥ = H^CL / max(scale, min_entropy_scale) (Eq. 8);
     - H^CL_t = the minimum of the teacher's entropy H over valid j in [t, min(t + lookahead, end of the sequence)], or
-      with lookahead_filter "discounted" of lookahead_decay^-(j - t) · H_j there.
+      what another lookahead_filter makes of the H_j there, at most H_t.
 
     gamma = 0 is RLSD's loss; gamma = 0 with clip_eps = 0 is REINFORCE with the given advantages.
 
@@ -228,8 +230,11 @@ def fused_egrsd_loss(
             log p is at most 0 and may be -inf; entropies are finite and at least 0; both but for rounding.
         gamma, gate_floor, lookahead, clip_eps: γ, the gate's floor, W and ε above. Numbers; γ is at least 0, the floor
             and ε in [0, 1], W an integer of at least 0.
-        lookahead_filter, lookahead_decay: how the window is filtered: "minimum", or "discounted" by λ in (0, 1], with
-            which a later token counts the less the further it is. λ = 1 is the minimum.
+        lookahead_filter: how the window is filtered, each at most H_t: "minimum"; "discounted", min_j λ^-(j - t) · H_j,
+            with which a later token counts the less the further it is; "softmin", -τ log mean_j exp(-H_j / τ); or
+            "quantile", the q-quantile of the H_j, linear between two of them.
+        lookahead_decay, lookahead_temperature, lookahead_quantile: λ in (0, 1], τ in [0, 10^6] nats, q in [0, 1]; each
+            for its own filter, and the minimum by default.
         entropy_scale: what H^CL is divided by, in nats: "batch_max", the maximum of the valid tokens' raw H (Eq. 8);
             "batch_max_lookahead", the maximum of H^CL (Algorithm 1's order); or a number or 0-d tensor, of an integer
             or one of those dtypes, on any device: positive, and finite in the loss's dtype.
@@ -294,7 +299,7 @@ def fused_egrsd_loss(
         gate_floor=number("gate_floor", gate_floor, low=0, high=1),
         clip_eps=number("clip_eps", clip_eps, low=0, high=1),
     )
-    window = Lookahead.checked(lookahead, lookahead_filter, lookahead_decay)
+    window = Lookahead.checked(lookahead, lookahead_filter, lookahead_decay, lookahead_temperature, lookahead_quantile)
     min_entropy_scale = number("min_entropy_scale", min_entropy_scale, low=0, strict=True)
     chunk_bytes = checks.integer("chunk_bytes", chunk_bytes, low=1)
     ops = choose(backend, *(x for x in (student_hidden, teacher_hidden) if x is not None))

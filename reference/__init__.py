@@ -1,5 +1,6 @@
 """The method in plain PyTorch over full logits: what every test trusts."""
 
+from .divergence import divergence, forward_kl, jsd, kl, linear_divergence, reverse_kl, top_and_rest
 from .egrsd import (
     IGNORE_INDEX,
     TokenStats,
@@ -24,11 +25,16 @@ __all__ = [
     "IGNORE_INDEX",
     "TokenStats",
     "direction",
+    "divergence",
     "egrsd_loss",
     "entropy",
     "entropy_scale",
+    "forward_kl",
     "gate",
     "is_top1",
+    "jsd",
+    "kl",
+    "linear_divergence",
     "log_prob",
     "log_ratio",
     "log_sum_sq_probs",
@@ -37,5 +43,7 @@ __all__ = [
     "magnitude",
     "mean_logits",
     "normalised_entropy",
+    "reverse_kl",
     "token_advantage",
+    "top_and_rest",
 ]

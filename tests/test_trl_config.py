@@ -54,11 +54,19 @@ def config(**options) -> EGRSDConfig:
         ({"welford_warmup_steps": 0}, "welford_warmup_steps: expected at least 1, got 0"),
         ({"length_beta": -1}, "length_beta: "),
         ({"max_completion_length": None}, "max_completion_length: expected a number of tokens: length_beta and"),
-        ({"lookahead_filter": "mean"}, "lookahead_filter: expected one of minimum, discounted, got 'mean'"),
+        (
+            {"lookahead_filter": "mean"},
+            "lookahead_filter: expected one of minimum, discounted, softmin, quantile, got 'mean'",
+        ),
         ({"lookahead_decay": 0.9}, 'lookahead_decay: expected 1, since lookahead_filter is "minimum", got 0.9'),
         (
             {"lookahead_filter": "discounted", "lookahead_decay": 0},
             "lookahead_decay: expected a finite number above 0 and at most 1, got 0",
+        ),
+        ({"lookahead_temperature": 1}, 'lookahead_temperature: expected 0, since lookahead_filter is "minimum", got 1'),
+        (
+            {"lookahead_filter": "quantile", "lookahead_quantile": 1.5},
+            "lookahead_quantile: expected a finite number at least 0 and at most 1, got 1.5",
         ),
         ({"teacher_model_kind": "live"}, "teacher_model_kind: expected one of base, adapters_off, frozen, ema, got 'l"),
         ({"teacher_update_rate": 1.1}, "teacher_update_rate: expected a finite number at least 0 and at most 1"),

@@ -15,7 +15,7 @@ from trl import GRPOConfig
 
 from egrsd_kernels.backends import DEFAULT_SPARSE_TOL
 from egrsd_kernels.checks import expect, flag, integer, number
-from egrsd_kernels.credit import ENTROPY_SCALES, FILTERS, TAU_HIGH, TAU_LOW, Lookahead
+from egrsd_kernels.credit import ENTROPY_SCALES, FILTER_NUMBERS, FILTERS, TAU_HIGH, TAU_LOW, Lookahead
 from egrsd_kernels.rl.token_advantages import WITHOUT_TEACHER
 
 from .former import RENAMED, check_former, in_present_words
@@ -56,7 +56,7 @@ BOUNDS: dict[str, dict[str, float]] = {
     "min_entropy_scale": {"strict": True},
     "sparse_tol": {"high": 1, "strict": True},
     "length_beta": {},
-    "lookahead_decay": {"high": 1, "strict": True},
+    **{f"lookahead_{name}": bounds for name, (_, bounds) in FILTER_NUMBERS.items()},
     "teacher_update_rate": {"high": 1},
     "tau_low": {},
     "tau_high": {"high": 1},
@@ -145,12 +145,18 @@ class EGRSDConfig(GRPOConfig):
     lookahead_filter: str = field(
         default="minimum",
         metadata={
-            "help": 'How entropies are filtered over the window: "minimum", of H_j; "discounted", the minimum of '
-            "lookahead_decay^-(j - t) H_j."
+            "help": 'How entropies are filtered over the window, each at most H_t: "minimum", of H_j; "discounted", '
+            'the minimum of λ^-(j - t) H_j; "softmin", -τ log mean exp(-H_j / τ); "quantile", the q-quantile of H_j.'
         },
     )
     lookahead_decay: float = field(
         default=1.0, metadata={"help": 'λ in (0, 1], of the filter "discounted"; 1 is the minimum.'}
+    )
+    lookahead_temperature: float = field(
+        default=0.0, metadata={"help": 'τ, nats, of the filter "softmin"; 0 is the minimum, a large one near the mean.'}
+    )
+    lookahead_quantile: float = field(
+        default=0.0, metadata={"help": 'q in [0, 1], of the filter "quantile"; 0 is the minimum, 1 no lookahead.'}
     )
     clip_eps: float | None = field(
         default=None, metadata={"help": "ε: the magnitude is clipped to 1 ± ε. 0 turns it off. Default: 0.2."}
@@ -354,7 +360,7 @@ class EGRSDConfig(GRPOConfig):
         if self.packing is not None:
             flag("packing", self.packing)
         expect(self.tau_low < self.tau_high, "tau_low", self.tau_low, f"less than tau_high = {self.tau_high}")
-        Lookahead.checked(self.lookahead, self.lookahead_filter, self.lookahead_decay)
+        Lookahead.of(self)
         self._check_schedule()
 
     def _check_schedule(self) -> None:

@@ -41,7 +41,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from egrsd_kernels import TokenStats, fused_egrsd_loss, head_of, with_head
-from egrsd_kernels.credit import ENTROPY_SCALES
+from egrsd_kernels.credit import ENTROPY_SCALES, LOOKAHEAD_SETTINGS
 from egrsd_kernels.models import ModelError
 from egrsd_kernels.models.places import tensors_of
 from egrsd_kernels.models.proof import evaluating
@@ -88,7 +88,7 @@ from .teacher import (
 logger = logging.getLogger(__name__)
 OUTPUTS = ("log_probs", "entropy")
 # Settings that the fused loss has by the same names; γ is the step's.
-CREDIT = ("gate_floor", "lookahead", "lookahead_filter", "lookahead_decay", "clip_eps", "min_entropy_scale")
+CREDIT = ("gate_floor", "lookahead", *LOOKAHEAD_SETTINGS, "clip_eps", "min_entropy_scale")
 
 
 class EGRSDTrainer(GRPOTrainer):
