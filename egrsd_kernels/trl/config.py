@@ -54,6 +54,8 @@ BOUNDS: dict[str, dict[str, float]] = {
     "gate_floor": {"high": 1},
     "clip_eps": {"high": 1},
     "min_entropy_scale": {"strict": True},
+    "position_weight": {"low": -1, "high": 1},
+    "prefix_weight": {},
     "sparse_tol": {"high": 1, "strict": True},
     "length_beta": {},
     **{f"lookahead_{name}": bounds for name, (_, bounds) in FILTER_NUMBERS.items()},
@@ -157,6 +159,20 @@ class EGRSDConfig(GRPOConfig):
     )
     lookahead_quantile: float = field(
         default=0.0, metadata={"help": 'q in [0, 1], of the filter "quantile"; 0 is the minimum, 1 no lookahead.'}
+    )
+    position_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "κ in [-1, 1]: A is weighed by 1 + κ (2u - 1), u the token's relative position in its response; "
+            "above 0 the end counts more, below 0 the beginning."
+        },
+    )
+    prefix_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "η: A is weighed by 1 + η (1 - a), a the share of the response's |log p_T - log p_S| that lies "
+            "before the token. The gradient is then made by TRL's loss."
+        },
     )
     clip_eps: float | None = field(
         default=None, metadata={"help": "ε: the magnitude is clipped to 1 ± ε. 0 turns it off. Default: 0.2."}
@@ -311,7 +327,8 @@ class EGRSDConfig(GRPOConfig):
         """Whether the loss is −Σ Â log p over the tokens of an optimizer step, or over their most, and nothing else.
 
         So it is where each rollout serves one update, by the policy that made it (TRL's ratio is 1 then), and no
-        setting adds a term or a mask, nor is one given that only a later TRL knows.
+        setting adds a term or a mask, nor is one given that only a later TRL knows; and where no weight of a token asks
+        for log p of the tokens after it.
         :func:`egrsd_kernels.fused_egrsd_loss` then makes it, with the gradient in the same pass. A generation is one
         optimizer step's, whose tokens are therefore known before its first backward.
         """
@@ -320,6 +337,7 @@ class EGRSDConfig(GRPOConfig):
         plain = self.loss_type in ("dapo", "dr_grpo")
         taught = self.token_advantage not in WITHOUT_TEACHER
         unknown = defaults.keys() - KNOWN - {f.name for f in fields(TrainingArguments)}
+        plain = plain and not self.prefix_weight
         return taught and once and plain and all(getattr(self, name) == defaults[name] for name in {*TERMS, *unknown})
 
     def _take_former_names(self) -> None:

@@ -45,7 +45,14 @@ from egrsd_kernels.credit import ENTROPY_SCALES, LOOKAHEAD_SETTINGS
 from egrsd_kernels.models import ModelError
 from egrsd_kernels.models.places import tensors_of
 from egrsd_kernels.models.proof import evaluating
-from egrsd_kernels.rl import TWO_TURN, Message, TokenAdvantage, WelfordAdvantage, length_shaped_reward
+from egrsd_kernels.rl import (
+    TWO_TURN,
+    Message,
+    TokenAdvantage,
+    WelfordAdvantage,
+    length_shaped_reward,
+    position_weights,
+)
 from egrsd_kernels.rollouts import Rollout, write_rollouts
 
 from .arguments import check_arguments
@@ -710,6 +717,9 @@ class EGRSDTrainer(GRPOTrainer):
         ratio = inputs.get("importance_sampling_ratio")
         if ratio is not None:  # vLLM's correction; it is not negative, so it leaves sign(A) alone
             advantages = (advantages[:, None] * ratio).expand(mask.shape)
+        if self.args.position_weight:
+            place = position_weights(mask, position=self.args.position_weight)
+            advantages = (advantages if advantages.ndim == 2 else advantages[:, None]) * place
         of_tokens = {
             "mask": mask,
             "teacher_logp": inputs[f"{context}_logp"],
