@@ -149,6 +149,7 @@ def test_evaluation_is_the_padded_one(tmp_path, in_order):
     assert found[1] == pytest.approx(found[0], rel=2e-5, abs=2e-6, nan_ok=True)
 
 
+@pytest.mark.slow
 def test_a_scaled_loss_is_scaled_once(tmp_path, in_order):
     """What a GradScaler multiplies by is in every pack's gradient, once."""
     factor, found = 1024.0, []
@@ -230,7 +231,7 @@ def test_both_passes_drop_the_same(budget):
     assert (found[0][1] - found[1][1]).norm() <= 1e-6 * found[1][1].norm()
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 1])
 def test_resume_in_the_middle_of_a_generation_is_bit_exact(tmp_path, step):
     """With dropout and groups in packs; the generation serves four steps, twice through the rollouts of two."""
