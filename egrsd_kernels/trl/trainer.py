@@ -68,6 +68,7 @@ from .checkpoint import (
 )
 from .config import EGRSDConfig
 from .context import Reader, check_columns, check_rows, context_window, privileged_conversation, row_name
+from .divergence import TeacherStates
 from .evidence import evidence_of, learned, peak_entropy, signals_of
 from .export import rollout_file, rollouts_of
 from .fused_head import adapters_on_head_allowed, score_labels, take_off_fused_head
@@ -91,6 +92,7 @@ from .teacher import (
 
 logger = logging.getLogger(__name__)
 # Settings that the fused loss has by the same names; γ is the step's.
+DIVERGENCE = ("divergence", "divergence_weight", "divergence_beta", "divergence_top_k", "policy_weight")
 CREDIT = ("gate_floor", "lookahead", *LOOKAHEAD_SETTINGS, "clip_eps", "min_entropy_scale")
 
 
@@ -179,6 +181,12 @@ class EGRSDTrainer(GRPOTrainer):
                 "sync_ref_model: not supported with sharded weights, a checkpoint would lack the reference"
             )
         self.teacher = self._make_teacher(teacher_model)
+        if args.divergence is not None:
+            if self._token_advantage is not None:
+                raise ValueError("divergence: expected None, as the trainer is given a token_advantage of its own")
+            if self._sharded:
+                raise ValueError("divergence: expected None, not supported with sharded weights")
+        self._teacher_states: TeacherStates | None = None  # while they are kept
         self._teacher_window = self._other_window()
         for name, dataset in datasets.items():
             for reader in self._readers.values():
@@ -425,10 +433,10 @@ class EGRSDTrainer(GRPOTrainer):
             parts = (x.tensor_split([-logits_to_keep], dim=1) for x in (input_ids, attention_mask, labels))
             ids, attended, (_, labels) = parts
             row = ids[0], attended[0], ids[1], attended[1]
-            fields, output = self._read(
-                functools.partial(score_labels, labels=labels, **self._scoring), model, *row,
-                router=output_router_logits, **images,
-            )  # fmt: skip
+            score = functools.partial(score_labels, labels=labels, **self._scoring)
+            if self._teacher_states is not None:
+                score = self._teacher_states.keeping(score)
+            fields, output = self._read(score, model, *row, router=output_router_logits, **images)
             return FusedCausalLMOutput(**fields, aux_loss=output.aux_loss if output_router_logits else None)
 
         found = super()._get_per_token_logps_and_entropies(
@@ -477,10 +485,16 @@ class EGRSDTrainer(GRPOTrainer):
             batch = [
                 x.to(self.accelerator.device) for x in pad_prompts(prompts, self._pad_token_id, self.pad_to_multiple_of)
             ]
+            if self.args.divergence is not None:
+                self._teacher_states = TeacherStates(self.teacher, self.accelerator.device)
             with self._as_teacher() as teacher:
                 output[f"{context}_logp"], output[f"{context}_entropy"] = self._statistics(
                     teacher, *batch, *completion, size, **images
                 )
+            if self._teacher_states is not None:
+                # The generation is one optimizer step's: the head is the same for all of its micro-batches.
+                output[f"{context}_hidden"], self._teacher_head = self._teacher_states.take()
+                self._teacher_states = None
         if self.args.rollout_steps:
             output["reference"] = [example.get(self.args.solution_column) for example in inputs]
             ends = {*self.eos_token_ids, self._pad_token_id}
@@ -638,11 +652,15 @@ class EGRSDTrainer(GRPOTrainer):
             place = position_weights(mask, position=self.args.position_weight)
             advantages = (advantages if advantages.ndim == 2 else advantages[:, None]) * place
 
+        teacher = {}
+        if self.args.divergence is not None:
+            teacher = {"teacher_weight": self._teacher_head} | {name: getattr(self.args, name) for name in DIVERGENCE}
+
         def loss_of(hidden, head):
             return fused_egrsd_loss(
                 hidden,
                 head,
-                None,
+                inputs.get(f"{context}_hidden"),
                 inputs["completion_ids"],
                 advantages,
                 mask=mask,
@@ -654,6 +672,7 @@ class EGRSDTrainer(GRPOTrainer):
                 **{name: getattr(self.args, name) for name in CREDIT},
                 **self._head_options,
                 **self._gradient_options,
+                **teacher,
                 return_stats=True,
             )
 
@@ -671,7 +690,8 @@ class EGRSDTrainer(GRPOTrainer):
             evidence = evidence_of(
                 inputs, inputs["advantages"], stats.student_logp, self._contexts, self.args, self.gamma
             )
-            signals = signals_of(evidence, None) | {"gradient_error_bound": stats.gradient_error_bound}
+            own = {name: getattr(stats, name) for name in ("gradient_error_bound", "divergence")}
+            signals = signals_of(evidence, None) | own
         return loss, signals
 
     def _log_step(self) -> None:
@@ -707,6 +727,7 @@ class EGRSDTrainer(GRPOTrainer):
             log_vocab=math.log(self._vocab_size),
             tau_low=args.tau_low,
             tau_high=args.tau_high,
+            divergence=args.divergence is not None,
             sparse_calls=calls if self._direct and args.grad_mode == "sparse" else 0,
         )
 
