@@ -341,9 +341,11 @@ def _rounding(dtype: torch.dtype) -> float:
     return max(2.0**-7, 32 * torch.finfo(dtype).eps)
 
 
-def teacher_statistic(name: str, value: object, target_ids: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """``teacher_logp`` or ``teacher_entropy`` (N,), computed earlier: 0 where masked."""
-    expect(value is not None, name, value, "a tensor, since teacher_hidden is None")
+def teacher_statistic(
+    name: str, value: object, target_ids: torch.Tensor, valid: torch.Tensor, why: str
+) -> torch.Tensor:
+    """``teacher_logp`` or ``teacher_entropy`` (N,), computed earlier: 0 where masked. why: there has to be one."""
+    expect(value is not None, name, value, f"a tensor, since {why}")
     value = tensor(name, value, shape=target_ids.shape, like=target_ids)
     expect(value.dtype in FLOATS, name, value, FLOAT_TENSOR, TypeError)
     flat = value.detach().reshape(-1)

@@ -91,7 +91,7 @@ class TokenStats(NamedTuple):
 
     float32 (float64 for float64 inputs). gradient_error_bound: of sparse gradients, a token's share |c_t| dropped_t /
     Σ_s |c_s| ‖p_s − e_s‖₁ of the relative error (see sparse_tol): the sum is at most ``sparse_tol``. 0 where the
-    gradient is exact.
+    gradient is exact. divergence: D, nats, where the loss has one, else 0.
     """
 
     student_logp: Tensor
@@ -102,6 +102,7 @@ class TokenStats(NamedTuple):
     gate: Tensor
     token_advantage: Tensor
     gradient_error_bound: Tensor
+    divergence: Tensor
 
 
 # ------------------------------------------------------------------------------------------------------- the lookahead

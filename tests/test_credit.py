@@ -226,7 +226,7 @@ def statistics(n: int, seed: int = 0) -> tuple[torch.Tensor, TokenStats]:
     advantages[::5] = 0
     student, teacher = -3 * torch.rand(2, n, generator=g)
     entropy = 2 * torch.rand(n, generator=g)
-    written = torch.full((4, n), 7.0)
+    written = torch.full((5, n), 7.0)
     return advantages, TokenStats(student, teacher, entropy, 0.5 * entropy, *written)
 
 

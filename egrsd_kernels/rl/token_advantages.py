@@ -127,7 +127,8 @@ def token_stats(evidence: TokenEvidence) -> TokenStats:
     w = magnitude(advantages, log_ratio, options.clip_eps)
     omega = gate(ahead, evidence.entropy_scale, options.gamma, options.gate_floor)
     credit = token_advantage(advantages, w, omega)
-    signals = evidence.student_logp, context.logp, context.entropy, ahead, w, omega, credit, torch.zeros_like(w)
+    nothing = torch.zeros_like(w)
+    signals = evidence.student_logp, context.logp, context.entropy, ahead, w, omega, credit, nothing, nothing
     return TokenStats(*(torch.where(mask, signal, 0) for signal in signals))
 
 

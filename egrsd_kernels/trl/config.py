@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 import typing
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from typing import Any, ClassVar
 from transformers import TrainingArguments
 from trl import GRPOConfig
 
-from egrsd_kernels.backends import DEFAULT_SPARSE_TOL
+from egrsd_kernels.backends import DEFAULT_SPARSE_TOL, Divergence
 from egrsd_kernels.checks import expect, flag, integer, number
 from egrsd_kernels.credit import ENTROPY_SCALES, FILTER_NUMBERS, FILTERS, TAU_HIGH, TAU_LOW, Lookahead
 from egrsd_kernels.rl.token_advantages import WITHOUT_TEACHER
@@ -186,6 +187,22 @@ class EGRSDConfig(GRPOConfig):
         },
     )
     min_entropy_scale: float = field(default=1.0, metadata={"help": "Lower bound of that scale, nats."})
+    divergence: str | None = field(
+        default=None,
+        metadata={
+            "help": 'Adds divergence_weight · ω · D: "reverse_kl", KL(p_S ‖ p_T); "forward_kl"; or "jsd". Each rollout '
+            "then serves one update, and TRL's loss has no further term. Default: none."
+        },
+    )
+    divergence_weight: float = field(default=1.0, metadata={"help": "The divergence's weight, above 0."})
+    divergence_beta: float = field(default=0.5, metadata={"help": 'β in (0, 1), the teacher\'s share of "jsd".'})
+    divergence_top_k: int | None = field(
+        default=None,
+        metadata={"help": "Of the teacher's k likeliest entries and all others as one. Default: the full vocabulary."},
+    )
+    policy_weight: float = field(
+        default=1.0, metadata={"help": "The weight of −Â log p beside a divergence; 0: the divergence alone."}
+    )
     loss_type: str = field(
         default="dapo",
         metadata={
@@ -316,6 +333,10 @@ class EGRSDConfig(GRPOConfig):
         bound = 'at least 1 with loss_type="cispo", which clamps the weight of the gradient there'
         high = self.epsilon if self.epsilon_high is None else self.epsilon_high
         expect(self.loss_type != "cispo" or high >= 1, "epsilon_high", self.epsilon_high, bound)
+        why = (
+            "None unless each rollout serves one update, with a teacher, loss_type dapo or dr_grpo and no further term"
+        )
+        expect(self.divergence is None or self.direct, "divergence", self.divergence, why)
         why = "False with beta 0, which has no reference model"
         expect(bool(self.beta) or not self.sync_ref_model, "sync_ref_model", self.sync_ref_model, why)
         bonus = bool(self.entropy_coef) or self.use_adaptive_entropy
@@ -379,6 +400,15 @@ class EGRSDConfig(GRPOConfig):
             flag("packing", self.packing)
         expect(self.tau_low < self.tau_high, "tau_low", self.tau_low, f"less than tau_high = {self.tau_high}")
         Lookahead.of(self)
+        weights = self.divergence_weight, self.policy_weight
+        # The vocabulary is not known yet: the loss compares the number with it.
+        Divergence.of_loss(self.divergence, *weights, self.divergence_beta, self.divergence_top_k, sys.maxsize)
+        expect(
+            self.divergence is None or self.grad_mode == "exact",
+            "grad_mode",
+            self.grad_mode,
+            '"exact", since there is a divergence',
+        )
         self._check_schedule()
 
     def _check_schedule(self) -> None:

@@ -69,6 +69,7 @@ from .checkpoint import (
 )
 from .config import EGRSDConfig
 from .context import Reader, check_columns, check_rows, context_window, privileged_conversation, row_name
+from .divergence import TeacherStates
 from .evidence import evidence_of, learned, peak_entropy, signals_of
 from .export import rollout_file, rollouts_of
 from .fused_head import adapters_on_head_allowed, score_labels, take_off_fused_head
@@ -95,6 +96,7 @@ from .teacher import (
 logger = logging.getLogger(__name__)
 OUTPUTS = ("log_probs", "entropy")
 # Settings that the fused loss has by the same names; γ is the step's.
+DIVERGENCE = ("divergence", "divergence_weight", "divergence_beta", "divergence_top_k", "policy_weight")
 CREDIT = ("gate_floor", "lookahead", *LOOKAHEAD_SETTINGS, "clip_eps", "min_entropy_scale")
 
 
@@ -183,6 +185,12 @@ class EGRSDTrainer(GRPOTrainer):
                 "sync_ref_model: not supported with sharded weights, a checkpoint would lack the reference"
             )
         self.teacher = self._make_teacher(teacher_model)
+        if args.divergence is not None:
+            if self._token_advantage is not None:
+                raise ValueError("divergence: expected None, as the trainer is given a token_advantage of its own")
+            if self._sharded:
+                raise ValueError("divergence: expected None, not supported with sharded weights")
+        self._teacher_states: TeacherStates | None = None  # while they are kept
         self._teacher_window = self._other_window()
         for name, dataset in datasets.items():
             for reader in self._readers.values():
@@ -452,13 +460,13 @@ class EGRSDTrainer(GRPOTrainer):
             parts = (x.tensor_split([-logits_to_keep], dim=1) for x in (input_ids, attention_mask, labels))
             ids, attended, (_, labels) = parts
             row = ids[0], attended[0], ids[1], attended[1]
-            fields, output = self._read(
-                functools.partial(score_labels, labels=labels, outputs=OUTPUTS, **self._scoring), model, *row,
-                router=output_router_logits, **images,
-            )  # fmt: skip
+            score = functools.partial(score_labels, labels=labels, outputs=OUTPUTS, **self._scoring)
+            if self._teacher_states is not None:
+                score = self._teacher_states.keeping(score)
+            fields, output = self._read(score, model, *row, router=output_router_logits, **images)
             return FusedCausalLMOutput(**fields, aux_loss=output.aux_loss if output_router_logits else None)
 
-        if self._packed is not None:
+        if self._packed is not None and self._teacher_states is None:  # hidden states are kept padded
             found = *self._packed.read(model, input_ids, attention_mask, logits_to_keep, **self._scoring), None
         else:
             found = super()._get_per_token_logps_and_entropies(
@@ -506,10 +514,16 @@ class EGRSDTrainer(GRPOTrainer):
             batch = [
                 x.to(self.accelerator.device) for x in pad_prompts(prompts, self._pad_token_id, self.pad_to_multiple_of)
             ]
+            if self.args.divergence is not None:
+                self._teacher_states = TeacherStates(self.teacher, self.accelerator.device)
             with self._as_teacher() as teacher:
                 output[f"{context}_logp"], output[f"{context}_entropy"] = self._statistics(
                     teacher, *batch, *completion, size, **images
                 )
+            if self._teacher_states is not None:
+                # The generation is one optimizer step's: the head is the same for all of its micro-batches.
+                output[f"{context}_hidden"], self._teacher_head = self._teacher_states.take()
+                self._teacher_states = None
         if self.args.rollout_steps:
             output["reference"] = [example.get(self.args.solution_column) for example in inputs]
             ends = {*self.eos_token_ids, self._pad_token_id}
@@ -667,11 +681,13 @@ class EGRSDTrainer(GRPOTrainer):
     def _direct_loss(self, model, inputs) -> tuple[Tensor, dict[str, Tensor]]:
         """The same with the gradient in the loss's own pass: see :attr:`EGRSDConfig.direct`."""
         advantages, of_tokens, options = self._fused_arguments(inputs)
+        teacher_hidden = of_tokens.pop("teacher_hidden", None)
 
         def loss_of(hidden, head):
             return fused_egrsd_loss(
-                hidden, head, None, inputs["completion_ids"], advantages, **of_tokens, **options, return_stats=True
-            )
+                hidden, head, teacher_hidden, inputs["completion_ids"], advantages, **of_tokens, **options,
+                return_stats=True,
+            )  # fmt: skip
 
         keys = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
         batch = (inputs[key] for key in keys)
@@ -698,8 +714,8 @@ class EGRSDTrainer(GRPOTrainer):
             here = {name: part.of(values) for name, values in of_tokens.items()}
             here["mask"] = here["mask"] & part.counted
             loss, found = fused_egrsd_loss(
-                hidden, head, None, part.target_ids, part.of(advantages), cu_seqlens=part.cu_seqlens, **here, **options,
-                return_stats=True,
+                hidden, head, here.pop("teacher_hidden", None), part.target_ids, part.of(advantages),
+                cu_seqlens=part.cu_seqlens, **here, **options, return_stats=True,
             )  # fmt: skip
             for into, values in zip(stats, found, strict=True):
                 part.put(into, values)
@@ -711,7 +727,7 @@ class EGRSDTrainer(GRPOTrainer):
         return packed.direct(model, parts, share_of, lambda: done(self._fused_signals(inputs, stats)))
 
     def _fused_arguments(self, inputs) -> tuple[Tensor, dict[str, Tensor], dict[str, Any]]:
-        """Advantages (B,) or (B, T), further arguments of the fused loss (B, T) each, and the others."""
+        """Advantages (B,) or (B, T), further arguments of the fused loss (B, T) or (B, T, D) each, and the others."""
         mask, advantages = learned(inputs), inputs["advantages"]
         (context,) = self._contexts
         ratio = inputs.get("importance_sampling_ratio")
@@ -733,6 +749,9 @@ class EGRSDTrainer(GRPOTrainer):
             **self._head_options,
             **self._gradient_options,
         }
+        if self.args.divergence is not None:
+            of_tokens["teacher_hidden"] = inputs[f"{context}_hidden"]
+            options |= {"teacher_weight": self._teacher_head} | {name: getattr(self.args, name) for name in DIVERGENCE}
         return advantages, of_tokens, options
 
     def _fused_signals(self, inputs, stats: TokenStats) -> dict[str, Tensor]:
@@ -740,7 +759,8 @@ class EGRSDTrainer(GRPOTrainer):
             return stats._asdict()
         # What is logged is the method's, as on the other path.
         evidence = evidence_of(inputs, inputs["advantages"], stats.student_logp, self._contexts, self.args, self.gamma)
-        return signals_of(evidence, None) | {"gradient_error_bound": stats.gradient_error_bound}
+        own = {name: getattr(stats, name) for name in ("gradient_error_bound", "divergence")}
+        return signals_of(evidence, None) | own
 
     def _log_step(self) -> None:
         """Metrics of one optimizer step, exact over its micro-batches and processes, into TRL's own averages."""
@@ -775,6 +795,7 @@ class EGRSDTrainer(GRPOTrainer):
             log_vocab=math.log(self._vocab_size),
             tau_low=args.tau_low,
             tau_high=args.tau_high,
+            divergence=args.divergence is not None,
             sparse_calls=calls if self._direct and args.grad_mode == "sparse" else 0,
         )
 
