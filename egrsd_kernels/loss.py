@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -15,19 +14,40 @@ from .backends import (
     DEFAULT_CHUNK_BYTES,
     DEFAULT_SPARSE_TOL,
     Backend,
+    Divergence,
+    DivergenceBackend,
+    DivergenceStatistics,
     Finish,
+    Kind,
     Needs,
+    Pair,
+    PairCredit,
+    Scales,
     Sparse,
     VocabularyStatistics,
     choose,
+    choose_divergence,
     no_statistics,
-    power_of_two,
 )
 from .checks import expect, number
 from .credit import ENTROPY_SCALES, CreditOptions, EntropyScale, Filter, Lookahead, TokenStats, batch_max
 from .eager import eager
 from .head import Head, compute_dtype, widened
 from .rows import Rows
+
+
+@dataclass(frozen=True)
+class _Term:
+    """What λ ω D is made of beside the student: its passes, and the teacher's hidden states (B, T, D) and head."""
+
+    backend: DivergenceBackend
+    divergence: Divergence
+    weight: float  # λ
+    teacher_hidden: Tensor
+    teacher: Head
+
+    def pair(self, head: Head, hidden: Tensor, temperature: float) -> Pair:
+        return Pair(hidden, head, self.teacher_hidden, self.teacher, temperature, self.divergence)
 
 
 @dataclass(frozen=True)
@@ -41,48 +61,56 @@ class _Minibatch:
     teacher_logp: Tensor
     teacher_entropy: Tensor
     lookahead_entropy: Tensor
-    scale: Tensor  # 0-d, nats: what entropies are divided by
-    normalizer: Tensor  # 0-d
+    scales: Scales
     options: CreditOptions
     temperature: float
     chunk_bytes: int
     sparse_tol: float | None  # None: exact gradients
-
-    @cached_property
-    def power(self) -> Tensor:
-        """The power of two in the normaliser (0-d).
-
-        The forward pass leaves it out of the gradients. A token's hidden gradient is then of the head's own size, which
-        float16 can hold. The backward pass divides by it, which rounds nothing.
-        """
-        return power_of_two(self.normalizer)
+    policy_weight: float
+    term: _Term | None  # None: no divergence
 
     def loss(self, head: Head, hidden: Tensor, needs: Needs) -> tuple[Tensor, TokenStats, Finish | None]:
-        """(loss, stats, what finishes the gradients of loss · :attr:`power`)."""
-        logp, magnitude, gate, token_advantage, bound, terms = (torch.zeros_like(self.advantages) for _ in range(6))
+        """(loss, stats, what finishes the gradients, which the power of two is left out of)."""
+        n, dtype = self.advantages.numel(), self.advantages.dtype
+        zeros = torch.zeros(8, n, dtype=dtype, device=hidden.device)
+        logp, magnitude, gate, token_advantage, bound, divergence, terms, gradient = zeros.unbind()
         stats = TokenStats(
             logp, self.teacher_logp, self.teacher_entropy, self.lookahead_entropy, magnitude, gate, token_advantage,
-            bound,
+            bound, divergence,
         )  # fmt: skip
-        sign_and_share = -self.power / self.normalizer
+        share = self.scales.share if self.policy_weight == 1 else self.policy_weight * self.scales.share
 
         def credit(first_row: int, n_rows: int) -> Tensor:
             self.backend.token_credit(
-                self.rows, first_row, n_rows, self.advantages, self.scale, self.options, stats, terms
-            )
-            return token_advantage * sign_and_share
+                self.rows, first_row, n_rows, self.advantages, self.scales.entropy, share, self.options, stats,
+                terms, gradient,
+            )  # fmt: skip
+            return gradient
 
         problem = head, self.temperature, hidden, self.target_ids, self.rows, VocabularyStatistics(logp)
         finish = None
-        if any(needs):
+        if self.term is not None:
+            term, of_gate = self.term, -self.term.weight * self.scales.share
+
+            def both(first_row: int, n_rows: int) -> PairCredit:
+                of_logp = credit(first_row, n_rows)
+                return PairCredit(gate * of_gate, of_logp)
+
+            pair, out = term.pair(head, hidden, self.temperature), DivergenceStatistics(divergence, logp)
+            finish = term.backend.divergence_pass(pair, self.target_ids, self.rows, out, both, needs, self.chunk_bytes)
+            if not any(needs):
+                credit(0, logp.numel())
+            # Where the gate is shut, an infinite divergence costs nothing.
+            terms = self.policy_weight * terms + torch.where(gate == 0, 0, term.weight * gate * divergence)
+        elif any(needs):
             sparse = None if self.sparse_tol is None else Sparse.of(self.sparse_tol, self.target_ids)
             finish = self.backend.student_pass(*problem, credit, needs, self.chunk_bytes, sparse)
             if sparse is not None:
                 bound.copy_(sparse.error_bound(token_advantage))
         else:
             self.backend.statistics(*problem, self.chunk_bytes)
-            credit(0, logp.numel())
-        return terms.sum() / self.normalizer, stats, finish
+            credit(0, n)
+        return terms.sum() / self.scales.normalizer, stats, finish
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -111,20 +139,9 @@ class _FusedLoss(torch.autograd.Function):
         if finish is None:
             # A second backward: the first one scaled its gradients in place and gave them away. They are made again.
             finish = minibatch.loss(frame(widened(weight, columns), bias), hidden, needs)[2]
-        return *finish(d_loss / minibatch.power).of_operands(needs, columns), *(None,) * 3
-
-
-def _entropy_scale(
-    value: EntropyScale | Tensor,
-    least: float,
-    entropy: Tensor,
-    lookahead_entropy: Tensor,
-    group: torch.distributed.ProcessGroup | None,
-) -> Tensor:
-    """What entropies are divided by (0-d, nats): the batch maximum (Eq. 8) or the given one, at least ``least``."""
-    if isinstance(value, str):
-        value = batch_max(entropy if value == "batch_max" else lookahead_entropy, group)
-    return value.clamp(min=least)
+        power = minibatch.scales.power
+        factor = d_loss if power is None else d_loss / power
+        return *finish(factor).of_operands(needs, columns), *(None,) * 3
 
 
 def _teacher(
@@ -189,6 +206,11 @@ def fused_egrsd_loss(
     softcap: float | None = None,
     normalizer: float | Tensor | None = None,
     data_group: torch.distributed.ProcessGroup | None = None,
+    divergence: Kind | None = None,
+    divergence_weight: float = 1.0,
+    divergence_beta: float = 0.5,
+    divergence_top_k: int | None = None,
+    policy_weight: float = 1.0,
     backend: Literal["auto", "triton", "torch"] = "auto",
     grad_mode: Literal["exact", "sparse"] = "exact",
     sparse_tol: float = DEFAULT_SPARSE_TOL,
@@ -205,6 +227,10 @@ def fused_egrsd_loss(
       what another lookahead_filter makes of the H_j there, at most H_t.
 
     gamma = 0 is RLSD's loss; gamma = 0 with clip_eps = 0 is REINFORCE with the given advantages.
+
+    With a divergence L = (1/Σm) Σ_t m_t (-policy_weight · Â_t log p_S(y_t) + divergence_weight · ω_t D_t), where D_t is
+    what :func:`egrsd_kernels.linear_divergence` makes of the two distributions at t, and the gate ω is a constant. D is
+    taken at the given tokens: what it would cost that the student samples others is not in the gradient.
 
     Args:
         student_hidden: (B, T, D), or packed (N, D); bfloat16, float16, float32, or float64 (torch backend). Like every
@@ -226,8 +252,9 @@ def fused_egrsd_loss(
         mask: (B, T) or (N,), bool, or 0/1 in an integer or one of those dtypes. Masked positions are never read and
             cost nothing.
         cu_seqlens: (S + 1,) int32 or int64 boundaries of packed sequences; without it, packed input is one sequence.
-        teacher_logp, teacher_entropy: (B, T) or (N,), nats, any of those dtypes: teacher statistics computed earlier.
-            log p is at most 0 and may be -inf; entropies are finite and at least 0; both but for rounding.
+        teacher_logp, teacher_entropy: (B, T) or (N,), nats, any of those dtypes: teacher statistics computed earlier,
+            in the place of teacher_hidden; with a divergence beside it, where they spare the teacher's own pass. log p
+            is at most 0 and may be -inf; entropies are finite and at least 0; both but for rounding.
         gamma, gate_floor, lookahead, clip_eps: γ, the gate's floor, W and ε above. Numbers; γ is at least 0, the floor
             and ε in [0, 1], W an integer of at least 0.
         lookahead_filter: how the window is filtered, each at most H_t: "minimum"; "discounted", min_j λ^-(j - t) · H_j,
@@ -243,6 +270,10 @@ def fused_egrsd_loss(
             above 0. softcap=None: no tanh.
         normalizer: instead of Σm, the number of valid tokens: a number or 0-d tensor, as entropy_scale.
         data_group: the torch.distributed group over which the minibatch is spread; the batch maximum is the group's.
+        divergence: "reverse_kl", "forward_kl" or "jsd"; it needs teacher_hidden and exact gradients. None: none.
+            divergence_beta, divergence_top_k: its beta and top_k, as in :func:`egrsd_kernels.linear_divergence`.
+        divergence_weight, policy_weight: numbers above 0, and at least 0, that weigh the two terms. Without a
+            divergence both are 1. With policy_weight = 0 the advantages are of no account but for TokenStats.
         backend: "triton", "torch" (plain PyTorch), or "auto": Triton on a GPU where it runs, else PyTorch.
         grad_mode: "exact"; or, experimental, "sparse", which leaves out vocabulary entries that carry little of the
             gradient. What that changes in dL/d(h Wᵀ) is certified to be at most sparse_tol of its L1 norm, on any
@@ -285,10 +316,8 @@ def fused_egrsd_loss(
     temperature = number("temperature", temperature, low=0, strict=True)
     flat_targets, valid = checks.targets(target_ids, student_hidden, student.weight.shape[0], mask)
     n, dtype = valid.numel(), compute_dtype(student_hidden.dtype)
-    boundaries = checks.boundaries(cu_seqlens, student_hidden)
-    sequence = checks.sequence_of(boundaries, n)
-    flat_advantages = checks.token_advantages(advantages, student_hidden, valid, sequence, boundaries.numel() - 1)
-    flat_advantages = flat_advantages.to(dtype)
+    sequences = checks.sequences(cu_seqlens, student_hidden)
+    advantages = checks.token_advantages(advantages, student_hidden, valid, sequences)
     if isinstance(entropy_scale, str):
         expected = '"batch_max", "batch_max_lookahead" or nats'
         expect(entropy_scale in ENTROPY_SCALES, "entropy_scale", entropy_scale, expected)
@@ -304,34 +333,49 @@ def fused_egrsd_loss(
     chunk_bytes = checks.integer("chunk_bytes", chunk_bytes, low=1)
     ops = choose(backend, *(x for x in (student_hidden, teacher_hidden) if x is not None))
     sparse_tolerance = checks.sparse_tolerance(grad_mode, sparse_tol)
+    weights = divergence_weight, policy_weight
+    which = Divergence.of_loss(divergence, *weights, divergence_beta, divergence_top_k, student.weight.shape[0])
+    if which is not None:
+        expect(teacher_hidden is not None, "teacher_hidden", None, "a tensor, since there is a divergence")
+        expect(sparse_tolerance is None, "grad_mode", grad_mode, '"exact", since there is a divergence')
     hidden, columns = student.join(checks.batched(student_hidden), valid)
 
     with torch.cuda.device_of(student_hidden), torch.no_grad():
-        rows = Rows.build(valid, flat_advantages != 0)
+        flat_advantages, last = ops.by_token(advantages, n, sequences, dtype)
+        rows = ops.build_rows(valid, valid if which is not None else flat_advantages)
+        given = {"teacher_logp": teacher_logp, "teacher_entropy": teacher_entropy}
+        one = teacher_logp if teacher_logp is not None else teacher_entropy
+        term = None
         if teacher_hidden is None:
             for name, unused in (("teacher_weight", teacher_weight), ("teacher_bias", teacher_bias)):
                 expect(unused is None, name, unused, "None, since teacher_hidden is None")
-            given = {"teacher_logp": teacher_logp, "teacher_entropy": teacher_entropy}
-            logp, entropy = (checks.teacher_statistic(name, x, target_ids, valid) for name, x in given.items())
         else:
-            unused = teacher_logp if teacher_logp is not None else teacher_entropy
-            expect(unused is None, "teacher_logp, teacher_entropy", unused, "None beside teacher_hidden")
+            expected = "None beside teacher_hidden, since there is no divergence"
+            expect(one is None or which is not None, "teacher_logp, teacher_entropy", one, expected)
             described = isinstance(student_weight, Head)
             read = _teacher(teacher_hidden, teacher_weight, teacher_bias, student_hidden, student, described)
-            states, teacher = read[1].joined(checks.batched(read[0]), valid)
+            states, teacher = read[1].joined(checks.batched(read[0].detach()), valid)
+            if which is not None:
+                pair = Pair(checks.batched(student_hidden), student, states, teacher, temperature, which)
+                divergences = choose_divergence(backend, pair)
+                term = _Term(divergences, which, float(divergence_weight), states, teacher)
+        if teacher_hidden is None or one is not None:
+            why = "teacher_hidden is None" if teacher_hidden is None else "the other statistic is given"
+            logp, entropy = (checks.teacher_statistic(name, x, target_ids, valid, why) for name, x in given.items())
+        else:
             logp, entropy, _ = found = no_statistics(n, states)
             out = VocabularyStatistics(*found)
             ops.statistics(teacher, temperature, states, flat_targets, rows, out, chunk_bytes)
         logp, entropy = logp.to(dtype), entropy.to(dtype)
-        end_of_sequence = (boundaries[1:] - 1)[sequence].clamp(max=n - 1).to(torch.int32)
-        lookahead_entropy = ops.lookahead_entropy(entropy, valid, end_of_sequence, window)
-        scale = _entropy_scale(entropy_scale, min_entropy_scale, entropy, lookahead_entropy, data_group)
-        n_valid = rows.counts[0].to(dtype)
-        divisor = n_valid if normalizer is None else checks.scalar("normalizer", normalizer, valid, dtype)
-        divisor = torch.where(n_valid == 0, 1, divisor)
+        lookahead_entropy = ops.lookahead_entropy(entropy, valid, last, window)
+        if isinstance(entropy_scale, str):
+            entropy_scale = batch_max(entropy if entropy_scale == "batch_max" else lookahead_entropy, data_group)
+        if normalizer is not None:
+            normalizer = checks.scalar("normalizer", normalizer, valid, dtype)
+        scales = ops.scales(entropy_scale, min_entropy_scale, rows, normalizer, hidden.dtype == torch.float16)
         minibatch = _Minibatch(
-            ops, flat_targets, rows, flat_advantages, logp, entropy, lookahead_entropy, scale, divisor, options,
-            temperature, chunk_bytes, sparse_tolerance,
+            ops, flat_targets, rows, flat_advantages, logp, entropy, lookahead_entropy, scales, options, temperature,
+            chunk_bytes, sparse_tolerance, float(policy_weight), term,
         )  # fmt: skip
 
     with torch.cuda.device_of(student_hidden):

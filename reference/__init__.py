@@ -1,6 +1,15 @@
 """The method in plain PyTorch over full logits: what every test trusts."""
 
-from .divergence import divergence, forward_kl, jsd, kl, linear_divergence, reverse_kl, top_and_rest
+from .divergence import (
+    divergence,
+    egrsd_divergence_loss,
+    forward_kl,
+    jsd,
+    kl,
+    linear_divergence,
+    reverse_kl,
+    top_and_rest,
+)
 from .egrsd import (
     IGNORE_INDEX,
     TokenStats,
@@ -18,6 +27,7 @@ from .egrsd import (
     magnitude,
     mean_logits,
     normalised_entropy,
+    position_weights,
     token_advantage,
 )
 
@@ -26,6 +36,7 @@ __all__ = [
     "TokenStats",
     "direction",
     "divergence",
+    "egrsd_divergence_loss",
     "egrsd_loss",
     "entropy",
     "entropy_scale",
@@ -43,6 +54,7 @@ __all__ = [
     "magnitude",
     "mean_logits",
     "normalised_entropy",
+    "position_weights",
     "reverse_kl",
     "token_advantage",
     "top_and_rest",

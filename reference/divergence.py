@@ -8,11 +8,12 @@ Shapes: N tokens, V vocabulary entries, D hidden features; C parts that the voca
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .egrsd import entropy, log_prob, logits
+from .egrsd import TokenStats, egrsd_loss, entropy, log_prob, logits
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -106,3 +107,41 @@ def linear_divergence(
         found["student_logp"] = log_prob(z_s.detach(), target_ids[valid])
         found["teacher_logp"] = log_prob(z_t, target_ids[valid])
     return {name: torch.zeros_like(valid, dtype=x.dtype).masked_scatter(valid, x) for name, x in found.items()}
+
+
+def egrsd_divergence_loss(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, target_ids: Tensor, advantages: Tensor, *,
+    divergence: str, divergence_weight: float = 1.0, divergence_beta: float = 0.5, divergence_top_k: int | None = None,
+    policy_weight: float = 1.0, dtype: torch.dtype = torch.float64, **options: Any,
+) -> tuple[Tensor, TokenStats, Tensor]:  # fmt: skip
+    """L = (1/Σm) Σ m (−policy_weight · Â log p_S(y) + divergence_weight · ω D), its signals, and D of each token.
+
+    The gate ω is a constant. options: of `egrsd_loss`; the normaliser takes the place of Σm in both terms.
+    """
+    loss, stats = egrsd_loss(
+        student_hidden,
+        student_weight,
+        teacher_hidden,
+        target_ids,
+        advantages,
+        dtype=dtype,
+        return_stats=True,
+        **options,
+    )
+    student, teacher = (options.get(f"{name}_bias") for name in ("student", "teacher"))
+    teacher_weight = options.get("teacher_weight")
+    if teacher_weight is None:
+        teacher_weight, teacher = student_weight, student if teacher is None else teacher
+    operands = (student_hidden, student_weight, teacher_hidden, teacher_weight)
+    d = linear_divergence(
+        *(x.to(dtype) for x in operands), kind=divergence, beta=divergence_beta, top_k=divergence_top_k,
+        student_bias=None if student is None else student.to(dtype),
+        teacher_bias=None if teacher is None else teacher.to(dtype), target_ids=target_ids,
+        **{name: options[name] for name in ("mask", "softcap", "temperature") if name in options},
+    )["divergence"]  # fmt: skip
+    valid = target_ids != -100
+    if options.get("mask") is not None:
+        valid = valid & options["mask"].bool()
+    divisor = options.get("normalizer")
+    divisor = max(int(valid.sum()), 1) if divisor is None else divisor
+    return policy_weight * loss + divergence_weight * (stats.gate * d).sum() / divisor, stats, d.detach()

@@ -24,8 +24,8 @@ pytestmark = pytest.mark.cuda if CUDA else pytest.mark.heavy
 
 MAGNITUDE = {torch.float32: 2.0**-19, torch.float16: 7e-4, torch.bfloat16: 7e-4}
 RATIO = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-11}
-# Over all rows: M, the entry, the result and, of the head's gradient, the scaled row, at 0.42 to 0.58 of their units each;
-# and half as much again, since a few entries decide what so few rows of random logits have.
+# Over all rows: M, the entry, the result and, of the head's gradient, the scaled row, in the root mean square; and half
+# as much again, since a few entries decide what so few rows of random logits have.
 GRADIENT_ERROR = {torch.float32: 3e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 KINDS = [("reverse_kl", 0.5), ("forward_kl", 0.5), ("jsd", 0.5), ("jsd", 0.1)]
 N = 24  # rows take the interpreter's time

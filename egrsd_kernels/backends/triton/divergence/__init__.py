@@ -79,7 +79,7 @@ def _pass(
     ratios = hidden.new_empty(shape, dtype=ratio_dtype(pair)) if stores else None
     work = PairChunk(pair, how, means, plan.rows, target_ids is not None, out, entries, ratios)
     # All rows in one chunk: its product is the whole gradient, and is rounded to the head's dtype on its way out.
-    sums = Outputs.of(head, hidden, needs, whole=n <= plan.rows) if begun is None else begun
+    sums = Outputs.of(head, hidden, needs, whole=n <= plan.rows, fill=True) if begun is None else begun
     gradients = None
     if some:
         assert entries is not None
@@ -92,7 +92,7 @@ def _pass(
             work.make_entries(order, credit(first_row, plan.rows), gradients, out)
             if sums.hidden is not None:
                 gradients.hidden_product(work.student.row_counts, 0)
-            gradients.backward(order, None)
+            gradients.backward(order, None, fill=begun is None)
             gradients.head(sums.weight, sums.bias, accumulate=first_row > 0 or begun is not None)
     product = None if gradients is None else gradients.head_product
     if product is None or not needs.weight or sums.weight is not None:

@@ -41,7 +41,7 @@ def damping(logsumexp, p, cap):
     return tl.maximum(1.0 - t * t, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["of_divergence", "of_logp", "order"])
 def entries_kernel(
     magnitudes, entries, ratios, values, of_divergence, of_logp, target, order, row_counts, size, parts,
     n_slots, width, unit, cap, beta, KIND: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
@@ -164,7 +164,7 @@ def balance_kernel(
         tl.store(entries + at, e.to(entries.dtype.element_ty), mask=has)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["gradient", "order"])
 def row_factor_kernel(
     size, gradient, order, row_counts, factor, entry, head_factor, n_slots, temperature, unit, BLOCK: tl.constexpr
 ):

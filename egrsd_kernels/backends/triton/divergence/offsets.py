@@ -19,7 +19,7 @@ import triton.language as tl
 
 from egrsd_kernels.head import Head
 
-from ..common import logits_of
+from ..common import block_of, logits_of
 from ..gather import Chunk
 
 SAMPLE = 8192  # entries of the vocabulary, which put the mean's error at a hundredth of the spread
@@ -85,6 +85,6 @@ def make_offsets(student: Chunk, teacher: Chunk, means: tuple[MeanRow, MeanRow],
         student.offset, teacher.offset, student.row_counts, student.D, teacher.D,
         student.softcap or 0.0, student.logit_scale, teacher.softcap or 0.0, teacher.logit_scale,
         math.log2(student.V), TARGETS=targets, STUDENT_CAP=student.softcap is not None,
-        TEACHER_CAP=teacher.softcap is not None, BLOCK=min(1024, triton.next_power_of_2(max(student.D, teacher.D))),
+        TEACHER_CAP=teacher.softcap is not None, BLOCK=block_of(max(student.D, teacher.D), 1024),
         num_warps=4,
     )  # fmt: skip

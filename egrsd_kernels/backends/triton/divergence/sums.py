@@ -38,7 +38,7 @@ def entry_bound(k):
     return 2.0 * k + tl.sqrt(0.5 * k) + ROUNDING
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["order", *DivergenceStatistics._fields])
 def combine_pairs_kernel(
     sums, student_logit, teacher_logit, student_offset, teacher_offset, order, row_counts, retry, values,
     divergence, student_logp, teacher_logp, student_entropy, teacher_entropy, n_slots, col_tiles, least, limit,
@@ -170,7 +170,7 @@ def jsd_kernel(
         tl.store(at + 4 * plane, tl.sum((1.0 - beta) * p * u + beta * q * (u - r), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["order", "divergence"])
 def combine_jsd_kernel(
     parts, values, order, row_counts, divergence, n_slots, blocks, beta, ROW_BLOCK: tl.constexpr,
     TILE_BLOCK: tl.constexpr,
