@@ -25,9 +25,9 @@ from egrsd_kernels.rows import Rows
 
 from .. import no_gradients
 from .. import takes as takes_hidden
-from ..common import ROW_TILE
+from ..common import ROW_TILE, ceil_div
 from ..gradient import Outputs, finishing
-from ..plan import Plan, ceil_div
+from ..plan import Plan
 from .chunk import PairChunk, PairGradients, PairMachine, ratio_dtype, sums_of
 from .kept import KeptPairs
 from .offsets import MeanRow

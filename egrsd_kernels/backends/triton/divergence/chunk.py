@@ -11,10 +11,10 @@ from torch import Tensor
 from egrsd_kernels.backends.protocol import DivergenceStatistics, Needs, Pair, PairCredit
 from egrsd_kernels.rows import Rows
 
-from ..common import Config, Machine, device_limits
+from ..common import Config, Machine, ceil_div, device_limits
 from ..gather import Chunk
 from ..gradient import ChunkGradients
-from ..plan import Plan, ceil_div
+from ..plan import Plan
 from ..tuning import machine
 from ..vocab import NOTHING, ROW_BLOCK, TILE_BLOCK, VocabPass, Wanted
 from .entries import LARGEST_RATIO, SLOTS, balance_kernel, entries_kernel, row_factor_kernel

@@ -21,9 +21,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..common import LN2, NEG, ROW_TILE
-from .pair import magnitude_of
-from .sums import log_share
+from ..common import LN2, ROW_TILE
+from .pair import load_magnitudes
+from .sums import both_of, log_share
 
 TILE = tl.constexpr(ROW_TILE)
 SLOTS = 128
@@ -52,73 +52,74 @@ def entries_kernel(
     (N,) float32, or None for 1. of_logp: g (N,), beside target (n_slots,) int32; or None. cap: the softcap in units of
     ln 2. parts (5, blocks, n_slots) float32: of each BLOCK the sum of entries before the softcap, of their squares, and
     of squares of the errors that r' leaves; and the place of an entry that has more than ALONE of p_S, which is none of
-    these and not stored, or -1, and its p_S.
+    these and 0 for now, or -1, and the largest p_S.
     """
     i = tl.program_id(0)
     n_active = tl.load(row_counts + 1)
-    if i < tl.cdiv(n_active, TILE) * TILE:
-        v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        inside = v < width
-        at = i.to(tl.int64) * width + v
-        m = magnitude_of(tl.load(magnitudes + at, mask=inside, other=0))
+    v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = v < width
+    at = i.to(tl.int64) * width + v
+    ours = i < n_active
+    row = tl.load(order + i, mask=ours, other=0)
+    bound = tl.load(values + 3 * n_slots + i, mask=ours, other=0.0)
+    w = tl.where(ours, 1.0, 0.0)
+    if of_divergence is not None:
+        w = tl.load(of_divergence + row, mask=ours, other=0.0)
+        bound = tl.where(w == 0, 0.0, tl.abs(w) * bound)
+    weight = tl.abs(w)
+    if of_logp is not None:
+        g = tl.load(of_logp + row, mask=ours, other=0.0)
+        bound += tl.abs(g)
+        weight += tl.abs(g)
+    if weight != 0:
+        m = load_magnitudes(magnitudes + at, inside)
         ratio = tl.load(ratios + at, mask=inside, other=0.0).to(tl.float32)
-        ours = i < n_active
-        row = tl.load(order + i, mask=ours, other=0)
-        of_p = tl.load(values + i)
-        of_q = tl.load(values + n_slots + i)
-        c = tl.load(values + 2 * n_slots + i)
-        mean = tl.load(values + 3 * n_slots + i)
-        bound = tl.load(values + 4 * n_slots + i)
-        if of_divergence is None:
-            w = tl.full([], 1.0, tl.float32)
-        else:
-            w = tl.load(of_divergence + row, mask=ours, other=0.0)
-            bound = tl.where(w == 0, 0.0, tl.abs(w) * bound)
-        moving = ours & (w != 0)
-        if of_logp is not None:
-            g = tl.load(of_logp + row, mask=ours, other=0.0)
-            bound += tl.abs(g)
-            moving = ours & ((w != 0) | (g != 0))
         if tl.program_id(1) == 0:
-            tl.store(size + i, tl.where(moving, bound, 0.0))
+            tl.store(size + i, bound)
+        log_p = tl.load(values + i)
+        c = tl.load(values + n_slots + i)
+        mean = tl.load(values + 2 * n_slots + i)
         w *= unit / bound
-        p = tl.exp2(tl.where(inside, m, NEG) + tl.minimum(ratio, 0.0)) * of_p
-        r = ratio - c
         if KIND == "reverse_kl":
-            e = w * p * ((r - mean) * LN2)
-            error = p
+            p = tl.exp2(m + tl.minimum(ratio, 0.0) + log_p)
+            e = (p * (w * LN2)) * (ratio - (c + mean))
+            error = p * ratio
         else:
-            q = tl.exp2(tl.where(inside, m, NEG) - tl.maximum(ratio, 0.0)) * of_q
-            x = r * LN2
+            larger, less, r = both_of(m, ratio, log_p, c)
+            p = tl.where(r < 0, larger * less, larger)
             if KIND == "forward_kl":
-                # Near r = 0 a difference of the two would keep few digits.
-                near = x * (1.0 - x * (0.5 - x * (1.0 / 6.0 - x * (1.0 / 24.0 - x * (1.0 / 120.0)))))
-                e = w * tl.where(tl.abs(x) < 0.17, p * near, p - q)
-                error = q
+                e = tl.where(r < 0, -w, w) * (larger * (1.0 - less))
             else:
-                # An infinite ratio has no part in the sum where p_S is 0.
-                e = w * (1.0 - beta) * p * (log_share(x, beta) - mean)
-                mixed = (1.0 - beta) * p + beta * q
-                error = (1.0 - beta) * beta * p * q / tl.where(mixed > 0, mixed, 1.0)
-        error *= w * ratio * LN2
+                e = (p * (w * (1.0 - beta) * LN2)) * (log_share(less, r, beta) - mean)
+            error = larger * less * ratio
         if of_logp is not None:
             g *= unit / bound
             e = tl.where(v == tl.load(target + i), e + g, e) - g * p
-        e = tl.where(moving, e, 0.0)  # chosen: a row that is not to move may hold anything, NaN included
-        alone = moving & (p > ALONE)
-        e = tl.where(alone, 0.0, e)
-        error = tl.where(alone | ~moving, 0.0, error)
+        largest = tl.max(p, 0)
+        place = tl.full([], -1.0, tl.float32)
+        if largest > ALONE:
+            place = tl.max(tl.where(p > ALONE, v, -1), 0).to(tl.float32)
+            e = tl.where(p > ALONE, 0.0, e)
+            error = tl.where(p > ALONE, 0.0, error)
         part = parts + tl.program_id(1) * n_slots + i
         plane = tl.num_programs(1) * n_slots
         tl.store(part, tl.sum(e, 0))
         tl.store(part + plane, tl.sum(e * e, 0))
-        tl.store(part + 2 * plane, tl.sum(error * error, 0))
-        tl.store(part + 3 * plane, tl.max(tl.where(alone, v, -1), 0).to(tl.float32))
+        tl.store(part + 2 * plane, tl.sum(error * error, 0) * (w * LN2) * (w * LN2))
+        tl.store(part + 3 * plane, place)
         if SOFTCAP:
-            tl.store(part + 4 * plane, tl.max(tl.where(alone, p, 0.0), 0))
-            e *= damping(tl.load(values + 5 * n_slots + i), p, cap)
-            e = tl.where(moving, e, 0.0)
+            tl.store(part + 4 * plane, largest)
+            e *= damping(tl.load(values + 4 * n_slots + i), p, cap)
         tl.store(entries + at, e.to(entries.dtype.element_ty), mask=inside)
+    elif i < tl.cdiv(n_active, TILE) * TILE:
+        # Whatever the row holds, NaN included; and the products' tiles are whole.
+        if tl.program_id(1) == 0:
+            tl.store(size + i, 0.0)
+        part = parts + tl.program_id(1) * n_slots + i
+        plane = tl.num_programs(1) * n_slots
+        for k in tl.static_range(5):
+            tl.store(part + k * plane, -1.0 if k == 3 else 0.0)
+        tl.store(entries + at, tl.zeros([BLOCK], entries.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -159,7 +160,7 @@ def balance_kernel(
             tl.store(retry, tl.load(row_counts), mask=again > 0)
             tl.store(retry + 1, n_active, mask=again > 0)
         if SOFTCAP:
-            e *= damping(tl.load(values + 5 * n_slots + r, mask=has, other=0.0), tl.where(has, p, 1.0), cap)
+            e *= damping(tl.load(values + 4 * n_slots + r, mask=has, other=0.0), tl.where(has, p, 1.0), cap)
         at = r.to(tl.int64) * width + tl.where(has, alone, 0.0).to(tl.int32)
         tl.store(entries + at, e.to(entries.dtype.element_ty), mask=has)
 

@@ -23,13 +23,13 @@ import torch
 import triton
 import triton.language as tl
 
-from ..common import NEG, PRECISION, ROW_TILE, Config, load_tile, logits_of
+from ..common import NEG, PRECISION, ROW_TILE, Config, ceil_div, load_tile, logits_of
 from ..gather import Chunk
-from ..plan import ceil_div
 from ..vocab import GROUP
 
 # Two tiles of accumulators, so half as wide as one product's: the largest first that shared memory has room for.
 HALF = (
+    Config(ROW_TILE, 128, 64, 8, 4),
     Config(ROW_TILE, 128, 64, 8, 3),
     Config(ROW_TILE, 128, 32, 8, 3),
     Config(ROW_TILE, 64, 32, 4, 3),
@@ -76,18 +76,26 @@ def finite_logits(product, bias, v, V, softcap, scale, BIAS: tl.constexpr, SOFTC
 @triton.jit
 def whole_steps(x):
     """x in STEPS as int16, for x below 64."""
-    steps = tl.maximum(x * STEPS, LEAST) + WHOLE
-    return steps.to(tl.int32, bitcast=True).to(tl.int16)
+    return tl.fma(tl.maximum(x, LEAST / STEPS), STEPS, WHOLE).to(tl.int32, bitcast=True).to(tl.int16)
 
 
 @triton.jit
-def magnitude_of(stored):
-    """M of what is stored; far below all others where it is LEAST, so that 2^M is 0."""
-    if stored.dtype == tl.int16:
-        steps = stored.to(tl.float32)
+def load_magnitudes(magnitudes, inside):
+    """M, far below all others where it is LEAST or not ``inside``, so that 2^M is 0."""
+    if magnitudes.dtype.element_ty == tl.int16:
+        steps = tl.load(magnitudes, mask=inside, other=-32768).to(tl.float32)
         return tl.where(steps == LEAST, NEG, steps * (1.0 / STEPS))
     else:
-        return stored
+        return tl.load(magnitudes, mask=inside, other=NEG)
+
+
+@triton.jit
+def put_halves(out, row, col, tile):
+    """Two halves, so that a tile's way out fits into shared memory beside the next one's operands."""
+    half: tl.constexpr = tile.shape[1] // 2
+    left, right = tile.reshape(tile.shape[0], 2, half).permute(0, 2, 1).split()
+    out.store([row, col], left)
+    out.store([row, col + half], right)
 
 
 @triton.jit
@@ -100,12 +108,13 @@ def pair_kernel(
     STEPPED: tl.constexpr, REVERSE: tl.constexpr, FORWARD: tl.constexpr, STUDENT_ENTROPY: tl.constexpr,
     TEACHER_ENTROPY: tl.constexpr,
     STUDENT_BIAS: tl.constexpr, TEACHER_BIAS: tl.constexpr, STUDENT_CAP: tl.constexpr, TEACHER_CAP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PLAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """M and r' (n_slots, tiles COLS) with STORE, M in steps if STEPPED, and sums (planes, tiles, n_slots) float32.
 
     Grid: (PROGRAMS,), persistent over tiles of ROWS x COLS of the n_valid rows. student: (n_slots, D), teacher:
     (n_slots, TEACHER_D), weights: (V, those), biases: (V,), offsets: (n_slots,) float32. SHARED: one weight for both.
+    PLAIN: neither bias nor softcap, and one scale for both.
     """
     # The chunk's buffers are whole tiles of rows: what a tile holds past n_valid is computed and never used.
     row_tiles = tl.cdiv(tl.load(row_counts), ROWS)
@@ -136,17 +145,25 @@ def pair_kernel(
                 t = tl.dot(h, w.T, t, input_precision=PRECISION)
         r = row + tl.arange(0, ROWS)
         v = col + tl.arange(0, COLS)
-        s = finite_logits(s, student_bias, v, V, student_cap, student_scale, STUDENT_BIAS, STUDENT_CAP)
-        t = finite_logits(t, teacher_bias, v, V, teacher_cap, teacher_scale, TEACHER_BIAS, TEACHER_CAP)
         student_base = tl.load(student_offset + r)
         teacher_base = tl.load(teacher_offset + r)
-        # Logits that are near each other differ without a rounding; exponents less their offsets would each have one.
-        ratio = (s - t) - (student_base - teacher_base)[:, None]
-        s -= student_base[:, None]
-        t -= teacher_base[:, None]
+        shift = student_base - teacher_base
+        # Logits that are near each other differ without a rounding; less their offsets each would have one.
+        if PLAIN:
+            ratio = tl.fma(s - t, student_scale, -shift[:, None])
+            s = tl.fma(s, student_scale, -student_base[:, None])
+            t = tl.fma(t, student_scale, -teacher_base[:, None])
+        else:
+            s = finite_logits(s, student_bias, v, V, student_cap, student_scale, STUDENT_BIAS, STUDENT_CAP)
+            t = finite_logits(t, teacher_bias, v, V, teacher_cap, teacher_scale, TEACHER_BIAS, TEACHER_CAP)
+            ratio = (s - t) - shift[:, None]
+            s -= student_base[:, None]
+            t -= teacher_base[:, None]
         inside = (v < V)[None, :]
-        p = tl.where(inside, tl.exp2(s), 0.0)
-        q = tl.where(inside, tl.exp2(t), 0.0)
+        s = tl.where(inside, s, NEG)
+        t = tl.where(inside, t, NEG)
+        p = tl.exp2(s)
+        q = tl.exp2(t)
         at = sums + col_tile * n_slots + r
         plane = col_tiles * n_slots
         tl.store(at, tl.sum(p, 1))
@@ -160,17 +177,17 @@ def pair_kernel(
         if TEACHER_ENTROPY:
             tl.store(at + (2 + REVERSE + FORWARD + STUDENT_ENTROPY) * plane, tl.sum(q * t, 1))
         if STORE:
-            largest = tl.where(inside, tl.maximum(s, t), NEG)
+            largest = tl.maximum(s, t)
             if STEPPED:
                 largest = whole_steps(largest)
-            ratio = tl.minimum(tl.maximum(ratio, -RATIO), RATIO)
+                ratio = tl.minimum(tl.maximum(ratio, -RATIO), RATIO).to(tl.float16)
             if TMA:
-                magnitudes.store([row, col], largest)
-                ratios.store([row, col], ratio.to(ratios.dtype))
+                put_halves(magnitudes, row, col, largest)
+                put_halves(ratios, row, col, ratio)
             else:
                 inner = r.to(tl.int64)[:, None] * (col_tiles * COLS) + v[None, :]
                 tl.store(magnitudes + inner, largest)
-                tl.store(ratios + inner, ratio.to(ratios.dtype.element_ty))
+                tl.store(ratios + inner, ratio)
 
 
 def pair_config(dtypes: tuple[torch.dtype, ...], shared: int) -> Config:
@@ -179,8 +196,8 @@ def pair_config(dtypes: tuple[torch.dtype, ...], shared: int) -> Config:
         return FLOAT32
 
     def room(c: Config) -> int:
-        """Operands, and the two tiles on their way out."""
-        return c.stages * (2 * c.rows + c.cols) * c.depth * 2 + 2 * c.rows * c.cols * 2
+        """Operands, and half a tile on its way out."""
+        return c.stages * (2 * c.rows + c.cols) * c.depth * 2 + c.rows * c.cols
 
     return next((c for c in HALF if room(c) <= shared), HALF[-1])
 
@@ -211,7 +228,7 @@ class PairPass:
         self.sums = student.floats(wanted.planes, self.col_tiles, student.rows)
         self.magnitudes = memory if memory is None or memory.dtype == torch.float32 else memory.view(torch.int16)
         self.ratios = ratios
-        self.stored = tuple(x if x is None else self._tiled(x, c.rows, c.cols) for x in (self.magnitudes, ratios))
+        self.stored = tuple(x if x is None else self._tiled(x, c.rows, c.cols // 2) for x in (self.magnitudes, ratios))
         self.operands = tuple(
             self._tiled(chunk.hidden, c.rows, c.depth) for chunk in (student, teacher)
         ), tuple(self._tiled(chunk.head.weight, c.cols, c.depth) for chunk in (student, teacher))  # fmt: skip
@@ -223,6 +240,8 @@ class PairPass:
         student, teacher = self.student, self.teacher
         (student_hidden, teacher_hidden), (student_weight, teacher_weight) = self.operands
         heads = student.head, teacher.head
+        parts = heads[0].bias, heads[1].bias, student.softcap, teacher.softcap
+        plain = all(x is None for x in parts) and student.logit_scale == teacher.logit_scale
         pair_kernel[(student.programs,)](
             student_hidden, teacher_hidden, student_weight, *heads[0].weight.stride(), teacher_weight,
             *heads[1].weight.stride(), heads[0].bias, heads[1].bias, student.offset, teacher.offset, *self.stored,
@@ -233,7 +252,7 @@ class PairPass:
             REVERSE=self.wanted.reverse, FORWARD=self.wanted.forward,
             STUDENT_ENTROPY=self.wanted.student_entropy, TEACHER_ENTROPY=self.wanted.teacher_entropy,
             STUDENT_BIAS=heads[0].bias is not None, TEACHER_BIAS=heads[1].bias is not None,
-            STUDENT_CAP=student.softcap is not None, TEACHER_CAP=teacher.softcap is not None, PRECISION=PRECISION,
-            # Where a product and the difference with another make one fma, equal models would not have equal logits.
-            enable_fp_fusion=False, **self.config.tile, **self.config.launch,
+            STUDENT_CAP=student.softcap is not None, TEACHER_CAP=teacher.softcap is not None, PLAIN=plain,
+            # Were the scaling of one logit fused with the difference, equal models would have unequal ones.
+            PRECISION=PRECISION, enable_fp_fusion=plain, **self.config.tile, **self.config.launch,
         )  # fmt: skip

@@ -6,8 +6,8 @@ import functools
 
 from egrsd_kernels.backends.protocol import Needs
 
-from ..common import ROW_TILE, Config, Machine
-from ..plan import LAUNCH_STEPS, MOST_ROWS, Plan, ceil_div, least_partial_tiles, output_tiles, product_steps
+from ..common import ROW_TILE, Config, Machine, ceil_div
+from ..plan import LAUNCH_STEPS, MOST_ROWS, Plan, least_partial_tiles, output_tiles, product_steps
 
 LAUNCHES = 20  # of a chunk, half of them for rows that may have to be done again
 

@@ -7,10 +7,9 @@ import triton.language as tl
 
 from egrsd_kernels.backends.protocol import DivergenceStatistics
 
-from ..common import LN2, LOG2E, NEG
-from ..plan import ceil_div
+from ..common import LN2, NEG, ceil_div
 from ..vocab import ROW_BLOCK, TILE_BLOCK
-from .pair import PairPass, magnitude_of
+from .pair import PairPass, load_magnitudes
 
 # Between these sums of exponentials a row's offsets are suited: M has a place for all that is 2^-40 of a sum or more.
 LEAST_SUM = 2.0**-24
@@ -21,11 +20,11 @@ INFINITE = tl.constexpr(1.0e15)
 FAR = tl.constexpr(10.0)
 # Of entries: where K is nothing but rounding errors, of 4e-6 nat, its root is not 0.
 ROUNDING = tl.constexpr(2.0e-3)
-# What a row has in ``values``: 1/S_S, 1/S_T, log2(S_S/S_T), the mean that its gradient takes off (KL in units of ln 2,
-# or Σ p_S u, and before that Σ (p_S - p_T) r), a bound of its entries, and the student's logsumexp in units of ln 2.
-VALUES = 6
+# What a row has in ``values``, logarithms in units of ln 2: log2(1/S_S), log2(S_S/S_T), what its gradient takes off (KL,
+# or Σ p_S u, and before that Σ (p_S - p_T) r), a bound of its entries, and the student's logsumexp.
+VALUES = 5
 # Entries of a row that a program of an elementwise pass takes.
-BLOCK, WARPS = 4096, 8
+BLOCK, WARPS = 2048, 4
 
 
 @triton.jit
@@ -102,17 +101,17 @@ def combine_pairs_kernel(
             tl.store(student_entropy + row, (tl.log2(p) - student_u / p) * LN2, mask=ours)
         if teacher_entropy is not None:
             tl.store(teacher_entropy + row, (tl.log2(q) - teacher_u / q) * LN2, mask=ours)
-        c = tl.log2(p / q)  # one quotient: 0 exactly where both models are the same
-        tl.store(values + r, 1.0 / p, mask=ours)
-        tl.store(values + n_slots + r, 1.0 / q, mask=ours)
-        tl.store(values + 2 * n_slots + r, c, mask=ours)
-        tl.store(values + 5 * n_slots + r, student_base + tl.log2(p), mask=ours)
+        c = tl.log2(tl.div_rn(p, q))  # 0 exactly where both models are the same
+        log_p = tl.log2(p)
+        tl.store(values + r, -log_p, mask=ours)
+        tl.store(values + n_slots + r, c, mask=ours)
+        tl.store(values + 4 * n_slots + r, student_base + log_p, mask=ours)
         if REVERSE and FORWARD:
-            tl.store(values + 3 * n_slots + r, by_p / p - by_q / q, mask=ours)
+            tl.store(values + 2 * n_slots + r, by_p / p - by_q / q, mask=ours)
         else:
             if REVERSE:
                 kl = by_p / p - c
-                tl.store(values + 3 * n_slots + r, kl, mask=ours)
+                tl.store(values + 2 * n_slots + r, kl, mask=ours)
             else:
                 kl = c - by_q / q
             kl = tl.where(kl < 0, 0.0, tl.where(kl > INFINITE, float("inf"), kl * LN2))
@@ -120,28 +119,25 @@ def combine_pairs_kernel(
             bound = entry_bound(kl)
             if FORWARD:
                 bound = tl.where(bound > 1, 1.0, bound)
-            tl.store(values + 4 * n_slots + r, bound, mask=ours)
+            tl.store(values + 3 * n_slots + r, bound, mask=ours)
 
 
 @triton.jit
-def expm1_of(x):
-    """e^x - 1 for x <= 0."""
-    series = x * (1.0 + x * (0.5 + x * (1.0 / 6.0 + x * (1.0 / 24.0 + x * (1.0 / 120.0)))))
-    return tl.where(x > -0.17, series, tl.exp2(x * LOG2E) - 1.0)
+def both_of(m, ratio, log_p, c):
+    """(the larger of p_S and p_T, the smaller over the larger, r) of M, r', log2(1/S_S) and log2(S_S/S_T).
+
+    All of these logarithms in units of ln 2. Off by 2^-21 of the larger, whatever they differ by; equal ones are equal.
+    """
+    r = ratio - c
+    larger = tl.exp2(m + log_p + tl.maximum(tl.minimum(ratio, 0.0), c - tl.maximum(ratio, 0.0)))
+    return larger, tl.exp2(-tl.abs(r)), r
 
 
 @triton.jit
-def log1p_of(x):
-    """log(1 + x) for -1 < x <= 0."""
-    series = x * (1.0 - x * (0.5 - x * (1.0 / 3.0 - x * (0.25 - x * 0.2))))
-    return tl.where(x > -0.04, series, tl.log2(1.0 + x) * LN2)
-
-
-@triton.jit
-def log_share(r, beta):
-    """u = ln(p_S / m) with m = (1 - beta) p_S + beta p_T, of r = ln(p_S / p_T)."""
+def log_share(less, r, beta):
+    """u = log2(p_S / m) with m = (1 - beta) p_S + beta p_T, of the smaller over the larger and r = log2(p_S / p_T)."""
     w = tl.where(r < 0, 1.0 - beta, beta)
-    return tl.minimum(r, 0.0) - log1p_of(w * expm1_of(-tl.abs(r)))
+    return tl.minimum(r, 0.0) - tl.log2(1.0 + w * (less - 1.0))
 
 
 @triton.jit
@@ -149,18 +145,18 @@ def jsd_kernel(
     magnitudes, ratios, values, row_counts, parts, n_slots, width, beta, BLOCK: tl.constexpr
 ):  # fmt: skip
     """parts (5, blocks, n_slots) float32: of each BLOCK of a row Σ p_S, Σ p_T, Σ p_S u, Σ (p_S - p_T) r and its share
-    of the divergence, Σ (1 - beta) p_S u + beta p_T (u - r). Grid: (n_slots, blocks)."""
+    of the divergence, Σ (1 - beta) p_S u + beta p_T (u - r), in units of ln 2. Grid: (n_slots, blocks)."""
     i = tl.program_id(0)
     if i < tl.load(row_counts):
         v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         at = i.to(tl.int64) * width + v
-        m = magnitude_of(tl.load(magnitudes + at, mask=v < width, other=0))
+        m = load_magnitudes(magnitudes + at, v < width)
         ratio = tl.load(ratios + at, mask=v < width, other=0.0).to(tl.float32)
-        m = tl.where(v < width, m, NEG)
-        p = tl.exp2(m + tl.minimum(ratio, 0.0)) * tl.load(values + i)
-        q = tl.exp2(m - tl.maximum(ratio, 0.0)) * tl.load(values + n_slots + i)
-        r = (ratio - tl.load(values + 2 * n_slots + i)) * LN2
-        u = log_share(r, beta)
+        larger, less, r = both_of(m, ratio, tl.load(values + i), tl.load(values + n_slots + i))
+        other = larger * less
+        p = tl.where(r < 0, other, larger)
+        q = tl.where(r < 0, larger, other)
+        u = log_share(less, r, beta)
         at = parts + tl.program_id(1) * n_slots + i
         plane = tl.num_programs(1) * n_slots
         tl.store(at, tl.sum(p, 0))
@@ -201,14 +197,16 @@ def combine_jsd_kernel(
             u += tl.sum(tl.load(at + 2 * plane, mask=inside, other=0.0), 0)
             j += tl.sum(tl.load(at + 3 * plane, mask=inside, other=0.0), 0)
             jsd += tl.sum(tl.load(at + 4 * plane, mask=inside, other=0.0), 0)
-        exact = tl.load(values + 3 * n_slots + r, mask=ours, other=0.0) * LN2
+        exact = tl.load(values + 2 * n_slots + r, mask=ours, other=0.0) * LN2
         near = (j > 0) & (exact < FAR)
-        jsd *= tl.where(near, exact / tl.where(near, j, 1.0), 1.0 / ((1.0 - beta) * p + beta * q))
+        # At most beta (1 - beta) of J, since KL is convex: where J is nothing but rounding, so is this.
+        share = tl.minimum(jsd / tl.where(near, j, 1.0), beta * (1.0 - beta))
+        jsd = tl.where(near, share * exact, jsd / ((1.0 - beta) * p + beta * q) * LN2)
         row = tl.load(order + r, mask=ours, other=0)
         tl.store(divergence + row, tl.where(jsd < 0, 0.0, jsd), mask=ours)
         mean = u / p
-        tl.store(values + 3 * n_slots + r, mean, mask=ours)
-        tl.store(values + 4 * n_slots + r, entry_bound(mean), mask=ours)
+        tl.store(values + 2 * n_slots + r, mean, mask=ours)
+        tl.store(values + 3 * n_slots + r, entry_bound(mean * LN2), mask=ours)
 
 
 def combine(
