@@ -16,8 +16,9 @@ from collections.abc import Iterator
 
 import torch
 
-from egrsd_kernels import Head, fused_egrsd_loss, linear_logp, token_statistics
+from egrsd_kernels import Head, fused_egrsd_loss, linear_divergence, linear_logp, token_statistics
 from egrsd_kernels.backends import EXTRAS
+from egrsd_kernels.backends.protocol import KINDS
 from tests.support.memory import Used
 
 # Tokens, vocabulary: one, few, just past whole tiles, and a chunk that is full beside an odd number of tiles.
@@ -62,6 +63,15 @@ def run(n: int, vocabulary: int, size: int, dtype: torch.dtype) -> None:
     token_statistics(hidden, weight, target_ids, bias=bias, extras=EXTRAS)
     for mode in ("exact", "sparse"):
         linear_logp(hidden, weight.detach() * 200, target_ids, extras=EXTRAS, grad_mode=mode)
+    other = normal(vocabulary, 2 * size).detach()
+    for kind, head in itertools.product(KINDS, (weight, weight.detach())):
+        for target, teacher in ((target_ids, weight.detach()), (None, other)):  # one head, and two of two sizes
+            h = hidden.detach() + 1 if teacher is not other else normal(n, 2 * size).detach()
+            for keep_bytes, chunk_bytes in ((0, 1 << 30), (1 << 30, 1)) if head is weight else ((0, 1),):
+                options = {"kind": kind, "target_ids": target, "keep_bytes": keep_bytes, "chunk_bytes": chunk_bytes}
+                linear_divergence(hidden, Head(head, bias, softcap=5.0), h, teacher, **options).sum().backward()
+    # Beyond float32 unless it is done again.
+    linear_divergence(hidden, weight * 200, hidden + 1, weight * 200, target_ids=target_ids, return_stats=True)
 
 
 def cases() -> Iterator[tuple[str, str, int, int, int]]:

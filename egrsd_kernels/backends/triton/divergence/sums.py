@@ -20,7 +20,7 @@ INFINITE = tl.constexpr(1.0e15)
 FAR = tl.constexpr(10.0)
 # Of entries: where K is nothing but rounding errors, of 4e-6 nat, its root is not 0.
 ROUNDING = tl.constexpr(2.0e-3)
-# What a row has in ``values``, logarithms in units of ln 2: log2(1/S_S), log2(S_S/S_T), what its gradient takes off (KL,
+# What a row has in ``values``, in units of ln 2: log2(1/S_S), log2(S_S/S_T), what its gradient takes off (KL,
 # or Σ p_S u, and before that Σ (p_S - p_T) r), a bound of its entries, and the student's logsumexp.
 VALUES = 5
 # Entries of a row that a program of an elementwise pass takes.

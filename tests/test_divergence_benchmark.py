@@ -1,0 +1,50 @@
+"""The benchmark of divergences, on the CPU: every row is checked before it is timed, and what is wrong is said."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import divergence
+
+OPTIONS = ["--device", "cpu", "--shapes", "64:96", "--vocabulary", "500", "--rounds", "3", "--budget", "0.001"]
+
+
+@pytest.fixture(autouse=True)
+def without_a_compiler(monkeypatch):
+    makers = divergence.MAKERS | {"compile": divergence.MAKERS["ours"]}
+    monkeypatch.setattr(divergence, "MAKERS", makers)
+
+
+def report(path) -> dict:
+    divergence.main([*OPTIONS, "--output", str(path)])
+    return json.loads(path.read_text())["shapes"][0]
+
+
+def test_beside_the_bare_products(tmp_path, capsys):
+    entry = report(tmp_path / "divergence.json")
+    assert len(entry["rows"]) == len(divergence.SUBJECTS)
+    for row in entry["rows"]:
+        if row["made_by"] == "ours":
+            assert row["ratio"] == row["ms"] / row["floor_ms"], row.get("note")
+            assert row["error"]["dhidden_relative"] < 5e-3
+    assert {row["teacher"] for row in entry["accuracy"]} == {*divergence.NOISE, "targets moved"}
+    assert "reverse_kl, frozen: ours" in capsys.readouterr().out
+
+
+def test_a_wrong_result_is_not_timed(tmp_path, monkeypatch):
+    right = divergence.linear_divergence
+    monkeypatch.setattr(divergence, "linear_divergence", lambda *args, **kwargs: 1.02 * right(*args, **kwargs))
+    for row in report(tmp_path / "divergence.json")["rows"]:
+        if row["made_by"] == "ours":
+            assert "ms" not in row and row["note"].startswith("wrong result")
+
+
+@pytest.mark.parametrize("kind", divergence.KINDS)
+def test_the_gradient_is_that_of_the_definition(kind):
+    z, t = torch.randn(2, 5, 7, dtype=torch.float64)
+    z.requires_grad_()
+    d, dz = divergence.dz_of(z.log_softmax(-1), t.log_softmax(-1), kind)
+    torch.testing.assert_close(torch.autograd.grad(d.sum(), z)[0], dz.detach())
