@@ -115,11 +115,11 @@ def test_token_credit(timed, n, window):
     valid = torch.ones(n, dtype=torch.bool, device=DEVICE)
     rows, end = Rows.build(valid, valid), torch.full((n,), n - 1, dtype=torch.int32, device=DEVICE)
     options = CreditOptions(gamma=0.3, gate_floor=0.1, clip_eps=0.2)
-    scale, made = torch.ones((), device=DEVICE), torch.empty(6, n, device=DEVICE)
+    scale, made = torch.ones((), device=DEVICE), torch.empty(7, n, device=DEVICE)
 
     def run() -> None:
         lookahead = triton_backend.lookahead_entropy(entropy, valid, end, window)
         stats = TokenStats(logp, teacher_logp, entropy, lookahead, *made[:5])
-        triton_backend.token_credit(rows, 0, n, advantages, scale, options, stats, made[5])
+        triton_backend.token_credit(rows, 0, n, advantages, scale, scale, options, stats, *made[5:])
 
     timed("token credit", run)

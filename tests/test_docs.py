@@ -333,7 +333,11 @@ def test_tuning():
 # ----------------------------------------------------------------------------------------------------- divergences.md
 
 
-def test_divergences():
+def test_divergences(monkeypatch):
+    pytest.importorskip("trl", reason="TRL is not installed")
+    from egrsd_kernels import trl
+
+    monkeypatch.setattr(trl, "EGRSDConfig", tiny(trl.EGRSDConfig))
     torch.manual_seed(0)
     head, mask = torch.randn(50, 16), torch.ones(3, 40, dtype=torch.bool)
     mask[1, 30:] = False
@@ -351,6 +355,7 @@ def test_divergences():
     switched = torch.where(names["unsure"], names["forward"], names["reverse"])
     assert (names["forward"] > 0).any() and (names["reverse"] > 0).any()
     assert torch.equal(switched, names["forward"] + names["reverse"])
+    assert names["config"].divergence == "reverse_kl"
     first = names["student_hidden"].grad.clone()
     names["loss"].backward()
     assert first.any() and (names["student_hidden"].grad != first).any()
