@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 Values: TypeAlias = Tensor | Sequence[int] | Sequence[bool]
 
@@ -34,6 +35,20 @@ class Segment(NamedTuple):
     start: int
     length: int
     parent: int
+
+
+class Paths(NamedTuple):
+    """The tokens that each of S segments sees: those of its path from the root, itself the last; int64, on the CPU.
+
+    keys: (G,), the packed tokens of all paths, one after another. cu_queries, cu_keys: (S + 1,), where segments begin
+    among the packed tokens, and their paths among the keys. longest_segment, longest_path: in tokens.
+    """
+
+    keys: Tensor
+    cu_queries: Tensor
+    cu_keys: Tensor
+    longest_segment: int
+    longest_path: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +93,21 @@ class Pack:
                 after[parent] = max(after[parent], after[index])
         lengths = torch.tensor([segment.length for segment in self.segments])
         return torch.tensor(after).repeat_interleave(lengths)
+
+    @functools.cached_property
+    def paths(self) -> Paths:
+        """What each segment sees, one after another."""
+        parts: list[tuple[int, int]] = []
+        seen = []
+        for number in range(len(self.segments)):
+            path = [self.segments[one] for one in self.path(number)]
+            parts += ((start, length) for start, length, _ in path)
+            seen.append(sum(length for _, length, _ in path))
+        starts, lengths = torch.tensor(parts).T
+        keys = torch.arange(int(lengths.sum())) + (starts - lengths.cumsum(0) + lengths).repeat_interleave(lengths)
+        queries = torch.tensor([segment.length for segment in self.segments])
+        cu_queries, cu_keys = (functional.pad(one.cumsum(0), (1, 0)) for one in (queries, torch.tensor(seen)))
+        return Paths(keys, cu_queries, cu_keys, int(queries.max()), max(seen))
 
     def path(self, segment: int) -> list[int]:
         """The segments that one sees, from the root to itself."""
