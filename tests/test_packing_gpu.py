@@ -204,6 +204,14 @@ def test_dropout_of_attention_is_refused():
         packed(model.train(), pack, lambda hidden, head: hidden)
 
 
+def test_a_forward_in_another_dtype_than_the_proved_one_is_refused():
+    model = tiny("qwen3")
+    varlen.DTYPES = (torch.bfloat16,)
+    words = r"its layers compute in torch.float32, where attention by segments was proved in 16 bits$"
+    with pytest.raises(ModelError, match=words), attention.by_segments(some_pack(), None):
+        model(input_ids=some_pack().input_ids[None])
+
+
 # ---------------------------------------------------------------------------------------------------- compiled layers
 
 
@@ -245,6 +253,7 @@ def step(model: nn.Module, seed: int, compile_layers: bool) -> tuple[Tensor, dic
     return logp.detach(), gradients(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_layers_are_compiled_once(monkeypatch, checkpointing):
     made = count_graphs(monkeypatch)
@@ -267,6 +276,7 @@ def test_compiled_layers_are_compiled_once(monkeypatch, checkpointing):
     assert len(made) == counts[0]
 
 
+@pytest.mark.slow
 def test_compiled_layers_train_adapters(monkeypatch):
     peft = pytest.importorskip("peft")
     made = count_graphs(monkeypatch)
@@ -349,8 +359,9 @@ def on_device(model: nn.Module, compile_layers: bool) -> tuple[Tensor, Tensor]:
     """(log p, gradient of its sum) over a pack."""
     pack = some_pack()
     logp, _ = packed(
-        model, pack, lambda hidden, head: linear_logp(hidden, head, pack.target_ids), compile_layers=compile_layers
-    )
+        model, pack, lambda hidden, head: linear_logp(hidden, head, pack.target_ids.to(hidden.device)),
+        compile_layers=compile_layers,
+    )  # fmt: skip
     logp.sum().backward()
     return logp.detach().cpu(), torch.cat([one.flatten().cpu().float() for one in gradients(model).values()])
 
@@ -392,7 +403,7 @@ def test_on_a_gpu_compiled_layers_are_the_same_and_compiled_once(checkpointing):
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     expected, wanted = on_device(model, False)
-    reference, exact = on_device(tiny("qwen3", head_dim=16).to("cuda"), False)
+    reference, exact = on_device(tiny("qwen3", head_dim=16).to(torch.bfloat16).to("cuda", torch.float32), False)
     found, gradient = on_device(model, True)
     assert rms(found - reference) <= 4 * rms(expected - reference)
     assert rms(gradient - exact) <= 4 * rms(wanted - exact)

@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from egrsd_kernels.models import ModelError
 
+from . import varlen
 from .tree import Pack
 from .varlen import moved, serve, table, window_of
 
@@ -152,6 +153,8 @@ def _table(size: int | None, pack: Pack, _: Maker, asked: dict[str, Any]) -> Any
     tokens, device = size or len(pack), torch.device(asked["device"])
     _check_keys(asked, tokens)
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else asked["dtype"]
+    if dtype not in varlen.DTYPES:
+        raise ModelError(f"its layers compute in {dtype}, where attention by segments was proved in 16 bits")
     window = window_of(asked["mask_function"], max(map(len, pack.places)))
     return table(pack, tokens, window, device, dtype, size is not None)
 

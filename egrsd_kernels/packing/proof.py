@@ -57,19 +57,19 @@ def row_limit(model: nn.Module) -> float:
 def fast_road(model: nn.Module) -> Callable[[Pack, int | None], AbstractContextManager[None]] | None:
     """The way by segments, where the model is on a GPU, computes in 16 bits, and its layers ask for nothing else.
 
-    It is proved on that GPU and in that dtype, under the autocast that is entered, and the finding kept.
+    It is proved on that GPU and in that dtype, and the finding kept.
 
     Raises:
         ModelError: as :func:`row_limit`.
     """
     base: Any = language_model(model)
     name, device = implementation_of(base), base.device
-    autocast = torch.is_autocast_enabled(device.type)
-    dtype = torch.get_autocast_dtype(device.type) if autocast else base.dtype
-    if name not in FAST or device.type not in varlen.DEVICES or dtype not in varlen.DTYPES:
+    kind = device.type
+    dtype: torch.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else base.dtype
+    if name not in FAST or kind not in varlen.DEVICES or dtype not in varlen.DTYPES:
         return None
     road = FAST[name]
-    served = _kept(base, f"{name} {device.type} {dtype}", lambda: _prove_on(base, road, device, dtype, autocast))
+    served = _kept(base, f"{name} {kind} {dtype}", lambda: _prove_on(base, road, device, dtype))
     return road if served else None
 
 
@@ -111,7 +111,7 @@ def _prove(base: Any, road: Road) -> float:
     return limit
 
 
-def _prove_on(base: Any, road: Any, device: torch.device, dtype: torch.dtype, autocast: bool) -> bool:
+def _prove_on(base: Any, road: Any, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether layers ask for nothing that the way by segments has not; a ModelError where it gives other numbers.
 
     Both a pack and the rows alone are compared with the rows alone in float32, so the pack may be off by as much as
@@ -121,6 +121,7 @@ def _prove_on(base: Any, road: Any, device: torch.device, dtype: torch.dtype, au
     (pack,) = pack_rows(rows, budget=sum(map(len, rows)))
     small = _small(base, max(map(len, rows))).to(dtype).float()
     expected = torch.cat([small(input_ids=row[None]).logits[0].log_softmax(-1) for row in rows])
+    autocast = dtype != base.dtype
     small = small.to(device) if autocast else small.to(device, dtype)
     _use(small, implementation_of(base))
     with torch.device(device), torch.autocast(device.type, dtype, enabled=autocast):
