@@ -111,7 +111,7 @@ def test_token_credit(timed, n):
 
     def run() -> None:
         lookahead = triton_backend.lookahead_entropy(entropy, valid, end, window)
-        stats = TokenStats(logp, teacher_logp, entropy, lookahead, *made[:4])
-        triton_backend.token_credit(rows, 0, n, advantages, scale, options, stats, made[4])
+        stats = TokenStats(logp, teacher_logp, entropy, lookahead, *made[:5])
+        triton_backend.token_credit(rows, 0, n, advantages, scale, options, stats, made[5])
 
     timed("token credit", run)

@@ -167,6 +167,14 @@ def head(prefix: str, hidden_name: str, hidden: torch.Tensor, weight: object, bi
     return _head(Head(**parts), hidden_name, hidden, name, f"{prefix}bias", "")
 
 
+def whole_head(name: str, hidden_name: str, hidden: torch.Tensor, value: object) -> Head:
+    """The LM head that belongs to ``hidden``, out of one argument: a Head or a weight."""
+    if isinstance(value, Head):
+        return _head(value, hidden_name, hidden, f"{name}.weight", f"{name}.bias", f"{name}.")
+    of: Any = value
+    return _head(Head(of), hidden_name, hidden, name, "", "")
+
+
 def _head(of: Head, hidden_name: str, hidden: torch.Tensor, name: str, bias_name: str, prefix: str) -> Head:
     weight = tensor(name, of.weight, like=hidden)
     expect(weight.ndim == 2 and weight.shape[0] > 0, name, weight, "shape (V, D) with V > 0")
@@ -242,6 +250,18 @@ def targets(value: object, hidden: torch.Tensor, vocabulary: int, mask: object) 
         if outside.any():
             raise ValueError(f"target_ids: expected ids in [0, {vocabulary}), got {int(value[outside][0])}")
     return value.reshape(-1).contiguous(), valid.reshape(-1).contiguous()
+
+
+def optional_targets(
+    value: object, hidden: torch.Tensor, vocabulary: int, mask: object
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """(target_ids or None, valid), flat (N,) as by :func:`targets`; without targets valid is mask."""
+    if value is not None:
+        return targets(value, hidden, vocabulary, mask)
+    valid = torch.ones(hidden.shape[:-1], dtype=torch.bool, device=hidden.device)
+    if mask is not None:
+        valid = mask_of("mask", mask, shape=tuple(valid.shape), like=hidden)
+    return None, valid.reshape(-1).contiguous()
 
 
 def operands(
@@ -321,9 +341,11 @@ def _rounding(dtype: torch.dtype) -> float:
     return max(2.0**-7, 32 * torch.finfo(dtype).eps)
 
 
-def teacher_statistic(name: str, value: object, target_ids: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """``teacher_logp`` or ``teacher_entropy`` (N,), computed earlier: 0 where masked."""
-    expect(value is not None, name, value, "a tensor, since teacher_hidden is None")
+def teacher_statistic(
+    name: str, value: object, target_ids: torch.Tensor, valid: torch.Tensor, why: str
+) -> torch.Tensor:
+    """``teacher_logp`` or ``teacher_entropy`` (N,), computed earlier: 0 where masked. why: there has to be one."""
+    expect(value is not None, name, value, f"a tensor, since {why}")
     value = tensor(name, value, shape=target_ids.shape, like=target_ids)
     expect(value.dtype in FLOATS, name, value, FLOAT_TENSOR, TypeError)
     flat = value.detach().reshape(-1)

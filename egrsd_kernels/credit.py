@@ -1,6 +1,6 @@
 """The method (arXiv 2605.13255), once: from a teacher's and a student's statistics to each token's advantage.
 
-    H^CL_t = the minimum of H_j over the lookahead window    :func:`lookahead_entropy`
+    H^CL_t = H over the lookahead window, by default its least  :func:`lookahead_entropy`
     scale  = max(max H, min_entropy_scale)                   :func:`batch_max`, Eq. 8
     ω      = clip(1 − γ H^CL / scale, gate_floor, 1)         :func:`gate`
     w      = clip(exp(sign(A) δ), 1 − ε, 1 + ε)              :func:`magnitude`
@@ -25,29 +25,57 @@ from . import checks
 from .checks import expect, number
 from .rows import Rows
 
-Filter = Literal["minimum", "discounted"]
+Filter = Literal["minimum", "discounted", "softmin", "quantile"]
 EntropyScale = Literal["batch_max", "batch_max_lookahead"]
 FILTERS: tuple[Filter, ...] = get_args(Filter)
 ENTROPY_SCALES: tuple[EntropyScale, ...] = get_args(EntropyScale)
 
 
 class Lookahead(NamedTuple):
-    """The window of :func:`lookahead_entropy`, and how it is filtered."""
+    """The window of :func:`lookahead_entropy`, and how it is filtered; by default every filter is the minimum."""
 
     window: int
     """W, in tokens after the token itself; 0 is EGRSD."""
     filter: Filter = "minimum"
     decay: float = 1.0
     """λ in (0, 1], of "discounted"."""
+    temperature: float = 0.0
+    """τ in [0, 10^6] nats, of "softmin"."""
+    quantile: float = 0.0
+    """q in [0, 1], of "quantile"."""
 
     @classmethod
-    def checked(cls, window: object, filter: Any, decay: object) -> Lookahead:
+    def checked(
+        cls, window: object, filter: Any, decay: object = 1.0, temperature: object = 0.0, quantile: object = 0.0
+    ) -> Lookahead:
         """From arguments of :func:`egrsd_kernels.fused_egrsd_loss`; a TypeError or ValueError names a wrong one."""
         known = isinstance(filter, str) and filter in FILTERS
         expect(known, "lookahead_filter", filter, " or ".join(f'"{name}"' for name in FILTERS))
-        decay = number("lookahead_decay", decay, low=0, high=1, strict=True)
-        expect(decay == 1 or filter == "discounted", "lookahead_decay", decay, '1, since lookahead_filter is "minimum"')
-        return cls(checks.integer("lookahead", window, low=0), filter, decay)
+        given = {"decay": decay, "temperature": temperature, "quantile": quantile}
+        numbers = {}
+        for name, (owner, bounds) in FILTER_NUMBERS.items():
+            value = numbers[name] = number(f"lookahead_{name}", given[name], **bounds)
+            neutral = cls._field_defaults[name]
+            fits = filter == owner or value == neutral
+            expect(fits, f"lookahead_{name}", value, f'{neutral:g}, since lookahead_filter is "{filter}"')
+        return cls(checks.integer("lookahead", window, low=0), filter, **numbers)
+
+    @classmethod
+    def of(cls, settings: Any) -> Lookahead:
+        """From an object that has the loss's arguments by name, such as an EGRSDConfig; as :meth:`checked`."""
+        return cls.checked(settings.lookahead, *(getattr(settings, name) for name in LOOKAHEAD_SETTINGS))
+
+
+FILTER_NUMBERS: dict[str, tuple[Filter, dict[str, Any]]] = {
+    "decay": ("discounted", {"low": 0, "high": 1, "strict": True}),
+    # From the mean, which an infinite τ is, 10^6 nats are less than 10^-4 nats away.
+    "temperature": ("softmin", {"low": 0, "high": 1e6}),
+    "quantile": ("quantile", {"low": 0, "high": 1}),
+}
+"""Fields of :class:`Lookahead` that are one filter's own: whose, and the bounds."""
+
+LOOKAHEAD_SETTINGS = tuple(f"lookahead_{name}" for name in Lookahead._fields[1:])
+"""Names of the arguments, and of the trainer's settings, that say how the window is filtered."""
 
 
 class CreditOptions(NamedTuple):
@@ -63,7 +91,7 @@ class TokenStats(NamedTuple):
 
     float32 (float64 for float64 inputs). gradient_error_bound: of sparse gradients, a token's share |c_t| dropped_t /
     Σ_s |c_s| ‖p_s − e_s‖₁ of the relative error (see sparse_tol): the sum is at most ``sparse_tol``. 0 where the
-    gradient is exact.
+    gradient is exact. divergence: D, nats, where the loss has one, else 0.
     """
 
     student_logp: Tensor
@@ -74,63 +102,84 @@ class TokenStats(NamedTuple):
     gate: Tensor
     token_advantage: Tensor
     gradient_error_bound: Tensor
+    divergence: Tensor
 
 
 # ------------------------------------------------------------------------------------------------------- the lookahead
 
 
-def _sliding(
-    entropy: Tensor, valid: Tensor, seq_end: Tensor, window: int, ahead: Callable[[Tensor, Tensor], Tensor]
-) -> Tensor:
-    """min over valid j in [t, min(t + window, seq_end_t)] of ahead(H_j, j − t), for an ``ahead`` with
-    ahead(ahead(H, a), b) = ahead(H, a + b); a NaN in the window is kept.
-
-    A window of ``span`` positions is two windows of the largest power of two in it, one at each end; minima over those
-    come from doubling.
-    """
-    n = entropy.numel()
-    position = torch.arange(n, device=entropy.device)
-    last = torch.minimum(seq_end.long(), position + min(window, n))
-    span = last - position + 1
-    lowest = torch.where(valid, entropy, torch.inf)  # over [t, t + width)
-    result, width = lowest, 1
-    while width <= min(window + 1, n):
-        tail = ahead(lowest[(last - width + 1).clamp(min=0)], span - width)
-        result = torch.where((span >= width) & (span < 2 * width), torch.minimum(lowest, tail), result)
-        following = torch.cat([lowest[width:], lowest.new_full((width,), torch.inf)])[:n]
-        lowest = torch.minimum(lowest, ahead(following, span.new_full((), width)))
-        width *= 2
-    return torch.where(valid, result, 0)
+# A filter maps windows (n, W + 1), the token's own entropy first and +inf where nothing is seen, to (n,). It is at
+# least the least entropy of its window, and keeps a NaN. What it makes of a window without any entropy is not used.
 
 
-def _minimum(entropy: Tensor, distance: Tensor, decay: float) -> Tensor:
-    return entropy
+def _minimum(window: Tensor, lookahead: Lookahead) -> Tensor:
+    """min_j H_j."""
+    return window.amin(1)
 
 
-def _discounted(entropy: Tensor, distance: Tensor, decay: float) -> Tensor:
-    """λ^−distance · H; what rounding leaves below 0 stays as it is."""
+def _discounted(window: Tensor, lookahead: Lookahead) -> Tensor:
+    """min_j λ^−(j − t) H_j; what rounding leaves below 0 stays as it is."""
+    distance = torch.arange(window.shape[1], device=window.device)
     # In two factors: one alone leaves the dtype's range while the product with a tiny entropy does not.
-    half = torch.exp2(distance.clamp(min=0).to(entropy.dtype) * (-0.5 * math.log2(decay)))
-    half = half.clamp(max=torch.finfo(entropy.dtype).max)
-    return torch.where(entropy > 0, entropy * half * half, entropy)
+    half = torch.exp2(distance.to(window.dtype) * (-0.5 * math.log2(lookahead.decay)))
+    half = half.clamp(max=torch.finfo(window.dtype).max)
+    return torch.where(window > 0, window * half * half, window).amin(1)
 
 
-_AHEAD = {"minimum": _minimum, "discounted": _discounted}
+def _softmin(window: Tensor, lookahead: Lookahead) -> Tensor:
+    """−τ log mean_j exp(−H_j / τ), from the minimum at τ = 0 to the mean.
+
+    The mean and not the sum: a window of equal entropies is that entropy, however many it holds.
+    """
+    lowest = window.amin(1)
+    seen = window != torch.inf
+    # A logarithm near 1 is off by its dtype's last place, times τ: in float64 that is nothing up to the largest τ.
+    excess = (window - lowest[:, None]).double()
+    weight = torch.where(excess > 0, torch.exp(-excess / lookahead.temperature), 1)  # 1 where τ = 0 makes 0 / 0, too
+    mean = torch.where(seen, weight, 0).sum(1) / seen.sum(1)
+    return (lowest - lookahead.temperature * mean.log()).to(window.dtype)
+
+
+def _quantile(window: Tensor, lookahead: Lookahead) -> Tensor:
+    """The q-quantile of the H_j, with linear interpolation, as torch.quantile and numpy.quantile have it."""
+    seen = (window != torch.inf).sum(1)
+    rank = lookahead.quantile * (seen - 1).clamp(min=0).to(window.dtype)
+    below = rank.floor()
+    ascending = window.sort(1).values
+    ends = torch.stack([below.long(), rank.ceil().long()], 1)
+    low, high = ascending.gather(1, ends).unbind(1)
+    value = low + (high - low) * (rank - below)
+    return torch.where(window.isnan().any(1), torch.nan, value)
+
+
+_FILTERS: dict[Filter, Callable[[Tensor, Lookahead], Tensor]] = {
+    "minimum": _minimum, "discounted": _discounted, "softmin": _softmin, "quantile": _quantile,
+}  # fmt: skip
+WINDOW_ELEMENTS = 1 << 22  # of the windows that are looked at at once
 
 
 def lookahead_entropy(entropy: Tensor, valid: Tensor, seq_end: Tensor, lookahead: Lookahead) -> Tensor:
-    """H^CL (N,): H filtered over the valid positions j in [t, min(t + W, seq_end_t)]; 0 where t is not valid.
+    """H^CL (N,): min(H_t, filter of H over valid positions j in [t, min(t + W, seq_end_t)]); 0 where t is not valid.
 
     "minimum": min_j H_j. "discounted": min_j λ^−(j − t) H_j, which a later token lowers the less the further it is.
-    Neither is ever above H_t. A NaN in the window is kept.
+    "softmin": −τ log mean_j exp(−H_j / τ). "quantile": the q-quantile of the H_j, linear between two of them.
+    None is ever above H_t, nor below min_j H_j, and so never below 0. A NaN in the window is kept.
 
     Args:
         entropy: (N,) nats, at least 0; float32 or float64. valid: (N,) bool.
         seq_end: (N,) integer, the last position of each token's own sequence.
     """
-    return _sliding(
-        entropy, valid, seq_end, lookahead.window, lambda h, d: _AHEAD[lookahead.filter](h, d, lookahead.decay)
-    )
+    n, device = entropy.numel(), entropy.device
+    ahead = torch.arange(min(lookahead.window, n) + 1, device=device)
+    result = torch.zeros_like(entropy)
+    for tokens in torch.arange(n, device=device).split(max(WINDOW_ELEMENTS // len(ahead), 1)):
+        j = tokens[:, None] + ahead
+        inside = j <= seq_end[tokens, None]
+        j = j.clamp(max=n - 1)
+        window = torch.where(inside & valid[j], entropy[j], torch.inf)
+        filtered = _FILTERS[lookahead.filter](window, lookahead)
+        result[tokens] = torch.minimum(entropy[tokens], filtered)
+    return torch.where(valid, result, 0)
 
 
 # ---------------------------------------------------------------------------------------------- scale, gate, magnitude

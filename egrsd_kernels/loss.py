@@ -15,11 +15,18 @@ from .backends import (
     DEFAULT_CHUNK_BYTES,
     DEFAULT_SPARSE_TOL,
     Backend,
+    Divergence,
+    DivergenceBackend,
+    DivergenceStatistics,
     Finish,
+    Kind,
     Needs,
+    Pair,
+    PairCredit,
     Sparse,
     VocabularyStatistics,
     choose,
+    choose_divergence,
     no_statistics,
     power_of_two,
 )
@@ -28,6 +35,20 @@ from .credit import ENTROPY_SCALES, CreditOptions, EntropyScale, Filter, Lookahe
 from .eager import eager
 from .head import Head, compute_dtype, widened
 from .rows import Rows
+
+
+@dataclass(frozen=True)
+class _Term:
+    """What λ ω D is made of beside the student: its passes, and the teacher's hidden states (B, T, D) and head."""
+
+    backend: DivergenceBackend
+    divergence: Divergence
+    weight: float  # λ
+    teacher_hidden: Tensor
+    teacher: Head
+
+    def pair(self, head: Head, hidden: Tensor, temperature: float) -> Pair:
+        return Pair(hidden, head, self.teacher_hidden, self.teacher, temperature, self.divergence)
 
 
 @dataclass(frozen=True)
@@ -47,6 +68,8 @@ class _Minibatch:
     temperature: float
     chunk_bytes: int
     sparse_tol: float | None  # None: exact gradients
+    policy_weight: float
+    term: _Term | None  # None: no divergence
 
     @cached_property
     def power(self) -> Tensor:
@@ -59,12 +82,14 @@ class _Minibatch:
 
     def loss(self, head: Head, hidden: Tensor, needs: Needs) -> tuple[Tensor, TokenStats, Finish | None]:
         """(loss, stats, what finishes the gradients of loss · :attr:`power`)."""
-        logp, magnitude, gate, token_advantage, bound, terms = (torch.zeros_like(self.advantages) for _ in range(6))
+        logp, magnitude, gate, token_advantage, bound, divergence, terms = (
+            torch.zeros_like(self.advantages) for _ in range(7)
+        )
         stats = TokenStats(
             logp, self.teacher_logp, self.teacher_entropy, self.lookahead_entropy, magnitude, gate, token_advantage,
-            bound,
+            bound, divergence,
         )  # fmt: skip
-        sign_and_share = -self.power / self.normalizer
+        sign_and_share = -self.policy_weight * self.power / self.normalizer
 
         def credit(first_row: int, n_rows: int) -> Tensor:
             self.backend.token_credit(
@@ -74,7 +99,20 @@ class _Minibatch:
 
         problem = head, self.temperature, hidden, self.target_ids, self.rows, VocabularyStatistics(logp)
         finish = None
-        if any(needs):
+        if self.term is not None:
+            share, term = self.term.weight * self.power / self.normalizer, self.term
+
+            def both(first_row: int, n_rows: int) -> PairCredit:
+                of_logp = credit(first_row, n_rows)
+                return PairCredit(gate * share, of_logp)
+
+            pair, out = term.pair(head, hidden, self.temperature), DivergenceStatistics(divergence, logp)
+            finish = term.backend.divergence_pass(pair, self.target_ids, self.rows, out, both, needs, self.chunk_bytes)
+            if not any(needs):
+                credit(0, logp.numel())
+            # Where the gate is shut, an infinite divergence costs nothing.
+            terms = self.policy_weight * terms + torch.where(gate == 0, 0, term.weight * gate * divergence)
+        elif any(needs):
             sparse = None if self.sparse_tol is None else Sparse.of(self.sparse_tol, self.target_ids)
             finish = self.backend.student_pass(*problem, credit, needs, self.chunk_bytes, sparse)
             if sparse is not None:
@@ -160,6 +198,23 @@ def _teacher(
     return teacher_hidden, head.detach()
 
 
+def _divergence(
+    kind: object, weight: object, policy_weight: object, beta: object, top_k: object, vocabulary: int
+) -> Divergence | None:
+    """What fused_egrsd_loss is asked for; None for no divergence."""
+    number("divergence_weight", weight, low=0, strict=True)
+    number("policy_weight", policy_weight, low=0)
+    if kind is not None:
+        return Divergence.checked("divergence_", kind, beta, top_k, vocabulary)
+    others = {
+        "divergence_weight": (weight, 1), "divergence_beta": (beta, 0.5), "divergence_top_k": (top_k, None),
+        "policy_weight": (policy_weight, 1),
+    }  # fmt: skip
+    for name, (value, default) in others.items():
+        expect(value == default, name, value, f"{default}, since divergence is None")
+    return None
+
+
 @eager
 def fused_egrsd_loss(
     student_hidden: Tensor,
@@ -180,6 +235,8 @@ def fused_egrsd_loss(
     lookahead: int = 0,
     lookahead_filter: Filter = "minimum",
     lookahead_decay: float = 1.0,
+    lookahead_temperature: float = 0.0,
+    lookahead_quantile: float = 0.0,
     clip_eps: float = 0.2,
     entropy_scale: EntropyScale | float | Tensor = "batch_max",
     min_entropy_scale: float = 1.0,
@@ -187,6 +244,11 @@ def fused_egrsd_loss(
     softcap: float | None = None,
     normalizer: float | Tensor | None = None,
     data_group: torch.distributed.ProcessGroup | None = None,
+    divergence: Kind | None = None,
+    divergence_weight: float = 1.0,
+    divergence_beta: float = 0.5,
+    divergence_top_k: int | None = None,
+    policy_weight: float = 1.0,
     backend: Literal["auto", "triton", "torch"] = "auto",
     grad_mode: Literal["exact", "sparse"] = "exact",
     sparse_tol: float = DEFAULT_SPARSE_TOL,
@@ -200,9 +262,13 @@ def fused_egrsd_loss(
     - magnitude w = clip(exp(sign(A) · δ), 1 - clip_eps, 1 + clip_eps), δ = log p_T(y) - log p_S(y);
     - gate ω = clip(1 - gamma · Ĥ, gate_floor, 1), Ĥ = H^CL / max(scale, min_entropy_scale) (Eq. 8);
     - H^CL_t = the minimum of the teacher's entropy H over valid j in [t, min(t + lookahead, end of the sequence)], or
-      with lookahead_filter "discounted" of lookahead_decay^-(j - t) · H_j there.
+      what another lookahead_filter makes of the H_j there, at most H_t.
 
     gamma = 0 is RLSD's loss; gamma = 0 with clip_eps = 0 is REINFORCE with the given advantages.
+
+    With a divergence L = (1/Σm) Σ_t m_t (-policy_weight · Â_t log p_S(y_t) + divergence_weight · ω_t D_t), where D_t is
+    what :func:`egrsd_kernels.linear_divergence` makes of the two distributions at t, and the gate ω is a constant. D is
+    taken at the given tokens: what it would cost that the student samples others is not in the gradient.
 
     Args:
         student_hidden: (B, T, D), or packed (N, D); bfloat16, float16, float32, or float64 (torch backend). Like every
@@ -224,12 +290,16 @@ def fused_egrsd_loss(
         mask: (B, T) or (N,), bool, or 0/1 in an integer or one of those dtypes. Masked positions are never read and
             cost nothing.
         cu_seqlens: (S + 1,) int32 or int64 boundaries of packed sequences; without it, packed input is one sequence.
-        teacher_logp, teacher_entropy: (B, T) or (N,), nats, any of those dtypes: teacher statistics computed earlier.
-            log p is at most 0 and may be -inf; entropies are finite and at least 0; both but for rounding.
+        teacher_logp, teacher_entropy: (B, T) or (N,), nats, any of those dtypes: teacher statistics computed earlier,
+            in the place of teacher_hidden; with a divergence beside it, where they spare the teacher's own pass. log p
+            is at most 0 and may be -inf; entropies are finite and at least 0; both but for rounding.
         gamma, gate_floor, lookahead, clip_eps: γ, the gate's floor, W and ε above. Numbers; γ is at least 0, the floor
             and ε in [0, 1], W an integer of at least 0.
-        lookahead_filter, lookahead_decay: how the window is filtered: "minimum", or "discounted" by λ in (0, 1], with
-            which a later token counts the less the further it is. λ = 1 is the minimum.
+        lookahead_filter: how the window is filtered, each at most H_t: "minimum"; "discounted", min_j λ^-(j - t) · H_j,
+            with which a later token counts the less the further it is; "softmin", -τ log mean_j exp(-H_j / τ); or
+            "quantile", the q-quantile of the H_j, linear between two of them.
+        lookahead_decay, lookahead_temperature, lookahead_quantile: λ in (0, 1], τ in [0, 10^6] nats, q in [0, 1]; each
+            for its own filter, and the minimum by default.
         entropy_scale: what H^CL is divided by, in nats: "batch_max", the maximum of the valid tokens' raw H (Eq. 8);
             "batch_max_lookahead", the maximum of H^CL (Algorithm 1's order); or a number or 0-d tensor, of an integer
             or one of those dtypes, on any device: positive, and finite in the loss's dtype.
@@ -238,6 +308,10 @@ def fused_egrsd_loss(
             above 0. softcap=None: no tanh.
         normalizer: instead of Σm, the number of valid tokens: a number or 0-d tensor, as entropy_scale.
         data_group: the torch.distributed group over which the minibatch is spread; the batch maximum is the group's.
+        divergence: "reverse_kl", "forward_kl" or "jsd"; it needs teacher_hidden and exact gradients. None: none.
+            divergence_beta, divergence_top_k: its beta and top_k, as in :func:`egrsd_kernels.linear_divergence`.
+        divergence_weight, policy_weight: numbers above 0, and at least 0, that weigh the two terms. Without a
+            divergence both are 1. With policy_weight = 0 the advantages are of no account but for TokenStats.
         backend: "triton", "torch" (plain PyTorch), or "auto": Triton on a GPU where it runs, else PyTorch.
         grad_mode: "exact"; or, experimental, "sparse", which leaves out vocabulary entries that carry little of the
             gradient. What that changes in dL/d(h Wᵀ) is certified to be at most sparse_tol of its L1 norm, on any
@@ -294,26 +368,40 @@ def fused_egrsd_loss(
         gate_floor=number("gate_floor", gate_floor, low=0, high=1),
         clip_eps=number("clip_eps", clip_eps, low=0, high=1),
     )
-    window = Lookahead.checked(lookahead, lookahead_filter, lookahead_decay)
+    window = Lookahead.checked(lookahead, lookahead_filter, lookahead_decay, lookahead_temperature, lookahead_quantile)
     min_entropy_scale = number("min_entropy_scale", min_entropy_scale, low=0, strict=True)
     chunk_bytes = checks.integer("chunk_bytes", chunk_bytes, low=1)
     ops = choose(backend, *(x for x in (student_hidden, teacher_hidden) if x is not None))
     sparse_tolerance = checks.sparse_tolerance(grad_mode, sparse_tol)
+    weights = divergence_weight, policy_weight
+    which = _divergence(divergence, *weights, divergence_beta, divergence_top_k, student.weight.shape[0])
+    if which is not None:
+        expect(teacher_hidden is not None, "teacher_hidden", None, "a tensor, since there is a divergence")
+        expect(sparse_tolerance is None, "grad_mode", grad_mode, '"exact", since there is a divergence')
     hidden, columns = student.join(checks.batched(student_hidden), valid)
 
     with torch.cuda.device_of(student_hidden), torch.no_grad():
-        rows = Rows.build(valid, flat_advantages != 0)
+        rows = Rows.build(valid, valid if which is not None else flat_advantages != 0)
+        given = {"teacher_logp": teacher_logp, "teacher_entropy": teacher_entropy}
+        one = teacher_logp if teacher_logp is not None else teacher_entropy
+        term = None
         if teacher_hidden is None:
             for name, unused in (("teacher_weight", teacher_weight), ("teacher_bias", teacher_bias)):
                 expect(unused is None, name, unused, "None, since teacher_hidden is None")
-            given = {"teacher_logp": teacher_logp, "teacher_entropy": teacher_entropy}
-            logp, entropy = (checks.teacher_statistic(name, x, target_ids, valid) for name, x in given.items())
         else:
-            unused = teacher_logp if teacher_logp is not None else teacher_entropy
-            expect(unused is None, "teacher_logp, teacher_entropy", unused, "None beside teacher_hidden")
+            expected = "None beside teacher_hidden, since there is no divergence"
+            expect(one is None or which is not None, "teacher_logp, teacher_entropy", one, expected)
             described = isinstance(student_weight, Head)
             read = _teacher(teacher_hidden, teacher_weight, teacher_bias, student_hidden, student, described)
-            states, teacher = read[1].joined(checks.batched(read[0]), valid)
+            states, teacher = read[1].joined(checks.batched(read[0].detach()), valid)
+            if which is not None:
+                pair = Pair(checks.batched(student_hidden), student, states, teacher, temperature, which)
+                divergences = choose_divergence(backend, pair)
+                term = _Term(divergences, which, float(divergence_weight), states, teacher)
+        if teacher_hidden is None or one is not None:
+            why = "teacher_hidden is None" if teacher_hidden is None else "the other statistic is given"
+            logp, entropy = (checks.teacher_statistic(name, x, target_ids, valid, why) for name, x in given.items())
+        else:
             logp, entropy, _ = found = no_statistics(n, states)
             out = VocabularyStatistics(*found)
             ops.statistics(teacher, temperature, states, flat_targets, rows, out, chunk_bytes)
@@ -326,7 +414,7 @@ def fused_egrsd_loss(
         divisor = torch.where(n_valid == 0, 1, divisor)
         minibatch = _Minibatch(
             ops, flat_targets, rows, flat_advantages, logp, entropy, lookahead_entropy, scale, divisor, options,
-            temperature, chunk_bytes, sparse_tolerance,
+            temperature, chunk_bytes, sparse_tolerance, float(policy_weight), term,
         )  # fmt: skip
 
     with torch.cuda.device_of(student_hidden):

@@ -1,5 +1,15 @@
 """The method in plain PyTorch over full logits: what every test trusts."""
 
+from .divergence import (
+    divergence,
+    egrsd_divergence_loss,
+    forward_kl,
+    jsd,
+    kl,
+    linear_divergence,
+    reverse_kl,
+    top_and_rest,
+)
 from .egrsd import (
     IGNORE_INDEX,
     TokenStats,
@@ -17,6 +27,7 @@ from .egrsd import (
     magnitude,
     mean_logits,
     normalised_entropy,
+    position_weights,
     token_advantage,
 )
 
@@ -24,11 +35,17 @@ __all__ = [
     "IGNORE_INDEX",
     "TokenStats",
     "direction",
+    "divergence",
+    "egrsd_divergence_loss",
     "egrsd_loss",
     "entropy",
     "entropy_scale",
+    "forward_kl",
     "gate",
     "is_top1",
+    "jsd",
+    "kl",
+    "linear_divergence",
     "log_prob",
     "log_ratio",
     "log_sum_sq_probs",
@@ -37,5 +54,8 @@ __all__ = [
     "magnitude",
     "mean_logits",
     "normalised_entropy",
+    "position_weights",
+    "reverse_kl",
     "token_advantage",
+    "top_and_rest",
 ]

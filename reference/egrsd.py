@@ -87,24 +87,41 @@ def magnitude(advantages: Tensor, teacher_logp: Tensor, student_logp: Tensor, cl
 
 
 def lookahead_entropy(
-    entropy: Tensor, mask: Tensor, seq_end: Tensor, lookahead: int, filter: str = "minimum", decay: float = 1.0
+    entropy: Tensor,
+    mask: Tensor,
+    seq_end: Tensor,
+    lookahead: int,
+    filter: str = "minimum",
+    decay: float = 1.0,
+    temperature: float = 0.0,
+    quantile: float = 0.0,
 ) -> Tensor:
     """H^CL_t = min H_j over the valid j in [t, min(t + W, end of t's sequence)], in nats;  0 where t is not valid.
 
     entropy (N,) and mask (N,) bool hold the sequences one after another, and seq_end (N,) the index of the last
     position of each position's own sequence. An invalid position in the window is skipped; a NaN entropy is not.
-    "discounted": min λ^−(j − t) · H_j.
+    Other filters, of which H_t is an upper bound: "discounted", min λ^−(j − t) · H_j;  "softmin",
+    −τ log (1/n) Σ exp(−H_j / τ) over the n valid j, at τ = 0 the minimum;  "quantile", the q-quantile of the H_j,
+    interpolated linearly.
     """
-    h = torch.where(mask, entropy, torch.inf)  # the identity of min, so that invalid positions are never chosen
-    position = torch.arange(len(h), device=h.device)
-    h_cl = h
-    for step in range(1, min(lookahead, len(h) - 1) + 1):
-        inside = position + step <= seq_end
-        ahead = h.roll(-step)
+    position = torch.arange(len(entropy), device=entropy.device)
+    following, seen = [], []
+    for step in range(min(lookahead, max(len(entropy) - 1, 0)) + 1):
+        seen.append(mask.roll(-step) & (position + step <= seq_end))
+        ahead = entropy.roll(-step)
         if filter == "discounted":
             ahead = torch.where(ahead > 0, ahead / decay**step, ahead)  # 0 stays 0
-        h_cl = torch.where(inside, torch.minimum(h_cl, ahead), h_cl)
-    return torch.where(mask, h_cl, 0.0)
+        following.append(ahead)
+    h, valid = torch.stack(following), torch.stack(seen)  # (W + 1, N)
+    if filter == "softmin" and temperature > 0:
+        exponent = torch.where(valid, -h / temperature, -torch.inf)
+        h_cl = -temperature * (torch.logsumexp(exponent, 0) - valid.sum(0).to(h.dtype).log())
+    elif filter == "quantile":
+        h_cl = torch.nanquantile(torch.where(valid, h, torch.nan), quantile, dim=0)
+        h_cl = torch.where((valid & h.isnan()).any(0), torch.nan, h_cl)
+    else:
+        h_cl = torch.where(valid, h, torch.inf).amin(0)  # the identity of min, so that invalid ones are never chosen
+    return torch.where(mask, torch.minimum(entropy, h_cl), 0.0)
 
 
 def entropy_scale(
@@ -151,6 +168,23 @@ def token_advantage(advantages: Tensor, magnitude: Tensor, gate: Tensor) -> Tens
     return torch.where(advantages == 0, 0.0, advantages * magnitude * gate)
 
 
+def position_weights(mask: Tensor, log_ratio: Tensor, position: float = 0.0, prefix: float = 0.0) -> Tensor:
+    """ρ = (1 + κ (2u − 1)) · (1 + η (1 − a)) of the tokens of one response, κ = position, η = prefix.  (T,) -> (T,)
+
+    u = (k − ½) / n for the k-th of n valid tokens;  a = Σ_{j < t} |δ_j| / Σ_j |δ_j| over the valid ones, 0 where they
+    are all 0;  ρ = 1 where not valid.
+    """
+    weights = torch.ones_like(log_ratio)
+    tokens = mask.nonzero()[:, 0].tolist()
+    total = sum(float(log_ratio[t].abs()) for t in tokens)
+    before = 0.0
+    for k, t in enumerate(tokens, 1):
+        u, a = (k - 0.5) / len(tokens), before / total if total else 0.0
+        weights[t] = (1 + position * (2 * u - 1)) * (1 + prefix * (1 - a))
+        before += float(log_ratio[t].abs())
+    return weights
+
+
 def egrsd_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -170,6 +204,8 @@ def egrsd_loss(
     lookahead: int = 0,
     lookahead_filter: str = "minimum",
     lookahead_decay: float = 1.0,
+    lookahead_temperature: float = 0.0,
+    lookahead_quantile: float = 0.0,
     clip_eps: float = 0.2,
     entropy_scale: str | float | Tensor = "batch_max",
     min_entropy_scale: float = 1.0,
@@ -223,7 +259,8 @@ def egrsd_loss(
             log_p_t, h = log_prob(z, y), spread(entropy(z))
         else:
             log_p_t, h = select(teacher_logp), spread(select(teacher_entropy))
-        h_cl = lookahead_entropy(h, valid, seq_end, lookahead, lookahead_filter, lookahead_decay)
+        window = lookahead, lookahead_filter, lookahead_decay, lookahead_temperature, lookahead_quantile
+        h_cl = lookahead_entropy(h, valid, seq_end, *window)
         omega = gate(normalised_entropy(h, h_cl, valid, entropy_scale, min_entropy_scale), gamma, gate_floor)[rows]
         w = magnitude(advantages[rows], log_p_t, student_logp, clip_eps)
         a_hat = token_advantage(advantages[rows], w, omega)

@@ -35,13 +35,40 @@ def sequences(lengths: list[int], seed: int) -> tuple[torch.Tensor, torch.Tensor
 def naive(entropy: torch.Tensor, valid: torch.Tensor, ends: torch.Tensor, lookahead: Lookahead) -> torch.Tensor:
     found = torch.zeros(len(entropy), dtype=torch.float64)
     for t in range(len(entropy)):
-        window = [j for j in range(t, min(t + lookahead.window, int(ends[t])) + 1) if valid[j]]
-        # In logarithms no factor leaves float64's range.
-        rate = -math.log(lookahead.decay)
-        exponents = [math.log(h) + rate * (j - t) if (h := float(entropy[j])) > 0 else -math.inf for j in window]
-        values = [math.exp(min(x, 700.0)) for x in exponents]
-        found[t] = min(values) if valid[t] else 0.0
+        if valid[t]:
+            window = [j for j in range(t, min(t + lookahead.window, int(ends[t])) + 1) if valid[j]]
+            distances, seen = [j - t for j in window], entropy[window].double()
+            found[t] = min(float(entropy[t]), NAIVE[lookahead.filter](seen, distances, lookahead))
     return found
+
+
+def naive_discounted(seen: torch.Tensor, distances: list[int], lookahead: Lookahead) -> float:
+    # In logarithms no factor leaves float64's range.
+    rate = -math.log(lookahead.decay)
+    exponents = [
+        math.log(h) + rate * k if (h := float(x)) > 0 else -math.inf for x, k in zip(seen, distances, strict=True)
+    ]
+    return min(math.exp(min(x, 700.0)) for x in exponents)
+
+
+def naive_softmin(seen: torch.Tensor, distances: list[int], lookahead: Lookahead) -> float:
+    if lookahead.temperature == 0:
+        return float(seen.min())
+    least = float(seen.min())
+    shifted = [-(float(x) - least) / lookahead.temperature for x in seen]
+    mean = math.fsum(map(math.expm1, shifted)) / len(shifted)
+    # Of two ways to write the logarithm of a mean, each is exact where the other is not.
+    return least - lookahead.temperature * (
+        math.log1p(mean) if mean > -0.5 else math.log(math.fsum(map(math.exp, shifted)) / len(shifted))
+    )
+
+
+NAIVE = {
+    "minimum": lambda seen, distances, lookahead: float(seen.min()),
+    "discounted": naive_discounted,
+    "softmin": naive_softmin,
+    "quantile": lambda seen, distances, lookahead: float(torch.quantile(seen, lookahead.quantile)),
+}
 
 
 def powers_error(lookahead: Lookahead, dtype: torch.dtype) -> float:
@@ -91,20 +118,105 @@ def test_discount_of_what_is_no_entropy(where):
     assert abs(ahead(10**6)[6] - 8) < 1e-4  # the one factor, 2^129, is beyond float32
 
 
-@settings(max_examples=100, deadline=None)
+def rounding(lookahead: Lookahead, dtype: torch.dtype) -> float:
+    """What a soft minimum or a quantile may be off by, nats, for entropies of at most 10.
+
+    Each is a weighted mean of entropies: four roundings of at most 10 nats. A soft minimum has a logarithm that float64
+    rounds, times τ, whose own rounding to float32 moves it by at most 10 u. A quantile's rank, at most W, is off by 2 u
+    of itself, and two neighbours in order are at most 10 nats apart.
+    """
+    u = torch.finfo(dtype).eps / 2
+    own = {"softmin": lookahead.temperature * (lookahead.window + 8) * 2.0**-53, "quantile": 20 * lookahead.window * u}
+    return 50 * u + own[lookahead.filter]
+
+
+SOFT = (0, 0.3), (1, 1e-3), (3, 0.3), (8, 50.0), (60, 1e6)
+QUANTILES = (0, 0.5), (1, 0.25), (3, 0.5), (8, 0.9), (20, 0.37)
+SMOOTH = [
+    *(Lookahead(window, "softmin", temperature=tau) for window, tau in SOFT),
+    *(Lookahead(window, "quantile", quantile=q) for window, q in QUANTILES),
+    Lookahead(3, "quantile", quantile=1.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("lookahead", SMOOTH, ids=str)
+@pytest.mark.parametrize("where", ["torch", "triton"])
+def test_soft_minimum_and_quantile(lookahead, where):
+    entropy, valid, ends = sequences([1, 7, 60, 1, 25, 0, 2], seed=lookahead.window)
+    want = naive(entropy, valid, ends, lookahead)
+    dtype, function = (torch.float64, credit) if where == "torch" else (torch.float32, in_triton)
+    arguments = [x.to(DEVICE) for x in (entropy.to(dtype), valid, ends)]
+    got = function.lookahead_entropy(*arguments, lookahead).cpu()
+    assert got.dtype == dtype
+    assert (got.double() - want).abs().max() <= rounding(lookahead, dtype)
+    least = function.lookahead_entropy(*arguments, Lookahead(lookahead.window)).cpu()
+    assert (least <= got).all() and (got <= torch.where(valid, entropy, 0)).all()
+    if lookahead.window == 0 or lookahead.quantile == 1:  # the token's own entropy, to the bit
+        assert torch.equal(got, torch.where(valid, entropy, 0).to(dtype))
+
+
+@pytest.mark.parametrize("filter", credit.FILTERS)
+@pytest.mark.parametrize("where", [credit, in_triton], ids=["torch", "triton"])
+def test_every_filter_is_the_minimum_by_default(filter, where):
+    """To the bit, with equal entropies, rounded ones below 0 and NaN in the window, which is kept."""
+    entropy, valid, ends = (x.to(DEVICE) for x in sequences([1, 9, 40, 0, 2], seed=3))
+    entropy[5], entropy[20:24], entropy[30], valid[30] = -1e-7, 0.5, math.nan, True
+    least = where.lookahead_entropy(entropy, valid, ends, Lookahead(4))
+    assert torch.equal(
+        where.lookahead_entropy(entropy, valid, ends, Lookahead(4, filter)).nan_to_num(9), least.nan_to_num(9)
+    )
+    assert least[26:31][valid[26:31]].isnan().all() and not least[31:].isnan().any()
+
+
+@pytest.mark.parametrize("where", [credit, in_triton], ids=["torch", "triton"])
+def test_soft_minimum_and_quantile_of_odd_windows(where):
+    """Equal entropies are themselves, whatever the window holds; NaN is kept; the tiniest τ is the minimum."""
+    filters = [{"filter": "softmin", "temperature": 0.2}, {"filter": "quantile", "quantile": 0.4}]
+    entropy = torch.tensor([3.0, 0.7, 0.7, 0.7, math.nan, 2.0, 2.0], device=DEVICE)
+    valid = torch.tensor([True, True, True, True, True, True, False], device=DEVICE)
+    ends = torch.full((7,), 6, device=DEVICE).int()
+    for filter in filters:
+        got = where.lookahead_entropy(entropy, valid, ends, Lookahead(2, **filter)).cpu()
+        assert got.isnan().tolist() == [False, False, True, True, True, False, False]
+        assert got[1] == entropy[1] and got[5:].tolist() == [2.0, 0.0]
+    tiny = Lookahead(2, "softmin", temperature=1e-300)
+    entropy = torch.tensor([3.0, 0.7, 0.9, 0.0, 5.0, 2.0, 2.0], device=DEVICE)
+    got = where.lookahead_entropy(entropy, valid, ends, tiny).cpu()
+    assert torch.allclose(got, where.lookahead_entropy(entropy, valid, ends, Lookahead(2)).cpu(), rtol=0, atol=1e-38)
+
+
+def test_windows_in_pieces_are_the_windows(monkeypatch):
+    entropy, valid, ends = sequences([30, 4, 50], seed=8)
+    filters = [
+        Lookahead(6, "discounted", 0.8),
+        Lookahead(6, "softmin", temperature=0.1),
+        Lookahead(6, "quantile", quantile=0.3),
+    ]
+    whole = [credit.lookahead_entropy(entropy, valid, ends, filter) for filter in filters]
+    monkeypatch.setattr(credit, "WINDOW_ELEMENTS", 7 * 13)
+    for filter, want in zip(filters, whole, strict=True):
+        assert torch.equal(credit.lookahead_entropy(entropy, valid, ends, filter), want)
+
+
+@settings(max_examples=150, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(any),
     seed=st.integers(0, 2**20),
     window=st.integers(0, 12),
-    filter=st.sampled_from(credit.FILTERS),
-    decay=st.floats(0.05, 1.0),
+    filter=st.one_of(
+        st.just({}),
+        st.floats(0.05, 1.0).map(lambda x: {"filter": "discounted", "decay": x}),
+        st.sampled_from([0.0, 1e-3, 0.1, 1.0, 1e3]).map(lambda x: {"filter": "softmin", "temperature": x}),
+        st.floats(0.0, 1.0).map(lambda x: {"filter": "quantile", "quantile": x}),
+    ),
 )
-def test_lookahead_is_the_reference(lengths, seed, window, filter, decay):
+def test_lookahead_is_the_reference(lengths, seed, window, filter):
     entropy, valid, ends = sequences(lengths, seed)
-    decay = decay if filter == "discounted" else 1.0
-    got = credit.lookahead_entropy(entropy.double(), valid, ends, Lookahead(window, filter, decay))
-    want = reference.lookahead_entropy(entropy.double(), valid, ends, window, filter, decay)
-    assert torch.allclose(got, want, rtol=1e-13, atol=0)
+    got = credit.lookahead_entropy(entropy.double(), valid, ends, Lookahead(window, **filter))
+    want = reference.lookahead_entropy(entropy.double(), valid, ends, window, **filter)
+    # The logarithm of a sum, times τ, is rounded on either side; the minima are exact but for λ's power.
+    atol = 0 if filter.get("filter", "discounted") == "discounted" else 1e-13 * (10 + filter.get("temperature", 0))
+    assert torch.allclose(got, want, rtol=1e-13, atol=atol)
 
 
 def statistics(n: int, seed: int = 0) -> tuple[torch.Tensor, TokenStats]:
@@ -114,7 +226,7 @@ def statistics(n: int, seed: int = 0) -> tuple[torch.Tensor, TokenStats]:
     advantages[::5] = 0
     student, teacher = -3 * torch.rand(2, n, generator=g)
     entropy = 2 * torch.rand(n, generator=g)
-    written = torch.full((4, n), 7.0)
+    written = torch.full((5, n), 7.0)
     return advantages, TokenStats(student, teacher, entropy, 0.5 * entropy, *written)
 
 

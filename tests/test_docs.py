@@ -50,6 +50,7 @@ def test_every_public_name_is_in_the_reference():
 def test_every_page_with_examples_is_tested():
     """By a test below, that is."""
     assert [page for page in PAGES if blocks(f"docs/{page}")] == [
+        "divergences.md",
         "from-grpo.md",
         "own-loop.md",
         "own-method.md",
@@ -321,6 +322,32 @@ def test_tuning():
     entropy = token_statistics(names["teacher_hidden"], head, names["target_ids"], mask=mask).entropy[mask]
     assert 1 < names["scale"] < entropy.max()
     torch.testing.assert_close(names["gate"], 1 - 0.3 * names["stats"].lookahead_entropy[mask] / names["scale"])
+
+
+# ----------------------------------------------------------------------------------------------------- divergences.md
+
+
+def test_divergences():
+    torch.manual_seed(0)
+    head, mask = torch.randn(50, 16), torch.ones(3, 40, dtype=torch.bool)
+    mask[1, 30:] = False
+    names = {
+        "student_hidden": torch.randn(3, 40, 16, requires_grad=True),
+        "teacher_hidden": torch.randn(3, 40, 16) * torch.linspace(0.05, 1.5, 40)[:, None],
+        "head": head,
+        "target_ids": torch.randint(50, (3, 40)),
+        "advantages": torch.tensor([1.0, -0.5, 0.3]),
+        "mask": mask,
+        "token_weights": torch.rand(3, 40),
+        "old_logp": -5 * torch.rand(3, 40),
+    }
+    run("docs/divergences.md", names)
+    switched = torch.where(names["unsure"], names["forward"], names["reverse"])
+    assert (names["forward"] > 0).any() and (names["reverse"] > 0).any()
+    assert torch.equal(switched, names["forward"] + names["reverse"])
+    first = names["student_hidden"].grad.clone()
+    names["loss"].backward()
+    assert first.any() and (names["student_hidden"].grad != first).any()
 
 
 # ---------------------------------------------------------------------------------------------------- command-line.md

@@ -227,13 +227,13 @@ def test_a_frozen_weight_gets_no_product(combo, monkeypatch):
 
         monkeypatch.setattr(HeadProduct, "__call__", spy)
     else:
-        finish = torch_backend._Sums.finish
+        finish = torch_backend.Sums.finish
 
         def spy(self):
             made.append(self.d_weight.shape[1])
             return finish(self)
 
-        monkeypatch.setattr(torch_backend._Sums, "finish", spy)
+        monkeypatch.setattr(torch_backend.Sums, "finish", spy)
     case = make_case(combo, lengths=(7, 7), width=24, vocabulary=130)
     for keep_bytes in (0, 1 << 30):
         head, leaves = leaves_of(make_head(combo, case, 5), trained=False)

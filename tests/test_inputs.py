@@ -141,6 +141,21 @@ BAD = {
     "advantages, device": (padded(advantages=zeros(B, device="meta")), ValueError, "advantages", "meta", "cpu"),
     "filter": (padded(lookahead_filter="mean"), ValueError, "lookahead_filter", "'mean'", '"minimum"'),
     "filter, None": (padded(lookahead_filter=None), ValueError, "lookahead_filter", "None", '"discounted"'),
+    "temperature of a minimum": (padded(lookahead_temperature=0.5), ValueError, "lookahead_temperature", "0.5", "0"),
+    "quantile above 1": (
+        padded(lookahead_filter="quantile", lookahead_quantile=1.5),
+        ValueError,
+        "lookahead_quantile",
+        "1.5",
+        "at least 0 and at most 1",
+    ),
+    "quantile of a soft minimum": (
+        padded(lookahead_filter="softmin", lookahead_quantile=0.5),
+        ValueError,
+        "lookahead_quantile",
+        "0.5",
+        'lookahead_filter is "softmin"',
+    ),
     "decay of a minimum": (padded(lookahead_decay=0.5), ValueError, "lookahead_decay", "0.5", "1"),
     "decay": (
         padded(lookahead_filter="discounted", lookahead_decay=0),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -15,7 +17,7 @@ LEVELS = (
     ("checks",),
     ("credit",),
     ("backends",),
-    ("statistics", "logp", "loss"),
+    ("statistics", "logp", "loss", "divergence"),
     ("models",),
     ("packing",),
     ("__init__",),  # the public names
@@ -124,6 +126,20 @@ def test_no_circle_of_files():
 
 def test_only_trl_imports_what_is_heavy():
     assert heavy(PACKAGE) == []
+
+
+def test_the_import_adds_itself_alone_to_torch():
+    """Counted in modules: Triton and PyTorch's compiler take seconds, and are imported where they are used."""
+    code = """
+import sys, torch
+before = set(sys.modules)
+import egrsd_kernels
+print(*(name for name in set(sys.modules) - before if name.split(".")[0] != "egrsd_kernels"))
+"""
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    added = found.stdout.split()
+    assert not {"triton", "sympy", "torch._dynamo", *HEAVY} & set(added)
+    assert len(added) < 20, added  # small ones of the standard library
 
 
 def test_what_is_wrong_is_found():

@@ -136,7 +136,7 @@ def test_parity(combo, frozen, keep_bytes, shape, size, options):
 def counts_unasked(request, monkeypatch):
     """PyTorch's backend asks a CPU how many rows count. A GPU would have to be waited for: it takes all of them."""
     if request.param:
-        monkeypatch.setattr(torch_backend, "_count", lambda rows, which: rows.order.numel())
+        monkeypatch.setattr(torch_backend, "count", lambda rows, which: rows.order.numel())
 
 
 @all_combos
@@ -379,8 +379,8 @@ def test_gradcheck(options, keep_bytes):
 def test_what_keeping_takes(monkeypatch, softcap):
     """Log p of valid rows on a CPU, as many as fit into keep_bytes; logits of the others are made twice."""
     made = []
-    make = torch_backend._logits
-    monkeypatch.setattr(torch_backend, "_logits", lambda *args: made.append(len(args[2])) or make(*args))
+    make = torch_backend.logits
+    monkeypatch.setattr(torch_backend, "logits", lambda *args: made.append(len(args[2])) or make(*args))
     operands, targets, incoming = make_operands(Combo("torch", "cpu", torch.float32), 4, 50, vocabulary=1000)
     targets[0] = -100
     kept = 150 * 1000 * 4 * (1 if softcap is None else 2)

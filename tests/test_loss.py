@@ -24,6 +24,8 @@ from tests.support.tolerances import (
 LN61 = math.log(61)
 MIXED = {"layout": "packed", "lengths": (1, 6, 0, 1, 9)}  # sequences of length 1 and 0 among others
 DISCOUNTED = {"lookahead_filter": "discounted", "lookahead_decay": 0.7}
+SOFTMIN = {"lookahead_filter": "softmin", "lookahead_temperature": 0.2}
+QUANTILE = {"lookahead_filter": "quantile", "lookahead_quantile": 0.4}
 
 CASES = {
     # what `make test` runs in Triton's interpreter
@@ -52,6 +54,8 @@ CASES = {
     "packed, W 8": dict(**MIXED, lookahead=8),
     "packed, W 10^9": dict(**MIXED, lookahead=10**9, mask="holes"),
     "packed, W 3, discounted": dict(**MIXED, lookahead=3, **DISCOUNTED, mask="holes", gamma=1.0),
+    "packed, W 3, softmin": dict(**MIXED, lookahead=3, **SOFTMIN, mask="holes", gamma=1.0),
+    "packed, W 5, quantile": dict(**MIXED, lookahead=5, **QUANTILE, mask="holes", gamma=1.0),
     "padded, W 50, discounted": {"lookahead": 50, **DISCOUNTED, "entropy_scale": "batch_max_lookahead", "gamma": 1.0},
     "one sequence, W 3": {"layout": "one sequence", "lengths": (13,), "lookahead": 3},
     "sequences of length 1, W 2": {"lengths": (1,) * 5, "lookahead": 2},

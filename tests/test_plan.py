@@ -11,6 +11,7 @@ from egrsd_kernels.backends.triton.common import ROW_TILE, Configs, Machine
 from egrsd_kernels.backends.triton.plan import (
     FROZEN_BYTES,
     MOST_ROWS,
+    _chunks,
     ceil_div,
     chunk_plan,
     kept_plan,
@@ -75,6 +76,33 @@ def test_rounds_of_the_grid_are_full():
         plan = chunk_plan(128, V, size, 2, H100, 1 << 30, FROZEN)
         tiles = plan.rows // ROW_TILE * ceil_div(size, H100.configs.hidden.cols)
         assert tiles / (ceil_div(tiles, 132) * 132) > 0.95, size
+
+
+def test_a_plan_of_rows_not_seen_before_is_cheap():
+    """Counted in chunks that the model looks at, 5 us each: of hundreds that there are, most are ruled out unseen."""
+    for size in (2560, 4096):
+        for needs, budget in ((FROZEN, FROZEN_BYTES), (TRAINED, 1 << 30)):
+            chunk_plan(128, V, size, 2, H100, 1 << 30, needs)
+            known = _chunks(V, size, 2, H100, budget, needs, 1)._steps
+            for row_tiles in range(129, 500, 37):
+                before = len(known)
+                chunk_plan(row_tiles, V, size, 2, H100, 1 << 30, needs)
+                assert len(known) - before <= 60
+
+
+def test_the_plan_is_the_fastest_by_its_model():
+    """Of all ways to cut the rows that fit: what is ruled out unseen is slower."""
+    for row_tiles in (1, 7, 34, 61, 300):
+        for needs in (FROZEN, TRAINED):
+            chunks = _chunks(V, 2560, 2, H100, FROZEN_BYTES, needs, 1)
+
+            def steps(way, row_tiles=row_tiles, chunks=chunks):
+                full, rest = divmod(row_tiles, way[0])
+                return full * chunks.steps(*way) + (chunks.steps(rest, *way[1:]) if rest else 0)
+
+            ways = [way for tiles in range(1, min(row_tiles, 34) + 1) for way in chunks.ways(tiles)]
+            found = chunks.fastest(row_tiles, range(1, min(row_tiles, 34) + 1))
+            assert found == min(ways, key=steps, default=None)
 
 
 def test_sparse_plans_are_within_their_memory():

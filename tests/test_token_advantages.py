@@ -55,8 +55,9 @@ def rollouts(rows: int, length: int, seed: int, options: dict) -> tuple[TokenEvi
         contexts={"teacher": context},
         entropy_scale=peak.clamp(min=1.0),
         options=CreditOptions(gamma, 0.1, eps),
-        lookahead=Lookahead.checked(
-            options.get("lookahead", 0), options.get("lookahead_filter", "minimum"), options.get("lookahead_decay", 1.0)
+        lookahead=Lookahead(
+            **{name.removeprefix("lookahead_"): options[name] for name in options if "ahead_" in name},
+            window=options.get("lookahead", 0),
         ),
     )
     return evidence, stats
@@ -86,8 +87,14 @@ def test_each_is_the_references(name, rows, length):
     close(apply_token_advantage(TOKEN_ADVANTAGES[name], foreign), stats.token_advantage)
 
 
-@pytest.mark.parametrize("options", [*CASES.values(), {"lookahead": 5, "lookahead_filter": "discounted",
-                                                        "lookahead_decay": 0.8, "clip_eps": 0.5}])  # fmt: skip
+FILTERED = [
+    {"lookahead": 5, "lookahead_filter": "discounted", "lookahead_decay": 0.8, "clip_eps": 0.5},
+    {"lookahead": 5, "lookahead_filter": "softmin", "lookahead_temperature": 0.1},
+    {"lookahead": 4, "lookahead_filter": "quantile", "lookahead_quantile": 0.3},
+]
+
+
+@pytest.mark.parametrize("options", [*CASES.values(), *FILTERED])
 def test_the_signals_are_the_references(options):
     evidence, stats = rollouts(4, 31, 3, options)
     got = token_stats(evidence)

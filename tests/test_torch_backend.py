@@ -29,7 +29,7 @@ def call(request, monkeypatch):
         for counted in (True, False):
             with monkeypatch.context() as patch:
                 if not counted:
-                    patch.setattr(torch_backend, "_count", lambda rows, which: rows.order.numel())
+                    patch.setattr(torch_backend, "count", lambda rows, which: rows.order.numel())
                 leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
                 out = function(*leaves, target_ids, mask, advantages, request.param)
                 results.append([*out, *torch.autograd.grad(out[0].sum(), leaves, allow_unused=True)])
@@ -97,7 +97,7 @@ def test_teacher_of_another_dtype(student, teacher):
 def test_a_target_outside_the_vocabulary_makes_nan(keep_bytes, monkeypatch):
     """Where values are not looked at, as on a GPU. An invented gradient would be taken for a real one."""
     monkeypatch.setattr(checks, "values_checked", lambda value: False)
-    monkeypatch.setattr(torch_backend, "_count", lambda rows, which: rows.order.numel())
+    monkeypatch.setattr(torch_backend, "count", lambda rows, which: rows.order.numel())
     hidden, weight = (torch.randn(*shape).requires_grad_() for shape in ((3, 4), (7, 4)))
     logp = linear_logp(hidden, weight, torch.tensor([2, 9, 6]), backend="torch", keep_bytes=keep_bytes)
     logp.sum().backward()

@@ -69,7 +69,7 @@ def model():
 def loss_on_full_logits(hidden, head, *tensors, backend, chunk_bytes, grad_mode, sparse_tol, **options):
     """The trainer's call of fused_egrsd_loss, without what only the kernels have."""
     loss, stats = reference.egrsd_loss(hidden, head.weight, *tensors, **options)
-    return loss, TokenStats(*stats, torch.zeros_like(stats[0]))
+    return loss, TokenStats(*stats, *torch.zeros_like(stats[0]).expand(2, *stats[0].shape))
 
 
 def scores_on_full_logits(hidden, head, labels, *, temperature, **_):

@@ -12,8 +12,10 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from egrsd_kernels import token_statistics, with_head
+from egrsd_kernels.trl import EGRSDTrainer
 from egrsd_kernels.trl.errors import CheckpointError
 from egrsd_kernels.trl.teacher import EarlierWeights, SeparateModel, Teacher, prove_teacher, separate_teacher
+from tests.support.devices import two_gpus
 from tests.support.trl_tiny import make, tiny_model, tokenizer, weights
 
 CPU = torch.device("cpu")
@@ -187,6 +189,46 @@ def test_it_teaches(tmp_path, peft, dtype):
             for name, expected in zip(("teacher_logp", "teacher_entropy"), want, strict=True):
                 torch.testing.assert_close(inputs[name][index][mask[index]].float(), expected, rtol=off, atol=off)
     assert len(calls) == 4 and logs.steps[0]["abs_log_ratio/mean"] > 0.1
+
+
+class OnOneGPU(EGRSDTrainer):
+    """Without torch's DataParallel, which Trainer takes for a second GPU in one process."""
+
+    def __init__(self, *, args, **options):
+        assert args.device.type == "cuda"
+        args._n_gpu = 1
+        super().__init__(args=args, **options)
+
+
+@pytest.mark.cuda
+@two_gpus
+@pytest.mark.parametrize("layers_on", [[1, 1, 1], [0, 1, 1]])
+def test_it_teaches_from_another_gpu(tmp_path, layers_on):
+    """A device_map places it, whole or in parts; the student trains on the first GPU as beside a teacher there."""
+    name = saved(tmp_path / "teacher", larger(), tokenizer())
+    rest = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), 1)
+    spread = {f"model.layers.{index}": gpu for index, gpu in enumerate(layers_on)} | rest
+    seen = []
+    for places in (None, spread):
+        options = {"use_cpu": False, "max_steps": 1, "teacher_model_init_kwargs": {"device_map": places}}
+        run, logs = make(tmp_path / str(places is None), cls=OnOneGPU, teacher_model_name_or_path=name, **options)
+        calls, compute = [], run._compute_loss
+        run._compute_loss = lambda model, inputs, calls=calls, compute=compute: (
+            calls.append(dict(inputs)) or compute(model, inputs)
+        )
+        run.train()
+        devices = {weight.device.index for weight in run.teacher.model.parameters()}
+        assert devices == ({0} if places is None else {1, *layers_on})
+        seen.append((calls, logs.steps[0]["loss"], weights(run)))
+    (here, loss, trained), (there, other_loss, others) = seen
+    for one, other in zip(here, there, strict=True):
+        assert torch.equal(one["completion_ids"], other["completion_ids"])
+        for key in ("teacher_logp", "teacher_entropy"):
+            assert one[key].device.index == other[key].device.index == 0
+            torch.testing.assert_close(one[key], other[key], rtol=1e-5, atol=1e-5)
+    assert other_loss == pytest.approx(loss, rel=1e-5, abs=1e-6)
+    for key, value in trained.items():
+        torch.testing.assert_close(others[key], value, rtol=1e-4, atol=1e-6, msg=key)
 
 
 def test_no_checkpoint_holds_it_and_a_run_goes_on_beside_it(tmp_path):

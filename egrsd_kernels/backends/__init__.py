@@ -14,13 +14,21 @@ from egrsd_kernels.checks import describe, expect
 from .protocol import (
     DEFAULT_CHUNK_BYTES,
     EXTRAS,
+    KINDS,
     Backend,
     Credit,
+    Divergence,
+    DivergenceBackend,
+    DivergenceStatistics,
     EntropyGradient,
     Finish,
     Gradients,
     Kept,
+    KeptDivergence,
+    Kind,
     Needs,
+    Pair,
+    PairCredit,
     VocabularyStatistics,
     no_extras,
     no_statistics,
@@ -29,9 +37,10 @@ from .scaling import power_of_two
 from .sparsity import DEFAULT_SPARSE_TOL, Sparse, exceeding
 
 __all__ = [
-    "DEFAULT_CHUNK_BYTES", "DEFAULT_SPARSE_TOL", "EXTRAS", "Backend", "Credit", "EntropyGradient", "Finish",
-    "Gradients", "Kept", "Needs", "Sparse", "VocabularyStatistics", "choose", "exceeding", "no_extras", "no_statistics",
-    "power_of_two",
+    "DEFAULT_CHUNK_BYTES", "DEFAULT_SPARSE_TOL", "EXTRAS", "KINDS", "Backend", "Credit", "Divergence",
+    "DivergenceBackend", "DivergenceStatistics", "EntropyGradient", "Finish", "Gradients", "Kept", "KeptDivergence",
+    "Kind", "Needs", "Pair", "PairCredit", "Sparse", "VocabularyStatistics", "choose", "choose_divergence", "exceeding",
+    "no_extras", "no_statistics", "power_of_two",
 ]  # fmt: skip
 
 
@@ -59,3 +68,16 @@ def choose(name: object, *hidden: Tensor) -> Backend:
         needs = "bfloat16, float16 or float32 tensors on a GPU (or on a CPU with TRITON_INTERPRET=1)"
         raise ValueError(f'backend: "triton" needs {needs}, got {describe(refused[0])}')
     return in_torch if refused else in_triton
+
+
+def choose_divergence(name: object, pair: Pair) -> DivergenceBackend:
+    """The one that makes the pair's divergence.
+
+    Raises:
+        ValueError, ModuleNotFoundError: as :func:`choose`; or "triton" does not make this divergence.
+    """
+    from . import torch_divergence as in_torch
+
+    choose(name, pair.student_hidden, pair.teacher_hidden)
+    expect(name != "triton", "backend", name, '"auto" or "torch", since the kernels make no divergence')
+    return in_torch

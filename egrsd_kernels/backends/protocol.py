@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
 
+from egrsd_kernels import checks
+from egrsd_kernels.checks import expect
 from egrsd_kernels.credit import CreditOptions, Lookahead, TokenStats
 from egrsd_kernels.head import Head, compute_dtype
 from egrsd_kernels.rows import Rows
@@ -166,3 +168,122 @@ class Backend(Protocol):
 
         Of as many rows as ``keep_bytes`` allow; the others' is made again. entropy_gradient: whether there will be one.
         """
+
+
+Kind = Literal["reverse_kl", "forward_kl", "jsd"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+class Divergence(NamedTuple):
+    """A divergence D of p_S and p_T, in nats; ``reference/divergence.py`` has the formulas.
+
+    With r = ln p_S - ln p_T, 0 where both are 0, and z the student's logits:
+        reverse_kl  D = Σ p_S r                        dD/dz = p_S (r - D)
+        forward_kl  D = -Σ p_T r                       dD/dz = p_S - p_T
+        jsd         D = Σ (1-β) p_S u + β p_T (u - r)  dD/dz = (1-β) p_S (u - Σ p_S u)
+    u = ln(p_S / m) = l + min(r, 0), m = (1-β) p_S + β p_T, l = -log1p(w expm1(-|r|)) with w = β for r >= 0, else 1-β.
+    """
+
+    kind: Kind
+    beta: float = 0.5
+    """β in (0, 1), of "jsd"."""
+    top_k: int | None = None
+    """Of the partition into the teacher's k likeliest entries, one by one, and all others as one; None: all one by one.
+
+    Then the others' r is the logarithm of the ratio of their sums, and the formulas hold; p_T is p_S e^-r in dD/dz.
+    """
+
+    @classmethod
+    def checked(cls, prefix: str, kind: Any, beta: object, top_k: object, vocabulary: int) -> Divergence:
+        """From arguments; prefix: of the names of beta and top_k. With one, the kind's name is "divergence"."""
+        known = isinstance(kind, str) and kind in KINDS
+        expect(known, "divergence" if prefix else "kind", kind, " or ".join(f'"{name}"' for name in KINDS))
+        beta = checks.number(f"{prefix}beta", beta, low=0, high=1, strict=True)
+        expect(beta < 1, f"{prefix}beta", beta, "a number above 0 and below 1")
+        expect(beta == 0.5 or kind == "jsd", f"{prefix}beta", beta, f'0.5, since the kind is "{kind}", which has none')
+        if top_k is not None:
+            top_k = checks.integer(f"{prefix}top_k", top_k, low=1)
+            expect(top_k <= vocabulary, f"{prefix}top_k", top_k, f"at most the vocabulary's size, {vocabulary}")
+        return cls(kind, beta, top_k)
+
+
+class Pair(NamedTuple):
+    """Student and teacher beside each other: hidden states (B, T, D), of any strides, and heads of one vocabulary.
+
+    D and dtype of the two may differ. The student's numbers are what results have: float32, float64 for float64.
+    """
+
+    student_hidden: Tensor
+    student: Head
+    teacher_hidden: Tensor
+    teacher: Head
+    temperature: float
+    divergence: Divergence
+
+
+class DivergenceStatistics(NamedTuple):
+    """What a pass over student and teacher says of each token; None is what nobody asked for.
+
+    Tensors of one shape: that of hidden states without D, or (N,) within the backends. float32 (float64 for a float64
+    student) and in nats, 0 where masked. Only the divergence is ever differentiable. Of a token whose target is outside
+    the vocabulary all of it is NaN.
+    """
+
+    divergence: Tensor
+    """D of the student's and the teacher's distribution, at least 0; inf where the other's support does not suffice."""
+    student_logp: Tensor | None = None
+    """log p_S(y), beside targets only."""
+    teacher_logp: Tensor | None = None
+    """log p_T(y), beside targets only."""
+    student_entropy: Tensor | None = None
+    """-Σ_v p_S log p_S."""
+    teacher_entropy: Tensor | None = None
+    """-Σ_v p_T log p_T."""
+
+    def view(self, shape: Sequence[int]) -> DivergenceStatistics:
+        """All of it in another shape."""
+        divergence, *others = (None if x is None else x.view(*shape) for x in self)
+        assert divergence is not None
+        return DivergenceStatistics(divergence, *others)
+
+
+class PairCredit(NamedTuple):
+    """What a loss takes of each token, (N,) in the compute dtype; a token whose entries are 0 has no gradient."""
+
+    of_divergence: Tensor
+    """dL/dD."""
+    of_logp: Tensor | None = None
+    """dL/dlog p_S(y), which adds of_logp (1_y - p_S) to the gradient of the logits. Beside targets only."""
+
+
+KeptDivergence = Callable[[Pair, Tensor, Tensor, int], Finish]
+"""A pass that has kept the gradients of the logits: what finishes those of the operands, given the pair of that pass,
+dL/dD (N,), the tokens (N,) for which it is not 0, and chunk_bytes. Once."""
+
+
+class DivergenceBackend(Protocol):
+    """A module that makes divergences; what :class:`Backend` says of tensors holds. Deterministic bit for bit.
+
+    target_ids: (N,), or None. No result depends on them but log p; kernels may take both models' target logits as the
+    offset of exponentials. Without them an offset that is known before the pass, and below no logsumexp, is the mean
+    logit plus ln V (Jensen's inequality), out of the head's mean row; with a bias, over the V finite entries of it. A
+    fixed entry of the vocabulary may be as unlikely as can be: with it exponentials overflow.
+    """
+
+    def takes(self, pair: Pair) -> bool:
+        """Whether it works on such operands, and makes that divergence."""
+
+    def divergence_pass(
+        self, pair: Pair, target_ids: Tensor | None, rows: Rows, out: DivergenceStatistics,
+        credit: Callable[[int, int], PairCredit], needs: Needs, chunk_bytes: int,
+    ) -> Finish:  # fmt: skip
+        """Write ``out``, zeros to begin with, and leave the student's gradients all but done.
+
+        credit: called chunk by chunk, as :data:`Credit` is, once the chunk's ``out`` is there; never without needs.
+        """
+
+    def keep_divergence(
+        self, pair: Pair, target_ids: Tensor | None, rows: Rows, out: DivergenceStatistics, needs: Needs,
+        keep_bytes: int, chunk_bytes: int,
+    ) -> KeptDivergence:  # fmt: skip
+        """Write ``out``, and keep dD/dz of as many rows as ``keep_bytes`` allow; the others' is made again."""

@@ -6,7 +6,7 @@ operands as they are: a half-precision head is upcast block by block, never as a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ UPCAST_BYTES = 64 << 20
 FLOOR = -1e4  # of log p in the sums: e^FLOOR is 0 in float64, too, and 0 times FLOOR is 0
 
 
-def _head_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+def head_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """The head in ``dtype``, in blocks of vocabulary rows; one block, and no copy, where it has that dtype already."""
     v, d = weight.shape
     step = max(v, 1) if weight.dtype == dtype else max(1, UPCAST_BYTES // (max(d, 1) * dtype.itemsize))
@@ -40,14 +40,14 @@ def takes(hidden: Tensor) -> bool:
     return hidden.dtype in FLOATS
 
 
-def _logits(head: Head, temperature: float, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+def logits(head: Head, temperature: float, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
     """(z, softcap_grad): dz/d(hWᵀ + b) is softcap_grad, or 1 for None, over the temperature.
 
     hidden: (n, D) in the compute dtype. The temperature: what :meth:`Head.cap_and_temperature` makes of it.
     """
     softcap, temperature = head.cap_and_temperature(temperature)
     z = hidden.new_empty(hidden.shape[0], head.weight.shape[0])
-    for block, weight in _head_blocks(head.weight, hidden.dtype):
+    for block, weight in head_blocks(head.weight, hidden.dtype):
         torch.mm(hidden, weight.t(), out=z[:, block])
     if head.bias is not None:
         z += head.bias.to(z.dtype)
@@ -59,13 +59,13 @@ def _logits(head: Head, temperature: float, hidden: Tensor) -> tuple[Tensor, Ten
     return z.div_(temperature), softcap_grad
 
 
-def _select(hidden: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+def select(hidden: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows (n, D) of hidden states (B, T, D), by their flat index."""
     length = hidden.shape[1]
     return hidden[index // length, index % length].to(dtype)
 
 
-def _log_softmax(z: Tensor) -> tuple[Tensor, Tensor]:
+def log_softmax(z: Tensor) -> tuple[Tensor, Tensor]:
     """(log p, in the place of the logits; logsumexp (n,))."""
     # The maximum first: logsumexp itself would be rounded as coarsely as the largest logit is.
     peak = z.amax(1)
@@ -73,27 +73,27 @@ def _log_softmax(z: Tensor) -> tuple[Tensor, Tensor]:
     return z.sub_(lse[:, None]), peak + lse
 
 
-def _target_logp(logp: Tensor, target: Tensor) -> Tensor:
+def target_logp(logp: Tensor, target: Tensor) -> Tensor:
     """log p of the targets (n,), NaN for a target outside the vocabulary."""
     inside = (target >= 0) & (target < logp.shape[1])
     picked = logp.gather(1, torch.where(inside, target, 0)[:, None]).squeeze(1)
     return torch.where(inside, picked, torch.nan)
 
 
-def _count(rows: Rows, which: int) -> int:
+def count(rows: Rows, which: int) -> int:
     """How many leading rows to work on: exact on a CPU; elsewhere asking would make the device wait, so all of them."""
     return int(rows.counts[which]) if rows.order.device.type == "cpu" else rows.order.numel()
 
 
-def _chunks(rows: Rows, head: Head, dtype: torch.dtype, chunk_bytes: int) -> Iterator[tuple[int, Tensor]]:
+def chunks(rows: Rows, head: Head, dtype: torch.dtype, chunk_bytes: int) -> Iterator[tuple[int, Tensor]]:
     """(first row, indices) of the valid rows, chunk by chunk; three chunk-sized matrices stay in ``chunk_bytes``."""
-    count = _count(rows, 0)
+    n = count(rows, 0)
     size = max(1, chunk_bytes // (3 * dtype.itemsize * max(head.weight.shape[0], 1)))
-    for first in range(0, count, size):
-        yield first, rows.order[first : min(first + size, count)].long()
+    for first in range(0, n, size):
+        yield first, rows.order[first : min(first + size, n)].long()
 
 
-def _zero_masked(rows: Rows, values: VocabularyStatistics) -> None:
+def zero_masked(rows: Rows, values: Iterable[Tensor | None]) -> None:
     """Zero, in place, the entries of the (N,) ``values`` at masked rows."""
     order = rows.order.long()
     kept = rows.among(0, 0, order.numel())
@@ -117,14 +117,14 @@ def _passes(
 ) -> Iterator[_Softmax]:  # fmt: skip
     """Chunk by chunk, with what ``out`` has of its rows written, and once all is done that of masked rows."""
     dtype = compute_dtype(hidden.dtype)
-    for first, index in _chunks(rows, head, dtype, chunk_bytes):
-        z, softcap_grad = _logits(head, temperature, _select(hidden, index, dtype))
+    for first, index in chunks(rows, head, dtype, chunk_bytes):
+        z, softcap_grad = logits(head, temperature, select(hidden, index, dtype))
         if out.is_top1 is not None:
             out.is_top1[index] = z.argmax(1) == target_ids[index]  # the first of equal ones
         if out.mean_logits is not None:
             out.mean_logits[index] = z.mean(1)
-        log_p, lse = _log_softmax(z)
-        logp = _target_logp(log_p, target_ids[index])
+        log_p, lse = log_softmax(z)
+        logp = target_logp(log_p, target_ids[index])
         out.logp[index] = logp
         if out.is_top1 is not None:
             out.is_top1[index] &= ~logp.isnan()
@@ -136,7 +136,7 @@ def _passes(
         if out.log_sum_sq_probs is not None:  # at least 1/V, whatever underflows
             out.log_sum_sq_probs[index] = log_p.exp().square_().sum(1).log_()
         yield _Softmax(first, index, log_p, softcap_grad)
-    _zero_masked(rows, out)
+    zero_masked(rows, out)
 
 
 def statistics(
@@ -148,7 +148,17 @@ def statistics(
         pass
 
 
-class _Sums:
+def balance(dz: Tensor, entry: Tensor) -> None:
+    """One entry (n,) of each row (n, V) as what the others leave of the row's sum, which is 0.
+
+    Near p = 1 a difference would cancel.
+    """
+    entry = entry[:, None]
+    dz.scatter_(1, entry, 0)
+    dz.scatter_(1, entry, -dz.sum(1, keepdim=True))
+
+
+class Sums:
     """The gradients that chunks of rows add up in, in the compute dtype; the hidden states' in their own."""
 
     def __init__(
@@ -169,7 +179,12 @@ class _Sums:
 
     def turn_to(self, rows: Rows) -> None:
         """What is added next is of these rows."""
-        self.rows, self.active = rows, _count(rows, 1)
+        self.rows, self.active = rows, count(rows, 1)
+
+    def share(self, first: int, index: Tensor, of_logit: Tensor) -> Tensor:
+        """What x = h Wᵀ + b takes of dL/d(a logit's function) (N,): (n,), 0 where no gradient is asked for."""
+        ours = self.rows.among(1, first, index.numel())
+        return torch.where(ours, of_logit[index].to(self.dtype) / self.divisor, 0)
 
     def add(self, chunk: _Softmax, gradient: Tensor, of_entropy: EntropyGradient | None = None) -> None:
         """gradient: dL/dlogp (N,). Takes the place of the chunk's log p."""
@@ -178,37 +193,33 @@ class _Sums:
         if not n:
             return
         index, log_p = index[:n], log_p[:n]
-        ours = self.rows.among(1, first, n)
-
-        def share(of_logit: Tensor) -> Tensor:
-            return torch.where(ours, of_logit[index].to(self.dtype) / self.divisor, 0)
-
         target = self.target_ids[index]
         inside = (target >= 0) & (target < log_p.shape[1])
-        g = share(gradient)
+        g = self.share(first, index, gradient)
         g = torch.where(inside | (g == 0), g, torch.nan)
         nothing = g == 0
         if of_entropy is None:
             dz = log_p.exp_().mul_(-g[:, None])
         else:
             # dH/dz = -p (log p + H), so with dlogp_y/dz = 1_y - p the others get -p (g + g_H (log p + H)).
-            g_entropy = share(of_entropy.gradient)
+            g_entropy = self.share(first, index, of_entropy.gradient)
             nothing = nothing & (g_entropy == 0)
             p = log_p.exp()
             slope = log_p.add_(of_entropy.entropy[index, None]).mul_(g_entropy[:, None]).add_(g[:, None])
             dz = slope.mul_(p).neg_()
-        target = target.clamp(0, dz.shape[1] - 1)[:, None]
-        # A row sums to 0. Its target's entry as what the others leave: near p_y = 1 a difference would cancel.
-        dz.scatter_(1, target, 0)
-        dz.scatter_(1, target, -dz.sum(1, keepdim=True))
+        balance(dz, target.clamp(0, dz.shape[1] - 1))
+        self.add_logits(index, dz, nothing, None if softcap_grad is None else softcap_grad[:n])
+
+    def add_logits(self, index: Tensor, dz: Tensor, nothing: Tensor, softcap_grad: Tensor | None) -> None:
+        """dz: dL/dz (n, V) over the temperature, which is used up. nothing: (n,), the tokens without a gradient."""
         if softcap_grad is not None:
-            dz *= softcap_grad[:n]
+            dz *= softcap_grad
         # Chosen, not multiplied: where no count was asked for, a masked row may hold anything, NaN included.
         dz.masked_fill_(nothing[:, None], 0)
-        h = _select(self.hidden, index, self.dtype).masked_fill(nothing[:, None], 0)
+        h = select(self.hidden, index, self.dtype).masked_fill(nothing[:, None], 0)
         if self.d_hidden is not None:
             row_gradient = torch.zeros_like(h)
-            for block, weight in _head_blocks(self.head.weight, self.dtype):
+            for block, weight in head_blocks(self.head.weight, self.dtype):
                 row_gradient.addmm_(dz[:, block], weight)
             # Added: a row of another chunk's may be here again, with nothing.
             self.d_hidden.view(-1, self.d_hidden.shape[-1])[index] += row_gradient.to(self.d_hidden.dtype)
@@ -237,7 +248,7 @@ def student_pass(
 ) -> Finish:  # fmt: skip
     """See :meth:`~.protocol.Backend.student_pass`. The gradients are exact: within any tolerance of ``sparse``."""
     problem = head, temperature, hidden, target_ids, rows
-    sums = _Sums(*problem, needs)
+    sums = Sums(*problem, needs)
     for chunk in _passes(*problem, chunk_bytes, out):
         sums.add(chunk, credit(chunk.first, chunk.tokens.numel()), entropy_gradient)
     return sums.finish()
@@ -249,18 +260,18 @@ def keep(
 ) -> Kept:  # fmt: skip
     """See :meth:`~.protocol.Backend.keep`: log p in the compute dtype, and the softcap's factor."""
     size = head.weight.shape[0] * compute_dtype(hidden.dtype).itemsize
-    n = min(_count(rows, 0), keep_bytes // (size if head.softcap is None else 2 * size))
+    n = min(count(rows, 0), keep_bytes // (size if head.softcap is None else 2 * size))
     first, others = rows.split(n)
-    chunks = list(_passes(head, temperature, hidden, target_ids, first, chunk_bytes, out))
+    passed = list(_passes(head, temperature, hidden, target_ids, first, chunk_bytes, out))
     statistics(head, temperature, hidden, target_ids, others, out, chunk_bytes)
 
     def kept(
         head: Head, hidden: Tensor, gradient: Tensor, of_entropy: EntropyGradient | None, needed: Tensor,
         chunk_bytes: int,
     ) -> Finish:  # fmt: skip
-        sums = _Sums(head, temperature, hidden, target_ids, first, needs)
-        while chunks:
-            sums.add(chunks.pop(), gradient, of_entropy)
+        sums = Sums(head, temperature, hidden, target_ids, first, needs)
+        while passed:
+            sums.add(passed.pop(), gradient, of_entropy)
         again = needed.index_fill(0, first.order.long(), False)
         # Those that may need it, and no more: where no count was asked for, all of them are worked on.
         sums.turn_to(Rows.build(again, again).split(len(others.order))[0])

@@ -154,6 +154,8 @@ def _proof(model: nn.Module, base: nn.Module) -> Found:
         (logits, error), _ = run(model, path, found.frame, functools.partial(our_logits, roundoff), arguments)
     if own.shape != logits.shape:
         raise ModelError(f"its logits are {tuple(own.shape)}, those of its head {tuple(logits.shape)}")
+    # Over several devices each is where what made it is.
+    own, hidden = own.to(logits.device), hidden.to(hidden_before_another.device)
     off, allowed = difference(own.float(), logits, error, roundoff)
     _check_causal(hidden, hidden_before_another, roundoff)
     if not off <= allowed:  # NaN, too
@@ -234,7 +236,7 @@ def _off_without(model: nn.Module, module: nn.Module, own: Tensor, arguments: di
     with redirected(module, read):
         model(**arguments)
     logp = plain_logits[0].log_softmax(-1)[..., : own.shape[-1]]
-    return (logp - own.float().log_softmax(-1)).abs().nan_to_num(nan=torch.inf).max().item()
+    return (logp - own.to(logp.device).float().log_softmax(-1)).abs().nan_to_num(nan=torch.inf).max().item()
 
 
 # ------------------------------------------------------------------------------------------------------ the criterion

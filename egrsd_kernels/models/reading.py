@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from egrsd_kernels.eager import eager
 from egrsd_kernels.head import Head
 
 from .errors import ModelError
@@ -181,12 +182,12 @@ def redirected(module: nn.Module, read: Callable[..., Tensor]) -> Iterator[None]
                     vars(module)[place] = ours.args[1]
 
 
-@torch.compiler.disable
+@eager
 def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return (_readers.of.get(self) or MethodType(type(self).forward, self))(*args, **kwargs)
 
 
-@torch.compiler.disable
+@eager
 def forward_over(module: nn.Module, below: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return (_readers.of.get(module) or below)(*args, **kwargs)
 

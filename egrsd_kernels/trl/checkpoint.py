@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerState
 from trl.trainer.utils import RepeatSampler
 
+from egrsd_kernels.credit import Lookahead
 from egrsd_kernels.rl import Message
 
 from .config import EGRSDConfig
@@ -37,7 +38,10 @@ UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupErro
               pickle.UnpicklingError)  # fmt: skip
 SAMPLED_ROWS = 64
 # What a run was before these settings existed.
-BEFORE = {"lookahead_filter": "minimum", "lookahead_decay": 1.0, "teacher_sync_steps": 1}
+BEFORE = {
+    **{f"lookahead_{name}": value for name, value in Lookahead._field_defaults.items()},
+    "position_weight": 0.0, "prefix_weight": 0.0, "teacher_sync_steps": 1,
+}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------- which run goes on

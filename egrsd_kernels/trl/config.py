@@ -15,7 +15,7 @@ from trl import GRPOConfig
 
 from egrsd_kernels.backends import DEFAULT_SPARSE_TOL
 from egrsd_kernels.checks import expect, integer, number
-from egrsd_kernels.credit import ENTROPY_SCALES, FILTERS, TAU_HIGH, TAU_LOW, Lookahead
+from egrsd_kernels.credit import ENTROPY_SCALES, FILTER_NUMBERS, FILTERS, TAU_HIGH, TAU_LOW, Lookahead
 from egrsd_kernels.rl.token_advantages import WITHOUT_TEACHER
 
 from .former import RENAMED, check_former, in_present_words
@@ -52,9 +52,11 @@ BOUNDS: dict[str, dict[str, float]] = {
     "gate_floor": {"high": 1},
     "clip_eps": {"high": 1},
     "min_entropy_scale": {"strict": True},
+    "position_weight": {"low": -1, "high": 1},
+    "prefix_weight": {},
     "sparse_tol": {"high": 1, "strict": True},
     "length_beta": {},
-    "lookahead_decay": {"high": 1, "strict": True},
+    **{f"lookahead_{name}": bounds for name, (_, bounds) in FILTER_NUMBERS.items()},
     "teacher_update_rate": {"high": 1},
     "tau_low": {},
     "tau_high": {"high": 1},
@@ -141,12 +143,32 @@ class EGRSDConfig(GRPOConfig):
     lookahead_filter: str = field(
         default="minimum",
         metadata={
-            "help": 'How entropies are filtered over the window: "minimum", of H_j; "discounted", the minimum of '
-            "lookahead_decay^-(j - t) H_j."
+            "help": 'How entropies are filtered over the window, each at most H_t: "minimum", of H_j; "discounted", '
+            'the minimum of λ^-(j - t) H_j; "softmin", -τ log mean exp(-H_j / τ); "quantile", the q-quantile of H_j.'
         },
     )
     lookahead_decay: float = field(
         default=1.0, metadata={"help": 'λ in (0, 1], of the filter "discounted"; 1 is the minimum.'}
+    )
+    lookahead_temperature: float = field(
+        default=0.0, metadata={"help": 'τ, nats, of the filter "softmin"; 0 is the minimum, a large one near the mean.'}
+    )
+    lookahead_quantile: float = field(
+        default=0.0, metadata={"help": 'q in [0, 1], of the filter "quantile"; 0 is the minimum, 1 no lookahead.'}
+    )
+    position_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "κ in [-1, 1]: A is weighed by 1 + κ (2u - 1), u the token's relative position in its response; "
+            "above 0 the end counts more, below 0 the beginning."
+        },
+    )
+    prefix_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "η: A is weighed by 1 + η (1 - a), a the share of the response's |log p_T - log p_S| that lies "
+            "before the token. The gradient is then made by TRL's loss."
+        },
     )
     clip_eps: float | None = field(
         default=None, metadata={"help": "ε: the magnitude is clipped to 1 ± ε. 0 turns it off. Default: 0.2."}
@@ -290,7 +312,8 @@ class EGRSDConfig(GRPOConfig):
         """Whether the loss is −Σ Â log p over the tokens of an optimizer step, or over their most, and nothing else.
 
         So it is where each rollout serves one update, by the policy that made it (TRL's ratio is 1 then), and no
-        setting adds a term or a mask, nor is one given that only a later TRL knows.
+        setting adds a term or a mask, nor is one given that only a later TRL knows; and where no weight of a token asks
+        for log p of the tokens after it.
         :func:`egrsd_kernels.fused_egrsd_loss` then makes it, with the gradient in the same pass. A generation is one
         optimizer step's, whose tokens are therefore known before its first backward.
         """
@@ -299,6 +322,7 @@ class EGRSDConfig(GRPOConfig):
         plain = self.loss_type in ("dapo", "dr_grpo")
         taught = self.token_advantage not in WITHOUT_TEACHER
         unknown = defaults.keys() - KNOWN - {f.name for f in fields(TrainingArguments)}
+        plain = plain and not self.prefix_weight
         return taught and once and plain and all(getattr(self, name) == defaults[name] for name in {*TERMS, *unknown})
 
     def _take_former_names(self) -> None:
@@ -337,7 +361,7 @@ class EGRSDConfig(GRPOConfig):
             if value is not None or name not in optional or name in CHOICES:
                 setattr(self, name, check(name, value, **bounds))
         expect(self.tau_low < self.tau_high, "tau_low", self.tau_low, f"less than tau_high = {self.tau_high}")
-        Lookahead.checked(self.lookahead, self.lookahead_filter, self.lookahead_decay)
+        Lookahead.of(self)
         self._check_schedule()
 
     def _check_schedule(self) -> None:

@@ -17,11 +17,6 @@ def learned(inputs: Mapping[str, Any]) -> Tensor:
     return mask & inputs["tool_mask"].bool() if "tool_mask" in inputs else mask
 
 
-def lookahead_of(args: Any) -> Lookahead:
-    """The window of an EGRSDConfig."""
-    return Lookahead(args.lookahead, args.lookahead_filter, args.lookahead_decay)
-
-
 def peak_entropy(inputs: Mapping[str, Any], contexts: Iterable[str], args: Any) -> Tensor:
     """The largest entropy of a batch in any context (0-d float64, nats), as entropy_scale takes it; 0 without one."""
     mask = learned(inputs)
@@ -29,7 +24,7 @@ def peak_entropy(inputs: Mapping[str, Any], contexts: Iterable[str], args: Any) 
     for name in contexts:
         entropy = inputs[f"{name}_entropy"].masked_fill(~mask, 0)
         if args.entropy_scale == "batch_max_lookahead":
-            entropy = padded_lookahead_entropy(entropy, mask, lookahead_of(args))
+            entropy = padded_lookahead_entropy(entropy, mask, Lookahead.of(args))
         peak = torch.maximum(peak, batch_max(entropy).double())
     return peak
 
@@ -59,7 +54,9 @@ def evidence_of(
         },
         entropy_scale=inputs["entropy_scale"].clone(),
         options=CreditOptions(gamma, args.gate_floor, args.clip_eps),
-        lookahead=lookahead_of(args),
+        lookahead=Lookahead.of(args),
+        position_weight=args.position_weight,
+        prefix_weight=args.prefix_weight,
     )
 
 

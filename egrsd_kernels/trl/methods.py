@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from egrsd_kernels.checks import expect
+from egrsd_kernels.credit import LOOKAHEAD_SETTINGS
 from egrsd_kernels.rl import TOKEN_ADVANTAGES, TokenAdvantage
 from egrsd_kernels.rl.token_advantages import WITHOUT_TEACHER
 
@@ -32,11 +33,12 @@ PARTS = {
         "tau_low", "tau_high",
     ),
     "gate": ("gate_floor", "gamma_schedule", "gamma_end", "gamma_steps", "entropy_scale", "min_entropy_scale"),
-    "lookahead": ("lookahead_filter", "lookahead_decay"),
+    "lookahead": LOOKAHEAD_SETTINGS,
+    "weight of a token": ("position_weight", "prefix_weight"),
 }  # fmt: skip
 LACKS = {
-    "grpo": ("teacher", "gate", "lookahead"),
-    "reinforce": ("teacher", "gate", "lookahead"),
+    "grpo": ("teacher", "gate", "lookahead", "weight of a token"),
+    "reinforce": ("teacher", "gate", "lookahead", "weight of a token"),
     "rlsd": ("gate", "lookahead"),
     "egrsd": ("lookahead",),
     "cl_egrsd": (),

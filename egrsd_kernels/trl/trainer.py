@@ -41,10 +41,17 @@ from trl import GRPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from egrsd_kernels import TokenStats, fused_egrsd_loss, head_of, with_head
-from egrsd_kernels.credit import ENTROPY_SCALES
+from egrsd_kernels.credit import ENTROPY_SCALES, LOOKAHEAD_SETTINGS
 from egrsd_kernels.models.places import tensors_of
 from egrsd_kernels.models.proof import evaluating
-from egrsd_kernels.rl import TWO_TURN, Message, TokenAdvantage, WelfordAdvantage, length_shaped_reward
+from egrsd_kernels.rl import (
+    TWO_TURN,
+    Message,
+    TokenAdvantage,
+    WelfordAdvantage,
+    length_shaped_reward,
+    position_weights,
+)
 from egrsd_kernels.rollouts import Rollout, write_rollouts
 
 from .arguments import check_arguments
@@ -84,7 +91,7 @@ from .teacher import (
 
 logger = logging.getLogger(__name__)
 # Settings that the fused loss has by the same names; γ is the step's.
-CREDIT = ("gate_floor", "lookahead", "lookahead_filter", "lookahead_decay", "clip_eps", "min_entropy_scale")
+CREDIT = ("gate_floor", "lookahead", *LOOKAHEAD_SETTINGS, "clip_eps", "min_entropy_scale")
 
 
 class EGRSDTrainer(GRPOTrainer):
@@ -627,6 +634,9 @@ class EGRSDTrainer(GRPOTrainer):
         ratio = inputs.get("importance_sampling_ratio")
         if ratio is not None:  # vLLM's correction; it is not negative, so it leaves sign(A) alone
             advantages = (advantages[:, None] * ratio).expand(mask.shape)
+        if self.args.position_weight:
+            place = position_weights(mask, position=self.args.position_weight)
+            advantages = (advantages if advantages.ndim == 2 else advantages[:, None]) * place
 
         def loss_of(hidden, head):
             return fused_egrsd_loss(

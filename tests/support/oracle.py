@@ -45,6 +45,8 @@ def egrsd_oracle(
     lookahead: int = 0,
     lookahead_filter: str = "minimum",
     lookahead_decay: float = 1.0,
+    lookahead_temperature: float = 0.0,
+    lookahead_quantile: float = 0.0,
     clip_eps: float = 0.2,
     entropy_scale: Any = "batch_max",
     min_entropy_scale: float = 1.0,
@@ -107,7 +109,17 @@ def egrsd_oracle(
             if valid[i]:
                 window = enumerate(sequence[place : place + lookahead + 1])
                 weight = lookahead_decay if lookahead_filter == "discounted" else 1.0
-                ahead[i] = min(entropy[j] / weight**k for k, j in window if valid[j])
+                seen = sorted(entropy[j] / weight**k for k, j in window if valid[j])
+                if lookahead_filter == "softmin" and lookahead_temperature > 0:
+                    shares = [math.exp((seen[0] - h) / lookahead_temperature) for h in seen]
+                    found = seen[0] - lookahead_temperature * math.log(math.fsum(shares) / len(seen))
+                elif lookahead_filter == "quantile":
+                    rank = lookahead_quantile * (len(seen) - 1)
+                    share = rank - math.floor(rank)
+                    found = (1 - share) * seen[math.floor(rank)] + share * seen[math.ceil(rank)]
+                else:
+                    found = seen[0]
+                ahead[i] = min(entropy[i], found)
 
     # The normaliser.
     if entropy_scale == "batch_max":

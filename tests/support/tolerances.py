@@ -182,10 +182,14 @@ def assert_result(
         scale = source.max() if source.numel() else 0.0
     scale = max(float(scale), case.get("min_entropy_scale", 1.0))
     normalised = s.lookahead_entropy / scale
-    # A minimum is off by at most as much as what it is taken of: λ^-j H_j, where λ^-j is itself off by 16 u.
+    # A minimum is off by at most as much as what it is taken of: λ^-j H_j, where λ^-j is itself off by 16 u. A soft
+    # minimum and a quantile weigh the H_j by what adds up to 1. A quantile's rank, at most reach, is off by 2 u of it,
+    # and between two ranks lies at most the largest entropy.
     reach = min(case.get("lookahead", 0), case["target_ids"].shape[-1])
     discount = case.get("lookahead_decay", 1.0) ** -reach
-    d_lookahead = discount * peak(d_entropy) + (16 * u * peak(s.lookahead_entropy) if discount > 1 else 0)
+    d_lookahead = discount * peak(d_entropy)
+    if case.get("lookahead_filter", "minimum") != "minimum":
+        d_lookahead = d_lookahead + 16 * u * peak(s.lookahead_entropy) + 2 * u * reach * peak(s.teacher_entropy)
     d_gate = d_lookahead / scale * (1 + normalised) + 4 * u * normalised
     d_gate = case.get("gamma", 0.3) * d_gate + 4 * u
     eps = case.get("clip_eps", 0.2)

@@ -18,32 +18,120 @@ BLOCK = 256
 
 
 @triton.jit
-def ahead(entropy, distance, log2_decay, FILTER: tl.constexpr):
-    """What H_j counts for a token ``distance`` positions before it: the twin of the filters in egrsd_kernels.credit."""
-    if FILTER == "discounted":
-        # In two factors: one alone leaves float32's range while the product with a tiny entropy does not.
-        half = tl.exp2(tl.minimum(distance.to(tl.float32) * (-0.5 * log2_decay), 127.0))
-        entropy = tl.where(entropy > 0, entropy * half * half, entropy)
-    return entropy
+def entropy_ahead(entropy, valid, t, end, here, step):
+    """H of the token ``step`` positions after t; +inf where nothing is seen."""
+    j = t + step
+    seen = here & (j <= end)
+    seen = seen & (tl.load(valid + j, mask=seen, other=0) != 0)
+    return tl.load(entropy + j, mask=seen, other=float("inf"))
+
+
+# The filters, each the twin of that name in egrsd_kernels.credit: over the tokens from t to t + reach that end allows.
 
 
 @triton.jit
-def lookahead_kernel(entropy, valid, seq_end, out, n, window, log2_decay, FILTER: tl.constexpr, BLOCK: tl.constexpr):
-    """out (N,) = H^CL of BLOCK tokens a program: min over valid j in [t, min(t + window, seq_end_t)] of
-    ahead(H_j, j - t); 0 where t is not valid. Grid: (n / BLOCK,)."""
+def minimum(entropy, valid, t, end, here, reach):
+    lowest = entropy_ahead(entropy, valid, t, end, here, 0)
+    for step in range(1, reach + 1):
+        following = entropy_ahead(entropy, valid, t, end, here, step)
+        lowest = tl.minimum(lowest, following, propagate_nan=tl.PropagateNan.ALL)
+    return lowest
+
+
+@triton.jit
+def discounted(entropy, valid, t, end, here, reach, log2_decay):
+    lowest = entropy_ahead(entropy, valid, t, end, here, 0)
+    for step in range(1, reach + 1):
+        following = entropy_ahead(entropy, valid, t, end, here, step)
+        # In two factors: one alone leaves float32's range while the product with a tiny entropy does not.
+        half = tl.exp2(tl.minimum(step * (-0.5 * log2_decay), 127.0))
+        following = tl.where(following > 0, following * half * half, following)
+        lowest = tl.minimum(lowest, following, propagate_nan=tl.PropagateNan.ALL)
+    return lowest
+
+
+@triton.jit
+def softmin(entropy, valid, t, end, here, reach, temperature):
+    lowest = minimum(entropy, valid, t, end, here, reach)
+    # A logarithm near 1 is off by its dtype's last place, times the temperature: hence float64.
+    total = tl.zeros_like(lowest).to(tl.float64)
+    seen = tl.zeros_like(total)
+    for step in range(0, reach + 1):
+        following = entropy_ahead(entropy, valid, t, end, here, step)
+        excess = (following - lowest).to(tl.float64)
+        # 1 also where a temperature of 0 makes 0 / 0.
+        weight = tl.where(excess > 0, tl.exp(-excess / temperature), 1.0)
+        total += tl.where(following != float("inf"), weight, 0.0)
+        seen += tl.where(following != float("inf"), 1.0, 0.0)
+    return (lowest.to(tl.float64) - temperature * tl.log(total / seen)).to(tl.float32)
+
+
+@triton.jit
+def in_order(x):
+    """The bits of float32 numbers to int32 that compare as those do, and back again: it is its own inverse."""
+    return x ^ ((x >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def count_before(entropy, valid, t, end, here, reach, candidate):
+    """How many of the window come before ``candidate``, in the order of :func:`in_order`."""
+    before = tl.zeros_like(t)
+    for step in range(0, reach + 1):
+        following = entropy_ahead(entropy, valid, t, end, here, step)
+        before += (in_order(following.to(tl.int32, bitcast=True)) < candidate).to(tl.int32)
+    return before
+
+
+@triton.jit
+def quantile(entropy, valid, t, end, here, reach, q):
+    lowest = minimum(entropy, valid, t, end, here, reach)
+    infinity = in_order(tl.full(t.shape, float("inf"), tl.float32).to(tl.int32, bitcast=True))
+    seen = count_before(entropy, valid, t, end, here, reach, infinity)
+    rank = q * tl.maximum(seen - 1, 0).to(tl.float32)
+    below = rank.to(tl.int32)
+    # The entropy that ``below`` others precede, found bit by bit as the largest number with at most so many before it:
+    # 32 readings of the window, however long that is.
+    low = tl.zeros_like(t)
+    low = tl.where(count_before(entropy, valid, t, end, here, reach, low) <= below, 0, -(2**31))
+    bit = 1 << 30
+    for _ in range(0, 31):
+        candidate = low + bit
+        bit = bit >> 1
+        low = tl.where(count_before(entropy, valid, t, end, here, reach, candidate) <= below, candidate, low)
+    # The next one in order, which is the same where it is there twice.
+    through = count_before(entropy, valid, t, end, here, reach, low + 1)
+    high = tl.full(t.shape, float("inf"), tl.float32)
+    for step in range(0, reach + 1):
+        following = entropy_ahead(entropy, valid, t, end, here, step)
+        later = in_order(following.to(tl.int32, bitcast=True)) > low
+        high = tl.minimum(high, tl.where(later, following, float("inf")))
+    low_entropy = in_order(low).to(tl.float32, bitcast=True)
+    high = tl.where((through > below + 1) | (through >= seen), low_entropy, high)
+    value = low_entropy + (high - low_entropy) * (rank - below.to(tl.float32))
+    return tl.where(lowest != lowest, lowest, value)
+
+
+@triton.jit
+def lookahead_kernel(
+    entropy, valid, seq_end, out, n, window, log2_decay, temperature, q, FILTER: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """out (N,) = H^CL of BLOCK tokens a program: min(H_t, the filter over valid j in [t, min(t + window, seq_end_t)]);
+    0 where t is not valid. Grid: (n / BLOCK,)."""
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = tl.load(valid + t, mask=t < n, other=0) != 0
     end = tl.minimum(tl.load(seq_end + t, mask=t < n, other=0), t + window)
-    lowest = tl.load(entropy + t, mask=here, other=float("inf"))
     reach = tl.max(tl.where(here, end - t, 0), 0)
-    for step in range(1, reach + 1):
-        j = t + step
-        seen = here & (j <= end)
-        seen = seen & (tl.load(valid + j, mask=seen, other=0) != 0)
-        following = tl.load(entropy + j, mask=seen, other=float("inf"))
-        following = ahead(following, j - t, log2_decay, FILTER)
-        lowest = tl.minimum(lowest, following, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(out + t, tl.where(here, lowest, 0.0), mask=t < n)
+    if FILTER == "discounted":
+        filtered = discounted(entropy, valid, t, end, here, reach, log2_decay)
+    elif FILTER == "softmin":
+        filtered = softmin(entropy, valid, t, end, here, reach, temperature)
+    elif FILTER == "quantile":
+        filtered = quantile(entropy, valid, t, end, here, reach, q)
+    else:
+        tl.static_assert(FILTER == "minimum")
+        filtered = minimum(entropy, valid, t, end, here, reach)
+    own = tl.load(entropy + t, mask=here, other=0.0)
+    tl.store(out + t, tl.where(here, tl.minimum(own, filtered, propagate_nan=tl.PropagateNan.ALL), 0.0), mask=t < n)
 
 
 def lookahead_entropy(entropy: Tensor, valid: Tensor, seq_end: Tensor, lookahead: Lookahead) -> Tensor:
@@ -53,8 +141,9 @@ def lookahead_entropy(entropy: Tensor, valid: Tensor, seq_end: Tensor, lookahead
     # A window longer than the batch sees no more than one as long as it; the bound keeps t + W inside int32.
     window = min(lookahead.window, n)
     lookahead_kernel[(triton.cdiv(n, BLOCK),)](
-        entropy, valid, seq_end, out, n, window, math.log2(lookahead.decay), FILTER=lookahead.filter, BLOCK=BLOCK
-    )
+        entropy, valid, seq_end, out, n, window, math.log2(lookahead.decay), lookahead.temperature, lookahead.quantile,
+        FILTER=lookahead.filter, BLOCK=BLOCK,
+    )  # fmt: skip
     return out
 
 

@@ -31,7 +31,7 @@ SLOTS = 128
 TILE = tl.constexpr(ROW_TILE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["gradient", "entropy_gradient", "entropy", "logsumexp", "order"])
 def slope_kernel(
     gradient, entropy_gradient, entropy, logsumexp, total, order, row_counts, offset, slope, n_slots, shift,
     BLOCK: tl.constexpr,

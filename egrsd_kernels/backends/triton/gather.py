@@ -11,7 +11,7 @@ from egrsd_kernels.head import Head
 from .common import LOG2E, NEG, Machine, logits_of, rows_in_chunk, tiled
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "target_ids", "order", "row_counts", "first_row"])
 def gather_kernel(
     hidden, stride_hb, stride_ht, stride_hd, length, weight, stride_wv, stride_wd, bias, target_ids, order, row_counts,
     out_hidden, out_logit, out_softcap_grad, out_offset, out_target, chunk_counts, retry,

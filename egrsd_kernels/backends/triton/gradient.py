@@ -62,7 +62,7 @@ def part_tile(dhidden_parts, part, ROWS: tl.constexpr, COLS: tl.constexpr):
     return dhidden_parts + part * tl.full([], ROWS * COLS, tl.int64)
 
 
-@triton.jit(do_not_specialize=["first_col", "width"])
+@triton.jit(do_not_specialize=["first_col", "width", "limit"])
 def hidden_kernel(
     exponentials, stride_e, weight, stride_wv, stride_wd, dhidden_parts, row_counts, first_col, width, n_slots, D, V,
     limit, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, PROGRAMS: tl.constexpr,
@@ -98,7 +98,7 @@ def hidden_kernel(
         tl.store(at, product)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["gradient", "order"])
 def factor_kernel(
     exponentials, stride_e, softcap_grad, others, total, moment, slope, target, gradient, order, row_counts,
     factor, entry, head_factor, n_slots, temperature, e_unit, HEAD: tl.constexpr, BLOCK: tl.constexpr,
@@ -147,7 +147,7 @@ def factor_kernel(
         tl.store(head_factor + slot, f * undo / e_unit, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["order", "width", "limit"])
 def finish_hidden_kernel(
     dhidden_parts, factor, entry, target, weight, stride_wv, stride_wd, order, row_counts, out, width, D, limit,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, PROGRAMS: tl.constexpr, MAX_SPLITS: tl.constexpr,
@@ -208,7 +208,7 @@ def put_tile(out, row, col, tile, ADD: tl.constexpr, REDUCE: tl.constexpr):
         out.store([row, col], out.load([row, col]) + tile)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["factor"])
 def head_kernel(
     exponentials, stride_e, hidden, stride_h, out, factor, row_counts, n_slots, width, D, V, scale,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
@@ -274,9 +274,10 @@ def bias_kernel(
     tl.store(out + v, total, mask=v < V)
 
 
-@triton.jit
-def multiply_kernel(source, factor, out, n, BLOCK: tl.constexpr):
-    """out (n,) = source (n,) * factor (0-d float32), in float32 and rounded once. Grid: (n / BLOCK,)."""
+@triton.jit(do_not_specialize=["factor", "rows"])
+def multiply_kernel(source, factor, out, rows, width, BLOCK: tl.constexpr):
+    """out = source (rows width,) * factor (0-d float32), in float32 and rounded once. Grid: (rows width / BLOCK,)."""
+    n = rows.to(tl.int64) * width  # in two factors: the width alone says how loads are aligned
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(source + i, mask=i < n, other=0.0).to(tl.float32) * tl.load(factor)
     tl.store(out + i, x.to(out.dtype.element_ty), mask=i < n)
@@ -284,8 +285,9 @@ def multiply_kernel(source, factor, out, n, BLOCK: tl.constexpr):
 
 def multiply(source: torch.Tensor, factor: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """out = source * factor (a 0-d float32 tensor), in float32 and rounded once; ``out`` may be ``source``."""
-    n = source.numel()
-    multiply_kernel[(triton.cdiv(n, 1024),)](source, factor, out, n, BLOCK=1024)
+    width = source.shape[-1]
+    rows = source.numel() // width
+    multiply_kernel[(ceil_div(rows * width, 1024),)](source, factor, out, rows, width, BLOCK=1024)
     return out
 
 

@@ -45,6 +45,8 @@ LEAST = tl.constexpr(-30000.0)
 # Rows of a program that goes through all tiles of its rows, so many at a time.
 ROW_BLOCK = 8
 TILE_BLOCK = 128
+# Arguments that have an entry a token, and so begin anywhere.
+BY_TOKEN = ["order", *VocabularyStatistics._fields]
 
 
 @triton.jit(do_not_specialize=["first_tile", "n_tiles"])
@@ -156,7 +158,7 @@ def beaten_by(best, inside, tile, own_tile, own):
     return tl.max((inside & ((z > own[None, :]) | ((z == own[None, :]) & before))).to(tl.int32), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BY_TOKEN)
 def combine_statistics_kernel(
     tile_stats, logit, target, order, row_counts, offset, logp, entropy, logsumexp, is_top1, mean_logits,
     log_sum_sq_probs, n_slots, col_tiles, shift, V,
@@ -237,7 +239,7 @@ def combine_statistics_kernel(
                 tl.store(log_sum_sq_probs + row, tl.log2(squares / s / s) * LN2, mask=ours)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BY_TOKEN)
 def combine_sums_kernel(
     tile_stats, logit, offset, target, order, row_counts, retry, others, total, moment, logp, entropy, logsumexp,
     is_top1, mean_logits, log_sum_sq_probs, n_slots, col_tiles, limit, V,

@@ -32,7 +32,7 @@ def spent_of(floats, ints, rows, n, limit):
     return tl.sum(spent, 0), n_exact, n_either
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["token_dropped", "token_mass", "token_dense"])
 def certify_kernel(
     row_counts,
     floats,

@@ -9,7 +9,7 @@ import triton.language as tl
 AT_ONCE = tl.constexpr(4)  # rows that a program gathers together
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["to"])
 def add_rows_kernel(
     first_of, end_of, row_of, value_of, source, stride_row, stride_d, base, bias, to, out, scale, D,
     BLOCK: tl.constexpr, EVERY: tl.constexpr,

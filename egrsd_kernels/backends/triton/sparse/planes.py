@@ -44,7 +44,7 @@ def load_gradient(gradient, order, floats, rows, r, n):
     return t, g, s, (tl.abs(g) < float("inf")) & (s > 0) & (s < float("inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["gradient", "order"])
 def weigh_kernel(gradient, order, row_counts, floats, ints, budget, rows, tolerance, SOFTCAP: tl.constexpr):
     """Grid (1,): TOKEN, GRADIENT, WEIGHT, MASS and DENSE of the n rows, with WEIGHT 0 after them; dense are those whose
     g or S is not finite. budget (2,) float32: tolerance Σ a M / (1 + 4 SLACK), and this over n.
