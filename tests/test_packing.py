@@ -8,6 +8,7 @@ import math
 import re
 import threading
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ def test_ids_of_any_size(rows):
 @given(data=st.data(), rows=ROWS, budget=st.integers(1, 60))
 def test_targets_are_read_at_the_token_before_each(data, rows, budget):
     targets = [[False, *(data.draw(st.booleans()) for _ in row[1:])] for row in rows]
-    found = []
+    found, everything = [], [(r, p) for r, row in enumerate(targets) for p, asked in enumerate(row) if asked]
     for pack in pack_rows(rows, budget=budget, targets=targets):
         assert pack.target_rows.tolist() == sorted(pack.target_rows.tolist())
         for row, position, token, hidden in zip(
@@ -120,7 +121,13 @@ def test_targets_are_read_at_the_token_before_each(data, rows, budget):
             assert token == rows[row][position]
             assert hidden == pack.places[pack.rows.index(row)][position - 1]
             found.append((row, position))
-    assert sorted(found) == [(r, p) for r, row in enumerate(targets) for p, asked in enumerate(row) if asked]
+        numbers = pack.target_numbers.tolist()
+        pairs = zip(pack.target_rows.tolist(), pack.target_positions.tolist(), strict=True)
+        assert [everything[number] for number in numbers] == [*pairs]
+        cuts = pack.cu_seqlens.tolist()
+        assert [len({*pack.target_rows[a:b].tolist()}) for a, b in pairwise(cuts)] == [1] * (len(cuts) - 1)
+        assert cuts[0] == 0 and cuts[-1] == len(numbers) and len(cuts) - 1 == len({*pack.target_rows.tolist()})
+    assert sorted(found) == everything
 
 
 @settings(max_examples=50, deadline=None)
@@ -152,7 +159,7 @@ def test_a_pack_moves_as_a_whole():
     moved = pack.to("meta")
     assert (moved.rows, moved.segments) == (pack.rows, pack.segments)
     tensors = [value for value in (*vars(moved).values(), *moved.places) if isinstance(value, Tensor)]
-    assert len(tensors) == 8 and all(tensor.is_meta for tensor in tensors)
+    assert len(tensors) == 10 and all(tensor.is_meta for tensor in tensors)
 
 
 def test_a_tree_above_the_budget_is_cut_where_its_rows_share_least():

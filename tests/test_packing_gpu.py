@@ -35,8 +35,6 @@ HERE = [
 def segments() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    torch._dynamo.reset()
-    layers._compiled.cache_clear()
     with on_cpus():
         yield
     torch.set_num_threads(before)
@@ -219,14 +217,16 @@ def test_a_forward_in_another_dtype_than_the_proved_one_is_refused():
 def test_few_sizes_and_little_padding(tokens):
     size = padded_size(tokens)
     assert size >= max(tokens, 1024) and padded_size(size) == size
-    assert size == 1024 or size - tokens < size / 5
-    assert len({padded_size(n) for n in range(8192, 16_384)} - {8192}) == 4
+    assert size == 1024 or size - tokens < size / 9
+    assert len({padded_size(n) for n in range(8192, 16_384)} - {8192}) == 8
 
 
 def count_graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
     """Each graph that is compiled from here on; ``aot_eager`` runs them, which needs no compiler."""
     from torch._dynamo.backends.debugging import aot_eager
 
+    torch._dynamo.reset()
+    layers._compiled.cache_clear()
     made: list[torch.fx.GraphModule] = []
 
     def counted(graph, inputs, **options):

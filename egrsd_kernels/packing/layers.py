@@ -19,19 +19,19 @@ from egrsd_kernels.models import ModelError
 from .varlen import Table
 
 SMALLEST = 1024  # tokens
-# Graphs of one layer's class: two modes (with gradients and without), adapters on and off, and as many sizes as there
-# are between 1,024 tokens and 65,536, for two kinds of layers. What needs more would be compiled without an end.
-GRAPHS = 2 * 2 * 24 * 2
+# Graphs of one layer's class: with gradients and without, adapters on and off, two kinds of layers, and the sizes from
+# 1,024 tokens to 65,536, eight to each doubling. What needs more than these would be compiled without an end.
+GRAPHS = 2 * 2 * 2 * 8 * 6
 
 
 def padded_size(tokens: int) -> int:
-    """The number of tokens that a pack is padded to for compiled layers: 4, 5, 6 or 7 times a power of two.
+    """The number of tokens that a pack is padded to for compiled layers: 8, 9, ..., 15 times a power of two.
 
-    At least 1,024. At most a fifth is padding; budgets of such a size lose least.
+    At least 1,024. At most a ninth is padding; a budget of such a size loses least.
     """
     if tokens <= SMALLEST:
         return SMALLEST
-    step = 1 << ((tokens - 1).bit_length() - 3)
+    step = 1 << ((tokens - 1).bit_length() - 4)
     return -(-tokens // step) * step
 
 

@@ -61,7 +61,9 @@ class Pack:
 
     The targets are the tokens that were asked for, row by row: target_rows (M,) and target_positions (M,) say which,
     target_ids (M,) are the tokens, and hidden_index (M,) is the packed token before each, whose hidden state predicts
-    it. One hidden state predicts the first token of every branch after it.
+    it. One hidden state predicts the first token of every branch after it. target_numbers (M,) count the targets of all
+    rows that were packed, row by row: where each stands in a tensor for all packs, whatever shares its prefix. Among M,
+    the targets of a row begin at cu_seqlens (S + 1,), for the S rows that have some.
     """
 
     rows: tuple[int, ...]
@@ -72,7 +74,9 @@ class Pack:
     target_rows: Tensor
     target_positions: Tensor
     target_ids: Tensor
+    target_numbers: Tensor
     hidden_index: Tensor
+    cu_seqlens: Tensor
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -154,7 +158,8 @@ def pack_rows(
     order = sorted(range(len(ids)), key=keys.__getitem__)
     shared = [0, *(_common(ids[one], ids[other]) for one, other in pairwise(order))]
     parts = _parts([len(ids[row]) for row in order], shared, budget)
-    return [_pack(chosen, order, shared, ids, wanted) for chosen in _fill(parts, budget)]
+    first = [0, *accumulate(int(asked.sum()) for asked in wanted)]
+    return [_pack(chosen, order, shared, ids, wanted, first) for chosen in _fill(parts, budget)]
 
 
 # ------------------------------------------------------------------------------------------------------------ the rows
@@ -286,7 +291,14 @@ def _fill(parts: list[_Part], budget: int) -> list[list[_Part]]:
     return packs
 
 
-def _pack(parts: list[_Part], order: list[int], shared: list[int], ids: list[Tensor], wanted: list[Tensor]) -> Pack:
+def _pack(
+    parts: list[_Part],
+    order: list[int],
+    shared: list[int],
+    ids: list[Tensor],
+    wanted: list[Tensor],
+    first: list[int],
+) -> Pack:
     places: dict[int, Tensor] = {}
     tokens, positions, before = [], [], {}  # before: of the first packed token of each new part, the one it follows
     starts: set[int] = set()
@@ -314,14 +326,17 @@ def _pack(parts: list[_Part], order: list[int], shared: list[int], ids: list[Ten
     )
     rows = tuple(sorted(places))
     asked = [wanted[row].nonzero()[:, 0] for row in rows]
+    counts = torch.tensor([len(one) for one in asked])
     return Pack(
         rows=rows,
         places=tuple(places[row] for row in rows),
         input_ids=torch.cat(tokens),
         position_ids=torch.cat(positions),
         segments=segments,
-        target_rows=torch.tensor(rows).repeat_interleave(torch.tensor([len(one) for one in asked])),
+        target_rows=torch.tensor(rows).repeat_interleave(counts),
         target_positions=torch.cat(asked),
         target_ids=torch.cat([ids[row][one] for row, one in zip(rows, asked, strict=True)]),
+        target_numbers=torch.cat([torch.arange(first[row], first[row + 1]) for row in rows]),
         hidden_index=torch.cat([places[row][one - 1] for row, one in zip(rows, asked, strict=True)]),
+        cu_seqlens=functional.pad(counts[counts > 0].cumsum(0), (1, 0)),
     )
