@@ -123,7 +123,8 @@ def test_from_grpo(trainers):
     assert (names["config"].gamma, names["config"].lookahead) == (0.3, 3)
 
 
-def test_trl_trainers(tmp_path):
+def test_trl_trainers(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     pytest.importorskip("trl", reason="TRL is not installed")
 
     from egrsd_kernels.trl import unfuse_heads
@@ -138,6 +139,11 @@ def test_trl_trainers(tmp_path):
         "dataset": trl_tiny.dataset().map(lambda row: answers).select_columns(["prompt", *answers]),
         "settings": settings | {"output_dir": str(tmp_path), "beta": 1.0, "gradient_checkpointing": False},
         "ids": ids, "labels": ids.masked_fill(ids < 9, -100), "advantages": torch.tensor([1.0, -0.5]),
+        "student": trl_tiny.tiny_model(), "correct": trl_tiny.correct, "prompts": trl_tiny.dataset(),
+        "rollout_settings": settings | {
+            "output_dir": str(tmp_path / "sdpo"), "num_generations": 2, "max_completion_length": 4,
+            "teacher_model_kind": "live", "per_device_train_batch_size": 2,
+        },
     }  # fmt: skip
     names["model"].save_pretrained(tmp_path / "model")
     names["model"].config._name_or_path = str(tmp_path / "model")  # where DPO loads its reference from
@@ -146,7 +152,7 @@ def test_trl_trainers(tmp_path):
     finally:
         unfuse_heads()
     trainer = names["trainer"]
-    assert trainer.state.global_step == 2
+    assert trainer.state.global_step == names["sdpo"].state.global_step == 2
     assert all(isinstance(model.forward, FusedForward) for model in (trainer.model, trainer.ref_model))
     logp = names["policy"](input_ids=ids).logits.div(0.8).log_softmax(-1)[:, :-1]
     expected = logp.gather(2, ids[:, 1:, None]).squeeze(2).masked_fill(~names["out"].label_mask, 0)
@@ -352,7 +358,11 @@ def test_tuning():
 # ----------------------------------------------------------------------------------------------------- divergences.md
 
 
-def test_divergences():
+def test_divergences(monkeypatch):
+    pytest.importorskip("trl", reason="TRL is not installed")
+    from egrsd_kernels import trl
+
+    monkeypatch.setattr(trl, "EGRSDConfig", tiny(trl.EGRSDConfig))
     torch.manual_seed(0)
     head, mask = torch.randn(50, 16), torch.ones(3, 40, dtype=torch.bool)
     mask[1, 30:] = False
@@ -370,6 +380,7 @@ def test_divergences():
     switched = torch.where(names["unsure"], names["forward"], names["reverse"])
     assert (names["forward"] > 0).any() and (names["reverse"] > 0).any()
     assert torch.equal(switched, names["forward"] + names["reverse"])
+    assert names["config"].divergence == "reverse_kl"
     first = names["student_hidden"].grad.clone()
     names["loss"].backward()
     assert first.any() and (names["student_hidden"].grad != first).any()

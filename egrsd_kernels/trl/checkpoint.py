@@ -40,7 +40,8 @@ SAMPLED_ROWS = 64
 # What a run was before these settings existed.
 BEFORE = {
     **{f"lookahead_{name}": value for name, value in Lookahead._field_defaults.items()},
-    "position_weight": 0.0, "prefix_weight": 0.0, "teacher_sync_steps": 1,
+    "divergence": None, "divergence_beta": 0.5, "divergence_top_k": None, "divergence_weight": 1.0,
+    "policy_weight": 1.0, "position_weight": 0.0, "prefix_weight": 0.0, "teacher_sync_steps": 1,
 }  # fmt: skip
 
 
