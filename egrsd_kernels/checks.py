@@ -17,6 +17,7 @@ import torch
 from torch._subclasses import FakeTensor
 
 from .head import Head
+from .rows import Sequences, by_token
 
 IGNORE_INDEX = -100  # transformers' mark for a position without a target
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -113,7 +114,7 @@ def number(name: str, value: object, *, low: float = -math.inf, high: float = ma
         real = float(instance(name, value, Real, "a number"))
     except OverflowError:  # an integer or a fraction beyond float64
         real = math.inf
-    fits = low <= real <= high and math.isfinite(real) and not (strict and real == low)
+    fits = low <= real <= high and -math.inf < real < math.inf and not (strict and real == low)
     bounds = f"{'above' if strict else 'at least'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
     expect(fits, name, value, "a finite number" + (f" {bounds}" if (low, high) != (-math.inf, math.inf) else ""))
     return real
@@ -274,15 +275,14 @@ def operands(
     return states, of, divisor, *targets(target_ids, states, of.weight.shape[0], mask)
 
 
-def boundaries(cu_seqlens: object, hidden: torch.Tensor) -> torch.Tensor:
-    """Sequence boundaries (S + 1,) on the flat layout: given for packed input, every T tokens for padded."""
+def sequences(cu_seqlens: object, hidden: torch.Tensor) -> Sequences:
+    """Where the sequences of the flat layout are: boundaries, given for packed input, or every T tokens."""
     if hidden.ndim == 3:
         expect(cu_seqlens is None, "cu_seqlens", cu_seqlens, "None with padded (B, T, D) hidden states")
-        b, t = hidden.shape[:2]
-        return torch.arange(b + 1, device=hidden.device) * t
+        return Sequences(hidden.shape[1], None)
     n = hidden.shape[0]
     if cu_seqlens is None:
-        return torch.arange(2, device=hidden.device) * n
+        return Sequences(n, None)
     cu_seqlens = tensor("cu_seqlens", cu_seqlens, like=hidden)
     integer = cu_seqlens.dtype in (torch.int32, torch.int64)
     expect(integer, "cu_seqlens", cu_seqlens, "an int32 or int64 tensor", TypeError)
@@ -291,13 +291,7 @@ def boundaries(cu_seqlens: object, hidden: torch.Tensor) -> torch.Tensor:
         ends = int(cu_seqlens[0]) == 0 and int(cu_seqlens[-1]) == n
         expect(ends, "cu_seqlens", cu_seqlens.tolist(), f"boundaries from 0 to N = {n}")
         expect(bool((cu_seqlens.diff() >= 0).all()), "cu_seqlens", cu_seqlens.tolist(), "ascending boundaries")
-    return cu_seqlens.long()
-
-
-def sequence_of(cu_seqlens: torch.Tensor, n: int) -> torch.Tensor:
-    """The sequence (N,) that each token belongs to."""
-    position = torch.arange(n, device=cu_seqlens.device)
-    return torch.searchsorted(cu_seqlens[1:], position, right=True).clamp_(max=cu_seqlens.numel() - 2)
+    return Sequences(n, cu_seqlens.contiguous())
 
 
 def refuse(name: str, value: torch.Tensor, flat: torch.Tensor, refused: torch.Tensor, expected: str) -> None:
@@ -307,28 +301,34 @@ def refuse(name: str, value: torch.Tensor, flat: torch.Tensor, refused: torch.Te
 
 
 def token_advantages(
-    value: object, hidden: torch.Tensor, valid: torch.Tensor, sequence: torch.Tensor, sequences: int
-) -> torch.Tensor:
-    """A (N,): one advantage a token, from one a token or one a sequence."""
+    value: object, hidden: torch.Tensor, valid: torch.Tensor, sequences: Sequences
+) -> torch.Tensor:  # fmt: skip
+    """One advantage a token or one a sequence, contiguous, as :func:`egrsd_kernels.rows.by_token` takes them."""
     value = tensor("advantages", value, like=hidden)
     expect(value.dtype in FLOATS, "advantages", value, FLOAT_TENSOR, TypeError)
-    per_token, per_sequence = tuple(hidden.shape[:-1]), (sequences,)
+    n = valid.numel()
+    if sequences.boundaries is not None:
+        n_sequences = sequences.boundaries.numel() - 1
+    else:
+        n_sequences = hidden.shape[0] if hidden.ndim == 3 else 1
+    per_token, per_sequence = tuple(hidden.shape[:-1]), (n_sequences,)
     fits = tuple(value.shape) in (per_token, per_sequence)
     expect(fits, "advantages", value, f"one a sequence, shape {per_sequence}, or one a token, shape {per_token}")
-    value = value.detach()
-    if per_token == per_sequence and values_checked(sequence):
-        # As many sequences as tokens are one token each, where both readings are one, unless there are empty ones.
-        each = torch.equal(sequence, torch.arange(sequences, device=sequence.device))
-        remedy = "(drop them, and what advantages holds for them)"
-        ambiguous = f"as many as {sequences} sequences or {sequences} tokens may have"
-        if not each:
-            raise ValueError(
-                f"advantages: expected cu_seqlens without empty sequences {remedy}, got shape {per_token}, {ambiguous}"
-            )
-    flat = (value.reshape(-1) if tuple(value.shape) == per_token else value[sequence]).contiguous()
+    value = value.detach().contiguous()
     if values_checked(value):
+        if per_token == per_sequence and sequences.boundaries is not None:
+            # As many sequences as tokens are one token each, where both readings are one, unless there are empty ones.
+            each = torch.equal(sequences.of(n, value.device), torch.arange(n, device=value.device))
+            remedy = "(drop them, and what advantages holds for them)"
+            ambiguous = f"as many as {n} sequences or {n} tokens may have"
+            if not each:
+                raise ValueError(
+                    f"advantages: expected cu_seqlens without empty sequences {remedy}, got shape {per_token}, "
+                    f"{ambiguous}"
+                )
+        flat, _ = by_token(value, n, sequences, value.dtype)
         refuse("advantages", value, flat, valid & ~flat.isfinite(), "no NaN and no infinity at a valid position")
-    return flat
+    return value
 
 
 def _rounding(dtype: torch.dtype) -> float:

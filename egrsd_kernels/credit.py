@@ -215,15 +215,15 @@ def token_advantage(advantages: Tensor, magnitude: Tensor, gate: Tensor) -> Tens
 
 
 def token_credit(
-    rows: Rows, first_row: int, n_rows: int, advantages: Tensor, scale: Tensor, options: CreditOptions,
-    stats: TokenStats, loss: Tensor,
+    rows: Rows, first_row: int, n_rows: int, advantages: Tensor, scale: Tensor, share: Tensor, options: CreditOptions,
+    stats: TokenStats, loss: Tensor, gradient: Tensor,
 ) -> None:  # fmt: skip
-    """Write magnitude, gate and token advantage into ``stats``, and −Â · log p_S into ``loss``.
+    """Write magnitude, gate and Â into ``stats``, −Â · log p_S into ``loss``, and share · Â into ``gradient``.
 
     For the valid rows among the ``n_rows`` from ``first_row`` of the order on; every other entry stays as it is.
 
     Args:
-        advantages: A (N,). scale: 0-d, nats. loss: (N,).
+        advantages: A (N,). scale: 0-d, nats. share: 0-d. loss, gradient: (N,).
         stats: (N,) each; log p of student and teacher, and H^CL, are read.
     """
     order = rows.order[first_row : first_row + n_rows].long()
@@ -235,7 +235,11 @@ def token_credit(
     credit = token_advantage(a, w, omega)
     # Without an advantage log p = -inf costs nothing, but the NaN of a target outside the vocabulary must be seen.
     term = torch.where((credit == 0) & ~logp.isnan(), 0, -credit * logp)
-    for out, value in ((stats.magnitude, w), (stats.gate, omega), (stats.token_advantage, credit), (loss, term)):
+    written = (
+        (stats.magnitude, w), (stats.gate, omega), (stats.token_advantage, credit), (loss, term),
+        (gradient, credit * share),
+    )  # fmt: skip
+    for out, value in written:
         out[order] = torch.where(valid, value, out[order])
 
 

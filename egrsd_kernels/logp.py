@@ -26,7 +26,6 @@ from .backends import (
 )
 from .eager import eager
 from .head import Head, compute_dtype, widened
-from .rows import Rows
 
 
 class _Options(NamedTuple):
@@ -76,7 +75,7 @@ class _LinearLogp(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         backend, needs, sparse_tol = options.backend, options.needs, options.sparse_tol
         operands = hidden, weight, bias, columns, target_ids
-        head, rows = frame(widened(weight, columns), bias), Rows.build(valid, valid)
+        head, rows = frame(widened(weight, columns), bias), options.backend.build_rows(valid, valid)
         logp, entropy, logsumexp = (torch.zeros_like(valid, dtype=compute_dtype(hidden.dtype)) for _ in range(3))
         out = VocabularyStatistics(logp, entropy, logsumexp, **no_extras(logp, options.extras))
         if options.ahead:  # entropies only where they are returned
@@ -151,9 +150,10 @@ def _unannounced(
     hidden, weight, bias, columns, target_ids = operands
     needed = valid & ((d_logp != 0) | (d_entropy != 0))
     logp, entropy, logsumexp = (torch.zeros_like(d_logp) for _ in range(3))
+    head, rows = ctx.frame(widened(weight, columns), bias), options.backend.build_rows(needed, needed)
     kept = options.backend.keep(
-        ctx.frame(widened(weight, columns), bias), options.temperature, hidden, target_ids, Rows.build(needed, needed),
-        VocabularyStatistics(logp, entropy, logsumexp), options.needs, True, options.keep_bytes, options.chunk_bytes,
+        head, options.temperature, hidden, target_ids, rows, VocabularyStatistics(logp, entropy, logsumexp),
+        options.needs, True, options.keep_bytes, options.chunk_bytes,
     )  # fmt: skip
     return _gradients(ctx, operands, needed, d_logp, EntropyGradient(d_entropy, entropy, logsumexp), kept=kept)
 
@@ -178,7 +178,7 @@ def _gradients(
     if kept is not None:
         finish = kept(head, hidden, d_logp, of_entropy, needed, options.chunk_bytes)
     else:
-        again = Rows.build(needed, needed), VocabularyStatistics(torch.zeros_like(d_logp))
+        again = options.backend.build_rows(needed, needed), VocabularyStatistics(torch.zeros_like(d_logp))
         finish = options.backend.student_pass(
             head, options.temperature, hidden, target_ids, *again, lambda *_: d_logp, options.needs,
             options.chunk_bytes, sparse, of_entropy,

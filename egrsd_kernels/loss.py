@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -23,12 +22,12 @@ from .backends import (
     Needs,
     Pair,
     PairCredit,
+    Scales,
     Sparse,
     VocabularyStatistics,
     choose,
     choose_divergence,
     no_statistics,
-    power_of_two,
 )
 from .checks import expect, number
 from .credit import ENTROPY_SCALES, CreditOptions, EntropyScale, Filter, Lookahead, TokenStats, batch_max
@@ -62,8 +61,7 @@ class _Minibatch:
     teacher_logp: Tensor
     teacher_entropy: Tensor
     lookahead_entropy: Tensor
-    scale: Tensor  # 0-d, nats: what entropies are divided by
-    normalizer: Tensor  # 0-d
+    scales: Scales
     options: CreditOptions
     temperature: float
     chunk_bytes: int
@@ -71,40 +69,32 @@ class _Minibatch:
     policy_weight: float
     term: _Term | None  # None: no divergence
 
-    @cached_property
-    def power(self) -> Tensor:
-        """The power of two in the normaliser (0-d).
-
-        The forward pass leaves it out of the gradients. A token's hidden gradient is then of the head's own size, which
-        float16 can hold. The backward pass divides by it, which rounds nothing.
-        """
-        return power_of_two(self.normalizer)
-
     def loss(self, head: Head, hidden: Tensor, needs: Needs) -> tuple[Tensor, TokenStats, Finish | None]:
-        """(loss, stats, what finishes the gradients of loss · :attr:`power`)."""
-        logp, magnitude, gate, token_advantage, bound, divergence, terms = (
-            torch.zeros_like(self.advantages) for _ in range(7)
-        )
+        """(loss, stats, what finishes the gradients, which the power of two is left out of)."""
+        n, dtype = self.advantages.numel(), self.advantages.dtype
+        zeros = torch.zeros(8, n, dtype=dtype, device=hidden.device)
+        logp, magnitude, gate, token_advantage, bound, divergence, terms, gradient = zeros.unbind()
         stats = TokenStats(
             logp, self.teacher_logp, self.teacher_entropy, self.lookahead_entropy, magnitude, gate, token_advantage,
             bound, divergence,
         )  # fmt: skip
-        sign_and_share = -self.policy_weight * self.power / self.normalizer
+        share = self.scales.share if self.policy_weight == 1 else self.policy_weight * self.scales.share
 
         def credit(first_row: int, n_rows: int) -> Tensor:
             self.backend.token_credit(
-                self.rows, first_row, n_rows, self.advantages, self.scale, self.options, stats, terms
-            )
-            return token_advantage * sign_and_share
+                self.rows, first_row, n_rows, self.advantages, self.scales.entropy, share, self.options, stats,
+                terms, gradient,
+            )  # fmt: skip
+            return gradient
 
         problem = head, self.temperature, hidden, self.target_ids, self.rows, VocabularyStatistics(logp)
         finish = None
         if self.term is not None:
-            share, term = self.term.weight * self.power / self.normalizer, self.term
+            term, of_gate = self.term, -self.term.weight * self.scales.share
 
             def both(first_row: int, n_rows: int) -> PairCredit:
                 of_logp = credit(first_row, n_rows)
-                return PairCredit(gate * share, of_logp)
+                return PairCredit(gate * of_gate, of_logp)
 
             pair, out = term.pair(head, hidden, self.temperature), DivergenceStatistics(divergence, logp)
             finish = term.backend.divergence_pass(pair, self.target_ids, self.rows, out, both, needs, self.chunk_bytes)
@@ -119,8 +109,8 @@ class _Minibatch:
                 bound.copy_(sparse.error_bound(token_advantage))
         else:
             self.backend.statistics(*problem, self.chunk_bytes)
-            credit(0, logp.numel())
-        return terms.sum() / self.normalizer, stats, finish
+            credit(0, n)
+        return terms.sum() / self.scales.normalizer, stats, finish
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -149,20 +139,9 @@ class _FusedLoss(torch.autograd.Function):
         if finish is None:
             # A second backward: the first one scaled its gradients in place and gave them away. They are made again.
             finish = minibatch.loss(frame(widened(weight, columns), bias), hidden, needs)[2]
-        return *finish(d_loss / minibatch.power).of_operands(needs, columns), *(None,) * 3
-
-
-def _entropy_scale(
-    value: EntropyScale | Tensor,
-    least: float,
-    entropy: Tensor,
-    lookahead_entropy: Tensor,
-    group: torch.distributed.ProcessGroup | None,
-) -> Tensor:
-    """What entropies are divided by (0-d, nats): the batch maximum (Eq. 8) or the given one, at least ``least``."""
-    if isinstance(value, str):
-        value = batch_max(entropy if value == "batch_max" else lookahead_entropy, group)
-    return value.clamp(min=least)
+        power = minibatch.scales.power
+        factor = d_loss if power is None else d_loss / power
+        return *finish(factor).of_operands(needs, columns), *(None,) * 3
 
 
 def _teacher(
@@ -337,10 +316,8 @@ def fused_egrsd_loss(
     temperature = number("temperature", temperature, low=0, strict=True)
     flat_targets, valid = checks.targets(target_ids, student_hidden, student.weight.shape[0], mask)
     n, dtype = valid.numel(), compute_dtype(student_hidden.dtype)
-    boundaries = checks.boundaries(cu_seqlens, student_hidden)
-    sequence = checks.sequence_of(boundaries, n)
-    flat_advantages = checks.token_advantages(advantages, student_hidden, valid, sequence, boundaries.numel() - 1)
-    flat_advantages = flat_advantages.to(dtype)
+    sequences = checks.sequences(cu_seqlens, student_hidden)
+    advantages = checks.token_advantages(advantages, student_hidden, valid, sequences)
     if isinstance(entropy_scale, str):
         expected = '"batch_max", "batch_max_lookahead" or nats'
         expect(entropy_scale in ENTROPY_SCALES, "entropy_scale", entropy_scale, expected)
@@ -364,7 +341,8 @@ def fused_egrsd_loss(
     hidden, columns = student.join(checks.batched(student_hidden), valid)
 
     with torch.cuda.device_of(student_hidden), torch.no_grad():
-        rows = Rows.build(valid, valid if which is not None else flat_advantages != 0)
+        flat_advantages, last = ops.by_token(advantages, n, sequences, dtype)
+        rows = ops.build_rows(valid, valid if which is not None else flat_advantages)
         given = {"teacher_logp": teacher_logp, "teacher_entropy": teacher_entropy}
         one = teacher_logp if teacher_logp is not None else teacher_entropy
         term = None
@@ -389,15 +367,15 @@ def fused_egrsd_loss(
             out = VocabularyStatistics(*found)
             ops.statistics(teacher, temperature, states, flat_targets, rows, out, chunk_bytes)
         logp, entropy = logp.to(dtype), entropy.to(dtype)
-        end_of_sequence = (boundaries[1:] - 1)[sequence].clamp(max=n - 1).to(torch.int32)
-        lookahead_entropy = ops.lookahead_entropy(entropy, valid, end_of_sequence, window)
-        scale = _entropy_scale(entropy_scale, min_entropy_scale, entropy, lookahead_entropy, data_group)
-        n_valid = rows.counts[0].to(dtype)
-        divisor = n_valid if normalizer is None else checks.scalar("normalizer", normalizer, valid, dtype)
-        divisor = torch.where(n_valid == 0, 1, divisor)
+        lookahead_entropy = ops.lookahead_entropy(entropy, valid, last, window)
+        if isinstance(entropy_scale, str):
+            entropy_scale = batch_max(entropy if entropy_scale == "batch_max" else lookahead_entropy, data_group)
+        if normalizer is not None:
+            normalizer = checks.scalar("normalizer", normalizer, valid, dtype)
+        scales = ops.scales(entropy_scale, min_entropy_scale, rows, normalizer, hidden.dtype == torch.float16)
         minibatch = _Minibatch(
-            ops, flat_targets, rows, flat_advantages, logp, entropy, lookahead_entropy, scale, divisor, options,
-            temperature, chunk_bytes, sparse_tolerance, float(policy_weight), term,
+            ops, flat_targets, rows, flat_advantages, logp, entropy, lookahead_entropy, scales, options, temperature,
+            chunk_bytes, sparse_tolerance, float(policy_weight), term,
         )  # fmt: skip
 
     with torch.cuda.device_of(student_hidden):

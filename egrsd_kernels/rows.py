@@ -1,4 +1,7 @@
-"""Which tokens are worked on, and in which order."""
+"""Which tokens are worked on, in which order, and which sequence each belongs to.
+
+``backends/triton/rows.py`` has the twins of :meth:`Rows.build` and :func:`by_token`.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,8 @@ class Rows(NamedTuple):
 
     @classmethod
     def build(cls, valid: torch.Tensor, active: torch.Tensor) -> Rows:
-        """From two (N,) bool tensors; what is not valid is not active either."""
-        active = valid & active
+        """From two (N,) tensors: valid, bool, and active, bool or what is 0 where not. Not valid is not active."""
+        active = valid & (active != 0)
         key = 2 - valid.to(torch.uint8) - active.to(torch.uint8)
         order = torch.argsort(key, stable=True).to(torch.int32)
         return cls(order, torch.stack([valid.sum(), active.sum()]).to(torch.int32))
@@ -32,7 +35,40 @@ class Rows(NamedTuple):
 
     def split(self, n: int) -> tuple[Rows, Rows]:
         """The first n of the order, and the others."""
+        if n >= len(self.order):
+            return self, Rows(self.order[n:], torch.zeros_like(self.counts))
         return (
             Rows(self.order[:n], self.counts.clamp(max=n)),
             Rows(self.order[n:], (self.counts - n).clamp_(min=0)),
         )
+
+
+class Sequences(NamedTuple):
+    """How N flat tokens lie in sequences: so many tokens each, or between boundaries."""
+
+    length: int
+    """N for packed ones."""
+    boundaries: torch.Tensor | None
+    """(S + 1,) int32 or int64, contiguous, from 0 to N. None: every ``length`` tokens."""
+
+    def of(self, n: int, device: torch.device) -> torch.Tensor:
+        """The sequence (N,) that each token belongs to."""
+        position = torch.arange(n, device=device)
+        if self.boundaries is None:
+            return position // max(self.length, 1)
+        ends = self.boundaries[1:]
+        return torch.searchsorted(ends, position, right=True).clamp_(max=len(ends) - 1)
+
+
+def by_token(
+    values: torch.Tensor, n: int, sequences: Sequences, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(values (N,) in ``dtype``, the last position (N,) int32 of each token's sequence).
+
+    values: contiguous; a vector has one a sequence, or one a token where there are N; a matrix (B, T) one a token.
+    """
+    sequence = sequences.of(n, values.device)
+    ends = sequences.boundaries
+    last = (sequence + 1) * sequences.length - 1 if ends is None else (ends[1:] - 1)[sequence].clamp(max=n - 1)
+    flat = values.reshape(-1) if values.numel() == n else values[sequence]
+    return flat.to(dtype), last.to(torch.int32)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from . import checks
-from .backends import DEFAULT_CHUNK_BYTES, EXTRAS, VocabularyStatistics, choose, no_extras, no_statistics
-from .eager import eager
+from .backends import DEFAULT_CHUNK_BYTES, EXTRAS, VocabularyStatistics, choose
 from .head import Head
-from .rows import Rows
+from .operators import operator
 
 
 class TokenStatistics(NamedTuple):
@@ -24,6 +23,35 @@ class TokenStatistics(NamedTuple):
     logp: Tensor
     entropy: Tensor
     logsumexp: Tensor
+
+
+def _names(extras: Collection[str]) -> tuple[str, ...]:
+    return (*TokenStatistics._fields, *extras)
+
+
+def _like(hidden: Tensor, *given: Any) -> list[Tensor]:
+    target_ids, extras = given[5], given[7]
+    return VocabularyStatistics.empty(_names(extras), target_ids.shape[0], hidden, hidden.new_empty)
+
+
+@operator(
+    "statistics(Tensor hidden, Tensor weight, Tensor? bias, float logit_scale, float? softcap, float temperature, "
+    "Tensor target_ids, Tensor valid, str[] extras, str backend, SymInt chunk_bytes) -> Tensor[]",
+    _like,
+)
+def _statistics(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None,
+    temperature: float, target_ids: Tensor, valid: Tensor, extras: list[str], backend: str, chunk_bytes: int,
+) -> list[Tensor]:  # fmt: skip
+    """The fields of :class:`VocabularyStatistics` that are asked for; hidden states (B, T, D) of any strides."""
+    ops, names = choose(backend, hidden), _names(extras)
+    with torch.cuda.device_of(hidden):
+        found = VocabularyStatistics.empty(names, len(target_ids), hidden, hidden.new_zeros)
+        rows, out = ops.build_rows(valid, valid), VocabularyStatistics.of(names, found)
+        ops.statistics(
+            Head(weight, bias, logit_scale, softcap), temperature, hidden, target_ids, rows, out, chunk_bytes
+        )
+    return found
 
 
 @overload
@@ -38,7 +66,6 @@ def token_statistics(
     temperature: float = ..., softcap: float | None = ..., extras: Collection[str],
     backend: Literal["auto", "triton", "torch"] = ..., chunk_bytes: int = ...,
 ) -> TokenStatistics | VocabularyStatistics: ...  # fmt: skip
-@eager
 @torch.no_grad()
 def token_statistics(
     hidden: Tensor,
@@ -78,11 +105,13 @@ def token_statistics(
     hidden, head, temperature, flat_targets, valid = checks.operands(*operands)
     chunk_bytes = checks.integer("chunk_bytes", chunk_bytes, low=1)
     names = checks.names("extras", extras, EXTRAS)
-    ops = choose(backend, hidden)
-    with torch.cuda.device_of(hidden):
-        rows = Rows.build(valid, valid)
-        states, head = head.joined(checks.batched(hidden), valid)
-        found = no_statistics(valid.numel(), states)
-        out = VocabularyStatistics(*found, **no_extras(found[0], names))
-        ops.statistics(head, temperature, states, flat_targets, rows, out, chunk_bytes)
-    return out.view(target_ids.shape) if names else TokenStatistics(*(x.view(target_ids.shape) for x in found))
+    states, head = head.joined(checks.batched(hidden), valid)
+    made = _statistics(
+        states, head.weight, head.bias, head.logit_scale, head.softcap, temperature, flat_targets, valid, names,
+        backend, chunk_bytes,
+    )  # fmt: skip
+    found = VocabularyStatistics.of(_names(names), made).view(target_ids.shape)
+    if names:
+        return found
+    assert found.entropy is not None and found.logsumexp is not None
+    return TokenStatistics(found.logp, found.entropy, found.logsumexp)

@@ -219,6 +219,25 @@ def test_lookahead_is_the_reference(lengths, seed, window, filter):
     assert torch.allclose(got, want, rtol=1e-13, atol=atol)
 
 
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(any),
+    seed=st.integers(0, 2**20),
+    window=st.integers(0, 6),
+    filter=st.one_of(
+        st.sampled_from([0.0, 1e-3, 0.1, 1e3]).map(lambda x: Lookahead(0, "softmin", temperature=x)),
+        st.floats(0.0, 1.0).map(lambda x: Lookahead(0, "quantile", quantile=x)),
+    ),
+)
+def test_the_kernel_is_the_function(lengths, seed, window, filter):
+    entropy, valid, ends = sequences(lengths, seed)
+    lookahead = filter._replace(window=window)
+    want = credit.lookahead_entropy(entropy.double(), valid, ends, lookahead)
+    got = in_triton.lookahead_entropy(*(x.to(DEVICE) for x in (entropy, valid, ends)), lookahead).cpu()
+    assert (got - want).abs().max() <= rounding(lookahead, torch.float32)
+
+
 def statistics(n: int, seed: int = 0) -> tuple[torch.Tensor, TokenStats]:
     """Advantages (some 0) and the statistics of n tokens; what is to be written holds 7."""
     g = torch.Generator().manual_seed(seed)
@@ -236,13 +255,12 @@ def test_token_credit_is_the_reference_on_its_rows(where):
     n, first_row, n_rows = 700, 128, 384
     advantages, stats = statistics(n)
     valid = torch.rand(n, generator=torch.Generator().manual_seed(1)) < 0.6
-    rows, loss = Rows.build(valid, advantages != 0), torch.full((n,), 7.0)
+    rows, written = Rows.build(valid, advantages != 0), torch.full((2, n), 7.0)
     options, scale = CreditOptions(gamma=0.8, gate_floor=0.3, clip_eps=0.25), torch.tensor(1.3)
     on = TokenStats(*(x.to(DEVICE) for x in stats))
-    device_loss, device_rows = loss.to(DEVICE), Rows(*(x.to(DEVICE) for x in rows))
-    where.token_credit(
-        device_rows, first_row, n_rows, advantages.to(DEVICE), scale.to(DEVICE), options, on, device_loss
-    )
+    share, (loss, gradient) = torch.tensor(-0.3, device=DEVICE), written.to(DEVICE).unbind()
+    device_rows, given = Rows(*(x.to(DEVICE) for x in rows)), (advantages.to(DEVICE), scale.to(DEVICE), share, options)
+    where.token_credit(device_rows, first_row, n_rows, *given, on, loss, gradient)
     index = rows.order[first_row : min(first_row + n_rows, int(rows.counts[0]))].long()
     rest = torch.ones(n, dtype=torch.bool).index_fill(0, index, False)
     assert 0 < len(index) < n_rows  # some of the slice is masked
@@ -253,7 +271,7 @@ def test_token_credit_is_the_reference_on_its_rows(where):
     credit_ = reference.token_advantage(a, w, omega)
     for name, got, want in (
         ("magnitude", on.magnitude, w), ("gate", on.gate, omega), ("token_advantage", on.token_advantage, credit_),
-        ("loss", device_loss, -credit_ * logp_s),
+        ("loss", loss, -credit_ * logp_s), ("gradient", gradient, -0.3 * credit_),
     ):  # fmt: skip
         got = got.cpu()
         # A dozen roundings of numbers of at most 3.

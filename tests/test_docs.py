@@ -122,7 +122,8 @@ def test_from_grpo(trainers):
     assert (names["config"].gamma, names["config"].lookahead) == (0.3, 3)
 
 
-def test_trl_trainers(tmp_path):
+def test_trl_trainers(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     pytest.importorskip("trl", reason="TRL is not installed")
 
     from egrsd_kernels.trl import unfuse_heads
@@ -137,6 +138,11 @@ def test_trl_trainers(tmp_path):
         "dataset": trl_tiny.dataset().map(lambda row: answers).select_columns(["prompt", *answers]),
         "settings": settings | {"output_dir": str(tmp_path), "beta": 1.0, "gradient_checkpointing": False},
         "ids": ids, "labels": ids.masked_fill(ids < 9, -100), "advantages": torch.tensor([1.0, -0.5]),
+        "student": trl_tiny.tiny_model(), "correct": trl_tiny.correct, "prompts": trl_tiny.dataset(),
+        "rollout_settings": settings | {
+            "output_dir": str(tmp_path / "sdpo"), "num_generations": 2, "max_completion_length": 4,
+            "teacher_model_kind": "live", "per_device_train_batch_size": 2,
+        },
     }  # fmt: skip
     names["model"].save_pretrained(tmp_path / "model")
     names["model"].config._name_or_path = str(tmp_path / "model")  # where DPO loads its reference from
@@ -145,7 +151,7 @@ def test_trl_trainers(tmp_path):
     finally:
         unfuse_heads()
     trainer = names["trainer"]
-    assert trainer.state.global_step == 2
+    assert trainer.state.global_step == names["sdpo"].state.global_step == 2
     assert all(isinstance(model.forward, FusedForward) for model in (trainer.model, trainer.ref_model))
     logp = names["policy"](input_ids=ids).logits.div(0.8).log_softmax(-1)[:, :-1]
     expected = logp.gather(2, ids[:, 1:, None]).squeeze(2).masked_fill(~names["out"].label_mask, 0)

@@ -394,9 +394,7 @@ def checked(hidden, ids, mask, advantages, logp, entropy, scale, lengths, attent
     """Everything that looks at values, on values that are wrong."""
     checks.hidden_states("hidden", hidden)
     flat, valid = checks.targets(ids, hidden, 7, mask)
-    boundaries = checks.boundaries(None, hidden)
-    sequence = checks.sequence_of(boundaries, valid.numel())
-    per_token = checks.token_advantages(advantages, hidden, valid, sequence, boundaries.numel() - 1)
+    per_token = checks.token_advantages(advantages, hidden, valid, checks.sequences(None, hidden))
     statistics = checks.teacher_statistic("teacher_logp", logp, ids, valid)
     statistics = statistics + checks.teacher_statistic("teacher_entropy", entropy, ids, valid)
     scale = checks.scalar("normalizer", scale, valid, torch.float32)

@@ -12,8 +12,9 @@ from egrsd_kernels import checks
 from egrsd_kernels.checks import expect
 from egrsd_kernels.credit import CreditOptions, Lookahead, TokenStats
 from egrsd_kernels.head import Head, compute_dtype
-from egrsd_kernels.rows import Rows
+from egrsd_kernels.rows import Rows, Sequences
 
+from .scaling import Scales
 from .sparsity import Sparse
 
 DEFAULT_CHUNK_BYTES = 1 << 30  # the most logits-sized memory that a call holds at a time
@@ -92,6 +93,17 @@ class VocabularyStatistics(NamedTuple):
         assert logp is not None
         return VocabularyStatistics(logp, *others)
 
+    @classmethod
+    def empty(cls, names: Collection[str], n: int, hidden: Tensor, new: Callable[..., Tensor]) -> list[Tensor]:
+        """A tensor (n,) for each of these fields, in their order. new: makes it, such as hidden.new_zeros."""
+        number = compute_dtype(hidden.dtype)
+        return [new(n, dtype=torch.bool if x == "is_top1" else number) for x in cls._fields if x in names]
+
+    @classmethod
+    def of(cls, names: Collection[str], tensors: Sequence[Tensor]) -> VocabularyStatistics:
+        """These fields, of as many tensors in the fields' order."""
+        return cls(**dict(zip((x for x in cls._fields if x in names), tensors, strict=True)))
+
 
 EXTRAS = ("is_top1", "mean_logits", "log_sum_sq_probs")
 """What is made only where asked for by name."""
@@ -130,6 +142,15 @@ class Backend(Protocol):
     def takes(self, hidden: Tensor) -> bool:
         """Whether it works on operands of this dtype and device."""
 
+    def build_rows(self, valid: Tensor, active: Tensor) -> Rows:
+        """See :meth:`egrsd_kernels.rows.Rows.build`."""
+
+    def by_token(self, values: Tensor, n: int, sequences: Sequences, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """See :func:`egrsd_kernels.rows.by_token`."""
+
+    def scales(self, peak: Tensor, least: float, rows: Rows, normalizer: Tensor | None, low: bool) -> Scales:
+        """See :func:`~.scaling.scales`."""
+
     def statistics(
         self, head: Head, temperature: float, hidden: Tensor, target_ids: Tensor, rows: Rows,
         out: VocabularyStatistics, chunk_bytes: int,
@@ -140,8 +161,8 @@ class Backend(Protocol):
         """See :func:`egrsd_kernels.credit.lookahead_entropy`."""
 
     def token_credit(
-        self, rows: Rows, first_row: int, n_rows: int, advantages: Tensor, scale: Tensor, options: CreditOptions,
-        stats: TokenStats, loss: Tensor,
+        self, rows: Rows, first_row: int, n_rows: int, advantages: Tensor, scale: Tensor, share: Tensor,
+        options: CreditOptions, stats: TokenStats, loss: Tensor, gradient: Tensor,
     ) -> None:  # fmt: skip
         """See :func:`egrsd_kernels.credit.token_credit`."""
 

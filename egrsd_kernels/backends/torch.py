@@ -15,13 +15,18 @@ from torch import Tensor
 from egrsd_kernels.checks import FLOATS
 from egrsd_kernels.credit import lookahead_entropy, token_credit
 from egrsd_kernels.head import Head, compute_dtype
-from egrsd_kernels.rows import Rows
+from egrsd_kernels.rows import Rows, by_token
 
 from .protocol import Credit, EntropyGradient, Finish, Gradients, Kept, Needs, VocabularyStatistics
-from .scaling import scaled
+from .scaling import scaled, scales
 from .sparsity import Sparse
 
-__all__ = ["keep", "lookahead_entropy", "statistics", "student_pass", "takes", "token_credit"]
+__all__ = [
+    "build_rows", "by_token", "keep", "lookahead_entropy", "scales", "statistics", "student_pass", "takes",
+    "token_credit",
+]  # fmt: skip
+
+build_rows = Rows.build
 
 UPCAST_BYTES = 64 << 20
 FLOOR = -1e4  # of log p in the sums: e^FLOOR is 0 in float64, too, and 0 times FLOOR is 0

@@ -31,10 +31,11 @@ from .config import EGRSDConfig
 from .fused_head import fuse_head
 from .fusing import fuse_heads, unfuse_heads
 from .packing import pack, unpack
+from .self_distillation import without_logits
 from .teacher import EarlierWeights, Teacher
 from .trainer import EGRSDTrainer
 
 __all__ = [
     "PRESETS", "EGRSDConfig", "EGRSDTrainer", "EarlierWeights", "Teacher", "fuse_head", "fuse_heads", "pack",
-    "unfuse_heads", "unpack",
+    "unfuse_heads", "unpack", "without_logits",
 ]  # fmt: skip

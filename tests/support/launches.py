@@ -8,6 +8,21 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class TensorWork(TorchDispatchMode):
+    """Names of PyTorch's own operators that a GPU would launch something for: neither views nor empty tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if not func.is_view and func.namespace == "aten" and not name.startswith(("empty", "new_empty", "detach")):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
 
 
 class Launch(NamedTuple):

@@ -2,6 +2,7 @@
 
 One chunk of student rows goes through the files in this order:
 
+    rows.py      which tokens are worked on, in which order, and which sequence each is of
     gather.py    hidden states of the chunk's rows, and the logit of each row's target token
     vocab.py     one pass over the vocabulary: softmax statistics, or stored exponentials and their sums
     credit.py    lookahead, gate, magnitude and token advantage: what each row's gradient is worth
@@ -23,17 +24,21 @@ from egrsd_kernels.rows import Rows
 
 from ..protocol import Credit, EntropyGradient, Finish, Gradients, Kept, Needs, VocabularyStatistics
 from ..sparsity import Sparse
-from .common import ROW_TILE, interpreted
-from .credit import lookahead_entropy, token_credit
+from .common import ROW_TILE, ceil_div, interpreted
+from .credit import lookahead_entropy, scales, token_credit
 from .gather import Chunk, gather_kernel
 from .gradient import ExactGradients, Outputs, finishing
 from .kept import KeptPass
-from .plan import ceil_div, kept_plan
+from .plan import kept_plan
+from .rows import build_rows, by_token
 from .sparse import SparseGradients
 from .tuning import machine
 from .vocab import VocabPass, Wanted
 
-__all__ = ["keep", "lookahead_entropy", "statistics", "student_pass", "takes", "token_credit"]
+__all__ = [
+    "build_rows", "by_token", "keep", "lookahead_entropy", "scales", "statistics", "student_pass", "takes",
+    "token_credit",
+]  # fmt: skip
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 STATISTICS_ROWS = 4096  # nothing logits-sized is kept there: enough rows to fill any GPU
@@ -122,7 +127,7 @@ def keep(
         work = ExactGradients(
             head, temperature, hidden, how, chunk_bytes, needs, left, Wanted.of(known), of_entropy, sums
         )
-        left_rows = Rows.build(again, again)
+        left_rows = build_rows(again, again)
         return work_through(work, hidden, target_ids, left_rows, left, known, lambda *_: gradient)
 
     return kept

@@ -79,7 +79,12 @@ def device_limits(device: torch.device) -> tuple[int, int]:
 
 def has_tma(device: torch.device) -> bool:
     """Whether the TMA kernels are taken: on Hopper and newer, and in the interpreter, unless EGRSD_KERNELS_TMA=0."""
-    if TensorDescriptor is None or os.environ.get("EGRSD_KERNELS_TMA") == "0":
+    return os.environ.get("EGRSD_KERNELS_TMA") != "0" and _knows_tma(device)
+
+
+@functools.cache
+def _knows_tma(device: torch.device) -> bool:
+    if TensorDescriptor is None:
         return False
     return device.type != "cuda" or (torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9)
 
@@ -87,13 +92,23 @@ def has_tma(device: torch.device) -> bool:
 def tma_ready(weight: torch.Tensor) -> bool:
     """Whether TMA can read this head and hidden states beside it: base and rows start on 16 bytes, rows contiguous."""
     itemsize = weight.element_size()
-    starts = weight.data_ptr(), weight.stride(0) * itemsize, weight.shape[1] * itemsize
-    return weight.stride(1) == 1 and all(start % 16 == 0 for start in starts) and weight.numel() > 0
+    starts = weight.data_ptr() | weight.stride(0) * itemsize | weight.shape[1] * itemsize
+    return weight.stride(1) == 1 and starts % 16 == 0 and weight.numel() > 0
 
 
 def tiled(matrix: torch.Tensor, rows: int, cols: int, tma: bool):
     """What the kernels read and write tiles of rows x cols through: a descriptor, or without TMA the matrix."""
     return TensorDescriptor.from_tensor(matrix, [rows, cols]) if tma else matrix
+
+
+def ceil_div(a: int, b: int) -> int:
+    """triton.cdiv without its wrapper, which costs 20 times as much: a plan divides thousands of times."""
+    return -(-a // b)
+
+
+def block_of(n: int, most: int) -> int:
+    """The power of two that holds n, up to ``most``."""
+    return min(most, 1 << (n - 1).bit_length())
 
 
 def interpreted(kernel) -> bool:

@@ -12,7 +12,8 @@ from torch import Tensor
 from egrsd_kernels.credit import CreditOptions, Lookahead, TokenStats
 from egrsd_kernels.rows import Rows
 
-from .common import rows_in_chunk
+from ..scaling import Scales
+from .common import ceil_div, rows_in_chunk
 
 BLOCK = 256
 
@@ -111,7 +112,7 @@ def quantile(entropy, valid, t, end, here, reach, q):
     return tl.where(lowest != lowest, lowest, value)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["entropy", "valid", "n", "window"])
 def lookahead_kernel(
     entropy, valid, seq_end, out, n, window, log2_decay, temperature, q, FILTER: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -140,7 +141,7 @@ def lookahead_entropy(entropy: Tensor, valid: Tensor, seq_end: Tensor, lookahead
     out = torch.empty_like(entropy)
     # A window longer than the batch sees no more than one as long as it; the bound keeps t + W inside int32.
     window = min(lookahead.window, n)
-    lookahead_kernel[(triton.cdiv(n, BLOCK),)](
+    lookahead_kernel[(ceil_div(n, BLOCK),)](
         entropy, valid, seq_end, out, n, window, math.log2(lookahead.decay), lookahead.temperature, lookahead.quantile,
         FILTER=lookahead.filter, BLOCK=BLOCK,
     )  # fmt: skip
@@ -148,14 +149,49 @@ def lookahead_entropy(entropy: Tensor, valid: Tensor, seq_end: Tensor, lookahead
 
 
 @triton.jit
-def credit_kernel(
-    advantages, teacher_logp, student_logp, lookahead_entropy, scale, order, row_counts,
-    magnitude, gate, token_advantage, loss, first_row, n_slots, gamma, gate_floor, clip_eps, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """w, omega, A w omega and -A w omega log p_S, as in egrsd_kernels.credit, of the valid rows among n_slots.
+def power_of_two(x):
+    """The power of two in a float32 number, as egrsd_kernels.backends.scaling has it."""
+    x = tl.where(x > 0, x, 1.0)
+    tiny = x < 2.0**-126  # has its digits where others have the exponent
+    bits = tl.where(tiny, x * 2.0**32, x).to(tl.int32, bitcast=True)
+    power = (((bits >> 23) + 1) << 23).to(tl.float32, bitcast=True)
+    return tl.where(tiny, power * 2.0**-32, power)
 
-    Grid: (n_slots / BLOCK,). order: (N,) and row_counts: (2,) int32. scale: 0-d. The rest is (N,) float32, in the order
-    of the caller.
+
+@triton.jit(do_not_specialize=["peak", "normalizer"])
+def scales_kernel(peak, row_counts, normalizer, out, least, LOW: tl.constexpr):
+    """out (4,) float32 = the fields of egrsd_kernels.backends.scaling.Scales. Grid: (1,). peak, normalizer: 0-d."""
+    tl.store(out, tl.maximum(tl.load(peak), least, propagate_nan=tl.PropagateNan.ALL))
+    n_valid = tl.load(row_counts)
+    divisor = n_valid.to(tl.float32) if normalizer is None else tl.load(normalizer)
+    divisor = tl.where(n_valid == 0, 1.0, divisor)
+    power = power_of_two(divisor) if LOW else 1.0
+    tl.store(out + 1, divisor)
+    tl.store(out + 2, power)
+    tl.store(out + 3, -tl.math.div_rn(power, divisor))
+
+
+def scales(peak: Tensor, least: float, rows: Rows, normalizer: Tensor | None, low: bool) -> Scales:
+    """See :func:`egrsd_kernels.backends.scaling.scales`; all tensors are float32."""
+    out = torch.empty(4, dtype=torch.float32, device=peak.device)
+    scales_kernel[(1,)](peak, rows.counts, normalizer, out, float(least), LOW=low)
+    entropy, divisor, power, share = out.unbind()
+    return Scales(entropy, divisor, power if low else None, share)
+
+
+@triton.jit(do_not_specialize=[
+    "advantages", "teacher_logp", "student_logp", "lookahead_entropy", "scale", "share", "order", "magnitude", "gate",
+    "token_advantage", "loss", "gradient", "first_row", "n_slots",
+])  # fmt: skip
+def credit_kernel(
+    advantages, teacher_logp, student_logp, lookahead_entropy, scale, share, order, row_counts, magnitude, gate,
+    token_advantage, loss, gradient, first_row, n_slots, gamma, gate_floor, clip_eps, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """w, omega, A w omega, -A w omega log p_S and share A w omega, as in egrsd_kernels.credit, of the valid rows among
+    n_slots.
+
+    Grid: (n_slots / BLOCK,). order: (N,) and row_counts: (2,) int32. scale, share: 0-d. The rest is (N,) float32, in
+    the order of the caller.
     """
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ours = slot < rows_in_chunk(row_counts, 0, first_row, n_slots)
@@ -174,16 +210,17 @@ def credit_kernel(
     tl.store(gate + t, omega, mask=ours)
     tl.store(token_advantage + t, credit, mask=ours)
     # Without an advantage log p = -inf costs nothing, but the NaN of a target outside the vocabulary must be seen.
+    tl.store(gradient + t, credit * tl.load(share), mask=ours)
     tl.store(loss + t, tl.where((credit == 0) & (logp == logp), 0.0, -credit * logp), mask=ours)
 
 
 def token_credit(
-    rows: Rows, first_row: int, n_rows: int, advantages: Tensor, scale: Tensor, options: CreditOptions,
-    stats: TokenStats, loss: Tensor,
+    rows: Rows, first_row: int, n_rows: int, advantages: Tensor, scale: Tensor, share: Tensor, options: CreditOptions,
+    stats: TokenStats, loss: Tensor, gradient: Tensor,
 ) -> None:  # fmt: skip
     """See :func:`egrsd_kernels.credit.token_credit`; all tensors are float32."""
-    credit_kernel[(triton.cdiv(n_rows, BLOCK),)](
-        advantages, stats.teacher_logp, stats.student_logp, stats.lookahead_entropy, scale, rows.order, rows.counts,
-        stats.magnitude, stats.gate, stats.token_advantage, loss, first_row, n_rows,
+    credit_kernel[(ceil_div(n_rows, BLOCK),)](
+        advantages, stats.teacher_logp, stats.student_logp, stats.lookahead_entropy, scale, share,
+        rows.order, rows.counts, stats.magnitude, stats.gate, stats.token_advantage, loss, gradient, first_row, n_rows,
         float(options.gamma), float(options.gate_floor), float(options.clip_eps), BLOCK=BLOCK,
     )  # fmt: skip

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from ..protocol import EntropyGradient
-from .common import LN2, LOG2E, ROW_TILE
+from .common import LN2, LOG2E, ROW_TILE, block_of, ceil_div
 from .gather import Chunk
 
 SLOTS = 128
@@ -90,7 +90,7 @@ def entries_kernel(
 def make_slopes(gradient, entropy_gradient: EntropyGradient, total, order, row_counts, offset, slope, shift) -> None:
     """See the kernel."""
     n = slope.shape[1]
-    slope_kernel[(triton.cdiv(n, SLOTS),)](
+    slope_kernel[(ceil_div(n, SLOTS),)](
         gradient, *entropy_gradient, total, order, row_counts, offset, slope, n, shift, BLOCK=SLOTS
     )
 
@@ -98,8 +98,8 @@ def make_slopes(gradient, entropy_gradient: EntropyGradient, total, order, row_c
 def make_entries(logits: torch.Tensor, entries: torch.Tensor, slope, chunk: Chunk) -> None:
     """See the kernel. chunk: whose logits they are."""
     rows, width = logits.shape
-    block = min(4096, triton.next_power_of_2(width))
-    entries_kernel[(rows, triton.cdiv(width, block))](
+    block = block_of(width, 4096)
+    entries_kernel[(rows, ceil_div(width, block))](
         logits, entries, slope, chunk.offset, chunk.row_counts, rows, width,
         (chunk.softcap or 0.0) * chunk.logit_scale, SOFTCAP=chunk.softcap is not None, BLOCK=block, num_warps=8,
     )  # fmt: skip

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from egrsd_kernels.head import Head
 
-from .common import LOG2E, NEG, Machine, logits_of, rows_in_chunk, tiled
+from .common import LOG2E, NEG, Machine, block_of, logits_of, rows_in_chunk, tiled
 
 
 @triton.jit(do_not_specialize=["length", "target_ids", "order", "row_counts", "first_row"])
@@ -113,5 +113,5 @@ class Chunk:
             self.hidden, self.logit, self.softcap_grad, self.offset, self.target, self.row_counts, self.retry,
             first_row, self.rows, self.D, self.V, self.softcap or 0.0, self.logit_scale,
             BIAS=head.bias is not None, SOFTCAP=self.softcap is not None,
-            BLOCK=min(1024, triton.next_power_of_2(self.D)), num_warps=4,
+            BLOCK=block_of(self.D, 1024), num_warps=4,
         )  # fmt: skip

@@ -28,10 +28,10 @@ from egrsd_kernels.head import Head
 
 from ..protocol import EntropyGradient, Finish, Gradients, Needs, VocabularyStatistics
 from ..scaling import scaled
-from .common import PRECISION, ROW_TILE, Machine, interpreted, load_tile, tiled
+from .common import PRECISION, ROW_TILE, Machine, block_of, ceil_div, interpreted, load_tile, tiled
 from .entropy import make_entries, make_slopes
 from .gather import Chunk
-from .plan import MAX_SPLITS, PARTIAL_STEPS, Plan, ceil_div, chunk_plan
+from .plan import MAX_SPLITS, PARTIAL_STEPS, Plan, chunk_plan
 from .vocab import NOTHING, StoringPass, Wanted
 
 REDUCE_ROWS = 8
@@ -147,27 +147,29 @@ def factor_kernel(
         tl.store(head_factor + slot, f * undo / e_unit, mask=inside)
 
 
-@triton.jit(do_not_specialize=["order", "width", "limit"])
+@triton.jit(do_not_specialize=["order", "width", "limit", "n_filled"])
 def finish_hidden_kernel(
-    dhidden_parts, factor, entry, target, weight, stride_wv, stride_wd, order, row_counts, out, width, D, limit,
-    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, PROGRAMS: tl.constexpr, MAX_SPLITS: tl.constexpr,
-    PARTIAL_STEPS: tl.constexpr, BLOCK: tl.constexpr,
+    dhidden_parts, factor, entry, target, weight, stride_wv, stride_wd, order, row_counts, out, n_filled, width, D,
+    limit, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, PROGRAMS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr, PARTIAL_STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dhidden[order[slot]] = factor * (the sum of its parts + entry * W_y), rounded once.
+    """dhidden[order[slot]] = factor * (the sum of its parts + entry * W_y), rounded once; 0 past the n_active, in the
+    first ``n_filled`` slots.
 
     Grid: (n_slots / BLOCK, D / COLS). out: dhidden (N, D). The other names are hidden_kernel's and factor_kernel's.
     """
     n = tl.load(row_counts + 1)
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     col = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    if tl.program_id(0) * BLOCK < n:
+    filled = tl.maximum(n, n_filled)
+    if tl.program_id(0) * BLOCK < filled:
         row_tiles = tl.cdiv(n, ROWS)
         tiles = row_tiles * tl.cdiv(D, COLS)
         splits = split_count(tiles, tl.cdiv(width, DEPTH), limit, PROGRAMS, MAX_SPLITS, PARTIAL_STEPS)
         tile = tl.program_id(1) * row_tiles + tl.program_id(0) * BLOCK // ROWS
         inner = (slot % ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
         product = tl.zeros([BLOCK, COLS], tl.float32)
-        for split in range(0, splits):
+        for split in range(0, tl.where(tl.program_id(0) * BLOCK < n, splits, 0)):
             product += tl.load(part_tile(dhidden_parts, split * tiles + tile, ROWS, COLS) + inner)
         ours = slot < n
         y = tl.load(target + slot, mask=ours, other=-1).to(tl.int64)
@@ -179,7 +181,9 @@ def finish_hidden_kernel(
         product += tl.load(entry + slot, mask=ours, other=0.0)[:, None] * w.to(tl.float32)
         f = tl.load(factor + slot, mask=ours, other=0.0)[:, None]
         product = tl.where(f == 0, 0.0, product * f)  # chosen, not multiplied: a row that is not to move may hold a NaN
+        ours = slot < filled
         row = tl.load(order + slot, mask=ours, other=0).to(tl.int64)
+        inside = ours[:, None] & (col < D)[None, :]
         tl.store(out + row[:, None] * D + col[None, :], product.to(out.dtype.element_ty), mask=inside)
 
 
@@ -418,23 +422,26 @@ class ChunkGradients:
             ACCUMULATE=first_col > 0, PRECISION=PRECISION, **c.tile, **c.launch,
         )  # fmt: skip
 
-    def backward(self, order: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Turn dL/dlogp, ``gradient`` (N,) float32, into the chunk's hidden gradients, and E into the head's."""
+    def backward(self, order: torch.Tensor, gradient: torch.Tensor, fill: bool = False) -> None:
+        """Turn dL/dlogp, ``gradient`` (N,) float32, into the chunk's hidden gradients, and E into the head's.
+
+        fill: whether all other tokens of the chunk get hidden gradients of 0.
+        """
         chunk, e, weight = self.chunk, self.exponentials, self.chunk.head.weight
-        factor_kernel[(triton.cdiv(chunk.rows, SLOTS),)](
+        factor_kernel[(ceil_div(chunk.rows, SLOTS),)](
             e, e.stride(0), chunk.softcap_grad, self.others, self.total, self.moment, self.slope, chunk.target,
             gradient, order, chunk.row_counts, self.factor, self.entry, self.head_factor, chunk.rows,
             chunk.temperature, 2.0**-self.shift, HEAD=self.head_product is not None, BLOCK=SLOTS,
         )  # fmt: skip
         if self.out_hidden is not None:
-            c = self.configs.hidden
-            finish_hidden_kernel[(triton.cdiv(chunk.rows, REDUCE_ROWS), triton.cdiv(chunk.D, c.cols))](
+            c, n_filled = self.configs.hidden, min(chunk.rows, len(order)) if fill else 0
+            finish_hidden_kernel[(ceil_div(chunk.rows, REDUCE_ROWS), ceil_div(chunk.D, c.cols))](
                 self.dhidden_parts, self.factor, self.entry, chunk.target, weight, *weight.stride(), order,
-                chunk.row_counts, self.out_hidden, e.shape[1], chunk.D, self.limit, PROGRAMS=chunk.programs,
+                chunk.row_counts, self.out_hidden, n_filled, e.shape[1], chunk.D, self.limit, PROGRAMS=chunk.programs,
                 MAX_SPLITS=MAX_SPLITS, PARTIAL_STEPS=PARTIAL_STEPS, BLOCK=REDUCE_ROWS, **c.tile,
             )  # fmt: skip
         if self.head_product is not None:
-            block = min(1024, triton.next_power_of_2(chunk.D))
+            block = block_of(chunk.D, 1024)
             scale_rows_kernel[(chunk.rows,)](chunk.hidden, self.head_factor, chunk.row_counts, chunk.D, BLOCK=block)
 
     def let_go(self) -> None:
@@ -444,8 +451,8 @@ class ChunkGradients:
     def clear(self) -> None:
         """After the backward pass: E = 0 in rows without gradient, whatever it was, NaN included."""
         rows, width = self.exponentials.shape
-        block = min(4096, triton.next_power_of_2(width))
-        grid = rows, triton.cdiv(width, block)
+        block = block_of(width, 4096)
+        grid = rows, ceil_div(width, block)
         clear_kernel[grid](self.exponentials, self.factor, self.chunk.row_counts, width, BLOCK=block)
 
     def head(self, out_weight: torch.Tensor | None, out_bias: torch.Tensor | None, accumulate: bool) -> None:
@@ -454,7 +461,7 @@ class ChunkGradients:
         if self.head_product is not None and out_weight is not None:
             self.head_product(out_weight, accumulate=accumulate)
         if out_bias is not None:
-            bias_kernel[(triton.cdiv(chunk.V, 128),)](
+            bias_kernel[(ceil_div(chunk.V, 128),)](
                 e, e.stride(0), self.head_factor, out_bias, chunk.row_counts, chunk.rows, chunk.V, 2.0**-self.shift,
                 ROWS=32, COLS=128, ACCUMULATE=accumulate,
             )  # fmt: skip
@@ -468,11 +475,15 @@ class Outputs(NamedTuple):
     bias: torch.Tensor | None
 
     @classmethod
-    def of(cls, head: Head, hidden: torch.Tensor, needs: Needs, whole: bool) -> Outputs:
-        """whole: whether the weight's gradient comes out of one product, and is not to be added up."""
+    def of(cls, head: Head, hidden: torch.Tensor, needs: Needs, whole: bool, fill: bool = False) -> Outputs:
+        """whole: whether the weight's gradient comes out of one product, and is not to be added up.
+
+        fill: whether every token's hidden gradient will be written, 0 or not.
+        """
         V, D = head.weight.shape
+        new = hidden.new_empty if fill else hidden.new_zeros
         return cls(
-            hidden.new_zeros(hidden.shape) if needs.hidden else None,
+            new(hidden.shape) if needs.hidden else None,
             hidden.new_empty(V, D - needs.first_column, dtype=torch.float32) if needs.weight and not whole else None,
             hidden.new_empty(V, dtype=torch.float32) if needs.bias else None,
         )
@@ -496,7 +507,8 @@ class ExactGradients:
         chunk = self.chunk = Chunk(head, temperature, plan.rows, how)
         # All rows in one chunk: its product is the whole gradient, so it waits for the factor and is rounded to the
         # head's dtype on its way out. That spares a float32 gradient, more memory than the chunk that waits.
-        self.out = Outputs.of(head, hidden, needs, whole=n <= plan.rows) if begun is None else begun
+        self.out = Outputs.of(head, hidden, needs, whole=n <= plan.rows, fill=True) if begun is None else begun
+        self.fill = begun is None  # the rows are all there are, each in one chunk
         self.needs, self.of_entropy, self.begun = needs, of_entropy, begun is not None
         stored = StoringPass(chunk, plan.slice_tiles, "exponentials" if of_entropy is None else "gradient", wanted)
         self.gradients = ChunkGradients(chunk, plan, self.out.hidden, needs.head, needs.first_column, stored)
@@ -510,7 +522,7 @@ class ExactGradients:
         """Make of dL/dlogp, ``gradient`` (N,) float32, the gradients of the chunk."""
         if self.of_entropy is not None:
             self.gradients.again(order, gradient, self.of_entropy)
-        self.gradients.backward(order, gradient)
+        self.gradients.backward(order, gradient, self.fill)
         self.gradients.head(self.out.weight, self.out.bias, accumulate=self.begun)
         self.begun = True
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..protocol import Needs
-from .common import ROW_TILE, Config, Machine
+from .common import ROW_TILE, Config, Machine, ceil_div
 
 MAX_SPLITS = 16
 # In steps of the inner loop (0.85 us on an H100): reading and writing a float32 tile; what of that is left where TMA
@@ -38,11 +38,6 @@ class Plan:
     rows: int
     slice_tiles: int
     partial_tiles: int
-
-
-def ceil_div(a: int, b: int) -> int:
-    """triton.cdiv without its wrapper, which costs 20 times as much: a plan divides thousands of times."""
-    return -(-a // b)
 
 
 def output_tiles(config: Config, rows: int, hidden_size: int) -> int:

@@ -25,7 +25,7 @@ from triton.runtime.errors import OutOfResources
 from egrsd_kernels.head import Head
 from egrsd_kernels.rows import Rows
 
-from .common import ROW_TILE, Config, Configs, Machine, device_limits, has_tma, tma_ready
+from .common import ROW_TILE, Config, Configs, Machine, ceil_div, device_limits, has_tma, tma_ready
 from .gather import Chunk
 from .gradient import ChunkGradients
 from .plan import Plan, least_partial_tiles
@@ -65,6 +65,7 @@ def configs(dtype: torch.dtype, device: torch.device, tma: bool, shared: int) ->
     return _chosen(dtype, device, tma, fitting) or largest
 
 
+@functools.cache
 def _fitting(shared: int) -> tuple[Config, ...]:
     """The list's entries whose operands fit into so many bytes, largest tiles first; at least the smallest."""
     return tuple(c for c in HALF if c.stages * (c.rows + c.cols) * c.depth * 2 <= shared) or HALF[-1:]
@@ -106,7 +107,7 @@ def _times(config: Config, dtype: torch.dtype, device: torch.device, tma: bool) 
     chunk.gather(hidden[None], order, rows, 0)
     d_hidden, d_weight = torch.empty_like(hidden), torch.zeros(weight.shape, device=device)
     partial_tiles = least_partial_tiles(config, ROWS, HIDDEN_SIZE, programs)
-    plan = Plan(ROWS, triton.cdiv(VOCABULARY, config.cols), partial_tiles)
+    plan = Plan(ROWS, ceil_div(VOCABULARY, config.cols), partial_tiles)
     gradients = ChunkGradients(chunk, plan, d_hidden, head=True)
     calls = (
         lambda: gradients.vocab.store(chunk.row_counts, 0),

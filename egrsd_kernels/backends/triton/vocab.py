@@ -28,9 +28,8 @@ import triton
 import triton.language as tl
 
 from ..protocol import VocabularyStatistics
-from .common import LN2, NEG, PRECISION, load_tile, logits_of
+from .common import LN2, NEG, PRECISION, ceil_div, load_tile, logits_of
 from .gather import Chunk
-from .plan import ceil_div
 
 # Row tiles that share their pass over the vocabulary, so that a tile of the head is read from L2 by all of them.
 GROUP = 16
@@ -158,6 +157,19 @@ def beaten_by(best, inside, tile, own_tile, own):
     return tl.max((inside & ((z > own[None, :]) | ((z == own[None, :]) & before))).to(tl.int32), 0)
 
 
+@triton.jit
+def store_top1(out, beaten, own_top, log_s, ours):
+    """Whether no tile has beaten the target's, which has it as its first maximum; not where log p is NaN."""
+    is_top = (beaten == 0) & (own_top < float("inf")) & (log_s == log_s)
+    tl.store(out, is_top.to(tl.uint8), mask=ours)
+
+
+@triton.jit
+def store_squares(out, squares, s, ours):
+    """log Σ p^2 in nats, of the sum of squares and that of the same terms as they are."""
+    tl.store(out, tl.log2(squares / s / s) * LN2, mask=ours)
+
+
 @triton.jit(do_not_specialize=BY_TOKEN)
 def combine_statistics_kernel(
     tile_stats, logit, target, order, row_counts, offset, logp, entropy, logsumexp, is_top1, mean_logits,
@@ -231,12 +243,11 @@ def combine_statistics_kernel(
             if logsumexp is not None:
                 tl.store(logsumexp + row, (top + log_s) * LN2, mask=ours)
             if is_top1 is not None:
-                is_top = (beaten == 0) & (own_top < float("inf")) & (log_s == log_s)
-                tl.store(is_top1 + row, is_top.to(tl.uint8), mask=ours)
+                store_top1(is_top1 + row, beaten, own_top, log_s, ours)
             if mean_logits is not None:
                 tl.store(mean_logits + row, total * (LN2 / V), mask=ours)
             if log_sum_sq_probs is not None:
-                tl.store(log_sum_sq_probs + row, tl.log2(squares / s / s) * LN2, mask=ours)
+                store_squares(log_sum_sq_probs + row, squares, s, ours)
 
 
 @triton.jit(do_not_specialize=BY_TOKEN)
@@ -301,13 +312,12 @@ def combine_sums_kernel(
         if logsumexp is not None:
             tl.store(logsumexp + row, (base + log_s) * LN2, mask=ours)
         if is_top1 is not None:
-            is_top = (beaten == 0) & (own_top < float("inf")) & (log_s == log_s)
-            tl.store(is_top1 + row, is_top.to(tl.uint8), mask=ours)
+            store_top1(is_top1 + row, beaten, own_top, log_s, ours)
         if mean_logits is not None:
             tl.store(mean_logits + row, logits * (LN2 / V), mask=ours)
         if log_sum_sq_probs is not None:
             squares += (own * SQUARED) * (own * SQUARED)
-            tl.store(log_sum_sq_probs + row, tl.log2(squares / (s * SQUARED) / (s * SQUARED)) * LN2, mask=ours)
+            store_squares(log_sum_sq_probs + row, squares, s * SQUARED, ours)
         if retry is not None:  # a NaN target logit is a target outside the vocabulary: no offset would help
             unsuited = tl.max(tl.where(s < limit, 0, (ours & (z == z)).to(tl.int32)), 0)
             # Every program that has such a row stores the same two numbers.
@@ -373,7 +383,7 @@ class VocabPass:
     def _statistics(self, wanted: Wanted, row_counts, order=None, offset=None, shift=0.0, out=None) -> None:
         chunk = self.chunk
         self._launch(wanted, row_counts, 0, self.col_tiles, self.tile_stats)
-        combine_statistics_kernel[(triton.cdiv(chunk.rows, ROW_BLOCK),)](
+        combine_statistics_kernel[(ceil_div(chunk.rows, ROW_BLOCK),)](
             self.tile_stats, chunk.logit, chunk.target, order, row_counts, offset, *pointers(out),
             chunk.rows, self.col_tiles, shift, chunk.V,
             OFFSET=offset is not None, COLS=self.config.cols, ROW_BLOCK=ROW_BLOCK, TILE_BLOCK=TILE_BLOCK,
@@ -440,7 +450,7 @@ class StoringPass(VocabPass):
         A row whose total reaches its limit sets ``retry``, where that is given.
         """
         chunk = self.chunk
-        combine_sums_kernel[(triton.cdiv(chunk.rows, ROW_BLOCK),)](
+        combine_sums_kernel[(ceil_div(chunk.rows, ROW_BLOCK),)](
             self.sums, chunk.logit, chunk.offset, chunk.target, order, row_counts, retry, others, total, moment,
             *pointers(out), chunk.rows, self.col_tiles, SUM_LIMIT[self.what], chunk.V,
             COLS=self.config.cols, ROW_BLOCK=ROW_BLOCK, TILE_BLOCK=TILE_BLOCK,

@@ -13,10 +13,10 @@ from egrsd_kernels.head import Head
 
 from ...protocol import Finish, Needs, VocabularyStatistics
 from ...sparsity import Sparse
-from ..common import ROW_TILE, Machine
+from ..common import ROW_TILE, Machine, ceil_div
 from ..gather import Chunk
 from ..gradient import ChunkGradients, Outputs, finishing
-from ..plan import Plan, ceil_div
+from ..plan import Plan
 from ..vocab import NOTHING, StoringPass, Wanted
 from . import certify
 from .lists import add_rows, add_to_head, sort_entries

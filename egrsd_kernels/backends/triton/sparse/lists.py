@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..common import block_of, ceil_div
+
 AT_ONCE = tl.constexpr(4)  # rows that a program gathers together
 
 
@@ -55,8 +57,8 @@ def add_rows_kernel(
 
 def add_rows(lists, source, *strides, D, base=None, bias=None, to=None, out=None, scale=None, every=False) -> None:
     """See the kernel. lists: its first four arguments. D: the width of ``out``."""
-    block = min(1024, triton.next_power_of_2(D))
-    add_rows_kernel[(len(lists[1]) * (1 if out is None else triton.cdiv(D, block)),)](
+    block = block_of(D, 1024)
+    add_rows_kernel[(len(lists[1]) * (1 if out is None else ceil_div(D, block)),)](
         *lists, source, *strides, base, bias, to, out, scale, D, BLOCK=block, EVERY=every
     )
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from egrsd_kernels.backends.protocol import Needs
 
-from ..common import ROW_TILE, Machine
-from ..plan import ceil_div, output_tiles
+from ..common import ROW_TILE, Machine, ceil_div
+from ..plan import output_tiles
 
 # The most entries that a row may keep, with a frozen and a trained head. Twice as many rows of the head to gather take
 # almost as long as the row's product, and lists take memory from chunks; with a trained head each is sorted, too.

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..common import ROW_TILE
+from ..common import ROW_TILE, block_of, ceil_div
 from ..gather import Chunk
 from ..gradient import ChunkGradients
 from ..plan import Plan
@@ -65,8 +65,8 @@ class Reserve:
     def set_aside(self, seen: ChunkGradients, floats: torch.Tensor, ints: torch.Tensor) -> None:
         """Take the dense rows of the chunk of ``seen``, whose planes are given."""
         chunk, e = seen.chunk, seen.exponentials
-        block = min(8192, triton.next_power_of_2(e.shape[1]))
-        set_aside_kernel[(chunk.rows, triton.cdiv(max(e.shape[1], chunk.D), block))](
+        block = block_of(e.shape[1], 8192)
+        set_aside_kernel[(chunk.rows, ceil_div(max(e.shape[1], chunk.D), block))](
             e, chunk.hidden, floats, ints, chunk.row_counts, self.stored, self.exact.exponentials, self.chunk.hidden,
             self.floats, self.ints, chunk.rows, self.chunk.rows, e.shape[1], chunk.D, BLOCK=block,
         )  # fmt: skip
