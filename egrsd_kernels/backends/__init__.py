@@ -76,9 +76,10 @@ def choose_divergence(name: object, pair: Pair) -> DivergenceBackend:
     Raises:
         ValueError, ModuleNotFoundError: as :func:`choose`; or "triton" does not make this divergence.
     """
+    from . import torch as plain
     from . import torch_divergence as in_torch
 
-    if choose(name, pair.student_hidden, pair.teacher_hidden) is importlib.import_module(".torch", __name__):
+    if choose(name, pair.student_hidden, pair.teacher_hidden) is plain:
         return in_torch
     from .triton import divergence as in_triton
 

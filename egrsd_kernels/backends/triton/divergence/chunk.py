@@ -17,10 +17,10 @@ from ..gradient import ChunkGradients
 from ..plan import Plan
 from ..tuning import machine
 from ..vocab import NOTHING, ROW_BLOCK, TILE_BLOCK, VocabPass, Wanted
-from .entries import LARGEST_RATIO, SLOTS, balance_kernel, entries_kernel, row_factor_kernel
+from .entries import LARGEST_RATIO, balance_kernel, entries_kernel, row_factor_kernel
 from .offsets import MeanRow, make_offsets
 from .pair import PairPass, Sums, pair_config
-from .sums import BLOCK, VALUES, WARPS, combine, jsd
+from .sums import BLOCK, SLOTS, VALUES, WARPS, combine, jsd, recentre
 
 
 @dataclass(frozen=True)
@@ -102,12 +102,9 @@ class PairChunk:
         self.teacher.gather(pair.teacher_hidden, target_ids, rows, first_row)
         make_offsets(self.student, self.teacher, self.means, self.targets)
         self._attempt(self.student.row_counts, order, out, self.student.retry)
-        self._again(self.student.retry, order, out)
-
-    def _again(self, row_counts: Tensor, order: Tensor, out: DivergenceStatistics) -> None:
         for vocab in self.exact:
-            vocab.exact_offset(row_counts, 0.0)
-        self._attempt(row_counts, order, out)
+            vocab.exact_offset(self.student.retry, 0.0)
+        self._attempt(self.student.retry, order, out)
 
     def _attempt(self, row_counts, order, out: DivergenceStatistics, retry=None) -> None:
         self.pair(row_counts)
@@ -126,7 +123,8 @@ class PairChunk:
         if gradients.chunk.hidden.dtype == torch.float32:  # and so is r'
             return self._entries(counts, order, credit, gradients, None)
         self._entries(counts, order, credit, gradients, retry)
-        self._again(retry, order, out)
+        recentre(self.pair, self.values, retry)
+        self._attempt(retry, order, out)
         self._entries(retry, order, credit, gradients, None)
 
     def _entries(self, row_counts, order, credit: PairCredit | None, gradients: PairGradients, retry) -> None:

@@ -26,7 +26,6 @@ from .pair import load_magnitudes
 from .sums import both_of, log_share
 
 TILE = tl.constexpr(ROW_TILE)
-SLOTS = 128
 # No two entries have so much of p_S, rounded as they are.
 ALONE = tl.constexpr(0.6)
 # Of a row's norm, from the rounding of r'; float16 is off by 0.42 * 2^-11 in the root mean square.
@@ -80,6 +79,7 @@ def entries_kernel(
         c = tl.load(values + n_slots + i)
         mean = tl.load(values + 2 * n_slots + i)
         w *= unit / bound
+        slope = w * LN2
         if KIND == "reverse_kl":
             p = tl.exp2(m + tl.minimum(ratio, 0.0) + log_p)
             e = (p * (w * LN2)) * (ratio - (c + mean))
@@ -91,6 +91,7 @@ def entries_kernel(
                 e = tl.where(r < 0, -w, w) * (larger * (1.0 - less))
             else:
                 e = (p * (w * (1.0 - beta) * LN2)) * (log_share(less, r, beta) - mean)
+                slope *= beta * (1.0 - beta)  # at r = 0; beyond, the smaller of both is small
             error = larger * less * ratio
         if of_logp is not None:
             g *= unit / bound
@@ -105,7 +106,7 @@ def entries_kernel(
         plane = tl.num_programs(1) * n_slots
         tl.store(part, tl.sum(e, 0))
         tl.store(part + plane, tl.sum(e * e, 0))
-        tl.store(part + 2 * plane, tl.sum(error * error, 0) * (w * LN2) * (w * LN2))
+        tl.store(part + 2 * plane, tl.sum(error * error, 0) * slope * slope)
         tl.store(part + 3 * plane, place)
         if SOFTCAP:
             tl.store(part + 4 * plane, largest)

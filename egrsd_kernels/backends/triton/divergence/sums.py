@@ -25,6 +25,7 @@ ROUNDING = tl.constexpr(2.0e-3)
 VALUES = 5
 # Entries of a row that a program of an elementwise pass takes.
 BLOCK, WARPS = 2048, 4
+SLOTS = 128
 
 
 @triton.jit
@@ -120,6 +121,17 @@ def combine_pairs_kernel(
             if FORWARD:
                 bound = tl.where(bound > 1, 1.0, bound)
             tl.store(values + 3 * n_slots + r, bound, mask=ours)
+
+
+@triton.jit
+def recentre_kernel(values, student_offset, teacher_offset, row_counts, n_slots, BLOCK: tl.constexpr):
+    """Make both offsets (n_slots,) the logsumexps that the sums gave, in rows of row_counts. Grid: (n_slots / BLOCK,)."""
+    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ours = r < tl.load(row_counts)
+    log_p = -tl.load(values + r, mask=ours, other=0.0)
+    log_q = log_p - tl.load(values + n_slots + r, mask=ours, other=0.0)
+    tl.store(student_offset + r, tl.load(student_offset + r, mask=ours, other=0.0) + log_p, mask=ours)
+    tl.store(teacher_offset + r, tl.load(teacher_offset + r, mask=ours, other=0.0) + log_q, mask=ours)
 
 
 @triton.jit
@@ -220,6 +232,14 @@ def combine(
         teacher.offset, order, row_counts, retry, values, *out, student.rows, pair.col_tiles, LEAST_SUM, SUM_LIMIT,
         REVERSE=pair.wanted.reverse, FORWARD=pair.wanted.forward, ROW_BLOCK=ROW_BLOCK, TILE_BLOCK=TILE_BLOCK,
     )  # fmt: skip
+
+
+def recentre(pair: PairPass, values, row_counts) -> None:
+    """Make the offsets of rows that are to be done again exact; see the kernel."""
+    student, teacher = pair.student, pair.teacher
+    recentre_kernel[(ceil_div(student.rows, SLOTS),)](
+        values, student.offset, teacher.offset, row_counts, student.rows, BLOCK=SLOTS
+    )
 
 
 def jsd(pair: PairPass, beta: float, order, row_counts, values, out: DivergenceStatistics) -> None:
