@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import random
 
 import pytest
 import torch
@@ -51,7 +50,10 @@ everywhere = chosen(
     "shape, transform, kind, dtype, family", *EVERYWHERE,
     few=[
         (SHAPES[0], TRANSFORMS[1], KINDS[0], torch.float16, "tma"),
-        *random.Random(0).sample(list(itertools.product(*EVERYWHERE)), 8),
+        (SHAPES[1], TRANSFORMS[1], KINDS[2], torch.float16, "pointer"),
+        (SHAPES[2], TRANSFORMS[0], KINDS[3], torch.float32, "tma"),
+        (SHAPES[3], TRANSFORMS[1], KINDS[1], torch.float16, "pointer"),
+        (SHAPES[0], TRANSFORMS[0], KINDS[1], torch.float32, "pointer"),
     ],
 )  # fmt: skip
 by_kind = chosen(
@@ -264,7 +266,8 @@ def test_ratios_far_from_their_mean_are_done_again(kind, dtype, family):
         target_ids=case.targets, mask=case.mask, backend="triton",
     )  # fmt: skip
     found.backward(case.incoming)
-    assert (found.detach() - d)[case.mask].abs().max() <= 4e-6
+    # float32 ratios need not be done again, and their mean, 25 nats off, takes the last digits of the divergence.
+    assert (found.detach() - d)[case.mask].abs().max() <= (1e-5 if dtype == torch.float32 else 4e-6)
     if dtype != torch.float32:  # whose logits do not tell such models apart
         assert relative(leaf.grad, expected[0]) <= 1.4 * GRADIENT_ERROR[dtype]
 

@@ -125,7 +125,7 @@ def combine_pairs_kernel(
 
 @triton.jit
 def recentre_kernel(values, student_offset, teacher_offset, row_counts, n_slots, BLOCK: tl.constexpr):
-    """Make both offsets (n_slots,) the logsumexps that the sums gave, in rows of row_counts. Grid: (n_slots / BLOCK,)."""
+    """Make both offsets (n_slots,) float32 the logsumexps that the sums gave. Grid: (n_slots / BLOCK,)."""
     r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ours = r < tl.load(row_counts)
     log_p = -tl.load(values + r, mask=ours, other=0.0)
