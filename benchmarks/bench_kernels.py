@@ -98,15 +98,23 @@ def test_trained(timed, problem):
 
 
 @pytest.mark.parametrize("n", [4096, 65536])
-def test_token_credit(timed, n):
-    """The lookahead minimum, then magnitude, gate and token advantage: what the method adds to log p and entropy."""
+@pytest.mark.parametrize(
+    "window",
+    [
+        Lookahead(3), Lookahead(3, "discounted", decay=0.9), Lookahead(3, "softmin", temperature=0.1),
+        Lookahead(3, "quantile", quantile=0.5), Lookahead(64), Lookahead(64, "quantile", quantile=0.5),
+    ],
+    ids=lambda window: f"{window.filter} {window.window}",
+)  # fmt: skip
+def test_token_credit(timed, n, window):
+    """The lookahead, then magnitude, gate and token advantage: what the method adds to log p and entropy."""
     from egrsd_kernels.backends import triton as triton_backend
 
     generator = torch.Generator(DEVICE).manual_seed(n)
     entropy, teacher_logp, logp, advantages = torch.rand(4, n, device=DEVICE, generator=generator)
     valid = torch.ones(n, dtype=torch.bool, device=DEVICE)
     rows, end = Rows.build(valid, valid), torch.full((n,), n - 1, dtype=torch.int32, device=DEVICE)
-    options, window = CreditOptions(gamma=0.3, gate_floor=0.1, clip_eps=0.2), Lookahead(3)
+    options = CreditOptions(gamma=0.3, gate_floor=0.1, clip_eps=0.2)
     scale, made = torch.ones((), device=DEVICE), torch.empty(7, n, device=DEVICE)
 
     def run() -> None:

@@ -177,23 +177,6 @@ def _teacher(
     return teacher_hidden, head.detach()
 
 
-def _divergence(
-    kind: object, weight: object, policy_weight: object, beta: object, top_k: object, vocabulary: int
-) -> Divergence | None:
-    """What fused_egrsd_loss is asked for; None for no divergence."""
-    number("divergence_weight", weight, low=0, strict=True)
-    number("policy_weight", policy_weight, low=0)
-    if kind is not None:
-        return Divergence.checked("divergence_", kind, beta, top_k, vocabulary)
-    others = {
-        "divergence_weight": (weight, 1), "divergence_beta": (beta, 0.5), "divergence_top_k": (top_k, None),
-        "policy_weight": (policy_weight, 1),
-    }  # fmt: skip
-    for name, (value, default) in others.items():
-        expect(value == default, name, value, f"{default}, since divergence is None")
-    return None
-
-
 @eager
 def fused_egrsd_loss(
     student_hidden: Tensor,
@@ -351,7 +334,7 @@ def fused_egrsd_loss(
     ops = choose(backend, *(x for x in (student_hidden, teacher_hidden) if x is not None))
     sparse_tolerance = checks.sparse_tolerance(grad_mode, sparse_tol)
     weights = divergence_weight, policy_weight
-    which = _divergence(divergence, *weights, divergence_beta, divergence_top_k, student.weight.shape[0])
+    which = Divergence.of_loss(divergence, *weights, divergence_beta, divergence_top_k, student.weight.shape[0])
     if which is not None:
         expect(teacher_hidden is not None, "teacher_hidden", None, "a tensor, since there is a divergence")
         expect(sparse_tolerance is None, "grad_mode", grad_mode, '"exact", since there is a divergence')

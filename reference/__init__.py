@@ -27,6 +27,7 @@ from .egrsd import (
     magnitude,
     mean_logits,
     normalised_entropy,
+    position_weights,
     token_advantage,
 )
 
@@ -53,6 +54,7 @@ __all__ = [
     "magnitude",
     "mean_logits",
     "normalised_entropy",
+    "position_weights",
     "reverse_kl",
     "token_advantage",
     "top_and_rest",

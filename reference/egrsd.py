@@ -168,6 +168,23 @@ def token_advantage(advantages: Tensor, magnitude: Tensor, gate: Tensor) -> Tens
     return torch.where(advantages == 0, 0.0, advantages * magnitude * gate)
 
 
+def position_weights(mask: Tensor, log_ratio: Tensor, position: float = 0.0, prefix: float = 0.0) -> Tensor:
+    """ρ = (1 + κ (2u − 1)) · (1 + η (1 − a)) of the tokens of one response, κ = position, η = prefix.  (T,) -> (T,)
+
+    u = (k − ½) / n for the k-th of n valid tokens;  a = Σ_{j < t} |δ_j| / Σ_j |δ_j| over the valid ones, 0 where they
+    are all 0;  ρ = 1 where not valid.
+    """
+    weights = torch.ones_like(log_ratio)
+    tokens = mask.nonzero()[:, 0].tolist()
+    total = sum(float(log_ratio[t].abs()) for t in tokens)
+    before = 0.0
+    for k, t in enumerate(tokens, 1):
+        u, a = (k - 0.5) / len(tokens), before / total if total else 0.0
+        weights[t] = (1 + position * (2 * u - 1)) * (1 + prefix * (1 - a))
+        before += float(log_ratio[t].abs())
+    return weights
+
+
 def egrsd_loss(
     student_hidden: Tensor,
     student_weight: Tensor,

@@ -50,6 +50,11 @@ def run(n: int, vocabulary: int, size: int, dtype: torch.dtype) -> None:
             options = {"return_entropy": True, "entropy_grad": entropy_grad, "keep_bytes": keep_bytes}
             logp, entropy = linear_logp(hidden, head, target_ids, softcap=softcap, **options)
             (logp + entropy if entropy_grad else logp).sum().backward()
+    entropies = {"teacher_logp": -torch.rand(n, device="cuda"), "teacher_entropy": torch.rand(n, device="cuda")}
+    for name, own in (("softmin", {"lookahead_temperature": 0.1}), ("quantile", {"lookahead_quantile": 0.5})):
+        options = {"cu_seqlens": ends, "lookahead": 5, "lookahead_filter": name, **own, **entropies}
+        with torch.no_grad():
+            fused_egrsd_loss(hidden, weight, None, target_ids, advantages, **options)
     low_rank = normal(5, size), normal(vocabulary, 5), 0.5
     linear_logp(hidden, Head(weight.detach(), bias, low_rank=low_rank), target_ids).sum().backward()
     linear_logp(hidden, weight * 200, target_ids).sum().backward()  # 1/p_y beyond float32: done again

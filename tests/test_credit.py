@@ -219,6 +219,25 @@ def test_lookahead_is_the_reference(lengths, seed, window, filter):
     assert torch.allclose(got, want, rtol=1e-13, atol=atol)
 
 
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(any),
+    seed=st.integers(0, 2**20),
+    window=st.integers(0, 6),
+    filter=st.one_of(
+        st.sampled_from([0.0, 1e-3, 0.1, 1e3]).map(lambda x: Lookahead(0, "softmin", temperature=x)),
+        st.floats(0.0, 1.0).map(lambda x: Lookahead(0, "quantile", quantile=x)),
+    ),
+)
+def test_the_kernel_is_the_function(lengths, seed, window, filter):
+    entropy, valid, ends = sequences(lengths, seed)
+    lookahead = filter._replace(window=window)
+    want = credit.lookahead_entropy(entropy.double(), valid, ends, lookahead)
+    got = in_triton.lookahead_entropy(*(x.to(DEVICE) for x in (entropy, valid, ends)), lookahead).cpu()
+    assert (got - want).abs().max() <= rounding(lookahead, torch.float32)
+
+
 def statistics(n: int, seed: int = 0) -> tuple[torch.Tensor, TokenStats]:
     """Advantages (some 0) and the statistics of n tokens; what is to be written holds 7."""
     g = torch.Generator().manual_seed(seed)

@@ -50,6 +50,7 @@ def test_every_public_name_is_in_the_reference():
 def test_every_page_with_examples_is_tested():
     """By a test below, that is."""
     assert [page for page in PAGES if blocks(f"docs/{page}")] == [
+        "divergences.md",
         "from-grpo.md",
         "own-loop.md",
         "own-method.md",
@@ -121,7 +122,8 @@ def test_from_grpo(trainers):
     assert (names["config"].gamma, names["config"].lookahead) == (0.3, 3)
 
 
-def test_trl_trainers(tmp_path):
+def test_trl_trainers(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     pytest.importorskip("trl", reason="TRL is not installed")
 
     from egrsd_kernels.trl import unfuse_heads
@@ -136,6 +138,11 @@ def test_trl_trainers(tmp_path):
         "dataset": trl_tiny.dataset().map(lambda row: answers).select_columns(["prompt", *answers]),
         "settings": settings | {"output_dir": str(tmp_path), "beta": 1.0, "gradient_checkpointing": False},
         "ids": ids, "labels": ids.masked_fill(ids < 9, -100), "advantages": torch.tensor([1.0, -0.5]),
+        "student": trl_tiny.tiny_model(), "correct": trl_tiny.correct, "prompts": trl_tiny.dataset(),
+        "rollout_settings": settings | {
+            "output_dir": str(tmp_path / "sdpo"), "num_generations": 2, "max_completion_length": 4,
+            "teacher_model_kind": "live", "per_device_train_batch_size": 2,
+        },
     }  # fmt: skip
     names["model"].save_pretrained(tmp_path / "model")
     names["model"].config._name_or_path = str(tmp_path / "model")  # where DPO loads its reference from
@@ -144,7 +151,7 @@ def test_trl_trainers(tmp_path):
     finally:
         unfuse_heads()
     trainer = names["trainer"]
-    assert trainer.state.global_step == 2
+    assert trainer.state.global_step == names["sdpo"].state.global_step == 2
     assert all(isinstance(model.forward, FusedForward) for model in (trainer.model, trainer.ref_model))
     logp = names["policy"](input_ids=ids).logits.div(0.8).log_softmax(-1)[:, :-1]
     expected = logp.gather(2, ids[:, 1:, None]).squeeze(2).masked_fill(~names["out"].label_mask, 0)
@@ -321,6 +328,37 @@ def test_tuning():
     entropy = token_statistics(names["teacher_hidden"], head, names["target_ids"], mask=mask).entropy[mask]
     assert 1 < names["scale"] < entropy.max()
     torch.testing.assert_close(names["gate"], 1 - 0.3 * names["stats"].lookahead_entropy[mask] / names["scale"])
+
+
+# ----------------------------------------------------------------------------------------------------- divergences.md
+
+
+def test_divergences(monkeypatch):
+    pytest.importorskip("trl", reason="TRL is not installed")
+    from egrsd_kernels import trl
+
+    monkeypatch.setattr(trl, "EGRSDConfig", tiny(trl.EGRSDConfig))
+    torch.manual_seed(0)
+    head, mask = torch.randn(50, 16), torch.ones(3, 40, dtype=torch.bool)
+    mask[1, 30:] = False
+    names = {
+        "student_hidden": torch.randn(3, 40, 16, requires_grad=True),
+        "teacher_hidden": torch.randn(3, 40, 16) * torch.linspace(0.05, 1.5, 40)[:, None],
+        "head": head,
+        "target_ids": torch.randint(50, (3, 40)),
+        "advantages": torch.tensor([1.0, -0.5, 0.3]),
+        "mask": mask,
+        "token_weights": torch.rand(3, 40),
+        "old_logp": -5 * torch.rand(3, 40),
+    }
+    run("docs/divergences.md", names)
+    switched = torch.where(names["unsure"], names["forward"], names["reverse"])
+    assert (names["forward"] > 0).any() and (names["reverse"] > 0).any()
+    assert torch.equal(switched, names["forward"] + names["reverse"])
+    assert names["config"].divergence == "reverse_kl"
+    first = names["student_hidden"].grad.clone()
+    names["loss"].backward()
+    assert first.any() and (names["student_hidden"].grad != first).any()
 
 
 # ---------------------------------------------------------------------------------------------------- command-line.md

@@ -68,6 +68,8 @@ def config(**options) -> EGRSDConfig:
             {"lookahead_filter": "quantile", "lookahead_quantile": 1.5},
             "lookahead_quantile: expected a finite number at least 0 and at most 1, got 1.5",
         ),
+        ({"position_weight": -1.1}, "position_weight: expected a finite number at least -1 and at most 1, got -1.1"),
+        ({"prefix_weight": -1}, "prefix_weight: expected a finite number at least 0, got -1"),
         ({"teacher_model_kind": "live"}, "teacher_model_kind: expected one of base, adapters_off, frozen, ema, got 'l"),
         ({"teacher_update_rate": 1.1}, "teacher_update_rate: expected a finite number at least 0 and at most 1"),
         ({"teacher_sync_steps": 0}, "teacher_sync_steps: expected at least 1, got 0"),
@@ -147,6 +149,8 @@ def test_every_loss_of_trls_is_known():
         ({"use_adaptive_entropy": True}, False),
         ({"top_entropy_quantile": 0.2}, False),
         ({"off_policy_mask_threshold": 0.5}, False),
+        ({"position_weight": 0.5}, True),
+        ({"prefix_weight": 0.5}, False),  # it asks for log p of later tokens
     ],
 )
 def test_when_the_loss_is_made_directly(options, direct):

@@ -66,6 +66,7 @@ def check_both_paths(run, steps: int) -> None:
         {"loss_type": "dr_grpo", "peft": False, "temperature": 0.7},
         {"peft": False, "model": "mixtral", "router_aux_loss_coef": 0.3},
         {"mask_truncated_completions": True, "importance_sampling_level": "sequence_token"},
+        {"position_weight": 0.7, "peft": False},
     ],
 )
 def test_both_paths_give_the_same_step(tmp_path, options):
@@ -101,7 +102,7 @@ def test_both_paths_give_the_same_step(tmp_path, options):
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_vllms_correction_weighs_the_loss_and_not_what_is_logged(tmp_path, level):
     """As with vLLM whose log p was another: on both paths the ratio is the loss's, and Â, w and ω are the method's."""
-    run, _ = make(tmp_path, max_steps=1)
+    run, _ = make(tmp_path, max_steps=1, position_weight=0.5 if level == "token" else 0.0)
     direct, checked = run._direct_loss, 0
 
     def both(model, inputs):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -13,10 +14,11 @@ pytest.importorskip("trl", reason="TRL is not installed")
 import torch
 from trl import GRPOConfig, GRPOTrainer, TrlParser
 
-from egrsd_kernels.rl import TOKEN_ADVANTAGES, TokenEvidence
+from egrsd_kernels.rl import TOKEN_ADVANTAGES, TokenEvidence, position_weights, token_stats
 from egrsd_kernels.rollouts import read_rollouts
 from egrsd_kernels.trl import EGRSDConfig, EGRSDTrainer
 from egrsd_kernels.trl.checkpoint import CheckpointError
+from egrsd_kernels.trl.evidence import evidence_of
 from egrsd_kernels.trl.methods import FIXED, LACKS
 from egrsd_kernels.trl.teacher import AdaptersOff
 from tests.support.trl_tiny import OPTIONS, dataset, make, tiny_model, tokenizer, weights
@@ -87,6 +89,10 @@ def test_what_fits_a_name_is_taken():
         (
             {"token_advantage": "grpo", "rollout_steps": 5},
             "rollout_steps: expected 0, as token_advantage 'grpo' has no teacher, got 5",
+        ),
+        (
+            {"token_advantage": "grpo", "position_weight": 0.5},
+            "position_weight: expected 0.0, as token_advantage 'grpo' has no weight of a token, got 0.5",
         ),
         (
             {"token_advantage": "rlsd", "gamma_schedule": "linear", "gamma_end": 1},
@@ -425,3 +431,23 @@ def test_one_context_of_ones_own_serves_a_named_method_and_the_export(tmp_path):
     assert run._direct and logs.steps[0]["gate/mean"] < 1
     (file,) = (tmp_path / "rollouts").iterdir()
     assert {rollout.reference for rollout in read_rollouts(file)} == {None}
+
+
+def test_weights_of_a_tokens_place_are_the_trainers_too(tmp_path):
+    """Â, in the loss and in the logs, is ρ times what the evidence gives without."""
+    run, _ = make(tmp_path, max_steps=1, position_weight=-0.5, prefix_weight=0.5)
+    put, seen = run._put_token_advantages, []
+
+    def spy(inputs, student_logp):
+        advantages = inputs["sequence_advantages"]
+        put(inputs, student_logp)
+        evidence = evidence_of(inputs, advantages, student_logp, run._contexts, run.args, run.gamma)
+        plain = token_stats(replace(evidence, position_weight=0.0, prefix_weight=0.0)).token_advantage
+        delta = evidence.teacher.logp - evidence.student_logp
+        rho = position_weights(evidence.mask, position=-0.5, prefix=0.5, log_ratio=delta)
+        torch.testing.assert_close(inputs["advantages"], plain * rho, rtol=1e-5, atol=1e-7)
+        seen.append((plain - inputs["advantages"]).abs().max().item())
+
+    run._put_token_advantages = spy
+    run.train()
+    assert len(seen) == 2 and max(seen) > 0.01

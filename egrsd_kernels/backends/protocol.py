@@ -227,6 +227,23 @@ class Divergence(NamedTuple):
             expect(top_k <= vocabulary, f"{prefix}top_k", top_k, f"at most the vocabulary's size, {vocabulary}")
         return cls(kind, beta, top_k)
 
+    @classmethod
+    def of_loss(
+        cls, kind: object, weight: object, policy_weight: object, beta: object, top_k: object, vocabulary: int
+    ) -> Divergence | None:
+        """From arguments of :func:`egrsd_kernels.fused_egrsd_loss`; None: there is none, nor what belongs to it."""
+        checks.number("divergence_weight", weight, low=0, strict=True)
+        checks.number("policy_weight", policy_weight, low=0)
+        if kind is not None:
+            return cls.checked("divergence_", kind, beta, top_k, vocabulary)
+        others = {
+            "divergence_weight": (weight, 1), "divergence_beta": (beta, 0.5), "divergence_top_k": (top_k, None),
+            "policy_weight": (policy_weight, 1),
+        }  # fmt: skip
+        for name, (value, default) in others.items():
+            expect(value == default, name, value, f"{default}, since divergence is None")
+        return None
+
 
 class Pair(NamedTuple):
     """Student and teacher beside each other: hidden states (B, T, D), of any strides, and heads of one vocabulary.

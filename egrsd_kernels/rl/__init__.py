@@ -10,11 +10,12 @@ from .token_advantages import (
     TokenAdvantage,
     TokenEvidence,
     apply_token_advantage,
+    position_weights,
     token_stats,
 )
 
 __all__ = [
     "TOKEN_ADVANTAGES", "TWO_TURN", "AlignedBatch", "ContextStatistics", "Message", "TokenAdvantage", "TokenEvidence",
     "WelfordAdvantage", "align_responses", "apply_token_advantage", "length_shaped_reward", "pad_inputs",
-    "response_hidden", "response_positions", "teacher_messages", "token_stats",
+    "position_weights", "response_hidden", "response_positions", "teacher_messages", "token_stats",
 ]  # fmt: skip

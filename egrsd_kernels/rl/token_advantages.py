@@ -5,6 +5,8 @@
     egrsd              Â = A · w · ω      :func:`egrsd`, ω of H
     cl_egrsd           Â = A · w · ω      :func:`cl_egrsd`, ω of H^CL
 
+With :func:`position_weights` the last three begin with A · ρ, for weights ρ > 0 of a token's place in its response.
+
 GRPO and REINFORCE differ in A alone: relative to the rollouts of the same prompt, or to all earlier rewards
 (:class:`egrsd_kernels.rl.WelfordAdvantage`). A function of one's own takes the same evidence. The formulas of w, ω and
 H^CL are those of :mod:`egrsd_kernels.credit`.
@@ -60,6 +62,10 @@ class TokenEvidence:
     """γ, the gate's floor, and ε."""
     lookahead: Lookahead
     """W, and how the window is filtered."""
+    position_weight: float = 0.0
+    """κ of :func:`position_weights`."""
+    prefix_weight: float = 0.0
+    """η of :func:`position_weights`."""
 
     @property
     def teacher(self) -> ContextStatistics:
@@ -112,9 +118,13 @@ def token_stats(evidence: TokenEvidence) -> TokenStats:
         ValueError: there is not one context.
     """
     mask, options, context = evidence.mask, evidence.options, evidence.teacher
+    log_ratio = context.logp - evidence.student_logp
     advantages = sequence_advantage(evidence)
+    if evidence.position_weight or evidence.prefix_weight:
+        place = {"position": evidence.position_weight, "prefix": evidence.prefix_weight}
+        advantages = advantages * position_weights(mask, **place, log_ratio=log_ratio)
     ahead = padded_lookahead_entropy(context.entropy, mask, evidence.lookahead)
-    w = magnitude(advantages, context.logp - evidence.student_logp, options.clip_eps)
+    w = magnitude(advantages, log_ratio, options.clip_eps)
     omega = gate(ahead, evidence.entropy_scale, options.gamma, options.gate_floor)
     credit = token_advantage(advantages, w, omega)
     nothing = torch.zeros_like(w)
@@ -127,6 +137,55 @@ def padded_lookahead_entropy(entropy: Tensor, mask: Tensor, lookahead: Lookahead
     rows, width = mask.shape
     last = torch.arange(rows, device=mask.device).repeat_interleave(width) * width + width - 1
     return lookahead_entropy(entropy.flatten(), mask.flatten(), last, lookahead).view(mask.shape)
+
+
+def position_weights(
+    mask: Tensor, *, position: float = 0.0, prefix: float = 0.0, log_ratio: Tensor | None = None
+) -> Tensor:
+    """ρ = (1 + κ (2u − 1)) · (1 + η (1 − a)): what a token's place in its response counts for.
+
+    - u = (k − ½) / n for the k-th of a response's n valid tokens: its relative position, in (0, 1). That factor is 1 on
+      average over the response; κ > 0 favours the end, as arXiv 2605.21606 does, and κ < 0 the beginning.
+    - a = Σ_{j < t} |δ_j| / Σ_j |δ_j|, in [0, 1]: how much of the response's disagreement between teacher and student
+      lies before the token. η > 0 favours what comes before it: the weights of IW-OPD (arXiv 2606.22600; η = ½ there).
+
+    ρ > 0 is a constant that leaves the direction of an advantage alone. So it multiplies A, one a token: what
+    ``fused_egrsd_loss`` makes of A · ρ is A · w · ω · ρ, and gate and magnitude are what they are without it.
+
+    Args:
+        mask: (B, T) bool or 0/1, one response a row. What is masked has no position and no disagreement.
+        position: κ, a number in [-1, 1]; 0 is off.
+        prefix: η, a number of at least 0; 0 is off.
+        log_ratio: δ = log p_T(y) − log p_S(y) (B, T), nats, of any real dtype; needed where η is not 0. Counted in
+            units of 2^-32 nats, up to 1024 nats a token. A NaN at a valid position is a NaN in all of its row.
+
+    Returns:
+        (B, T) float32 (float64 beside a float64 log_ratio), without gradient; 1 where masked.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got and what it expects.
+    """
+    mask = checks.mask_of("mask", mask)
+    expect(mask.ndim == 2, "mask", mask, "a (B, T) tensor")
+    position = checks.number("position", position, low=-1, high=1)
+    prefix = checks.number("prefix", prefix, low=0)
+    weights = torch.ones(mask.shape, dtype=torch.float64, device=mask.device)
+    if position:
+        place = mask.cumsum(1).double() - 0.5
+        relative = place / mask.sum(1, keepdim=True).clamp(min=1)
+        weights = weights * (1 + position * (2 * relative - 1))
+    if prefix:
+        expect(log_ratio is not None, "log_ratio", None, "a tensor, since prefix is not 0", TypeError)
+        delta = checks.tensor("log_ratio", log_ratio, shape=mask.shape, like=mask).detach()
+        delta = torch.where(mask, delta.double().abs(), 0)
+        # Whole units: a sum of integers is the same in any order, so a GPU's is deterministic.
+        units = (delta.nan_to_num(0).clamp(max=1024) * 2.0**32).round().long()
+        through = units.cumsum(1)
+        before = (through - units).double() / through[:, -1:].clamp(min=1)
+        before = torch.where(delta.isnan().any(1, keepdim=True), torch.nan, before)
+        weights = weights * (1 + prefix * (1 - before))
+    double = log_ratio is not None and log_ratio.dtype == torch.float64
+    return torch.where(mask, weights, 1).to(torch.float64 if double else torch.float32)
 
 
 def apply_token_advantage(function: TokenAdvantage, evidence: TokenEvidence) -> Tensor:

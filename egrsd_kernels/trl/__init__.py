@@ -10,6 +10,11 @@
 >>> fuse_heads()
 >>> trainer = GRPOTrainer(...)
 
+:func:`pack` has one of them read every prefix that its rollouts share once, and no padding:
+
+>>> from egrsd_kernels.trl import pack
+>>> pack(trainer)
+
 :data:`PRESETS` maps the names of ready configurations to their YAML files.
 """
 
@@ -25,9 +30,12 @@ from egrsd_kernels.presets import PRESETS
 from .config import EGRSDConfig
 from .fused_head import fuse_head
 from .fusing import fuse_heads, unfuse_heads
+from .packing import pack, unpack
+from .self_distillation import without_logits
 from .teacher import EarlierWeights, Teacher
 from .trainer import EGRSDTrainer
 
 __all__ = [
-    "PRESETS", "EGRSDConfig", "EGRSDTrainer", "EarlierWeights", "Teacher", "fuse_head", "fuse_heads", "unfuse_heads",
+    "PRESETS", "EGRSDConfig", "EGRSDTrainer", "EarlierWeights", "Teacher", "fuse_head", "fuse_heads", "pack",
+    "unfuse_heads", "unpack", "without_logits",
 ]  # fmt: skip

@@ -38,7 +38,11 @@ UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupErro
               pickle.UnpicklingError)  # fmt: skip
 SAMPLED_ROWS = 64
 # What a run was before these settings existed.
-BEFORE = {**{f"lookahead_{name}": value for name, value in Lookahead._field_defaults.items()}, "teacher_sync_steps": 1}
+BEFORE = {
+    **{f"lookahead_{name}": value for name, value in Lookahead._field_defaults.items()},
+    "divergence": None, "divergence_beta": 0.5, "divergence_top_k": None, "divergence_weight": 1.0,
+    "policy_weight": 1.0, "position_weight": 0.0, "prefix_weight": 0.0, "teacher_sync_steps": 1,
+}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------- which run goes on

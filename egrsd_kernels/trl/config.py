@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 import typing
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,14 +14,15 @@ from typing import Any, ClassVar
 from transformers import TrainingArguments
 from trl import GRPOConfig
 
-from egrsd_kernels.backends import DEFAULT_SPARSE_TOL
-from egrsd_kernels.checks import expect, integer, number
+from egrsd_kernels.backends import DEFAULT_SPARSE_TOL, Divergence
+from egrsd_kernels.checks import expect, flag, integer, number
 from egrsd_kernels.credit import ENTROPY_SCALES, FILTER_NUMBERS, FILTERS, TAU_HIGH, TAU_LOW, Lookahead
 from egrsd_kernels.rl.token_advantages import WITHOUT_TEACHER
 
 from .former import RENAMED, check_former, in_present_words
 from .grpo_settings import KNOWN
 from .methods import TEACHER, settle
+from .packed_rows import MAX_TOKENS_PER_PACK
 
 CHOICES = {
     "advantage": ("welford", "group"),
@@ -35,7 +37,8 @@ CHOICES = {
 AT_LEAST = {
     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
     "num_generations": 1, "num_iterations": 1, "max_completion_length": 1, "welford_warmup_steps": 1,
-    "teacher_sync_steps": 1, "chunk_mib": 1, "lookahead": 0, "rollout_steps": 0, "seed": 0, "data_seed": 0,
+    "teacher_sync_steps": 1, "chunk_mib": 1, "max_tokens_per_pack": 1, "lookahead": 0, "rollout_steps": 0, "seed": 0,
+    "data_seed": 0,
 }  # fmt: skip
 BOUNDS: dict[str, dict[str, float]] = {
     "learning_rate": {},
@@ -52,6 +55,8 @@ BOUNDS: dict[str, dict[str, float]] = {
     "gate_floor": {"high": 1},
     "clip_eps": {"high": 1},
     "min_entropy_scale": {"strict": True},
+    "position_weight": {"low": -1, "high": 1},
+    "prefix_weight": {},
     "sparse_tol": {"high": 1, "strict": True},
     "length_beta": {},
     **{f"lookahead_{name}": bounds for name, (_, bounds) in FILTER_NUMBERS.items()},
@@ -76,10 +81,12 @@ PARALLEL = {"tp_size": "tensor", "cp_size": "context", "sp_size": "sequence"}
 
 # A run is told by all settings of ours but SAME_RUN, and by OTHER_RUN of TRL's and transformers'. Its length may
 # change, and what it logs, saves and writes.
-# What token_advantage makes of other settings tells a run; which model teaches, the checkpoint knows by its weights.
+# What token_advantage makes of other settings tells a run, and so does what packing has come to; which model teaches,
+# the checkpoint knows by its weights.
 SAME_RUN = (
-    "backend", "chunk_mib", "rollout_steps", "tau_low", "tau_high", "overwrite_output_dir", "resume_changed",
-    "token_advantage", "teacher_model_name_or_path", "teacher_model_revision", "teacher_model_init_kwargs",
+    "packing", "max_tokens_per_pack", "backend", "chunk_mib", "rollout_steps", "tau_low", "tau_high",
+    "overwrite_output_dir", "resume_changed", "token_advantage", "teacher_model_name_or_path",
+    "teacher_model_revision", "teacher_model_init_kwargs",
 )  # fmt: skip
 OTHER_RUN = (
     "adam_beta1", "adam_beta2", "adam_epsilon", "beta", "bf16", "chat_template_kwargs", "data_seed", "delta",
@@ -154,6 +161,20 @@ class EGRSDConfig(GRPOConfig):
     lookahead_quantile: float = field(
         default=0.0, metadata={"help": 'q in [0, 1], of the filter "quantile"; 0 is the minimum, 1 no lookahead.'}
     )
+    position_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "κ in [-1, 1]: A is weighed by 1 + κ (2u - 1), u the token's relative position in its response; "
+            "above 0 the end counts more, below 0 the beginning."
+        },
+    )
+    prefix_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "η: A is weighed by 1 + η (1 - a), a the share of the response's |log p_T - log p_S| that lies "
+            "before the token. The gradient is then made by TRL's loss."
+        },
+    )
     clip_eps: float | None = field(
         default=None, metadata={"help": "ε: the magnitude is clipped to 1 ± ε. 0 turns it off. Default: 0.2."}
     )
@@ -166,6 +187,22 @@ class EGRSDConfig(GRPOConfig):
         },
     )
     min_entropy_scale: float = field(default=1.0, metadata={"help": "Lower bound of that scale, nats."})
+    divergence: str | None = field(
+        default=None,
+        metadata={
+            "help": 'Adds divergence_weight · ω · D: "reverse_kl", KL(p_S ‖ p_T); "forward_kl"; or "jsd". Each rollout '
+            "then serves one update, and TRL's loss has no further term. Default: none."
+        },
+    )
+    divergence_weight: float = field(default=1.0, metadata={"help": "The divergence's weight, above 0."})
+    divergence_beta: float = field(default=0.5, metadata={"help": 'β in (0, 1), the teacher\'s share of "jsd".'})
+    divergence_top_k: int | None = field(
+        default=None,
+        metadata={"help": "Of the teacher's k likeliest entries and all others as one. Default: the full vocabulary."},
+    )
+    policy_weight: float = field(
+        default=1.0, metadata={"help": "The weight of −Â log p beside a divergence; 0: the divergence alone."}
+    )
     loss_type: str = field(
         default="dapo",
         metadata={
@@ -222,6 +259,17 @@ class EGRSDConfig(GRPOConfig):
         metadata={"help": "What its from_pretrained gets, for example dtype and device_map."},
     )
     backend: str = field(default="auto", metadata={"help": 'Kernels: "auto", "triton" or "torch".'})
+    packing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether rollouts are read in packs, every prefix that they share once and no padding, and those "
+            "of a prompt stay beside one another. Default: on a GPU, where the model and the other settings allow it."
+        },
+    )
+    max_tokens_per_pack: int = field(
+        default=MAX_TOKENS_PER_PACK,
+        metadata={"help": "With packing, the most tokens of a forward; a longer rollout is one alone."},
+    )
     chunk_mib: int = field(default=1024, metadata={"help": "The most working memory of the loss, MiB."})
     grad_mode: str = field(
         default="exact",
@@ -285,6 +333,10 @@ class EGRSDConfig(GRPOConfig):
         bound = 'at least 1 with loss_type="cispo", which clamps the weight of the gradient there'
         high = self.epsilon if self.epsilon_high is None else self.epsilon_high
         expect(self.loss_type != "cispo" or high >= 1, "epsilon_high", self.epsilon_high, bound)
+        why = (
+            "None unless each rollout serves one update, with a teacher, loss_type dapo or dr_grpo and no further term"
+        )
+        expect(self.divergence is None or self.direct, "divergence", self.divergence, why)
         why = "False with beta 0, which has no reference model"
         expect(bool(self.beta) or not self.sync_ref_model, "sync_ref_model", self.sync_ref_model, why)
         bonus = bool(self.entropy_coef) or self.use_adaptive_entropy
@@ -296,7 +348,8 @@ class EGRSDConfig(GRPOConfig):
         """Whether the loss is −Σ Â log p over the tokens of an optimizer step, or over their most, and nothing else.
 
         So it is where each rollout serves one update, by the policy that made it (TRL's ratio is 1 then), and no
-        setting adds a term or a mask, nor is one given that only a later TRL knows.
+        setting adds a term or a mask, nor is one given that only a later TRL knows; and where no weight of a token asks
+        for log p of the tokens after it.
         :func:`egrsd_kernels.fused_egrsd_loss` then makes it, with the gradient in the same pass. A generation is one
         optimizer step's, whose tokens are therefore known before its first backward.
         """
@@ -305,6 +358,7 @@ class EGRSDConfig(GRPOConfig):
         plain = self.loss_type in ("dapo", "dr_grpo")
         taught = self.token_advantage not in WITHOUT_TEACHER
         unknown = defaults.keys() - KNOWN - {f.name for f in fields(TrainingArguments)}
+        plain = plain and not self.prefix_weight
         return taught and once and plain and all(getattr(self, name) == defaults[name] for name in {*TERMS, *unknown})
 
     def _take_former_names(self) -> None:
@@ -342,8 +396,19 @@ class EGRSDConfig(GRPOConfig):
             value = getattr(self, name)
             if value is not None or name not in optional or name in CHOICES:
                 setattr(self, name, check(name, value, **bounds))
+        if self.packing is not None:
+            flag("packing", self.packing)
         expect(self.tau_low < self.tau_high, "tau_low", self.tau_low, f"less than tau_high = {self.tau_high}")
         Lookahead.of(self)
+        weights = self.divergence_weight, self.policy_weight
+        # The vocabulary is not known yet: the loss compares the number with it.
+        Divergence.of_loss(self.divergence, *weights, self.divergence_beta, self.divergence_top_k, sys.maxsize)
+        expect(
+            self.divergence is None or self.grad_mode == "exact",
+            "grad_mode",
+            self.grad_mode,
+            '"exact", since there is a divergence',
+        )
         self._check_schedule()
 
     def _check_schedule(self) -> None:

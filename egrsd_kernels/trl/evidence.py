@@ -55,6 +55,8 @@ def evidence_of(
         entropy_scale=inputs["entropy_scale"].clone(),
         options=CreditOptions(gamma, args.gate_floor, args.clip_eps),
         lookahead=Lookahead.of(args),
+        position_weight=args.position_weight,
+        prefix_weight=args.prefix_weight,
     )
 
 

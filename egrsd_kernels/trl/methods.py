@@ -34,10 +34,11 @@ PARTS = {
     ),
     "gate": ("gate_floor", "gamma_schedule", "gamma_end", "gamma_steps", "entropy_scale", "min_entropy_scale"),
     "lookahead": LOOKAHEAD_SETTINGS,
+    "weight of a token": ("position_weight", "prefix_weight"),
 }  # fmt: skip
 LACKS = {
-    "grpo": ("teacher", "gate", "lookahead"),
-    "reinforce": ("teacher", "gate", "lookahead"),
+    "grpo": ("teacher", "gate", "lookahead", "weight of a token"),
+    "reinforce": ("teacher", "gate", "lookahead", "weight of a token"),
     "rlsd": ("gate", "lookahead"),
     "egrsd": ("lookahead",),
     "cl_egrsd": (),

@@ -27,6 +27,7 @@ def token_metrics(
     tau_low: float,
     tau_high: float,
     sparse_calls: int = 0,
+    divergence: bool = False,
 ) -> dict[str, float]:
     """Metrics of the tokens of one optimizer step, as plain numbers by the names under which they are logged.
 
@@ -40,7 +41,8 @@ def token_metrics(
     - regime/lock, fork, pivot, mid: shares; restored/lock …: what the lookahead gives back there on average, the gate
       less the gate that H itself would get (no entry where a regime has no token);
     - gradient/error_bound and gradient/exact, of sparse gradients: the certified relative error of a call of the loss,
-      and the share of tokens whose gradient was made exactly, those without one among them.
+      and the share of tokens whose gradient was made exactly, those without one among them;
+    - divergence/mean (nats), where the loss has one.
 
     Args:
         stats: the fields of :class:`egrsd_kernels.TokenStats`, each (N,), of valid tokens only.
@@ -49,6 +51,7 @@ def token_metrics(
         log_vocab: log V, what the regimes compare entropies with, nats.
         tau_low, tau_high: the regimes' thresholds.
         sparse_calls: how many calls of the loss with sparse gradients the tokens are of.
+        divergence: whether the loss has one.
 
     Returns:
         The metrics; empty without a token.
@@ -77,6 +80,8 @@ def token_metrics(
         bound = stats["gradient_error_bound"]
         metrics["gradient/error_bound"] = bound.sum() / sparse_calls
         metrics["gradient/exact"] = (bound == 0).float().mean()
+    if divergence:
+        metrics["divergence/mean"] = stats["divergence"].mean()
     for index, part in enumerate(distance[entropy.argsort()].tensor_split(BINS)):
         if part.numel():
             metrics[f"abs_log_ratio/entropy_decile_{index}"] = part.mean()

@@ -42,9 +42,17 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from egrsd_kernels import TokenStats, fused_egrsd_loss, head_of, with_head
 from egrsd_kernels.credit import ENTROPY_SCALES, LOOKAHEAD_SETTINGS
+from egrsd_kernels.models import ModelError
 from egrsd_kernels.models.places import tensors_of
 from egrsd_kernels.models.proof import evaluating
-from egrsd_kernels.rl import TWO_TURN, Message, TokenAdvantage, WelfordAdvantage, length_shaped_reward
+from egrsd_kernels.rl import (
+    TWO_TURN,
+    Message,
+    TokenAdvantage,
+    WelfordAdvantage,
+    length_shaped_reward,
+    position_weights,
+)
 from egrsd_kernels.rollouts import Rollout, write_rollouts
 
 from .arguments import check_arguments
@@ -61,12 +69,15 @@ from .checkpoint import (
 )
 from .config import EGRSDConfig
 from .context import Reader, check_columns, check_rows, context_window, privileged_conversation, row_name
+from .divergence import TeacherStates
 from .evidence import evidence_of, learned, peak_entropy, signals_of
 from .export import rollout_file, rollouts_of
 from .fused_head import adapters_on_head_allowed, score_labels, take_off_fused_head
 from .images import MODEL_IMAGES, TOKEN_TYPES, check_prompt, token_types
 from .methods import Context, contexts_of, function_of, teacher_model_of
 from .metrics import evidence_metrics, gathered_tokens, peak_memory_gib, token_metrics
+from .packed_step import PackedStep
+from .packing import fault_of, regrouped, row_limits, with_index
 from .rewards import InfiniteRewards, checked, excerpt, without_infinite
 from .roles import Roles, check_trained, weights_at_hand
 from .teacher import (
@@ -83,7 +94,9 @@ from .teacher import (
 )
 
 logger = logging.getLogger(__name__)
+OUTPUTS = ("log_probs", "entropy")
 # Settings that the fused loss has by the same names; γ is the step's.
+DIVERGENCE = ("divergence", "divergence_weight", "divergence_beta", "divergence_top_k", "policy_weight")
 CREDIT = ("gate_floor", "lookahead", *LOOKAHEAD_SETTINGS, "clip_eps", "min_entropy_scale")
 
 
@@ -172,10 +185,17 @@ class EGRSDTrainer(GRPOTrainer):
                 "sync_ref_model: not supported with sharded weights, a checkpoint would lack the reference"
             )
         self.teacher = self._make_teacher(teacher_model)
+        if args.divergence is not None:
+            if self._token_advantage is not None:
+                raise ValueError("divergence: expected None, as the trainer is given a token_advantage of its own")
+            if self._sharded:
+                raise ValueError("divergence: expected None, not supported with sharded weights")
+        self._teacher_states: TeacherStates | None = None  # while they are kept
         self._teacher_window = self._other_window()
         for name, dataset in datasets.items():
             for reader in self._readers.values():
                 check_rows(name, dataset, reader)
+        self._packed = self._packed_step()
         self._proved = False
         if not self._sharded and weights_at_hand(self.model, self.accelerator.device):
             self._prove()
@@ -234,6 +254,25 @@ class EGRSDTrainer(GRPOTrainer):
             if not isinstance(teacher, nn.Module):
                 raise TypeError(f"teacher_model: expected active() to give a model, got {teacher!r}")
             return None if teacher is self.model else window_of(teacher)
+
+    def _packed_step(self) -> PackedStep | None:
+        """What reads rollouts in packs; None: they are read padded."""
+        if self.args.packing is False or (self.args.packing is None and self.accelerator.device.type == "cpu"):
+            return None
+        fault = fault_of(self)
+        if fault is None:
+            try:
+                row_limits(self.model, self.ref_model)
+                if self._contexts:
+                    with self.teacher.active() as teacher:
+                        row_limits(teacher)
+                return PackedStep(self.accelerator, self.args.max_tokens_per_pack)
+            except ModelError as refusal:
+                fault = str(refusal)
+        if self.args.packing:
+            raise ModelError(fault)
+        logger.info("Rollouts are read padded, not packed: %s", fault)
+        return None
 
     def _prove(self) -> None:
         """Run the model on a few tokens: what we compute is what it computes, and each has its role."""
@@ -412,21 +451,27 @@ class EGRSDTrainer(GRPOTrainer):
         return self.args.per_device_train_batch_size if train else self.args.per_device_eval_batch_size
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
-        """TRL's, in front of ``model`` as we read it: TRL cuts batches into parts, and images with them."""
+        """TRL's, in front of ``model`` as we read it: TRL cuts batches into parts, and images with them.
+
+        Packs are cut by their tokens instead, and have no images.
+        """
 
         def read(input_ids, attention_mask, labels, fused_lm_head, output_router_logits=False, **images):
             parts = (x.tensor_split([-logits_to_keep], dim=1) for x in (input_ids, attention_mask, labels))
             ids, attended, (_, labels) = parts
             row = ids[0], attended[0], ids[1], attended[1]
-            fields, output = self._read(
-                functools.partial(score_labels, labels=labels, **self._scoring), model, *row,
-                router=output_router_logits, **images,
-            )  # fmt: skip
+            score = functools.partial(score_labels, labels=labels, outputs=OUTPUTS, **self._scoring)
+            if self._teacher_states is not None:
+                score = self._teacher_states.keeping(score)
+            fields, output = self._read(score, model, *row, router=output_router_logits, **images)
             return FusedCausalLMOutput(**fields, aux_loss=output.aux_loss if output_router_logits else None)
 
-        found = super()._get_per_token_logps_and_entropies(
-            read, input_ids, attention_mask, logits_to_keep, *args, **kwargs
-        )
+        if self._packed is not None and self._teacher_states is None:  # hidden states are kept padded
+            found = *self._packed.read(model, input_ids, attention_mask, logits_to_keep, **self._scoring), None
+        else:
+            found = super()._get_per_token_logps_and_entropies(
+                read, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+            )
         if self._in_loss is not None:
             self._put_token_advantages(self._in_loss, found[0].detach())
         return found
@@ -435,7 +480,6 @@ class EGRSDTrainer(GRPOTrainer):
     def _scoring(self) -> dict[str, Any]:
         """How :func:`.fused_head.score_labels` reads a model: entropies are differentiable for a bonus."""
         return {
-            "outputs": ("log_probs", "entropy"),
             "entropy_grad": self._entropy_bonus_enabled,
             "keep_bytes": self.args.chunk_mib << 20,
             **self._head_options,
@@ -470,15 +514,21 @@ class EGRSDTrainer(GRPOTrainer):
             batch = [
                 x.to(self.accelerator.device) for x in pad_prompts(prompts, self._pad_token_id, self.pad_to_multiple_of)
             ]
+            if self.args.divergence is not None:
+                self._teacher_states = TeacherStates(self.teacher, self.accelerator.device)
             with self._as_teacher() as teacher:
                 output[f"{context}_logp"], output[f"{context}_entropy"] = self._statistics(
                     teacher, *batch, *completion, size, **images
                 )
+            if self._teacher_states is not None:
+                # The generation is one optimizer step's: the head is the same for all of its micro-batches.
+                output[f"{context}_hidden"], self._teacher_head = self._teacher_states.take()
+                self._teacher_states = None
         if self.args.rollout_steps:
             output["reference"] = [example.get(self.args.solution_column) for example in inputs]
             ends = {*self.eos_token_ids, self._pad_token_id}
             output["truncated"] = [not ids or ids[-1] not in ends for ids in self._responses]
-        return output
+        return output if self._packed is None else with_index(self, output)
 
     def _generate(self, prompts):
         found = super()._generate(prompts)
@@ -528,6 +578,8 @@ class EGRSDTrainer(GRPOTrainer):
         self._pace.setdefault(self._mode, [0, time.perf_counter()])
         buffered = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
+        if self._packed is not None:
+            inputs = regrouped(self, buffered, inputs)
         if self._mode == "eval":
             self._begin_step()
             self._measure_steps([inputs])
@@ -591,7 +643,14 @@ class EGRSDTrainer(GRPOTrainer):
         return self.args.direct and self._token_advantage is None
 
     def _compute_loss(self, model, inputs):
+        if self._direct and self._packed is not None:
+            return self._packed_direct_loss(self._packed, model, inputs, done=functools.partial(self._account, inputs))
         loss, signals = (self._direct_loss if self._direct else self._trl_loss)(model, inputs)
+        self._account(inputs, signals)
+        return loss
+
+    def _account(self, inputs: dict[str, Any], signals: dict[str, Tensor]) -> None:
+        """Keep a micro-batch's signals for the metrics of its optimizer step, which its last one logs."""
         mask = learned(inputs)
         signals["entropy_scale"] = inputs["entropy_scale"].expand(mask.shape)
         kept = torch.stack(list(signals.values()))[:, mask]  # at once: the host waits for how many they are
@@ -606,7 +665,6 @@ class EGRSDTrainer(GRPOTrainer):
             if export:
                 self._write_rollouts(step)
             self._begin_step()
-        return loss
 
     def _trl_loss(self, model, inputs) -> tuple[Tensor, dict[str, Tensor]]:
         """TRL's loss of a batch whose advantages are Â. The batch itself stays: it may serve another update."""
@@ -622,30 +680,14 @@ class EGRSDTrainer(GRPOTrainer):
 
     def _direct_loss(self, model, inputs) -> tuple[Tensor, dict[str, Tensor]]:
         """The same with the gradient in the loss's own pass: see :attr:`EGRSDConfig.direct`."""
-        mask, advantages = learned(inputs), inputs["advantages"]
-        (context,) = self._contexts
-        ratio = inputs.get("importance_sampling_ratio")
-        if ratio is not None:  # vLLM's correction; it is not negative, so it leaves sign(A) alone
-            advantages = (advantages[:, None] * ratio).expand(mask.shape)
+        advantages, of_tokens, options = self._fused_arguments(inputs)
+        teacher_hidden = of_tokens.pop("teacher_hidden", None)
 
         def loss_of(hidden, head):
             return fused_egrsd_loss(
-                hidden,
-                head,
-                None,
-                inputs["completion_ids"],
-                advantages,
-                mask=mask,
-                teacher_logp=inputs[f"{context}_logp"],
-                teacher_entropy=inputs[f"{context}_entropy"],
-                entropy_scale=inputs["entropy_scale"],
-                normalizer=inputs["normalizer"],
-                gamma=self.gamma,
-                **{name: getattr(self.args, name) for name in CREDIT},
-                **self._head_options,
-                **self._gradient_options,
+                hidden, head, teacher_hidden, inputs["completion_ids"], advantages, **of_tokens, **options,
                 return_stats=True,
-            )
+            )  # fmt: skip
 
         keys = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
         batch = (inputs[key] for key in keys)
@@ -656,13 +698,69 @@ class EGRSDTrainer(GRPOTrainer):
             accumulation = self.current_gradient_accumulation_steps if self._mode == "train" else 1
             loss = loss + self.router_aux_loss_coef * output.aux_loss / accumulation
             self._step_aux.append(output.aux_loss.detach())
-        signals = stats._asdict()
-        if ratio is not None:  # what is logged is the method's, as on the other path
-            evidence = evidence_of(
-                inputs, inputs["advantages"], stats.student_logp, self._contexts, self.args, self.gamma
-            )
-            signals = signals_of(evidence, None) | {"gradient_error_bound": stats.gradient_error_bound}
-        return loss, signals
+        return loss, self._fused_signals(inputs, stats)
+
+    def _packed_direct_loss(
+        self, packed: PackedStep, model, inputs, done: Callable[[dict[str, Tensor]], None]
+    ) -> Tensor:
+        """The same in packs, in one forward of each; its signals are known, and done called with them, after these."""
+        advantages, of_tokens, options = self._fused_arguments(inputs)
+        target_ids = inputs["completion_ids"]
+        if advantages.ndim == 1:
+            advantages = advantages[:, None].expand(target_ids.shape)
+        stats = TokenStats(*(torch.zeros(target_ids.shape, device=target_ids.device) for _ in TokenStats._fields))
+
+        def share_of(part, hidden, head):
+            here = {name: part.of(values) for name, values in of_tokens.items()}
+            here["mask"] = here["mask"] & part.counted
+            loss, found = fused_egrsd_loss(
+                hidden, head, here.pop("teacher_hidden", None), part.target_ids, part.of(advantages),
+                cu_seqlens=part.cu_seqlens, **here, **options, return_stats=True,
+            )  # fmt: skip
+            for into, values in zip(stats, found, strict=True):
+                part.put(into, values)
+            return loss
+
+        pair = ("prompt", "completion")
+        ids, mask = (torch.cat([inputs[f"{name}_{kind}"] for name in pair], dim=1) for kind in ("ids", "mask"))
+        parts = packed.parts(model, ids, mask, target_ids.shape[1])
+        return packed.direct(model, parts, share_of, lambda: done(self._fused_signals(inputs, stats)))
+
+    def _fused_arguments(self, inputs) -> tuple[Tensor, dict[str, Tensor], dict[str, Any]]:
+        """Advantages (B,) or (B, T), further arguments of the fused loss (B, T) or (B, T, D) each, and the others."""
+        mask, advantages = learned(inputs), inputs["advantages"]
+        (context,) = self._contexts
+        ratio = inputs.get("importance_sampling_ratio")
+        if ratio is not None:  # vLLM's correction; it is not negative, so it leaves sign(A) alone
+            advantages = (advantages[:, None] * ratio).expand(mask.shape)
+        if self.args.position_weight:
+            place = position_weights(mask, position=self.args.position_weight)
+            advantages = (advantages if advantages.ndim == 2 else advantages[:, None]) * place
+        of_tokens = {
+            "mask": mask,
+            "teacher_logp": inputs[f"{context}_logp"],
+            "teacher_entropy": inputs[f"{context}_entropy"],
+        }
+        options = {
+            "entropy_scale": inputs["entropy_scale"],
+            "normalizer": inputs["normalizer"],
+            "gamma": self.gamma,
+            **{name: getattr(self.args, name) for name in CREDIT},
+            **self._head_options,
+            **self._gradient_options,
+        }
+        if self.args.divergence is not None:
+            of_tokens["teacher_hidden"] = inputs[f"{context}_hidden"]
+            options |= {"teacher_weight": self._teacher_head} | {name: getattr(self.args, name) for name in DIVERGENCE}
+        return advantages, of_tokens, options
+
+    def _fused_signals(self, inputs, stats: TokenStats) -> dict[str, Tensor]:
+        if inputs.get("importance_sampling_ratio") is None:
+            return stats._asdict()
+        # What is logged is the method's, as on the other path.
+        evidence = evidence_of(inputs, inputs["advantages"], stats.student_logp, self._contexts, self.args, self.gamma)
+        own = {name: getattr(stats, name) for name in ("gradient_error_bound", "divergence")}
+        return signals_of(evidence, None) | own
 
     def _log_step(self) -> None:
         """Metrics of one optimizer step, exact over its micro-batches and processes, into TRL's own averages."""
@@ -697,6 +795,7 @@ class EGRSDTrainer(GRPOTrainer):
             log_vocab=math.log(self._vocab_size),
             tau_low=args.tau_low,
             tau_high=args.tau_high,
+            divergence=args.divergence is not None,
             sparse_calls=calls if self._direct and args.grad_mode == "sparse" else 0,
         )
 
@@ -743,7 +842,7 @@ class EGRSDTrainer(GRPOTrainer):
     @property
     def _settings(self) -> dict[str, Any]:
         """What this run is, as JSON has it."""
-        return self.args.of_the_run() | self._identity
+        return self.args.of_the_run() | self._identity | {"packing": self._packed is not None}
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)  # called on every process, and before trainer_state.json is written

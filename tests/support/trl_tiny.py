@@ -122,6 +122,7 @@ OPTIONS = {
     "use_cpu": True,
     "gradient_checkpointing": False,
     "disable_tqdm": True,
+    "packing": False,
     "gamma": 0.8,
     "lookahead": 3,
     "welford_warmup_steps": 1,

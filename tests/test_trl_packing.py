@@ -1,0 +1,411 @@
+"""TRL's trainers in packs: a step is the padded run's on the same micro-batches, for TRL's losses and for ours."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="TRL is not installed")
+
+import trl.trainer.grpo_trainer
+import trl.trainer.rloo_trainer
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+from egrsd_kernels import linear_logp
+from egrsd_kernels.models import ModelError
+from egrsd_kernels.packing import packed
+from egrsd_kernels.trl import EGRSDTrainer, pack, unpack
+from egrsd_kernels.trl.packed_rows import INDEX, groups_together, parts_of
+from egrsd_kernels.trl.packed_step import PackedStep
+from egrsd_kernels.trl.packing import HOOKED
+from tests.support.trl_tiny import dataset, make, tiny_config, tiny_model, weights
+from tests.test_trl_resume import Kill, Killed, without_clock
+
+# SGD: Adam would turn a gradient that is zero but for rounding into a step of full size.
+STEP = {"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0, "max_steps": 1, "num_generations": 4}
+OURS = {"cls": EGRSDTrainer}
+TRAINERS = {
+    "grpo": {"cls": GRPOTrainer, "config": GRPOConfig},
+    "rloo": {"cls": RLOOTrainer, "config": RLOOConfig},
+}
+CLOCK = ("time", "tokens_per_second", "memory")
+# Of a step: float32 sums in another order, at other positions of a rope.
+TOLERANCE = 1e-6
+
+
+@pytest.fixture
+def in_order(monkeypatch):
+    """Rollouts are not shuffled, so that packed and padded micro-batches are the same."""
+    for module in (trl.trainer.grpo_trainer, trl.trainer.rloo_trainer):
+        monkeypatch.setattr(module, "shuffle_sequence_dict", lambda batch: batch)
+
+
+def trained(path, packing: bool, budget: int = 60, **options):
+    """A run and its logs, after training; a small budget makes several packs of a micro-batch."""
+    ours = options.get("cls") is EGRSDTrainer
+    if ours:
+        options |= {"packing": packing, "max_tokens_per_pack": budget}
+    run, logs = make(path / f"packing {packing}", **STEP | options)
+    if packing and not ours:
+        pack(run, max_tokens_per_pack=budget)
+    run.train()
+    return run, logs
+
+
+def norm(tensors) -> float:
+    return math.sqrt(sum(tensor.double().square().sum().item() for tensor in tensors))
+
+
+def apart(one, other, start) -> float:
+    """How far weights are from others, relative to the way that those have come; but for the rounding of w − lr·g."""
+    way = norm(other[name] - start[name] for name in other)
+    assert way > 1e-4
+    rounding = 2 * 2**-24 * norm(other.values())
+    return max(norm(one[name] - other[name] for name in other) - rounding, 0.0) / way
+
+
+START: dict[str, torch.Tensor] = {}
+
+
+@pytest.fixture(autouse=True)
+def starting_weights(monkeypatch):
+    """Adapters are drawn by the trainer: their first weights are kept as it begins to train."""
+    for cls in (GRPOTrainer, RLOOTrainer):
+
+        def train(self, *args, own=cls.train, **options):
+            START.clear()
+            START.update(weights(self))
+            return own(self, *args, **options)
+
+        monkeypatch.setattr(cls, "train", train)
+
+
+def compare(tmp_path, steps: int = 1, tolerance: float = TOLERANCE, **options) -> None:
+    padded, logs = trained(tmp_path, False, max_steps=steps, **options)
+    packed_run, packed_logs = trained(tmp_path, True, max_steps=steps, **options)
+    assert apart(weights(packed_run), weights(padded), dict(START)) <= tolerance
+    assert len(logs.steps) == len(packed_logs.steps) == steps
+    for expected, got in zip(logs.steps, packed_logs.steps, strict=True):
+        assert expected.keys() == got.keys()
+        for name in expected:
+            if not any(word in name for word in CLOCK):
+                assert got[name] == pytest.approx(expected[name], rel=2e-5, abs=2e-6), name
+
+
+# ------------------------------------------------------------------------------------------------------------- one step
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(("trainer", "accumulation", "peft"), [*itertools.product(TRAINERS, (3, 1), (True, False))])
+def test_a_step_of_trls_own_loss_is_the_padded_one(tmp_path, in_order, trainer, accumulation, peft):
+    """RLOO's loss is divided by the trainer, GRPO's by itself; a reference is read where there are adapters."""
+    options = {"gradient_accumulation_steps": accumulation, "beta": 0.1 if peft else 0.0, "peft": peft}
+    compare(tmp_path, **TRAINERS[trainer], **options)
+
+
+EGRSD = {
+    "on policy": {},
+    "all weights": {"peft": False},
+    "a length's most": {"loss_type": "dr_grpo"},
+    "TRL's loss": {"loss_type": "grpo"},
+    "tokens of a micro-batch": {"loss_type": "bnpo", "beta": 0.2},
+    "an entropy bonus": {"entropy_coef": 0.1},
+    "the most uncertain tokens": {"top_entropy_quantile": 0.5},
+    "without a teacher": {"token_advantage": "grpo", "gamma": None, "lookahead": None},
+    "cut rollouts are left out": {"mask_truncated_completions": True},
+    "its own weights teach": {"teacher_model_kind": "ema", "teacher_update_rate": 0.5},
+}
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", EGRSD)
+def test_a_step_of_ours_is_the_padded_one(tmp_path, in_order, name):
+    compare(tmp_path, **OURS, **{"gradient_accumulation_steps": 3} | EGRSD[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{**TRAINERS["grpo"], "beta": 0.1}, {**OURS, "beta": 0.1}, TRAINERS["rloo"]])
+def test_several_updates_of_a_rollout(tmp_path, in_order, options):
+    """The second sees another policy than π_old; its steps carry the rounding of those before."""
+    more = {"num_iterations": 2, "steps_per_generation": 4, "epsilon": 0.02, "learning_rate": 0.05}
+    compare(tmp_path, steps=4, tolerance=1e-5, **{"beta": 0.0} | options | more)
+
+
+@pytest.mark.slow
+def test_evaluation_is_the_padded_one(tmp_path, in_order):
+    found = []
+    for packing in (False, True):
+        options = {"packing": packing, "max_tokens_per_pack": 60, "eval_dataset": dataset(4), "eval_strategy": "steps"}
+        run, _ = make(tmp_path / str(packing), **STEP | options)
+        torch.manual_seed(3)
+        found.append({k: v for k, v in run.evaluate().items() if not any(word in k for word in (*CLOCK, "second"))})
+    assert found[1] == pytest.approx(found[0], rel=2e-5, abs=2e-6, nan_ok=True)
+
+
+@pytest.mark.slow
+def test_a_scaled_loss_is_scaled_once(tmp_path, in_order):
+    """What a GradScaler multiplies by is in every pack's gradient, once."""
+    factor, found = 1024.0, []
+    for packing in (False, True):
+        run, _ = make(tmp_path / str(packing), **STEP, **TRAINERS["rloo"], gradient_accumulation_steps=3, beta=0.0)
+        if packing:
+            pack(run, max_tokens_per_pack=60)
+        run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=factor)
+        run.create_optimizer()
+        run.optimizer.step = lambda *_, **__: None  # the gradients stay as they are
+        run.optimizer.zero_grad = lambda *_, **__: None
+        run.model.zero_grad = lambda *_, **__: None
+        run.train()
+        found.append({name: w.grad for name, w in run.model.named_parameters() if w.requires_grad})
+    zeros = {name: torch.zeros_like(value) for name, value in found[0].items()}
+    assert apart(found[1], found[0], zeros) <= TOLERANCE
+    assert run.accelerator.scaler.get_scale() == factor
+
+
+# ------------------------------------------------------------------------------------------------ dropout, and resuming
+
+
+def dropout_model():
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.3, target_modules=["q_proj", "v_proj", "down_proj"])
+    return get_peft_model(tiny_model(), lora)
+
+
+def batch(rows: int = 6) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """(ids, mask, T): two prompts, of two lengths; completions of 0 to 7 tokens."""
+    random = torch.Generator().manual_seed(7)
+    prompts = torch.randint(6, 60, (2, 5), generator=random).repeat_interleave(rows // 2, 0)
+    completions = torch.randint(6, 60, (rows, 7), generator=random)
+    lengths = torch.tensor([7, 3, 0, 5, 1, 6])[:rows, None]
+    prompt_mask = torch.ones_like(prompts)
+    prompt_mask[rows // 2 :, :2] = 0
+    mask = torch.cat([prompt_mask, (torch.arange(7) < lengths).long()], dim=1)
+    return torch.cat([prompts, completions], dim=1) * mask, mask, 7
+
+
+def a_loss(logp: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
+    """No sum over tokens: each token's gradient depends on all others."""
+    return logp.sum(1).exp().sum() + logp.square().mean() + 0.3 * (entropy.sum(1) ** 2).mean()
+
+
+@pytest.mark.parametrize("budget", [18, 1000])
+def test_both_passes_drop_the_same(budget):
+    """The gradient in two passes is that of one graph over all packs, whatever was drawn."""
+    found = []
+    for together in (False, True):
+        model = dropout_model().train()
+        accelerator = Accelerator(cpu=True)
+        step = PackedStep(accelerator, budget)
+        ids, mask, width = batch()
+        torch.manual_seed(5)
+        if together:
+            found_in_parts = [torch.zeros(len(ids), width), torch.zeros(len(ids), width)]
+            for part in step.parts(model, ids, mask, width):
+                values, _ = packed(
+                    model,
+                    part.pack,
+                    lambda hidden, head, part=part: linear_logp(
+                        hidden, head, part.target_ids, return_entropy=True, entropy_grad=True
+                    ),
+                )
+                for place, value in enumerate(values):
+                    found_in_parts[place] = found_in_parts[place].index_put((part.rows, part.columns), value)
+            loss = a_loss(*found_in_parts)
+            loss.backward()
+        else:
+            loss = a_loss(*step.read(model, ids, mask, width, entropy_grad=True))
+            drawn = torch.get_rng_state()
+            accelerator.backward(loss)
+            assert torch.equal(torch.get_rng_state(), drawn)  # the second pass draws nothing new
+        step.remove()
+        gradients = torch.cat([w.grad.flatten() for w in model.parameters() if w.requires_grad])
+        found.append((loss.detach(), gradients))
+    assert torch.equal(found[0][0], found[1][0])
+    assert (found[0][1] - found[1][1]).norm() <= 1e-6 * found[1][1].norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [3, 1])
+def test_resume_in_the_middle_of_a_generation_is_bit_exact(tmp_path, step):
+    """With dropout and groups in packs; the generation serves four steps, twice through the rollouts of two."""
+    options = STEP | {
+        "packing": True, "max_tokens_per_pack": 60, "num_iterations": 2, "steps_per_generation": 4, "max_steps": 5,
+        "peft": False, "learning_rate": 0.05,
+    }  # fmt: skip
+    straight, logs = make(tmp_path / "straight", **options, model=dropout_model())
+    straight.train()
+    saving = options | {"save_strategy": "steps", "save_steps": 1}
+    killed, _ = make(tmp_path / "killed", **saving, model=dropout_model(), callbacks=[Kill(step)])
+    with pytest.raises(Killed):
+        killed.train()
+    resumed, resumed_logs = make(tmp_path / "killed", **saving, model=dropout_model())
+    torch.manual_seed(99)
+    resumed.train(resume_from_checkpoint=True)
+    for name, value in weights(straight).items():
+        assert torch.equal(weights(resumed)[name], value), name
+    assert without_clock(resumed_logs.steps) == without_clock(logs.steps[step:])
+
+
+@pytest.mark.slow
+def test_a_padded_runs_checkpoint_is_another_runs(tmp_path):
+    padded, _ = make(tmp_path, packing=False, save_strategy="steps", save_steps=1)
+    padded.train()
+    packed_run, _ = make(tmp_path, packing=True, max_steps=3)
+    with pytest.raises(ValueError, match=r"packing: false there, true here"):
+        packed_run.train(resume_from_checkpoint=True)
+
+
+# ----------------------------------------------------------------------------------------------------- groups and parts
+
+
+def test_groups_stay_together():
+    """Groups in the order in which TRL's shuffle has put their first rollouts, and within in its order."""
+    order = [5, 1, 4, 0, 3, 2]
+    values = {
+        "ids": torch.tensor(order) * 10,
+        "name": [str(number) for number in order],
+        "none": None,
+        "count": torch.tensor(7),
+        INDEX: torch.tensor(order) + 6,
+    }
+    batches = [
+        {k: v if v is None or (hasattr(v, "ndim") and not v.ndim) else v[at : at + 2] for k, v in values.items()}
+        for at in (0, 2, 4)
+    ]
+    regrouped = groups_together(batches, 3)
+    assert [one["ids"].tolist() for one in regrouped] == [[50, 40], [30, 10], [0, 20]]
+    assert [one["name"] for one in regrouped] == [["5", "4"], ["3", "1"], ["0", "2"]]
+    assert all(one["none"] is None and one["count"] == 7 and INDEX not in one for one in regrouped)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("options", [TRAINERS["rloo"], TRAINERS["grpo"], {**OURS, "packing": True}])
+def test_a_micro_batch_has_whole_groups(tmp_path, options):
+    run, _ = make(tmp_path, **STEP | {"gradient_accumulation_steps": 3, "beta": 0.0} | options)
+    if "packing" not in options:
+        pack(run)
+    seen = []
+    own = run._compute_loss
+    run._compute_loss = lambda model, inputs: seen.append(inputs["prompt_ids"]) or own(model, inputs)
+    run.train()
+    assert len(seen) == 3
+    for prompts in seen:
+        assert len(prompts) == 4 and (prompts == prompts[0]).all()
+
+
+@pytest.mark.parametrize("limit", [math.inf, 9, 0])
+@pytest.mark.parametrize("budget", [1, 12, 1000])
+def test_every_token_of_a_completion_stands_in_one_part(limit, budget):
+    ids, mask, width = batch()
+    parts = parts_of(ids, mask, width, budget=budget, row_limit=limit, as_many_as=lambda count: count)
+    found = torch.full((len(ids), width), -1)
+    for part in parts:
+        assert (part.of(found) == -1).all()
+        part.put(found, part.target_ids)
+        assert part.cu_seqlens[-1] == len(part.rows)
+        lengths = [int(mask[row].sum()) for row in part.rows.unique()]
+        assert len(part.pack.rows) == 1 or max(lengths) <= limit
+    assert torch.equal(found, torch.where(mask[:, -width:].bool(), ids[:, -width:], -1))
+
+
+def test_a_process_with_fewer_packs_runs_as_many():
+    ids, mask, width = batch()
+    model = tiny_model()
+    accelerator = Accelerator(cpu=True)
+    found = []
+    for more in (0, 2):
+        step = PackedStep(accelerator, 1000)
+        step._most = lambda count, more=more: count + more
+        model.zero_grad()
+        logp, entropy = step.read(model, ids, mask, width, entropy_grad=True)
+        accelerator.backward(a_loss(logp, entropy))
+        step.remove()
+        found.append([logp.detach(), *(weight.grad for weight in model.parameters())])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    mask[:, -width:] = 0  # no completion at all
+    step = PackedStep(accelerator, 1000)
+    logp, _ = step.read(model, ids, mask, width)
+    model.zero_grad()
+    accelerator.backward(logp.sum())
+    step.remove()
+    assert not logp.any() and not any(weight.grad.any() for weight in model.parameters())
+
+
+# -------------------------------------------------------------------------------------------------- what is not allowed
+
+
+def test_another_backward_and_another_loss_are_refused():
+    model, accelerator = tiny_model(), Accelerator(cpu=True)
+    step = PackedStep(accelerator, 1000)
+    ids, mask, width = batch()
+    logp, _ = step.read(model, ids, mask, width)
+    with pytest.raises(RuntimeError, match=r"accelerator\.backward\(loss\), which runs the packs"):
+        logp.sum().backward()
+    logp, _ = step.read(model, ids, mask, width)
+    with pytest.raises(ValueError, match=r"further tensors that train: \(3,\)"):
+        accelerator.backward(logp.sum() + nn.Parameter(torch.ones(3)).sum())
+    plain = nn.Parameter(torch.ones(3))
+    accelerator.backward(plain.square().sum())  # a loss of other tensors is none of it
+    assert torch.equal(plain.grad, torch.full((3,), 2.0))
+    step.remove()
+    assert "backward" not in vars(accelerator)
+
+
+def test_unpack_gives_a_trainer_its_own_methods_back(tmp_path):
+    run, _ = make(tmp_path, **STEP, **TRAINERS["grpo"])
+    before = dict(vars(run))
+    with pack(run):
+        assert set(HOOKED) <= vars(run).keys()
+        with pytest.raises(ValueError, match="one that is not packed already"):
+            pack(run)
+    assert vars(run) == before and "backward" not in vars(run.accelerator)
+    pack(run)
+    unpack(run)
+    unpack(run)
+    assert vars(run) == before and "backward" not in vars(run.accelerator)
+
+
+def test_what_cannot_be_packed_is_refused_in_one_line(tmp_path):
+    run, _ = make(tmp_path / "ours", packing=False)
+    with pytest.raises(ValueError, match="EGRSDTrainer overrides: set packing=True in its config"):
+        pack(run)
+    with pytest.raises(TypeError, match="expected a GRPOTrainer or RLOOTrainer, got object"):
+        pack(object())
+    run, _ = make(tmp_path / "budget", **STEP, **TRAINERS["grpo"])
+    with pytest.raises(ValueError, match="max_tokens_per_pack: expected"):
+        pack(run, max_tokens_per_pack=0)
+    run.args.optim = "lomo"
+    with pytest.raises(ValueError, match="optim: packing expects an optimizer that steps once"):
+        pack(run)
+    with pytest.raises((TypeError, ValueError), match="packing: expected"):
+        make(tmp_path / "flag", packing="yes")
+
+
+def test_a_load_balancing_loss_and_unproved_models_stay_padded(tmp_path, monkeypatch):
+    sizes = {name: getattr(tiny_config(), name) for name in (
+        "vocab_size", "hidden_size", "head_dim", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "max_position_embeddings", "pad_token_id", "eos_token_id",
+    )}  # fmt: skip
+    torch.manual_seed(0)
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "bos_token_id": None}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts, output_router_logits=True))
+    options = {"model": model, "peft": False, "router_aux_loss_coef": 0.01}
+    with pytest.raises(ValueError, match=r"router_aux_loss_coef: packing expects 0, got 0\.01"):
+        make(tmp_path / "aux", packing=True, **options)
+    run, _ = make(tmp_path / "none", packing=None, **options)
+    assert run._packed is None
+    monkeypatch.setattr(type(run.accelerator), "device", torch.device("cpu:0"))  # no GPU, and another place than "cpu"
+    monkeypatch.setattr(
+        "egrsd_kernels.trl.packing.row_limit", lambda model: (_ for _ in ()).throw(ModelError("model: Tiny: not so"))
+    )
+    with pytest.raises(ModelError, match="model: Tiny: not so"):
+        make(tmp_path / "proof", packing=True)
+    run, _ = make(tmp_path / "no proof", packing=None)
+    assert run._packed is None

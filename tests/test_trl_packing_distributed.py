@@ -1,0 +1,117 @@
+"""Two gloo processes in packs train as one process does padded, with TRL's losses and with ours."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="TRL is not installed")
+
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+import egrsd_kernels.trl.packed_rows as packed_rows
+from egrsd_kernels.trl import EGRSDTrainer, pack
+from tests.support.ports import free_port
+from tests.support.trl_tiny import make, weights
+
+pytestmark = pytest.mark.slow
+
+# SGD: Adam would turn a gradient that is zero but for rounding into a step of full size.
+OPTIONS = {"max_steps": 2, "max_grad_norm": 0.0, "optim": "sgd", "learning_rate": 0.3}
+BUDGET = 24  # some groups are one pack, others two: processes have unequally many
+SETTINGS = {
+    "on policy": {"cls": EGRSDTrainer, "peft": True},
+    "TRL's loss, all weights": {"cls": EGRSDTrainer, "peft": False, "entropy_coef": 0.1},
+    "two updates": {"cls": EGRSDTrainer, "peft": True, "num_iterations": 2, "beta": 0.1},
+    "GRPO": {"cls": GRPOTrainer, "config": GRPOConfig, "peft": True, "beta": 0.1},
+    "GRPO, checkpointed": {"cls": GRPOTrainer, "config": GRPOConfig, "peft": False, "gradient_checkpointing": True},
+    "RLOO": {"cls": RLOOTrainer, "config": RLOOConfig, "peft": False, "beta": 0.0},
+}
+
+
+def fixed_completions(self, prompt_ids, *_, **__):
+    """Completions by prompt, occurrence and step: what is sampled must not depend on the number of processes."""
+    rows, offset = [], self.accelerator.process_index * len(prompt_ids)
+    for index, ids in enumerate(prompt_ids):
+        rng = random.Random(f"{ids}{(offset + index) % 2}{self.state.global_step}")
+        rows.append([rng.randrange(6, 60) for _ in range(rng.randrange(1, 12))] + [1])
+    return rows if isinstance(self, RLOOTrainer) else (rows, None)
+
+
+def train(path: Path, world: int, packing: bool) -> dict:
+    """Every setting once, on however many processes there are; what they came to."""
+    out, company = {}, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GRPOTrainer, "_generate_single_turn", fixed_completions)
+        patch.setattr(RLOOTrainer, "_generate_single_turn", fixed_completions)
+        own = packed_rows._company
+        patch.setattr(packed_rows, "_company", lambda *given: company.append(1) or own(*given))
+        for name, options in SETTINGS.items():
+            ours = options["cls"] is EGRSDTrainer
+            batch = {"per_device_train_batch_size": 4 // world}
+            batch |= {"packing": packing, "max_tokens_per_pack": BUDGET} if ours else {}
+            run, logs = make(path / name, **OPTIONS | batch | options)
+            if packing and not ours:
+                pack(run, max_tokens_per_pack=BUDGET)
+            run.train()
+            out[name] = {"weights": weights(run), "rows": logs.steps, "company": len(company)}
+            company.clear()
+    return out
+
+
+def worker(path: Path) -> None:
+    out = train(path, 2, True)
+    torch.save(out, path / f"out-{os.environ['RANK']}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> list[dict]:
+    path = tmp_path_factory.mktemp("two")
+    shared = {
+        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    code = f"from tests import test_trl_packing_distributed as t; t.worker(t.Path({str(path)!r}))"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank},
+            cwd=Path(__file__).parents[1],
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        assert [process.wait(240) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    return [torch.load(path / f"out-{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> dict:
+    return train(tmp_path_factory.mktemp("one"), 1, False)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_two_packed_processes_equal_one_padded(one, two, name):
+    expected, (got, other) = one[name], (process[name] for process in two)
+    for key in ("loss", "entropy", "kl", "gate/mean", "reward"):
+        assert [row.get(key, 0) for row in got["rows"]] == pytest.approx(
+            [row.get(key, 0) for row in expected["rows"]], rel=1e-4, abs=1e-6
+        ), key
+    for key, value in expected["weights"].items():
+        torch.testing.assert_close(got["weights"][key], value, rtol=1e-4, atol=2e-5)
+        assert torch.equal(got["weights"][key], other["weights"][key]), key
+
+
+def test_some_process_had_fewer_packs_than_another(two):
+    assert all(two[0][name]["company"] + two[1][name]["company"] > 0 for name in SETTINGS)
