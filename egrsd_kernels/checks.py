@@ -121,8 +121,9 @@ def number(name: str, value: object, *, low: float = -math.inf, high: float = ma
     except OverflowError:  # an integer or a fraction beyond float64
         real = math.inf
     fits = low <= real <= high and -math.inf < real < math.inf and not (strict and real == low)
-    bounds = f"{'above' if strict else 'at least'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
-    expect(fits, name, value, "a finite number" + (f" {bounds}" if (low, high) != (-math.inf, math.inf) else ""))
+    if not fits:  # words only then: a number that is traced has none
+        bounds = f" {'above' if strict else 'at least'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
+        expect(False, name, value, "a finite number" + (bounds if (low, high) != (-math.inf, math.inf) else ""))
     return real
 
 

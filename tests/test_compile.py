@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from egrsd_kernels import Head, linear_logp, token_statistics
+from egrsd_kernels import Head, fused_egrsd_loss, linear_logp, token_statistics
 from tests.support.devices import Combo, few_combos
 
 WIDTH, VOCABULARY = 16, 40
@@ -174,3 +174,92 @@ def test_opcheck_of_log_p(combo, trained):
     torch.library.opcheck(tests.linear_logp_backward.default, (*flat, state, weights, d_entropy, *options))
     if not trained:
         torch.library.opcheck(tests.scale_rows.default, (state[0], weights))
+
+
+# ---------------------------------------------------------------------------------------------------- fused_egrsd_loss
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "EGRSD": {},
+    "CL-EGRSD": {"lookahead": 2, "normalizer": 7.0, "entropy_scale": 1.3},
+    "soft minimum, sparse": {
+        "lookahead": 1, "lookahead_filter": "softmin", "lookahead_temperature": 0.2, "grad_mode": "sparse",
+    },
+    "divergence": {"divergence": "jsd", "divergence_weight": 0.3, "policy_weight": 0.5, "backend": "torch"},
+}  # fmt: skip
+with_settings = pytest.mark.parametrize(
+    "settings", [name if name == "EGRSD" else pytest.param(name, marks=pytest.mark.slow) for name in SETTINGS]
+)
+
+
+def loss_and_stats(combo: Combo, settings: str, hidden, weight, bias, target_ids, mask) -> tuple[torch.Tensor, ...]:
+    advantages = torch.linspace(-1, 1, hidden.shape[0], device=hidden.device)
+    loss, stats = fused_egrsd_loss(
+        hidden.tanh(), weight, hidden.detach().flip(0), target_ids, advantages, student_bias=bias, mask=mask,
+        return_stats=True, **{"backend": combo.backend, **SETTINGS[settings]},
+    )  # fmt: skip
+    return loss, *stats
+
+
+@few_combos
+@frozen_or_trained
+@with_settings
+def test_compiled_loss(combo, settings, trained):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda **x: loss_and_stats(combo, settings, **x), fullgraph=True, backend=counter)
+    for b, t in SIZES[::2]:
+        made = []
+        for function in (lambda **x: loss_and_stats(combo, settings, **x), compiled):
+            given = with_gradients(operands(combo, b, t), trained)
+            loss, *stats = function(**given)
+            (1.7 * loss).backward()
+            assert not any(x.requires_grad for x in stats)
+            made.append((loss, *stats, *(x.grad for x in given.values() if x.requires_grad)))
+        for x, y in zip(*made, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+    assert counter.frame_count <= 2
+
+
+@few_combos
+@frozen_or_trained
+@with_settings
+def test_functional_gradients_of_the_loss(combo, settings, trained):
+    given = with_gradients(operands(combo, 2, 5), trained)
+    learned = {k: x for k, x in given.items() if x.requires_grad}
+    loss_and_stats(combo, settings, **given)[0].backward()
+    gradients = torch.func.grad(lambda leaves: loss_and_stats(combo, settings, **{**given, **leaves})[0])(
+        {k: x.detach() for k, x in learned.items()}
+    )
+    for k, x in learned.items():
+        torch.testing.assert_close(gradients[k], x.grad, rtol=1e-6, atol=1e-6)
+
+
+@few_combos
+@frozen_or_trained
+def test_loss_of_fake_tensors(combo, trained):
+    given = with_gradients(operands(combo, 2, 5), trained)
+    with FakeTensorMode() as mode:
+        fake = {k: mode.from_tensor(x) for k, x in given.items()}
+        loss, *stats = loss_and_stats(combo, "EGRSD", **fake)
+        gradients = torch.autograd.grad(loss, [x for x in fake.values() if x.requires_grad])
+    assert loss.shape == () and all(x.shape == (2, 5) for x in stats)
+    assert [g.shape for g in gradients] == [x.shape for x in given.values() if x.requires_grad]
+
+
+@pytest.mark.slow
+@few_combos
+@frozen_or_trained
+def test_opcheck_of_the_loss(combo, trained):
+    x = operands(combo, 2, 5)
+    ids, valid, of = x["target_ids"].view(-1), x["mask"].view(-1), torch.ops.egrsd_kernels
+    numbers = [1.0, None, 1.0, None, 1.0, combo.backend, 1 << 20, 0.3, 0.1, 0.2, 1.0, None, None, 0.5, None, 1.0, 1.0]
+    given = x["hidden"], ids, valid, torch.tensor([1.0, -0.5], device=combo.device), None
+    teacher = x["hidden"].flip(0), x["weight"], x["bias"], None, None
+    evidence = *given, *teacher, 5, 2, "minimum", 1.0, 0.0, 0.0, *numbers
+    torch.library.opcheck(of.egrsd_evidence.default, evidence)
+    order, counts, advantages, ahead, logp, entropy = of.egrsd_evidence(*evidence)
+    known = ids, order, counts, advantages, logp, entropy, ahead, entropy.max(), None, None, None, None
+    student = x["hidden"], x["weight"], x["bias"], *known, *numbers, True, trained, trained, 0
+    torch.library.opcheck(of.egrsd_student.default, student)
+    _, _, *gradients = of.egrsd_student(*student)
+    torch.library.opcheck(of.scale.default, (gradients, torch.tensor(0.3, device=combo.device)))
