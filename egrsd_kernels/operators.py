@@ -30,7 +30,8 @@ def operator(schema: str, like: Callable[..., Any]) -> Callable[[Callable[..., A
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(name, function, "CompositeExplicitAutograd")
+        # Without gradients also where it is called by itself, as an exported program does.
+        _library.impl(name, torch.no_grad()(function), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", like, lib=_library)
         made: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), name).default
         return made

@@ -263,3 +263,23 @@ def test_opcheck_of_the_loss(combo, trained):
     torch.library.opcheck(of.egrsd_student.default, student)
     _, _, *gradients = of.egrsd_student(*student)
     torch.library.opcheck(of.scale.default, (gradients, torch.tensor(0.3, device=combo.device)))
+
+
+@few_combos
+def test_exported_programs(combo):
+    """An exported program has the operators themselves, and gives the same to the bit."""
+
+    class Model(torch.nn.Module):
+        def __init__(self, weight: torch.Tensor) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(weight)
+
+        def forward(self, hidden, target_ids, mask):
+            return linear_logp(hidden, self.weight, target_ids, mask=mask, backend=combo.backend)
+
+    given = operands(combo, 2, 5)
+    model, inputs = Model(given["weight"]), tuple(given[k] for k in ("hidden", "target_ids", "mask"))
+    program = torch.export.export(model, inputs)
+    assert "egrsd_kernels.linear_logp" in str(program.graph)
+    with torch.no_grad():
+        assert torch.equal(program.module()(*inputs), model(*inputs))
