@@ -112,7 +112,7 @@ def _evidence_like(student_hidden: Tensor, target_ids: Tensor, *given: Any) -> l
 @operator(
     "egrsd_evidence(Tensor student_hidden, Tensor target_ids, Tensor valid, Tensor advantages, Tensor? boundaries, "
     "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, Tensor? logp, Tensor? entropy, "
-    f"SymInt length, {parameters(Lookahead)}, {parameters(_Options)}) -> Tensor[]",
+    f"SymInt length, {parameters(Lookahead, 'lookahead_')}, {parameters(_Options)}) -> Tensor[]",
     _evidence_like,
 )
 def _evidence_operator(*given: Any) -> list[Tensor]:

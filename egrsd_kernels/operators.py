@@ -44,7 +44,7 @@ def parameters(kind: type[tuple[Any, ...]], prefix: str = "") -> str:
     made = []
     for name, hint in get_type_hints(kind).items():
         if hasattr(hint, "_fields"):
-            made.append(parameters(hint, f"{name}_"))
+            made.append(parameters(hint, f"{prefix}{name}_"))
         else:
             made.append(f"{_TYPES[str if get_origin(hint) is Literal else hint]} {prefix}{name}")
     return ", ".join(made)

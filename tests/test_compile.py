@@ -44,6 +44,15 @@ def statistics(combo: Combo, hidden, weight, bias, target_ids, mask) -> tuple[to
     return tuple(x for x in found if x is not None)
 
 
+def assert_same(x: torch.Tensor, y: torch.Tensor) -> None:
+    """Within float32's rounding of another sum. A 16-bit gradient is rounded once more where it is traced, and with an
+    entropy's it comes of other roundings, of logits or of entries: by 2^-8 of its norm each."""
+    if x.dtype == torch.float32:
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+    else:
+        assert (x - y).float().norm() <= 2.0**-6 * y.float().norm()
+
+
 def check_compiled(function: Callable[..., Any], combo: Combo, prepared: Callable[[dict], dict] = dict) -> None:
     """No graph break, two frames for four sizes, and what the function makes without being compiled, to the bit."""
     torch._dynamo.reset()
@@ -132,8 +141,7 @@ def test_compiled_log_p(combo, form, trained):
             weighed(found).backward()
             made.append((*found, *(x.grad for x in given.values() if x.requires_grad)))
         for x, y in zip(*made, strict=True):
-            # Without tracing, exponentials are kept where they are made again here, by another sum.
-            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+            assert_same(x, y)  # without tracing, exponentials are kept where they are made again here
     assert counter.frame_count <= 2
 
 
@@ -153,8 +161,8 @@ def test_functional_gradients_of_log_p(combo, form, trained):
     (twice,) = vjp(torch.full_like(value, 2.0))
     once = torch.func.grad(loss)(leaves)
     for k, x in learned.items():
-        torch.testing.assert_close(once[k], x.grad, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(twice[k], 2 * x.grad, rtol=1e-5, atol=2e-5)
+        assert_same(once[k], x.grad)
+        assert_same(twice[k] / 2, x.grad)
 
 
 @few_combos
@@ -226,7 +234,7 @@ def test_compiled_loss(combo, settings, trained):
             assert not any(x.requires_grad for x in stats)
             made.append((loss, *stats, *(x.grad for x in given.values() if x.requires_grad)))
         for x, y in zip(*made, strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+            assert_same(x, y)
     assert counter.frame_count <= 2
 
 
@@ -241,7 +249,7 @@ def test_functional_gradients_of_the_loss(combo, settings, trained):
         {k: x.detach() for k, x in learned.items()}
     )
     for k, x in learned.items():
-        torch.testing.assert_close(gradients[k], x.grad, rtol=1e-6, atol=1e-6)
+        assert_same(gradients[k], x.grad)
 
 
 @few_combos
@@ -256,7 +264,6 @@ def test_loss_of_fake_tensors(combo, trained):
     assert [g.shape for g in gradients] == [x.shape for x in given.values() if x.requires_grad]
 
 
-@pytest.mark.slow
 @few_combos
 @frozen_or_trained
 def test_opcheck_of_the_loss(combo, trained):
