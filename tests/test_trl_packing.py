@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
+import types
 
 import pytest
 import torch
@@ -49,14 +50,14 @@ def in_order(monkeypatch):
         monkeypatch.setattr(module, "shuffle_sequence_dict", lambda batch: batch)
 
 
-def trained(path, packing: bool, budget: int = 60, **options):
+def trained(path, packing: bool, budget: int = 60, compile_layers: bool = False, **options):
     """A run and its logs, after training; a small budget makes several packs of a micro-batch."""
     ours = options.get("cls") is EGRSDTrainer
     if ours:
-        options |= {"packing": packing, "max_tokens_per_pack": budget}
+        options |= {"packing": packing, "max_tokens_per_pack": budget, "compile_layers": compile_layers and packing}
     run, logs = make(path / f"packing {packing}", **STEP | options)
     if packing and not ours:
-        pack(run, max_tokens_per_pack=budget)
+        pack(run, max_tokens_per_pack=budget, compile_layers=compile_layers)
     run.train()
     return run, logs
 
@@ -185,7 +186,7 @@ def test_a_scaled_loss_is_scaled_once(tmp_path, in_order):
             pack(run, max_tokens_per_pack=60)
         run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=factor)
         run.create_optimizer()
-        run.optimizer.step = lambda *_, **__: None  # the gradients stay as they are
+        run.optimizer.step = types.MethodType(lambda *_, **__: None, run.optimizer)  # the gradients stay as they are
         run.optimizer.zero_grad = lambda *_, **__: None
         run.model.zero_grad = lambda *_, **__: None
         run.train()
@@ -199,7 +200,7 @@ def test_a_scaled_loss_is_scaled_once(tmp_path, in_order):
 @pytest.mark.parametrize(
     "options", [TRAINERS["grpo"], OURS, {**OURS, "loss_type": "grpo"}], ids=["grpo", "direct", "ours"]
 )
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "bf16 compiled"])
 def test_a_step_on_a_gpu_is_the_padded_one(tmp_path, in_order, monkeypatch, options, precision):
     """In 16 bits a packed step is as far from float32's as a padded one, with the scaler that float16 needs."""
 
@@ -210,13 +211,14 @@ def test_a_step_on_a_gpu_is_the_padded_one(tmp_path, in_order, monkeypatch, opti
 
     monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", completions)
     common = {"gradient_accumulation_steps": 3, "use_cpu": False, "peft": False, "learning_rate": 0.1} | options
+    precision, _, compiled = precision.partition(" ")
     halves = {} if precision == "fp32" else {precision: True}
     exact, _ = trained(tmp_path / "exact", False, **common)
     start = dict(START)
     padded, _ = trained(tmp_path, False, **common | halves)
-    packed_run, _ = trained(tmp_path, True, **common | halves)
+    packed_run, _ = trained(tmp_path, True, compile_layers=bool(compiled), **common | halves)
     off, allowed = (apart(weights(run), weights(exact), start) for run in (packed_run, padded))
-    sys.stdout.write(f"{precision}: packed {off:.2e}, padded {allowed:.2e} from float32\n")
+    sys.stdout.write(f"{precision} {compiled}: packed {off:.2e}, padded {allowed:.2e} from float32\n")
     assert off <= max(2 * allowed, 1e-5)
 
 
@@ -442,6 +444,22 @@ def test_what_cannot_be_packed_is_refused_in_one_line(tmp_path):
         pack(run)
     with pytest.raises((TypeError, ValueError), match="packing: expected"):
         make(tmp_path / "flag", packing="yes")
+    with pytest.raises(ValueError, match="compile_layers: expected None or False without packing, got True"):
+        make(tmp_path / "layers", packing=False, compile_layers=True)
+    step = PackedStep(Accelerator(cpu=True), 1000, True)
+    with pytest.raises(ValueError, match="compile_layers: expected a model without dropout"):
+        step.read(dropout_model().train(), *batch())
+    step.remove()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(int(transformers.__version__.split(".")[0]) < 5, reason="the tiny processors are of transformers 5")
+def test_images_stay_padded(tmp_path):
+    from tests.support.vlm_tiny import dataset_with_images, qwen2_vl, qwen2_vl_processor
+
+    images = {"model": qwen2_vl(), "processing_class": qwen2_vl_processor(), "train_dataset": dataset_with_images()}
+    with pytest.raises(ValueError, match="model: packing expects one of text"):
+        make(tmp_path / "images", packing=True, peft=False, **images)
 
 
 def test_a_load_balancing_loss_and_unproved_models_stay_padded(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import ProcessorMixin
 from trl import GRPOTrainer, RLOOTrainer
 
 from egrsd_kernels.checks import expect, flag, integer
@@ -89,7 +90,7 @@ def row_limits(*models: nn.Module | None) -> None:
 def fault_of(trainer: Any) -> str | None:
     """In one line, the setting of a trainer that keeps its loss from packed log p; None if there is none."""
     args = trainer.args
-    if trainer._is_vlm:
+    if isinstance(trainer.processing_class, ProcessorMixin):
         return "model: packing expects one of text: images have no place in a prefix tree"
     if trainer.aux_loss_enabled:
         return (
