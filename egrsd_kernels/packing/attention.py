@@ -124,7 +124,7 @@ def _blocks(pack: Pack, _: Maker, asked: dict[str, Any]) -> Any:
     from torch.nn.attention.flex_attention import BlockMask
 
     _check_keys(asked, len(pack))
-    sees, device = asked["mask_function"], torch.device(asked["device"])
+    sees, device = asked["mask_function"], _device(asked)
     positions, ends = moved(pack.position_ids, device), moved(pack.ends, device)
 
     def sees_in_tree(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -150,13 +150,18 @@ def _seen_blocks(ends: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _table(size: int | None, pack: Pack, _: Maker, asked: dict[str, Any]) -> Any:
-    tokens, device = size or len(pack), torch.device(asked["device"])
+    tokens, device = size or len(pack), _device(asked)
     _check_keys(asked, tokens)
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else asked["dtype"]
     if dtype not in varlen.DTYPES:
         raise ModelError(f"its layers compute in {dtype}, where attention by segments was proved in 16 bits")
     window = window_of(asked["mask_function"], max(map(len, pack.places)))
     return table(pack, tokens, window, device, dtype, size is not None)
+
+
+def _device(asked: dict[str, Any]) -> torch.device:
+    """Where the mask is wanted; transformers 4 says it by the queries' positions."""
+    return torch.device(asked["device"] if "device" in asked else asked["cache_position"].device)
 
 
 def _check_keys(asked: dict[str, Any], tokens: int) -> None:

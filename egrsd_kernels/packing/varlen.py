@@ -48,22 +48,23 @@ class Table(NamedTuple):
     fixed: bool
 
 
-_entries: weakref.WeakKeyDictionary[Pack, Tensor] = weakref.WeakKeyDictionary()
+# A pack's, by padded size and device: each kind of layer and each pass over a pack has the same.
+_entries: weakref.WeakKeyDictionary[Pack, dict[tuple[int, torch.device], Tensor]] = weakref.WeakKeyDictionary()
 
 
 def table(pack: Pack, tokens: int, window: int, device: torch.device, dtype: torch.dtype, fixed: bool) -> Table:
     """The table of a pack that is padded to ``tokens``, for layers that see ``window`` positions, or 0 for all."""
-    paths = pack.paths
-    if pack not in _entries:
-        copies = copies_of(paths.keys, len(pack))
-        _entries[pack] = torch.cat([part.int() for part in (paths.cu_queries, paths.cu_keys, paths.keys, *copies)])
-    entries = _entries[pack]
-    capacity = 8 * tokens  # shared prefixes that are short beside their branches take three to seven
-    while capacity < len(entries):
-        capacity *= 2
-    entries = functional.pad(entries, (0, capacity - len(entries)))
+    paths, held = pack.paths, _entries.setdefault(pack, {})
+    if (tokens, device) not in held:
+        parts = [paths.cu_queries, paths.cu_keys, paths.keys, *copies_of(paths.keys, len(pack))]
+        capacity = 8 * tokens  # shared prefixes that are short beside their branches take three to seven
+        while capacity < sum(map(len, parts)):
+            capacity *= 2
+        entries = torch.zeros(capacity, dtype=torch.int32)
+        torch.cat([part.int() for part in parts], out=entries[: sum(map(len, parts))])
+        held[tokens, device] = moved(entries, device)
     sizes = [len(pack), len(paths.keys), len(pack.segments), paths.longest_segment, paths.longest_path, window]
-    return Table(moved(entries, device), torch.tensor(sizes), dtype, fixed)
+    return Table(held[tokens, device], torch.tensor(sizes), dtype, fixed)
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
