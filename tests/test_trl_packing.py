@@ -117,6 +117,8 @@ EGRSD = {
     "on policy": {},
     "all weights": {"peft": False},
     "a length's most": {"loss_type": "dr_grpo"},
+    "a token's place": {"position_weight": 0.6, "lookahead_filter": "quantile", "lookahead_quantile": 0.5},
+    "disagreement before a token": {"prefix_weight": 0.5},
     "TRL's loss": {"loss_type": "grpo"},
     "tokens of a micro-batch": {"loss_type": "bnpo", "beta": 0.2},
     "an entropy bonus": {"entropy_coef": 0.1},
