@@ -272,7 +272,7 @@ class EGRSDTrainer(GRPOTrainer):
                 fault = str(refusal)
         if wanted:
             raise ModelError(fault)
-        logger.info("Rollouts are read padded, not packed: %s", fault)
+        logger.warning("Rollouts are read padded, not packed: %s", fault)
         return None
 
     def _prove(self) -> None:
