@@ -24,12 +24,9 @@ from tests.support.devices import CPU_COMBOS, CUDA_COMBOS, Combo
 from tests.support.tolerances import assert_within, gradient_tolerance, logit_error
 
 HALF = pytest.param(Combo("torch", "cpu", torch.float16), id="torch-cpu-float16")
-# The kernels in the interpreter have tests/test_pair_kernels.py, and here a few of each kind.
-IN_TORCH, KERNELS = [*CPU_COMBOS[:3], HALF, *CUDA_COMBOS[3:]], CUDA_COMBOS[:3]
-combos = pytest.mark.parametrize("combo", IN_TORCH + KERNELS)
-every_combo = pytest.mark.parametrize("combo", IN_TORCH + CPU_COMBOS[3:] + KERNELS)
-few = pytest.mark.parametrize("combo", [CPU_COMBOS[1], *KERNELS[::2], CUDA_COMBOS[3]])
-only_torch = pytest.mark.parametrize("combo", IN_TORCH)
+IN_TORCH = [*CPU_COMBOS[:3], HALF, *CUDA_COMBOS[3:]]
+combos = pytest.mark.parametrize("combo", IN_TORCH)
+few = pytest.mark.parametrize("combo", [CPU_COMBOS[1], CUDA_COMBOS[3]])
 KINDS = [{"kind": "reverse_kl"}, {"kind": "forward_kl"}, {"kind": "jsd"}, {"kind": "jsd", "beta": 0.1}]
 TOP = [{"kind": "reverse_kl", "top_k": 5}, {"kind": "forward_kl", "top_k": 5}, {"kind": "jsd", "top_k": 5}]
 kinds = pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -183,14 +180,7 @@ def test_parity(combo, kind, shape, size, options):
     check(combo, case, **kind, **options)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("combo", CPU_COMBOS[3:])
-@pytest.mark.parametrize("shape, size, options", SHAPES[1:3], ids=str)
-def test_parity_in_the_interpreter(combo, shape, size, options):
-    check(combo, make_case(combo, *shape, **size), kind="jsd", beta=0.3, **options)
-
-
-@only_torch
+@combos
 @pytest.mark.parametrize("kind", TOP, ids=str)
 @pytest.mark.parametrize("shape, size, options", SHAPES, ids=str)
 def test_top_k(combo, kind, shape, size, options):
@@ -224,7 +214,7 @@ def test_what_is_said_of_a_token(combo):
         assert_within("entropy", getattr(found, f"{name}_entropy"), one.entropy, 4e-6)
 
 
-@every_combo
+@combos
 @kinds
 def test_a_teacher_that_is_the_student(combo, kind):
     """Exactly 0, and the gradient as well."""
@@ -522,7 +512,7 @@ def test_gradcheck(kind, options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("combo", [CPU_COMBOS[2], *KERNELS[:2]])
+@pytest.mark.parametrize("combo", [CPU_COMBOS[2], CUDA_COMBOS[3]])
 @pytest.mark.parametrize("kind", KINDS[:3], ids=str)
 @pytest.mark.parametrize("apart", [1.1e-2, 0.08, 0.6])
 def test_at_a_models_vocabulary(combo, kind, apart):
