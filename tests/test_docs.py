@@ -17,7 +17,7 @@ import torch
 import egrsd_kernels
 from egrsd_kernels import fused_egrsd_loss, head_of, read_hidden, token_statistics
 from egrsd_kernels.credit import REGIMES
-from egrsd_kernels.rl import response_hidden, token_stats
+from egrsd_kernels.rl import align_responses, response_hidden, token_stats
 from tests.support.doc_examples import ROOT, blocks, language_model
 
 PAGES = sorted(page.name for page in (ROOT / "docs").glob("*.md"))
@@ -54,6 +54,8 @@ def test_every_page_with_examples_is_tested():
         "from-grpo.md",
         "own-loop.md",
         "own-method.md",
+        "packing-gpu.md",
+        "packing.md",
         "trl-trainers.md",
         "tuning.md",
     ]
@@ -185,6 +187,59 @@ def test_own_method(trainers):
     stats = token_stats(evidence)
     assert stats.magnitude.unique().numel() > 2 and stats.gate.unique().numel() > 2
     torch.testing.assert_close(logp.grad, -stats.token_advantage / 18)
+
+
+# ----------------------------------------------------------------------------------------------------- packing-gpu.md
+
+
+def test_the_packed_loop_has_the_gradients_of_the_padded_one():
+    names = language_model()
+    model = names["model"]
+    with torch.no_grad():  # adapters that change something: teacher and student differ
+        for key, parameter in model.named_parameters():
+            if "lora_B" in key:
+                parameter.normal_(std=0.1)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    run("docs/packing-gpu.md", names)
+    found = [p.grad for p in trained]
+
+    batch = align_responses(names["student_prompts"], names["teacher_prompts"], names["responses"], 0)
+    with torch.no_grad(), model.disable_adapter():
+        teacher_hidden = response_hidden(read_hidden(model, **batch.teacher), batch.teacher_positions)
+    hidden = response_hidden(read_hidden(model, **batch.student), batch.student_positions)
+    options = {"mask": batch.mask, "gamma": 0.3, "lookahead": 3}
+    loss = fused_egrsd_loss(hidden, head_of(model), teacher_hidden, batch.target_ids, names["advantages"], **options)
+    for got, want in zip(found, torch.autograd.grad(loss, trained), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------------- packing.md
+
+
+def test_packing(tmp_path):
+    pytest.importorskip("trl", reason="TRL is not installed")
+
+    from egrsd_kernels.trl import unpack
+    from tests.support import trl_tiny
+
+    names = (
+        "max_steps", "report_to", "bf16", "use_cpu", "disable_tqdm", "num_generations", "max_completion_length",
+        "save_strategy",
+    )  # fmt: skip
+    names = {
+        "model": trl_tiny.tiny_model(), "student": trl_tiny.tiny_model(), "reward": trl_tiny.correct,
+        "tokenizer": trl_tiny.tokenizer(), "dataset": trl_tiny.dataset(), "lora": trl_tiny.LORA,
+        "settings": {name: trl_tiny.OPTIONS[name] for name in names} | {
+            "output_dir": str(tmp_path), "gradient_checkpointing": False, "per_device_train_batch_size": 4,
+        },
+    }  # fmt: skip
+    grpo, egrsd = blocks("docs/packing.md")
+    exec(grpo, names)
+    assert names["trainer"].state.global_step == 2 and "_prepare_inputs" in vars(names["trainer"])
+    unpack(names["trainer"])
+    assert "_prepare_inputs" not in vars(names["trainer"])
+    exec(egrsd, names)
+    assert names["trainer"].state.global_step == 2 and names["trainer"]._packed.max_tokens_per_pack == 8192
 
 
 # -------------------------------------------------------------------------------------------------------- own-loop.md

@@ -608,6 +608,16 @@ def test_the_teacher_has_the_plain_head(options, first):
     check_same(model)
 
 
+def test_the_first_call_in_a_region_of_autocast_has_the_adapters_own_values():
+    """Autocast keeps 16-bit copies of parameters until its region ends: those of the proof's random adapters, too."""
+    model = adapted().eval()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        first, _ = with_head(model, logits_of, input_ids=IDS)
+        assert first.equal(with_head(model, logits_of, input_ids=IDS)[0])
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert first.equal(with_head(model, logits_of, input_ids=IDS)[0])
+
+
 def test_adapters_take_part_in_the_proof_and_come_back():
     """A fresh LoRA is the identity, and would show nothing."""
     peft = pytest.importorskip("peft")

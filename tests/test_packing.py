@@ -8,18 +8,27 @@ import math
 import re
 import threading
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from egrsd_kernels import Head, linear_logp
 from egrsd_kernels.models import ModelError
 from egrsd_kernels.packing import Pack, attention, pack_rows, packed, proof
 from egrsd_kernels.packing.proof import row_limit
+from tests.support.packing import (
+    Float64,
+    check_same_in_float64,
+    gradients,
+    group_rows,
+    logp_alone,
+    logp_of,
+    logp_packed,
+    tiny,
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -99,7 +108,7 @@ def test_ids_of_any_size(rows):
 @given(data=st.data(), rows=ROWS, budget=st.integers(1, 60))
 def test_targets_are_read_at_the_token_before_each(data, rows, budget):
     targets = [[False, *(data.draw(st.booleans()) for _ in row[1:])] for row in rows]
-    found = []
+    found, everything = [], [(r, p) for r, row in enumerate(targets) for p, asked in enumerate(row) if asked]
     for pack in pack_rows(rows, budget=budget, targets=targets):
         assert pack.target_rows.tolist() == sorted(pack.target_rows.tolist())
         for row, position, token, hidden in zip(
@@ -112,7 +121,13 @@ def test_targets_are_read_at_the_token_before_each(data, rows, budget):
             assert token == rows[row][position]
             assert hidden == pack.places[pack.rows.index(row)][position - 1]
             found.append((row, position))
-    assert sorted(found) == [(r, p) for r, row in enumerate(targets) for p, asked in enumerate(row) if asked]
+        numbers = pack.target_numbers.tolist()
+        pairs = zip(pack.target_rows.tolist(), pack.target_positions.tolist(), strict=True)
+        assert [everything[number] for number in numbers] == [*pairs]
+        cuts = pack.cu_seqlens.tolist()
+        assert [len({*pack.target_rows[a:b].tolist()}) for a, b in pairwise(cuts)] == [1] * (len(cuts) - 1)
+        assert cuts[0] == 0 and cuts[-1] == len(numbers) and len(cuts) - 1 == len({*pack.target_rows.tolist()})
+    assert sorted(found) == everything
 
 
 @settings(max_examples=50, deadline=None)
@@ -144,7 +159,7 @@ def test_a_pack_moves_as_a_whole():
     moved = pack.to("meta")
     assert (moved.rows, moved.segments) == (pack.rows, pack.segments)
     tensors = [value for value in (*vars(moved).values(), *moved.places) if isinstance(value, Tensor)]
-    assert len(tensors) == 8 and all(tensor.is_meta for tensor in tensors)
+    assert len(tensors) == 10 and all(tensor.is_meta for tensor in tensors)
 
 
 def test_a_tree_above_the_budget_is_cut_where_its_rows_share_least():
@@ -202,20 +217,6 @@ def test_what_is_no_rows_is_said_in_a_line(rows, options, words):
 
 # ------------------------------------------------------------------------------------------------------- over a model
 
-COMMON = {
-    "vocab_size": 90,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "bos_token_id": 2,
-}
 # By name: the model type and its settings; windows and chunks are shorter than the rows.
 MODELS = {
     "llama": ("llama", {}),
@@ -242,98 +243,11 @@ MODELS = {
 }
 
 
-def tiny(model_type: str, **settings_: object) -> nn.Module:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.AutoConfig.for_model(model_type, **{**COMMON, **settings_})
-    config._experts_implementation = "eager"  # the grouped product knows no float64
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(
-        config, attn_implementation=settings_.get("attn_implementation", "eager" if model_type == "gemma2" else None)
-    )
-    return model.float().eval()
-
-
-def group_rows(seed: int = 0) -> tuple[list[list[int]], list[list[bool]]]:
-    """Rollouts of two prompts that begin alike, an empty response, equal rows, and a row of another tree."""
-    random = torch.Generator().manual_seed(seed)
-
-    def tokens(count: int) -> list[int]:
-        return torch.randint(10, 90, (count,), generator=random).tolist()
-
-    system, one, two, other, turn = tokens(9), tokens(3), tokens(6), tokens(1), tokens(5)
-    answers = [(system + one, tokens(13)), (system + one, turn + tokens(4)), (system + one, turn + tokens(7))]
-    answers += [(system + two, tokens(11)), (system + two, []), (other, tokens(17)), (other, tokens(2))]
-    answers.append(answers[0])
-    rows = [prompt + answer for prompt, answer in answers]
-    return rows, [[False] * len(prompt) + [True] * len(answer) for prompt, answer in answers]
-
-
-class Float64(TorchFunctionMode):
-    """Layers that go on in float32 for a norm or a softmax stay in float64, so that sums alone are rounded."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if func is Tensor.float:
-            return args[0].double()  # positions, too
-        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
-            args = tuple(torch.float64 if one is torch.float32 else one for one in args)
-            if kwargs.get("dtype") is torch.float32:
-                kwargs["dtype"] = torch.float64
-        return func(*args, **kwargs)
-
-
-def logp_alone(model: nn.Module, rows: list[list[int]], targets: list[list[bool]]) -> Tensor:
-    """(M,) of the targets, row by row, each row by itself and unpadded."""
-    found = []
-    for row, asked in zip(rows, targets, strict=True):
-        ids = torch.tensor([row])
-        logp = model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
-        found.append(logp[torch.tensor(asked[1:], dtype=torch.bool)])
-    return torch.cat(found)
-
-
-def logp_packed(model: nn.Module, pack: Pack) -> Tensor:
-    logp, _ = packed(model, pack, lambda hidden, head: logp_of(hidden, head, pack))
-    return logp
-
-
-def logp_of(hidden: Tensor, head: Head, pack: Pack) -> Tensor:
-    return linear_logp(hidden, head, pack.target_ids, backend="torch")
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
-    return found
-
-
 def check_same(model: nn.Module) -> None:
     """log p over packs is that of the rows alone to 1e-12 nat, and every gradient to 1e-12 of the whole one's size."""
     row_limit(model)  # the proof is in float32
     with Float64():
         check_same_in_float64(model)
-
-
-def check_same_in_float64(model: nn.Module) -> None:
-    rows, targets = group_rows()
-    expected = logp_alone(model, rows, targets)
-    weights = torch.linspace(-1, 1, len(expected), dtype=expected.dtype)
-    (weights * expected).sum().backward()
-    alone = gradients(model)
-    first = dict(zip(range(len(rows)), torch.tensor([0, *map(sum, targets)]).cumsum(0).tolist(), strict=False))
-    for budget in (1000, 45):  # one pack, and several that repeat the system's prompt
-        packs = pack_rows(rows, budget=budget, targets=targets)
-        assert (len(packs) == 1) == (budget == 1000)
-        for pack in packs:
-            logp = logp_packed(model, pack)
-            mine = torch.cat([torch.arange(first[row], first[row] + sum(targets[row])) for row in pack.rows])
-            torch.testing.assert_close(logp.to(expected.dtype), expected[mine].detach(), rtol=0, atol=1e-12)
-            (weights[mine] * logp).sum().backward()
-        found = gradients(model)
-        assert found.keys() == alone.keys() and len(found) > 3
-        size = torch.cat([gradient.flatten() for gradient in alone.values()]).norm()
-        for name, gradient in alone.items():
-            assert (found[name] - gradient).norm() <= 1e-12 * size, name
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -463,8 +377,11 @@ def test_a_rope_that_depends_on_the_longest_row_has_a_limit(rope, limit):
 def test_what_has_no_road_is_said_in_a_line():
     (pack,) = pack_rows([[3, 4]], budget=9)
     model = tiny("llama")
-    model.config._attn_implementation = "flash_attention_2"
-    words = "model: LlamaForCausalLM: attn_implementation: packing expects one of eager, sdpa, got 'flash_attention_2'"
+    model.config._attn_implementation = "flash_attention_4"
+    words = (
+        "model: LlamaForCausalLM: attn_implementation: packing expects one of eager, sdpa, flex_attention, "
+        "flash_attention_2, flash_attention_3, got 'flash_attention_4'"
+    )
     with pytest.raises(ModelError, match=f"^{words}$"):
         packed(model, pack, lambda hidden, head: hidden)
     with pytest.raises(ModelError, match=r"^model: Linear: packing expects a model of transformers$"):

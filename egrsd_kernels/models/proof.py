@@ -398,10 +398,12 @@ def _random_adapters(model: nn.Module) -> Iterator[None]:
     try:
         for values in held:
             values.copy_(torch.randn(values.shape, generator=random) * 0.02)
+        torch.clear_autocast_cache()  # within a region of autocast, 16-bit copies outlive the values they are of
         yield
     finally:
         for values, before in zip(held, kept, strict=True):
             values.copy_(before)
+        torch.clear_autocast_cache()
         _reshard(model)
 
 

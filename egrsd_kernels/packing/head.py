@@ -13,16 +13,25 @@ from egrsd_kernels.models import ModelError, with_head
 from egrsd_kernels.models.places import language_model
 from egrsd_kernels.models.proof import found_in
 
-from .attention import beside, road_of
-from .proof import inputs_of, row_limit
+from .attention import FAST, beside, implementation_of, road_of
+from .layers import compile_decoder_layers, padded_size
+from .proof import fast_road, inputs_of, row_limit
+from .segments import Copies, copies_of, take_rows
 from .tree import Pack
+from .varlen import moved
 
 Result = TypeVar("Result")
 
 
 @eager
 def packed(
-    model: nn.Module, pack: Pack, function: Callable[[Tensor, Head], Result], /, **inputs: Any
+    model: nn.Module,
+    pack: Pack,
+    function: Callable[[Tensor, Head], Result],
+    /,
+    *,
+    compile_layers: bool | None = False,
+    **inputs: Any,
 ) -> tuple[Result, Any]:
     """Run the model's own forward over a pack, and ``function(hidden, head)`` for the targets that were asked for.
 
@@ -38,9 +47,14 @@ def packed(
     Dropout draws once for a prefix, and not once for each row.
 
     Args:
-        model: a causal language model of transformers, as :func:`with_head` takes it, whose attention is ``"eager"`` or
-            ``"sdpa"``.
+        model: a causal language model of transformers, as :func:`with_head` takes it, whose attn_implementation is
+            ``"sdpa"``, ``"eager"``, ``"flex_attention"``, or one of flash-attn's on a GPU. On a GPU and in 16 bits,
+            ``"sdpa"`` and flash-attn's attend by segments (torch's own FlashAttention); else packs have a dense mask,
+            or with ``"flex_attention"`` a mask of blocks, which long packs with softcaps or sinks want.
         pack: of :func:`pack_rows`, on any device.
+        compile_layers: whether the decoder layers run compiled, one by one, in this forward and its backward pass and
+            in no other. Packs are padded to one of a few sizes, each of which is compiled once: see
+            :func:`padded_size`. None: where the model attends by segments.
         function: of hidden (M, D), the state that predicts each of the pack's M targets, in their order, and a
             :class:`Head`; as :func:`with_head` takes it.
         inputs: the model's further ones, none of which may have an entry for each token.
@@ -60,11 +74,27 @@ def packed(
             f"depend on the longest, got one of {longest}"
         )
 
+    found_in(model)  # with its own forwards, before the pack's
+    fast = fast_road(model)
+    if compile_layers and fast is None:
+        raise ModelError(
+            f"compile_layers: {type(base).__name__}: expected a model on a GPU, in 16 bits, with attn_implementation "
+            f"{' or '.join(FAST)}, got {base.dtype} on {base.device.type} with {implementation_of(base)}"
+        )
+    size = None
+    if fast is not None and compile_layers is not False:
+        size = padded_size(len(pack))
+        compile_decoder_layers(base)
+
     def at_targets(hidden: Tensor, head: Head) -> Result:
-        rows = hidden[0].index_select(0, pack.hidden_index.to(hidden.device))
+        index = moved(pack.hidden_index, hidden.device)
+        if hidden.is_cuda:
+            copies = copies_of(pack.hidden_index, len(pack))
+            rows = take_rows(hidden[0], index, Copies(*(moved(one, hidden.device) for one in copies)))
+        else:
+            rows = hidden[0].index_select(0, index)
         with beside():
             return function(rows, head)
 
-    found_in(model)  # with its own forwards, before the pack's
-    with road_of(base)(pack):
-        return with_head(model, at_targets, **inputs_of(pack, base.device), **inputs)
+    with road_of(implementation_of(base))(pack) if fast is None else fast(pack, size):
+        return with_head(model, at_targets, **inputs_of(pack, base.device, size), **inputs)

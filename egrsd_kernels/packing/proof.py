@@ -13,18 +13,24 @@ from __future__ import annotations
 import itertools
 import math
 import threading
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from egrsd_kernels.models import ModelError
 from egrsd_kernels.models.places import language_model
 
-from .attention import Road, road_of
+from . import varlen
+from .attention import FAST, ROADS, Road, implementation_of, road_of
 from .tree import Pack, pack_rows
 
+# In whose place another implementation is asked for a dense mask.
+STANDS_FOR = {"flex_attention": "eager", "flash_attention_2": "sdpa", "flash_attention_3": "sdpa"}
 REACH = 5  # positions of a window or a chunk; most rows of the probe are longer
 LIMIT = 20  # positions of a rope limit; the probe has rows on both sides
 WIDTH = 64  # of layers whose width nothing else depends on
@@ -42,28 +48,50 @@ def row_limit(model: nn.Module) -> float:
         ModelError: in one line, with the difference in nats, where a row in a pack is not what it is alone.
     """
     base: Any = language_model(model)
-    name = type(base).__name__
     if not hasattr(base, "config") or not hasattr(base.config, "get_text_config"):
-        raise ModelError(f"model: {name}: packing expects a model of transformers")
+        raise ModelError(f"model: {type(base).__name__}: packing expects a model of transformers")
+    name = implementation_of(base)
+    return float(_kept(base, name, lambda: _prove(base, road_of(STANDS_FOR.get(name, name)))))
+
+
+def fast_road(model: nn.Module) -> Callable[[Pack, int | None], AbstractContextManager[None]] | None:
+    """The way by segments, where the model is on a GPU, computes in 16 bits, and its layers ask for nothing else.
+
+    It is proved on that GPU and in that dtype, and the finding kept.
+
+    Raises:
+        ModelError: as :func:`row_limit`.
+    """
+    base: Any = language_model(model)
+    name, device = implementation_of(base), base.device
+    kind = device.type
+    dtype: torch.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else base.dtype
+    if name not in FAST or kind not in varlen.DEVICES or dtype not in varlen.DTYPES:
+        return None
+    road = FAST[name]
+    served = _kept(base, f"{name} {kind} {dtype}", lambda: _prove_on(base, road, device, dtype))
+    return road if served else None
+
+
+def _kept(base: Any, what: str, prove: Callable[[], float | bool]) -> float | bool:
     try:
-        road = road_of(base)
-        implementation = base.config.get_text_config()._attn_implementation
         with _lock:
             # Plain values, as a head's proof keeps: they hold in a deep copy as well.
             kept = vars(base).setdefault(_KEPT, {})
-            if implementation not in kept:
+            if what not in kept:
                 with (
                     torch.no_grad(),
                     torch.device("cpu"),
                     torch.autocast("cpu", enabled=False),
                     torch.compiler.set_stance("force_eager"),
                 ):
-                    kept[implementation] = _prove(base, road)
-            return float(kept[implementation])
+                    kept[what] = prove()
+            found: float | bool = kept[what]
+            return found
     except torch.OutOfMemoryError:
         raise
     except ModelError as refusal:
-        raise ModelError(f"model: {name}: {refusal}") from None
+        raise ModelError(f"model: {type(base).__name__}: {refusal}") from None
 
 
 def _prove(base: Any, road: Road) -> float:
@@ -81,6 +109,52 @@ def _prove(base: Any, road: Road) -> float:
         if off <= allowed:
             return math.inf
     return limit
+
+
+def _prove_on(base: Any, road: Any, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether layers ask for nothing that the way by segments has not; a ModelError where it gives other numbers.
+
+    Both a pack and the rows alone are compared with the rows alone in float32, so the pack may be off by as much as
+    rounding makes the rows alone, and no more than four times that.
+    """
+    rows = _probe(base)
+    (pack,) = pack_rows(rows, budget=sum(map(len, rows)))
+    small = _small(base, max(map(len, rows))).to(dtype).float()
+    expected = torch.cat([small(input_ids=row[None]).logits[0].log_softmax(-1) for row in rows])
+    autocast = dtype != base.dtype
+    small = small.to(device) if autocast else small.to(device, dtype)
+    _use(small, implementation_of(base))
+    with torch.device(device), torch.autocast(device.type, dtype, enabled=autocast):
+        alone = torch.cat([small(input_ids=row[None].to(device)).logits[0] for row in rows])
+        try:
+            with road(pack, None):
+                logits = small(**inputs_of(pack, device)).logits[0]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as failure:  # whatever a model's forward may raise that is given a table for a mask
+            if implementation_of(base) not in ROADS:
+                raise ModelError(f"a pack does not pass through it: {_line(failure)}") from failure
+            warnings.warn(
+                f"{type(base).__name__}: packs take a dense mask, not attention by segments: {_line(failure)}",
+                stacklevel=2,
+            )
+            return False
+    in_pack = torch.cat([logits[places.to(device)] for places in pack.places])
+    off, rounding = (
+        (one.float().log_softmax(-1).cpu() - expected).square().mean().sqrt().item() for one in (in_pack, alone)
+    )
+    if not off <= 4 * rounding + ROUNDINGS * ROUNDOFF:  # what is compared with is rounded as well; NaN, too
+        raise ModelError(
+            f"log p of rows in a pack is off by {off:.3g} nat on {device.type} in {dtype} where that of the rows alone "
+            f"is off by {rounding:.2g}: attention by segments sees something else"
+        )
+    return True
+
+
+def _use(model: nn.Module, implementation: str) -> None:
+    for config in (getattr(module, "config", None) for module in model.modules()):
+        if hasattr(config, "_attn_implementation"):
+            config._attn_implementation = implementation  # type: ignore[union-attr]
 
 
 # ---------------------------------------------------------------------------------------------------------- the models
@@ -111,15 +185,16 @@ def _difference(base: Any, road: Road, rows: list[Tensor], limit: int) -> tuple[
     return worst
 
 
-def inputs_of(pack: Pack, device: torch.device) -> dict[str, Tensor]:
-    """What a model's forward takes for a pack: a row (1, N) each."""
-    ids = pack.input_ids[None].to(device)
+def inputs_of(pack: Pack, device: torch.device, size: int | None = None) -> dict[str, Tensor]:
+    """What a model's forward takes for a pack: a row (1, N) each, or (1, size) with padding behind the tokens."""
+    padding = (size or len(pack)) - len(pack)
     # Without a mask, transformers would take the positions for those of rows that stand one after another.
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "position_ids": pack.position_ids[None].to(device),
+    columns = {
+        "input_ids": pack.input_ids,
+        "attention_mask": torch.ones_like(pack.input_ids),
+        "position_ids": pack.position_ids,
     }
+    return {name: varlen.moved(functional.pad(one, (0, padding))[None], device) for name, one in columns.items()}
 
 
 def _probe(base: Any) -> list[Tensor]:
@@ -219,7 +294,9 @@ def _small_config(config: Any, layers: list[int], narrow: bool, limit: int) -> A
     small = type(config).from_dict(values)
     parts = {"": config, **{name: getattr(config, name, None) for name in config.sub_configs}}
     small._attn_implementation = {
-        name: part._attn_implementation for name, part in parts.items() if hasattr(part, "_attn_implementation")
+        name: STANDS_FOR.get(part._attn_implementation, part._attn_implementation)
+        for name, part in parts.items()
+        if hasattr(part, "_attn_implementation")
     }
     return small
 

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 Values: TypeAlias = Tensor | Sequence[int] | Sequence[bool]
 
@@ -36,6 +37,20 @@ class Segment(NamedTuple):
     parent: int
 
 
+class Paths(NamedTuple):
+    """The tokens that each of S segments sees: those of its path from the root, itself the last; int64, on the CPU.
+
+    keys: (G,), the packed tokens of all paths, one after another. cu_queries, cu_keys: (S + 1,), where segments begin
+    among the packed tokens, and their paths among the keys. longest_segment, longest_path: in tokens.
+    """
+
+    keys: Tensor
+    cu_queries: Tensor
+    cu_keys: Tensor
+    longest_segment: int
+    longest_path: int
+
+
 @dataclass(frozen=True, eq=False)
 class Pack:
     """Rows for one forward. All tensors are int64, on the CPU until :meth:`to` moves them.
@@ -46,7 +61,9 @@ class Pack:
 
     The targets are the tokens that were asked for, row by row: target_rows (M,) and target_positions (M,) say which,
     target_ids (M,) are the tokens, and hidden_index (M,) is the packed token before each, whose hidden state predicts
-    it. One hidden state predicts the first token of every branch after it.
+    it. One hidden state predicts the first token of every branch after it. target_numbers (M,) count the targets of all
+    rows that were packed, row by row: where each stands in a tensor for all packs, whatever shares its prefix. Among M,
+    the targets of a row begin at cu_seqlens (S + 1,), for the S rows that have some.
     """
 
     rows: tuple[int, ...]
@@ -57,7 +74,9 @@ class Pack:
     target_rows: Tensor
     target_positions: Tensor
     target_ids: Tensor
+    target_numbers: Tensor
     hidden_index: Tensor
+    cu_seqlens: Tensor
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -78,6 +97,21 @@ class Pack:
                 after[parent] = max(after[parent], after[index])
         lengths = torch.tensor([segment.length for segment in self.segments])
         return torch.tensor(after).repeat_interleave(lengths)
+
+    @functools.cached_property
+    def paths(self) -> Paths:
+        """What each segment sees, one after another."""
+        parts: list[tuple[int, int]] = []
+        seen = []
+        for number in range(len(self.segments)):
+            path = [self.segments[one] for one in self.path(number)]
+            parts += ((start, length) for start, length, _ in path)
+            seen.append(sum(length for _, length, _ in path))
+        starts, lengths = torch.tensor(parts).T
+        keys = torch.arange(int(lengths.sum())) + (starts - lengths.cumsum(0) + lengths).repeat_interleave(lengths)
+        queries = torch.tensor([segment.length for segment in self.segments])
+        cu_queries, cu_keys = (functional.pad(one.cumsum(0), (1, 0)) for one in (queries, torch.tensor(seen)))
+        return Paths(keys, cu_queries, cu_keys, int(queries.max()), max(seen))
 
     def path(self, segment: int) -> list[int]:
         """The segments that one sees, from the root to itself."""
@@ -124,7 +158,8 @@ def pack_rows(
     order = sorted(range(len(ids)), key=keys.__getitem__)
     shared = [0, *(_common(ids[one], ids[other]) for one, other in pairwise(order))]
     parts = _parts([len(ids[row]) for row in order], shared, budget)
-    return [_pack(chosen, order, shared, ids, wanted) for chosen in _fill(parts, budget)]
+    first = [0, *accumulate(int(asked.sum()) for asked in wanted)]
+    return [_pack(chosen, order, shared, ids, wanted, first) for chosen in _fill(parts, budget)]
 
 
 # ------------------------------------------------------------------------------------------------------------ the rows
@@ -256,7 +291,14 @@ def _fill(parts: list[_Part], budget: int) -> list[list[_Part]]:
     return packs
 
 
-def _pack(parts: list[_Part], order: list[int], shared: list[int], ids: list[Tensor], wanted: list[Tensor]) -> Pack:
+def _pack(
+    parts: list[_Part],
+    order: list[int],
+    shared: list[int],
+    ids: list[Tensor],
+    wanted: list[Tensor],
+    first: list[int],
+) -> Pack:
     places: dict[int, Tensor] = {}
     tokens, positions, before = [], [], {}  # before: of the first packed token of each new part, the one it follows
     starts: set[int] = set()
@@ -284,14 +326,17 @@ def _pack(parts: list[_Part], order: list[int], shared: list[int], ids: list[Ten
     )
     rows = tuple(sorted(places))
     asked = [wanted[row].nonzero()[:, 0] for row in rows]
+    counts = torch.tensor([len(one) for one in asked])
     return Pack(
         rows=rows,
         places=tuple(places[row] for row in rows),
         input_ids=torch.cat(tokens),
         position_ids=torch.cat(positions),
         segments=segments,
-        target_rows=torch.tensor(rows).repeat_interleave(torch.tensor([len(one) for one in asked])),
+        target_rows=torch.tensor(rows).repeat_interleave(counts),
         target_positions=torch.cat(asked),
         target_ids=torch.cat([ids[row][one] for row, one in zip(rows, asked, strict=True)]),
+        target_numbers=torch.cat([torch.arange(first[row], first[row + 1]) for row in rows]),
         hidden_index=torch.cat([places[row][one - 1] for row, one in zip(rows, asked, strict=True)]),
+        cu_seqlens=functional.pad(counts[counts > 0].cumsum(0), (1, 0)),
     )

@@ -1,0 +1,90 @@
+"""Decoder layers that run compiled over packs, one by one, and as they are over anything else.
+
+A layer gets its pack's table in a mask's place, in its forward and when it is computed again for its gradients, so the
+table says which of the two runs. Generation through the same layers compiles nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from egrsd_kernels.models import ModelError
+
+from .varlen import Table
+
+SMALLEST = 1024  # tokens
+# Graphs of one layer's class: with gradients and without, adapters on and off, two kinds of layers, and the sizes from
+# 1,024 tokens to 65,536, eight to each doubling. What needs more than these would be compiled without an end.
+GRAPHS = 2 * 2 * 2 * 8 * 6
+
+
+def padded_size(tokens: int) -> int:
+    """The number of tokens that a pack is padded to for compiled layers: 8, 9, ..., 15 times a power of two.
+
+    At least 1,024. At most a ninth is padding; a budget of such a size loses least.
+    """
+    if tokens <= SMALLEST:
+        return SMALLEST
+    step = 1 << ((tokens - 1).bit_length() - 4)
+    return -(-tokens // step) * step
+
+
+def compile_decoder_layers(base: Any) -> None:
+    """Make the decoder layers of a model run compiled where they are given a pack's fixed table."""
+    layers = _decoder_layers(base)
+    for layer in layers:
+        own: Any = type(layer)
+        if not hasattr(own, "_runs_compiled"):
+            layer.__class__ = _compiled(own)
+
+
+def _decoder_layers(base: Any) -> list[nn.Module]:
+    count = base.config.get_text_config().num_hidden_layers
+    found = [module for module in base.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    if not found:
+        raise ModelError(f"compile_layers: {type(base).__name__}: expected a list of {count} decoder layers")
+    return [*found[0]]
+
+
+def _bare(own: type[nn.Module]) -> nn.Module:
+    return own.__new__(own)
+
+
+@functools.cache
+def _compiled(own: Any) -> type[nn.Module]:
+    """A class with the same name and forward; copies and pickles of it are of the class below."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+    forward: Callable[..., Any] = own.forward
+    run = torch.compile(forward, fullgraph=True, dynamic=False)
+
+    def choose(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        given = itertools.chain(args, kwargs.values())
+        if not any(isinstance(one, Table) and one.fixed for one in given):
+            return forward(self, *args, **kwargs)
+        try:
+            with torch._dynamo.config.patch(recompile_limit=GRAPHS, accumulated_recompile_limit=4 * GRAPHS):
+                return run(self, *args, **kwargs)
+        except (TorchDynamoException, FailOnRecompileLimitHit) as failure:
+            first = str(failure.__cause__ or failure).strip().partition("\n")[0]
+            raise ModelError(f"compile_layers: {own.__name__}: {type(failure).__name__}: {first}") from failure
+
+    def as_own(self: nn.Module, _: Any) -> Any:
+        return _bare, (own,), self.__getstate__()
+
+    body = {
+        "forward": functools.wraps(forward)(choose),
+        "__reduce_ex__": as_own,
+        "_runs_compiled": True,
+        "__module__": own.__module__,
+        "__qualname__": own.__qualname__,
+        "__doc__": own.__doc__,
+    }
+    subclass = type(own.__name__, (own,), body)
+    return subclass

@@ -1,0 +1,113 @@
+"""Small models, rows that share prefixes, and a model's log p over rows alone and over packs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from egrsd_kernels import Head, linear_logp
+from egrsd_kernels.packing import Pack, pack_rows, packed
+
+COMMON = {
+    "vocab_size": 90,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+
+
+def tiny(model_type: str, **settings_: object) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(model_type, **{**COMMON, **settings_})
+    config._experts_implementation = "eager"  # the grouped product knows no float64
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation=settings_.get("attn_implementation", "eager" if model_type == "gemma2" else None)
+    )
+    return model.float().eval()
+
+
+def group_rows(seed: int = 0) -> tuple[list[list[int]], list[list[bool]]]:
+    """Rollouts of two prompts that begin alike, an empty response, equal rows, and a row of another tree."""
+    random = torch.Generator().manual_seed(seed)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(10, 90, (count,), generator=random).tolist()
+
+    system, one, two, other, turn = tokens(9), tokens(3), tokens(6), tokens(1), tokens(5)
+    answers = [(system + one, tokens(13)), (system + one, turn + tokens(4)), (system + one, turn + tokens(7))]
+    answers += [(system + two, tokens(11)), (system + two, []), (other, tokens(17)), (other, tokens(2))]
+    answers.append(answers[0])
+    rows = [prompt + answer for prompt, answer in answers]
+    return rows, [[False] * len(prompt) + [True] * len(answer) for prompt, answer in answers]
+
+
+class Float64(TorchFunctionMode):
+    """Layers that go on in float32 for a norm or a softmax stay in float64, so that sums alone are rounded."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is Tensor.float:
+            return args[0].double()  # positions, too
+        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            args = tuple(torch.float64 if one is torch.float32 else one for one in args)
+            if kwargs.get("dtype") is torch.float32:
+                kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+def logp_alone(model: nn.Module, rows: list[list[int]], targets: list[list[bool]]) -> Tensor:
+    """(M,) of the targets, row by row, each row by itself and unpadded."""
+    found = []
+    for row, asked in zip(rows, targets, strict=True):
+        ids = torch.tensor([row])
+        logp = model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+        found.append(logp[torch.tensor(asked[1:], dtype=torch.bool)])
+    return torch.cat(found)
+
+
+def logp_packed(model: nn.Module, pack: Pack) -> Tensor:
+    logp, _ = packed(model, pack, lambda hidden, head: logp_of(hidden, head, pack))
+    return logp
+
+
+def logp_of(hidden: Tensor, head: Head, pack: Pack) -> Tensor:
+    return linear_logp(hidden, head, pack.target_ids, backend="torch")
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def check_same_in_float64(model: nn.Module) -> None:
+    rows, targets = group_rows()
+    expected = logp_alone(model, rows, targets)
+    weights = torch.linspace(-1, 1, len(expected), dtype=expected.dtype)
+    (weights * expected).sum().backward()
+    alone = gradients(model)
+    first = dict(zip(range(len(rows)), torch.tensor([0, *map(sum, targets)]).cumsum(0).tolist(), strict=False))
+    for budget in (1000, 45):  # one pack, and several that repeat the system's prompt
+        packs = pack_rows(rows, budget=budget, targets=targets)
+        assert (len(packs) == 1) == (budget == 1000)
+        for pack in packs:
+            logp = logp_packed(model, pack)
+            mine = torch.cat([torch.arange(first[row], first[row] + sum(targets[row])) for row in pack.rows])
+            torch.testing.assert_close(logp.to(expected.dtype), expected[mine].detach(), rtol=0, atol=1e-12)
+            (weights[mine] * logp).sum().backward()
+        found = gradients(model)
+        assert found.keys() == alone.keys() and len(found) > 3
+        size = torch.cat([gradient.flatten() for gradient in alone.values()]).norm()
+        for name, gradient in alone.items():
+            assert (found[name] - gradient).norm() <= 1e-12 * size, name
