@@ -167,8 +167,8 @@ SHAPES = [
     ((3, 5), {}, {}),
     ((7,), {"width": 40, "vocabulary": 130, "bias": True}, {"softcap": 5.0}),
     ((2, 4), {"width": 17, "vocabulary": 70, "bias": True, "teacher_width": 24}, {"temperature": 1.7}),
-    ((5,), {"width": 2, "vocabulary": 6}, {}),
-    ((1, 1), {"kind": "flat", "vocabulary": 200}, {"temperature": 0.7}),
+    pytest.param((5,), {"width": 2, "vocabulary": 6}, {}, marks=pytest.mark.slow),
+    pytest.param((1, 1), {"kind": "flat", "vocabulary": 200}, {"temperature": 0.7}, marks=pytest.mark.slow),
 ]
 
 
@@ -495,13 +495,13 @@ def test_autocast(combo):
     assert torch.equal(gradient, torch.autograd.grad(want, rounded, case.incoming)[0].float())
 
 
-@pytest.mark.parametrize("kind", KINDS + TOP, ids=str)
+@pytest.mark.parametrize("kind", [*KINDS, TOP[1]], ids=str)
 @pytest.mark.parametrize(
     "options", [{}, {"softcap": 3.0, "temperature": 1.4, "chunk_bytes": 1, "keep_bytes": 60}], ids=str
 )
 def test_gradcheck(kind, options):
     combo, options = Combo("torch", "cpu", torch.float64), dict(options)
-    case = make_case(combo, 2, 3, width=3, vocabulary=9, bias=True, teacher_width=4)
+    case = make_case(combo, 1, 3, width=3, vocabulary=7, bias=True, teacher_width=4)
     softcap = options.pop("softcap", None)
 
     def d(hidden, weight, bias):
