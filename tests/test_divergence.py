@@ -508,7 +508,8 @@ def test_gradcheck(kind, options):
         student, teacher = Head(weight, bias, softcap=softcap), head(case.teacher, softcap)
         return linear_divergence(hidden, student, case.teacher["hidden"], teacher, **kind, **options)
 
-    assert torch.autograd.gradcheck(d, [x.requires_grad_() for x in case.student.values()])
+    # A second backward pass makes what was kept again, in other products.
+    assert torch.autograd.gradcheck(d, [x.requires_grad_() for x in case.student.values()], nondet_tol=1e-13)
 
 
 @pytest.mark.slow
