@@ -21,6 +21,7 @@ from .backends import (
     VocabularyStatistics,
     choose,
     exceeding,
+    known,
     power_of_two,
 )
 from .head import Head, compute_dtype, widened
@@ -393,7 +394,7 @@ def linear_logp(
     states, columns = head.join(checks.batched(hidden), valid)
     needs = Needs.of(states, head.weight, head.bias, columns)
     options = _Options(
-        head.logit_scale, head.softcap, temperature, backend, chunk_bytes, keep_bytes, needs, sparse_tolerance,
+        head.logit_scale, head.softcap, temperature, known(backend), chunk_bytes, keep_bytes, needs, sparse_tolerance,
         return_entropy, entropy_grad is True, lazy, names,
     )  # fmt: skip
     keeps = any(needs) and not options.ahead and sparse_tolerance is None and not checks.traced(states)

@@ -24,6 +24,7 @@ from .backends import (
     VocabularyStatistics,
     choose,
     choose_divergence,
+    known,
     no_statistics,
 )
 from .checks import expect, number
@@ -481,6 +482,7 @@ def fused_egrsd_loss(
     hidden, columns = student.join(checks.batched(student_hidden), valid)
 
     traced = checks.traced(hidden)
+    known(backend)
     if not traced:
         choose(backend, *(x for x in (student_hidden, teacher_hidden) if x is not None))
 

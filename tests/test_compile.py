@@ -11,9 +11,17 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from egrsd_kernels import Head, fused_egrsd_loss, linear_logp, token_statistics
-from tests.support.devices import Combo, few_combos
+from tests.support.devices import CPU_COMBOS, CUDA_COMBOS, Combo
 
 WIDTH, VOCABULARY = 16, 40
+# To compile takes seconds, in Triton's interpreter many of them.
+few_combos = pytest.mark.parametrize(
+    "combo",
+    [
+        CPU_COMBOS[1], pytest.param(*CPU_COMBOS[3].values, marks=[*CPU_COMBOS[3].marks, pytest.mark.slow],
+        id=CPU_COMBOS[3].id), CUDA_COMBOS[0], CUDA_COMBOS[3],
+    ],
+)  # fmt: skip
 SIZES = ((2, 3), (3, 5), (4, 7), (2, 9))
 
 
@@ -85,7 +93,9 @@ FORMS: dict[str, dict[str, Any]] = {
 with_forms = pytest.mark.parametrize(
     "form", [name if name == "log p" else pytest.param(name, marks=pytest.mark.slow) for name in FORMS]
 )
-frozen_or_trained = pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+frozen_or_trained = pytest.mark.parametrize(
+    "trained", [pytest.param(False, id="frozen"), pytest.param(True, id="trained", marks=pytest.mark.slow)]
+)
 
 
 def log_p(combo: Combo, form: str, hidden, weight, bias, target_ids, mask) -> tuple[torch.Tensor, ...]:
