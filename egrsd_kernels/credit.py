@@ -155,7 +155,7 @@ def _quantile(window: Tensor, lookahead: Lookahead) -> Tensor:
 _FILTERS: dict[Filter, Callable[[Tensor, Lookahead], Tensor]] = {
     "minimum": _minimum, "discounted": _discounted, "softmin": _softmin, "quantile": _quantile,
 }  # fmt: skip
-WINDOW_ELEMENTS = 1 << 22  # of the windows that are looked at at once
+WINDOW_ELEMENTS = 1 << 20  # of the windows that are looked at at once; some 50 MiB
 
 
 def lookahead_entropy(entropy: Tensor, valid: Tensor, seq_end: Tensor, lookahead: Lookahead) -> Tensor:

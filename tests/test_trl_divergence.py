@@ -88,6 +88,22 @@ def test_the_divergence_alone(tmp_path, monkeypatch):
     assert [row for row in logs.rows if "eval_divergence/mean" in row]
 
 
+def test_in_packs(tmp_path):
+    """As padded: losses, divergences and weights."""
+    runs = {}
+    for packing in (False, True):
+        run, logs = make(tmp_path / str(packing), packing=packing, **DIVERGENCE)
+        run.train()
+        assert (run._packed is not None) == packing
+        runs[packing] = (
+            [row[name] for row in logs.steps for name in ("loss", "divergence/mean", "grad_norm")],
+            weights(run),
+        )
+    assert runs[True][0] == pytest.approx(runs[False][0], rel=1e-4, abs=1e-6)
+    for name, value in runs[False][1].items():
+        torch.testing.assert_close(runs[True][1][name], value, rtol=1e-3, atol=1e-4)
+
+
 def test_without_one_nothing_is_kept(tmp_path, monkeypatch):
     _, logs, calls = calls_of(tmp_path, monkeypatch, divergence=None, divergence_weight=1.0, max_steps=1)
     assert all(args[2] is None for args, _, _ in calls)

@@ -12,6 +12,7 @@ from peft import get_peft_model
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from egrsd_kernels.credit import LOOKAHEAD_SETTINGS
 from egrsd_kernels.trl.checkpoint import CheckpointError, Finished
 from tests.support.trl_tiny import LORA, correct, dataset, make, row, tiny_model, weights
 
@@ -222,7 +223,8 @@ def test_a_checkpoint_in_former_words_is_understood(tmp_path):
     folder = tmp_path / "a" / "checkpoint-1"
     state = folder / "egrsd_state_0.pt"
     saved = torch.load(state)
-    later = ("teacher_model_kind", "teacher_update_rate", "teacher_sync_steps", "lookahead_filter", "lookahead_decay")
+    later = ("teacher_model_kind", "teacher_update_rate", "teacher_sync_steps", *LOOKAHEAD_SETTINGS)
+    later += ("position_weight", "prefix_weight")
     former = {name: value for name, value in saved["settings"].items() if name not in later}
     former |= {"teacher": "ema", "teacher_ema_decay": 0.999, "grad_mode": "auto"}
     torch.save(saved | {"settings": former}, state)
@@ -231,6 +233,11 @@ def test_a_checkpoint_in_former_words_is_understood(tmp_path):
         "teacher_update_rate: 0.001 there, 0.25 here": {"teacher_update_rate": 0.25},
         "teacher_sync_steps: 1 there, 2 here": {"teacher_sync_steps": 2},
         'lookahead_filter: "minimum" there, "discounted" here': {"lookahead_filter": "discounted"},
+        'lookahead_filter: "minimum" there, "quantile" here; lookahead_quantile: 0.0 there, 0.5 here': {
+            "lookahead_filter": "quantile",
+            "lookahead_quantile": 0.5,
+        },
+        "position_weight: 0.0 there, 0.5 here": {"position_weight": 0.5},
     }
     for says, changed in changes.items():
         run, _ = make(tmp_path / "b", **options | changed)

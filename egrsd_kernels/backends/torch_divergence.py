@@ -62,18 +62,26 @@ def _weighted(p: Tensor, of: Tensor) -> Tensor:
     return (p * of).masked_fill_(p == 0, 0)
 
 
+def _gap(x: _Ratio) -> Tensor:
+    """p_S - p_T, from the larger of the two: a difference would cancel where r is small."""
+    larger, r = torch.maximum(x.student, x.coarse_teacher).exp_(), x.log_ratio
+    return larger.mul_(torch.expm1(-r.abs()).mul_(-r.sign()))
+
+
+# Both logsumexp are rounded, and so all r of a row are off by one number. Σ (p_S - p_T), which is 0, is off by the same
+# with p_T or p_S as weights: beside it D is off by the square of that number, and no term of the sum is negative.
+
+
 def _reverse_kl(x: _Ratio) -> tuple[Tensor, Tensor]:
     p = x.student.exp()
-    divergence = _weighted(p, x.log_ratio).sum(1)
-    return divergence, _weighted(p, x.log_ratio - divergence[:, None])
+    term = _weighted(p, x.log_ratio)
+    mean = term.sum(1, keepdim=True)  # off as r is, which it is subtracted from
+    return term.sub_(_gap(x)).sum(1), _weighted(p, x.log_ratio - mean)
 
 
 def _forward_kl(x: _Ratio) -> tuple[Tensor, Tensor]:
-    r = x.log_ratio
-    divergence = -_weighted(x.teacher.exp(), r).sum(1)
-    # p_S - p_T from the larger of the two, by a difference that does not cancel where r is small.
-    larger = torch.maximum(x.student, x.coarse_teacher).exp_()
-    return divergence, larger.mul_(torch.expm1(-r.abs()).mul_(-r.sign()))
+    gap = _gap(x)
+    return (gap - _weighted(x.teacher.exp(), x.log_ratio)).sum(1), gap
 
 
 def _jsd(x: _Ratio, beta: float) -> tuple[Tensor, Tensor]:

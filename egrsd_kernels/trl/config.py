@@ -84,7 +84,7 @@ PARALLEL = {"tp_size": "tensor", "cp_size": "context", "sp_size": "sequence"}
 # What token_advantage makes of other settings tells a run, and so does what packing has come to; which model teaches,
 # the checkpoint knows by its weights.
 SAME_RUN = (
-    "packing", "max_tokens_per_pack", "backend", "chunk_mib", "rollout_steps", "tau_low", "tau_high",
+    "packing", "max_tokens_per_pack", "compile_layers", "backend", "chunk_mib", "rollout_steps", "tau_low", "tau_high",
     "overwrite_output_dir", "resume_changed", "token_advantage", "teacher_model_name_or_path",
     "teacher_model_revision", "teacher_model_init_kwargs",
 )  # fmt: skip
@@ -270,6 +270,13 @@ class EGRSDConfig(GRPOConfig):
         default=MAX_TOKENS_PER_PACK,
         metadata={"help": "With packing, the most tokens of a forward; a longer rollout is one alone."},
     )
+    compile_layers: bool | None = field(
+        default=None,
+        metadata={
+            "help": "With packing, whether decoder layers run compiled. Default: on a GPU in 16 bits, unless weights "
+            "are sharded or a forward with dropout is made twice."
+        },
+    )
     chunk_mib: int = field(default=1024, metadata={"help": "The most working memory of the loss, MiB."})
     grad_mode: str = field(
         default="exact",
@@ -396,8 +403,11 @@ class EGRSDConfig(GRPOConfig):
             value = getattr(self, name)
             if value is not None or name not in optional or name in CHOICES:
                 setattr(self, name, check(name, value, **bounds))
-        if self.packing is not None:
-            flag("packing", self.packing)
+        for name in ("packing", "compile_layers"):
+            if getattr(self, name) is not None:
+                flag(name, getattr(self, name))
+        why = "None or False without packing"
+        expect(self.packing is not False or not self.compile_layers, "compile_layers", self.compile_layers, why)
         expect(self.tau_low < self.tau_high, "tau_low", self.tau_low, f"less than tau_high = {self.tau_high}")
         Lookahead.of(self)
         weights = self.divergence_weight, self.policy_weight

@@ -37,9 +37,8 @@ class Part(NamedTuple):
 
     @property
     def cu_seqlens(self) -> Tensor:
-        """(S + 1,) int32: where each row's targets begin."""
-        lengths = self.pack.target_rows.unique_consecutive(return_counts=True)[1]
-        return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(self.rows.device, torch.int32)
+        """(S + 1,): where each row's targets begin, on the same device."""
+        return self.pack.cu_seqlens.to(self.rows.device)
 
     def of(self, values: Tensor) -> Tensor:
         """(M,): the entries (B, T) that belong to the targets."""

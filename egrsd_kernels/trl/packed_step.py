@@ -33,7 +33,7 @@ from egrsd_kernels.packing.proof import row_limit
 from .fused_head import score_labels
 from .packed_rows import Part, parts_of
 
-FIELDS = {"log_probs": "logp", "entropy": "entropy"}
+FIELDS = ("log_probs", "entropy")
 
 
 class _Pending(Protocol):
@@ -58,11 +58,14 @@ class PackedStep:
     Args:
         accelerator: whose ``backward`` is this one's until :meth:`remove`.
         max_tokens_per_pack: the most tokens of a forward; a longer row is one alone.
+        compile_layers: as :func:`egrsd_kernels.packing.packed` has it. None: also not where weights are sharded, and
+            where a forward is made twice not with dropout, which a compiled graph may draw otherwise.
     """
 
-    def __init__(self, accelerator: Accelerator, max_tokens_per_pack: int):
+    def __init__(self, accelerator: Accelerator, max_tokens_per_pack: int, compile_layers: bool | None = False):
         self.accelerator = accelerator
         self.max_tokens_per_pack = max_tokens_per_pack
+        self.compile_layers = compile_layers
         self._pending: list[_Pending] = []
         self._running = False
         self._own_backward = accelerator.backward
@@ -113,8 +116,9 @@ class PackedStep:
         Returns:
             (log p, entropy): (B, T) float32 (float64 for such a model), nats, 0 where no token is.
         """
-        names = tuple(FIELDS)[: 1 + compute_entropy]
-        reading = _Reading(self.accelerator, model, names, scoring)
+        names = FIELDS[: 1 + compute_entropy]
+        compile_layers = self._compile(model, twice=torch.is_grad_enabled())
+        reading = _Reading(self.accelerator, model, names, scoring, compile_layers)
         reading.parts = self.parts(model, input_ids, attention_mask, completion_length)
         shape = len(input_ids), completion_length
         found: list[Tensor] = []
@@ -151,7 +155,7 @@ class PackedStep:
             The loss, 0-d float32. Where gradients are on its value is put in by :meth:`backward`; until then it is 0.
         """
         loss = torch.zeros((), device=parts[0].rows.device)
-        one = _Direct(self.accelerator, model, parts, function, done)
+        one = _Direct(self.accelerator, model, parts, function, done, self._compile(model, twice=False))
         if torch.is_grad_enabled():
             one.leaves = [loss]
             self._wait(one)
@@ -160,6 +164,14 @@ class PackedStep:
             loss += one.forward(number, [loss.new_ones(())]).detach()
         done()
         return loss
+
+    def _compile(self, model: nn.Module, *, twice: bool) -> bool | None:
+        """compile_layers of a model's forwards; twice: the second has to be the same function as the first."""
+        drops = twice and any(map(_drops, model.modules()))
+        if self.compile_layers and drops:
+            raise ValueError("compile_layers: expected a model without dropout, which it draws anew in each graph")
+        sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        return False if self.compile_layers is None and (drops or sharded) else self.compile_layers
 
     def _wait(self, pending: _Pending) -> None:
         for leaf in pending.leaves:
@@ -234,8 +246,16 @@ class PackedStep:
 class _Reading:
     """Log p and entropies of a batch, which a loss hangs on."""
 
-    def __init__(self, accelerator: Accelerator, model: nn.Module, names: Sequence[str], scoring: Mapping[str, Any]):
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        names: Sequence[str],
+        scoring: Mapping[str, Any],
+        compile_layers: bool | None,
+    ):
         self.accelerator, self.model, self.names, self.scoring = accelerator, model, names, scoring
+        self.compile_layers = compile_layers
         self.parts: Sequence[Part] = ()
         self.random: list[dict[torch.device, Tensor]] = []  # of each part, before its first forward
         self.leaves: list[Tensor] = []
@@ -250,7 +270,7 @@ class _Reading:
             return [fields[name] for name in names]
 
         with self.accelerator.autocast():
-            return packed(self.model, part.pack, score)[0]
+            return packed(self.model, part.pack, score, compile_layers=self.compile_layers)[0]
 
     def forward(self, number: int, gradients: Sequence[Tensor | None]) -> Tensor:
         part = self.parts[number]
@@ -279,16 +299,21 @@ class _Direct:
         parts: Sequence[Part],
         function: Callable[[Part, Tensor, Head], Any],
         finished: Callable[[], None],
+        compile_layers: bool | None,
     ):
         self.accelerator, self.model, self.parts = accelerator, model, parts
-        self.function, self.finished = function, finished
+        self.function, self.finished, self.compile_layers = function, finished, compile_layers
         self.leaves: list[Tensor] = []
         self.total: Tensor | float = 0.0
 
     def forward(self, number: int, gradients: Sequence[Tensor | None]) -> Tensor:
         part = self.parts[number]
+
+        def share(hidden: Tensor, head: Head) -> Any:
+            return self.function(part, hidden, head)
+
         with self.accelerator.autocast():
-            value, _ = packed(self.model, part.pack, lambda hidden, head: self.function(part, hidden, head))
+            value, _ = packed(self.model, part.pack, share, compile_layers=self.compile_layers)
         (factor,) = gradients  # what the trainer has divided the loss by
         assert factor is not None
         self.total = self.total + factor * value.detach()
@@ -319,6 +344,10 @@ def _variables(loss: Tensor) -> dict[int, Tensor]:
 
 
 # -------------------------------------------------------------------------------------------------------------- random
+
+
+def _drops(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0
 
 
 def _random_states(devices: Iterable[torch.device]) -> dict[torch.device, Tensor]:

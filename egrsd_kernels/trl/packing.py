@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from trl import GRPOTrainer, RLOOTrainer
 
-from egrsd_kernels.checks import expect, integer
+from egrsd_kernels.checks import expect, flag, integer
 from egrsd_kernels.packing.proof import row_limit
 
 from .packed_rows import INDEX, MAX_TOKENS_PER_PACK, groups_together
@@ -20,7 +20,9 @@ HOOKED = ("_get_per_token_logps_and_entropies", "_generate_and_score_completions
 _KEPT = "_unpack"  # on the trainer: what takes it back
 
 
-def pack(trainer: Any, *, max_tokens_per_pack: int = MAX_TOKENS_PER_PACK) -> AbstractContextManager[Any]:
+def pack(
+    trainer: Any, *, max_tokens_per_pack: int = MAX_TOKENS_PER_PACK, compile_layers: bool | None = None
+) -> AbstractContextManager[Any]:
     """From now on the trainer reads every prefix that its rollouts share once, and no padding; its loss stays its own.
 
     >>> trainer = GRPOTrainer(...)
@@ -37,6 +39,9 @@ def pack(trainer: Any, *, max_tokens_per_pack: int = MAX_TOKENS_PER_PACK) -> Abs
         trainer: a GRPOTrainer or RLOOTrainer of text, before it trains. An EGRSDTrainer has ``packing=True`` in its
             config.
         max_tokens_per_pack: the most tokens of a forward, shared ones counted once. A longer rollout is one alone.
+        compile_layers: whether decoder layers run compiled in packs, and nowhere else; see
+            :func:`egrsd_kernels.packing.packed`. Default: on a GPU in 16 bits, unless weights are sharded or there is
+            dropout.
 
     Returns:
         A context whose end undoes this, as :func:`unpack` does; to call pack alone is enough.
@@ -54,7 +59,9 @@ def pack(trainer: Any, *, max_tokens_per_pack: int = MAX_TOKENS_PER_PACK) -> Abs
     budget = integer("max_tokens_per_pack", max_tokens_per_pack, low=1)
     row_limits(trainer.model, trainer.ref_model)
     undo = ExitStack()
-    step = PackedStep(trainer.accelerator, budget)
+    if compile_layers is not None:
+        flag("compile_layers", compile_layers)
+    step = PackedStep(trainer.accelerator, budget, compile_layers)
     undo.callback(step.remove)
     hooks = _Hooks(trainer, step)
     for name in HOOKED:

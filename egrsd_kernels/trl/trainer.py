@@ -266,7 +266,7 @@ class EGRSDTrainer(GRPOTrainer):
                 if self._contexts:
                     with self.teacher.active() as teacher:
                         row_limits(teacher)
-                return PackedStep(self.accelerator, self.args.max_tokens_per_pack)
+                return PackedStep(self.accelerator, self.args.max_tokens_per_pack, self.args.compile_layers)
             except ModelError as refusal:
                 fault = str(refusal)
         if self.args.packing:
