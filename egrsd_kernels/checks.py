@@ -397,7 +397,7 @@ def sparse_tolerance(grad_mode: object, sparse_tol: object) -> float | None:
     known = isinstance(grad_mode, str) and grad_mode in ("exact", "sparse", "auto")
     expect(known, "grad_mode", grad_mode, '"exact" or "sparse"')
     if grad_mode == "auto":
-        warnings.warn('grad_mode: "auto" is deprecated and means "exact" now', FutureWarning, stacklevel=4)
+        warnings.warn('grad_mode: "auto" is deprecated and means "exact" now', FutureWarning, stacklevel=3)
     tolerance = number("sparse_tol", sparse_tol, low=0, high=1, strict=True)
     return tolerance if grad_mode == "sparse" else None
 
