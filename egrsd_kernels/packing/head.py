@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from egrsd_kernels.models.places import language_model
 from egrsd_kernels.models.proof import found_in
 
 from .attention import FAST, beside, implementation_of, road_of
-from .layers import compile_decoder_layers, padded_size
+from .layers import compiled_layers, padded_size
 from .proof import fast_road, inputs_of, row_limit
 from .segments import Copies, copies_of, take_rows
 from .tree import Pack
@@ -81,10 +82,8 @@ def packed(
             f"compile_layers: {type(base).__name__}: expected a model on a GPU, in 16 bits, with attn_implementation "
             f"{' or '.join(FAST)}, got {base.dtype} on {base.device.type} with {implementation_of(base)}"
         )
-    size = None
-    if fast is not None and compile_layers is not False:
-        size = padded_size(len(pack))
-        compile_decoder_layers(base)
+    compiles = fast is not None and compile_layers is not False
+    size = padded_size(len(pack)) if compiles else None
 
     def at_targets(hidden: Tensor, head: Head) -> Result:
         index = moved(pack.hidden_index, hidden.device)
@@ -96,5 +95,8 @@ def packed(
         with beside():
             return function(rows, head)
 
-    with road_of(implementation_of(base))(pack) if fast is None else fast(pack, size):
+    with (
+        compiled_layers(base) if compiles else nullcontext(),
+        road_of(implementation_of(base))(pack) if fast is None else fast(pack, size),
+    ):
         return with_head(model, at_targets, **inputs_of(pack, base.device, size), **inputs)
