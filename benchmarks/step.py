@@ -250,13 +250,11 @@ def run_step(model: nn.Module, batch: Batch, head: str) -> tuple[Tensor, Seen]:
     """(loss, what was seen); the gradients are added to the adapters'."""
     seen = Seen(*(torch.zeros(len(batch.target_ids), device=batch.target_ids.device) for _ in range(3)))
     with torch.autocast(batch.target_ids.device.type, torch.bfloat16):
-        model.eval()
-        with torch.no_grad(), model.disable_adapter():
+        with torch.no_grad(), model.disable_adapter() if head == "trl" else adapters_off(model):
             for step in batch.teacher:
                 seen.teacher_logp[step.tokens], seen.teacher_entropy[step.tokens] = step.run(
                     model, statistics_by(head, batch.target_ids[step.tokens])
                 )
-        model.train()
         scale = credit.batch_max(seen.teacher_entropy).clamp(min=1.0)
         total = torch.zeros((), device=batch.target_ids.device)
         for step in batch.student:
@@ -265,6 +263,16 @@ def run_step(model: nn.Module, batch: Batch, head: str) -> tuple[Tensor, Seen]:
             seen.student_logp[step.tokens] = logp
             total += loss.detach()
     return total, seen
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """What PEFT's disable_adapter does between two reports on the state of every module."""
+    model.base_model.disable_adapter_layers()
+    try:
+        yield
+    finally:
+        model.base_model.enable_adapter_layers()
 
 
 def statistics_by(head: str, target_ids: Tensor) -> Function:
@@ -288,7 +296,7 @@ def build(shape: str, layers: int | None, device: torch.device) -> nn.Module:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # small but not 0, where it starts in training: the teacher is another model
             parameter.data.normal_(0, 0.01)
-    return model
+    return model.train()  # teacher, too: there is no dropout
 
 
 @contextlib.contextmanager
@@ -359,7 +367,7 @@ def seen_alone(model: nn.Module, rollouts: Rollouts, device: torch.device, dtype
         for teacher in (False, True):
             with model.disable_adapter() if teacher else contextlib.nullcontext():
                 (step,) = padded_passes(rollouts, teacher, device)
-                found.append(step.run(model.eval(), lambda hidden, head: token_statistics(hidden, head, targets)[0]))
+                found.append(step.run(model, lambda hidden, head: token_statistics(hidden, head, targets)[0]))
     return found[0], found[1]
 
 

@@ -60,19 +60,25 @@ def instance(name: str, value: object, kind: type[T], expected: str) -> T:
     return value
 
 
+def traced(tensor: torch.Tensor) -> bool:
+    """Whether PyTorch traces (torch.compile, torch.export, FakeTensorMode, make_fx) or transforms (torch.func)."""
+    if torch.compiler.is_compiling():  # first: what follows cannot be compiled
+        return True
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return isinstance(tensor, FakeTensor) or any(torch._C._get_dispatch_mode(key) is not None for key in TRACING)
+
+
 def values_checked(tensor: torch.Tensor) -> bool:
     """Whether values may be looked at: on a CPU, and on any device when EGRSD_KERNELS_CHECK is 1.
 
-    Never while PyTorch traces (torch.compile, torch.export, FakeTensorMode, make_fx) or transforms (torch.func): what
-    depends on values fails there. On a GPU to look at them would make the host wait.
+    Never where :func:`traced`: what depends on values fails there. On a GPU to look at them would make the host wait.
     """
     if torch.compiler.is_compiling():  # first: what follows cannot be compiled
         return False
     if tensor.device.type != "cpu" and (tensor.is_meta or os.environ.get("EGRSD_KERNELS_CHECK") != "1"):
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    return not isinstance(tensor, FakeTensor) and all(torch._C._get_dispatch_mode(key) is None for key in TRACING)
+    return not traced(tensor)
 
 
 def tensor(
@@ -115,8 +121,9 @@ def number(name: str, value: object, *, low: float = -math.inf, high: float = ma
     except OverflowError:  # an integer or a fraction beyond float64
         real = math.inf
     fits = low <= real <= high and -math.inf < real < math.inf and not (strict and real == low)
-    bounds = f"{'above' if strict else 'at least'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
-    expect(fits, name, value, "a finite number" + (f" {bounds}" if (low, high) != (-math.inf, math.inf) else ""))
+    if not fits:  # words only then: a number that is traced has none
+        bounds = f" {'above' if strict else 'at least'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
+        expect(False, name, value, "a finite number" + (bounds if (low, high) != (-math.inf, math.inf) else ""))
     return real
 
 
@@ -390,7 +397,7 @@ def sparse_tolerance(grad_mode: object, sparse_tol: object) -> float | None:
     known = isinstance(grad_mode, str) and grad_mode in ("exact", "sparse", "auto")
     expect(known, "grad_mode", grad_mode, '"exact" or "sparse"')
     if grad_mode == "auto":
-        warnings.warn('grad_mode: "auto" is deprecated and means "exact" now', FutureWarning, stacklevel=4)
+        warnings.warn('grad_mode: "auto" is deprecated and means "exact" now', FutureWarning, stacklevel=3)
     tolerance = number("sparse_tol", sparse_tol, low=0, high=1, strict=True)
     return tolerance if grad_mode == "sparse" else None
 

@@ -56,8 +56,8 @@ class Lookahead(NamedTuple):
         for name, (owner, bounds) in FILTER_NUMBERS.items():
             value = numbers[name] = number(f"lookahead_{name}", given[name], **bounds)
             neutral = cls._field_defaults[name]
-            fits = filter == owner or value == neutral
-            expect(fits, f"lookahead_{name}", value, f'{neutral:g}, since lookahead_filter is "{filter}"')
+            if filter != owner and value != neutral:
+                expect(False, f"lookahead_{name}", value, f'{neutral:g}, since lookahead_filter is "{filter}"')
         return cls(checks.integer("lookahead", window, low=0), filter, **numbers)
 
     @classmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -12,41 +12,69 @@ from . import checks
 from .backends import (
     DEFAULT_CHUNK_BYTES,
     Divergence,
-    DivergenceBackend,
     DivergenceStatistics,
+    Gradients,
     KeptDivergence,
     Kind,
     Needs,
     Pair,
     PairCredit,
+    choose,
     choose_divergence,
     power_of_two,
 )
-from .eager import eager
 from .head import Head, compute_dtype, widened
-from .rows import Rows
+from .once import once
+from .operators import flat, operator, parameters, unflat
 
 
 class _Options(NamedTuple):
-    student: Callable[..., Head]  # makes the head of its (weight, bias)
-    teacher: Callable[..., Head]
+    """What goes with the tensors of a call."""
+
+    logit_scale: float
+    softcap: float | None
+    teacher_logit_scale: float
+    teacher_softcap: float | None
     temperature: float
-    divergence: Divergence
-    backend: DivergenceBackend
+    kind: Kind
+    beta: float
+    top_k: int | None
+    backend: str
     chunk_bytes: int
     keep_bytes: int
     needs: Needs
-    stats: bool  # whether more than the divergence is returned
+    names: tuple[str, ...]  # fields of DivergenceStatistics that are returned
 
     @property
     def ahead(self) -> bool:
         """Whether dD / d hidden is all that will be needed, which needs no incoming gradient to be made."""
         return self.needs.hidden and not self.needs.head
 
-    def pair(self, operands: Sequence[Any]) -> Pair:
-        hidden, weight, bias, columns, teacher_hidden, teacher_weight, teacher_bias = operands
-        student, teacher = self.student(widened(weight, columns), bias), self.teacher(teacher_weight, teacher_bias)
-        return Pair(hidden, student, teacher_hidden, teacher, self.temperature, self.divergence)
+    def pair(self, operands: _Operands) -> Pair:
+        student = Head(operands.weight, operands.bias, self.logit_scale, self.softcap)
+        teacher = Head(operands.teacher_weight, operands.teacher_bias, self.teacher_logit_scale, self.teacher_softcap)
+        which = Divergence(self.kind, self.beta, self.top_k)
+        return Pair(operands.hidden, student, operands.teacher_hidden, teacher, self.temperature, which)
+
+
+class _Operands(NamedTuple):
+    """Hidden states (B, T, D), heads, and (N,): the targets, if there are any, and which tokens are valid."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    teacher_hidden: Tensor
+    teacher_weight: Tensor
+    teacher_bias: Tensor | None
+    target_ids: Tensor | None
+    valid: Tensor
+
+
+_SCHEMA = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor teacher_hidden, Tensor teacher_weight, Tensor? teacher_bias, "
+    "Tensor? target_ids, Tensor valid"
+)
+_TENSORS = len(_Operands._fields)
 
 
 def _share(divergence: Tensor) -> Tensor:
@@ -59,100 +87,169 @@ def _share(divergence: Tensor) -> Tensor:
     return 1 / power_of_two(torch.where(size.isnan(), 1, size))
 
 
-class _LinearDivergence(torch.autograd.Function):
-    """A frozen head needs dD / d hidden alone, which the forward pass makes; the backward pass scales it.
+def _forward(
+    operands: _Operands, options: _Options, keeps: bool = False
+) -> tuple[list[Tensor], list[Tensor], KeptDivergence | None]:
+    """(what is returned, what the backward pass takes of this one, what it has kept: with ``keeps`` only).
 
-    The head's gradient needs dL/dD before its product: there dD/dz is kept for the backward pass, or made again.
+    Taken are, where the gradient is made here, dD / d hidden, and beside float16 what each token's was multiplied by.
     """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        columns: Tensor | None,
-        teacher_hidden: Tensor,
-        teacher_weight: Tensor,
-        teacher_bias: Tensor | None,
-        target_ids: Tensor | None,
-        valid: Tensor,
-        options: _Options,
-    ) -> tuple[Tensor | None, ...]:
-        ctx.options, ctx.kept = options, None
-        ctx.set_materialize_grads(False)
-        backend, needs = options.backend, options.needs
-        operands = hidden, weight, bias, columns, teacher_hidden, teacher_weight, teacher_bias
-        dtype = compute_dtype(hidden.dtype)
-        zeros = [torch.zeros_like(valid, dtype=dtype) for _ in range(5 if options.stats else 1)]
-        out = DivergenceStatistics(*zeros)
-        if target_ids is None:
-            out = out._replace(student_logp=None, teacher_logp=None)
-        problem = options.pair(operands), target_ids, Rows.build(valid, valid), out
-        if options.ahead:
-            share = torch.ones_like(out.divergence)
-            half = hidden.dtype == torch.float16
+    o, hidden, valid = options, operands.hidden, operands.valid
+    dtype = compute_dtype(hidden.dtype)
+    with torch.cuda.device_of(hidden):
+        pair = o.pair(operands)
+        passes, rows = choose_divergence(o.backend, pair), choose(o.backend, hidden).build_rows(valid, valid)
+        out = DivergenceStatistics(**{name: torch.zeros_like(valid, dtype=dtype) for name in o.names})
+        problem, kept = (pair, operands.target_ids, rows, out), None
+        state: list[Tensor] = []
+        if o.ahead:
+            share, half = torch.ones_like(out.divergence), hidden.dtype == torch.float16
 
             def credit(first_row: int, n_rows: int) -> PairCredit:
                 return PairCredit(share.copy_(_share(out.divergence)) if half else share)
 
-            direction = backend.divergence_pass(*problem, credit, needs, options.chunk_bytes)(None).hidden
-            ctx.save_for_backward(direction, share if half else None)
-        elif any(needs):
-            ctx.kept = backend.keep_divergence(*problem, needs, options.keep_bytes, options.chunk_bytes)
-            ctx.save_for_backward(*operands, target_ids, valid)
+            direction = passes.divergence_pass(*problem, credit, o.needs, o.chunk_bytes)(None).hidden
+            assert direction is not None
+            state = [direction, share] if half else [direction]
+        elif keeps:
+            kept = passes.keep_divergence(*problem, o.needs, o.keep_bytes, o.chunk_bytes)
         else:
-            backend.divergence_pass(*problem, _no_credit, needs, options.chunk_bytes)
-        ctx.mark_non_differentiable(*(x for x in out[1:] if x is not None))
-        return tuple(out)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        checks.refuse_second_derivative("linear_divergence")
-        if gradient is None:
-            return (None,) * 10
-        options: _Options = ctx.options
-        if options.ahead:
-            direction, share = ctx.saved_tensors
-            factor = gradient if share is None else gradient / share
-            factor = factor.reshape(*direction.shape[:-1], 1)
-            d_hidden = torch.mul(direction, factor, out=torch.empty_like(direction))
-            # Chosen, not multiplied: the direction of an infinite divergence is not finite.
-            return d_hidden.masked_fill_(factor == 0, 0), *(None,) * 9
-        *operands, target_ids, valid = ctx.saved_tensors
-        kept, ctx.kept = ctx.kept, None  # it is used up: a second backward pass makes all of it again
-        return *_gradients(options, operands, target_ids, valid, gradient.contiguous(), kept), *(None,) * 6
+            passes.divergence_pass(*problem, _no_credit, Needs(False, False, False), o.chunk_bytes)
+    return [x for x in out if x is not None], state, kept
 
 
 def _no_credit(first_row: int, n_rows: int) -> PairCredit:
     raise AssertionError("a pass without gradients asks for no credit")
 
 
-def _gradients(
-    options: _Options,
-    operands: Sequence[Any],
-    target_ids: Tensor | None,
-    valid: Tensor,
-    gradient: Tensor,
-    kept: KeptDivergence | None,
-) -> tuple[Tensor | None, ...]:
-    """Of (hidden, weight, bias, columns)."""
-    hidden, columns, power = operands[0], operands[3], None
-    needed = valid & (gradient != 0)
+def _forward_like(*given: Any) -> list[Tensor]:
+    operands, options = _Operands(*given[:_TENSORS]), unflat(_Options, given[_TENSORS:])
+    hidden, n = operands.hidden, operands.valid.shape[0]
+    dtype = compute_dtype(hidden.dtype)
+    numbers = len(options.names) + (options.ahead and hidden.dtype == torch.float16)
+    found = [hidden.new_empty(n, dtype=dtype) for _ in range(numbers)]
+    if options.ahead:
+        found.insert(len(options.names), hidden.new_empty(hidden.shape))
+    return found
+
+
+@operator(f"linear_divergence({_SCHEMA}, {parameters(_Options)}) -> Tensor[]", _forward_like)
+def _forward_operator(*given: Any) -> list[Tensor]:
+    """What is returned, and after it what the backward pass takes."""
+    found, state, _ = _forward(_Operands(*given[:_TENSORS]), unflat(_Options, given[_TENSORS:]))
+    return found + state
+
+
+def _backward(
+    operands: _Operands, gradient: Tensor, options: _Options, kept: KeptDivergence | None = None
+) -> Gradients:
+    """Of a trained head's operands, given dL/dD (N,)."""
+    hidden, power = operands.hidden, None
+    gradient = gradient.contiguous()
+    needed = operands.valid & (gradient != 0)
     if hidden.dtype == torch.float16 and gradient.numel():
         # The head's product has dL/dD times hidden as an operand: a loss scale would leave float16's range.
         power = power_of_two(gradient.abs().nan_to_num(0, 0, 0).amax())
         gradient = gradient / power
     pair = options.pair(operands)
     if kept is not None:
-        finish = kept(pair, gradient, needed, options.chunk_bytes)
-    else:
-        again = Rows.build(needed, needed), DivergenceStatistics(torch.zeros_like(gradient))
-        credit = PairCredit(gradient)
-        finish = options.backend.divergence_pass(
-            pair, target_ids, *again, lambda *_: credit, options.needs, options.chunk_bytes
-        )
-    return finish(power).of_operands(options.needs, columns)
+        return kept(pair, gradient, needed, options.chunk_bytes)(power)
+    rows, credit = choose(options.backend, hidden).build_rows(needed, needed), PairCredit(gradient)
+    finish = choose_divergence(options.backend, pair).divergence_pass(
+        pair, operands.target_ids, rows, DivergenceStatistics(torch.zeros_like(gradient)), lambda *_: credit,
+        options.needs, options.chunk_bytes,
+    )  # fmt: skip
+    return finish(power)
+
+
+def _backward_like(*given: Any) -> list[Tensor]:
+    operands, needs = _Operands(*given[:_TENSORS]), unflat(_Options, given[_TENSORS + 1 :]).needs
+    hidden, weight, bias = operands[:3]
+    made = [hidden.new_empty(hidden.shape)] if needs.hidden else []
+    made += [weight.new_empty(weight.shape[0], weight.shape[1] - needs.first_column)] if needs.weight else []
+    return made + ([bias.new_empty(bias.shape)] if needs.bias and bias is not None else [])
+
+
+@operator(f"linear_divergence_backward({_SCHEMA}, Tensor gradient, {parameters(_Options)}) -> Tensor[]", _backward_like)
+def _backward_operator(*given: Any) -> list[Tensor]:
+    """gradient: dL/dD (N,). The needed gradients come, in the order of the operands."""
+    operands, options = _Operands(*given[:_TENSORS]), unflat(_Options, given[_TENSORS + 1 :])
+    with torch.cuda.device_of(operands.hidden):
+        return [x for x in _backward(operands, given[_TENSORS], options) if x is not None]
+
+
+@operator(
+    "scale_directions(Tensor direction, Tensor? share, Tensor factor) -> Tensor",
+    lambda direction, *_: torch.empty_like(direction),
+)
+def _scale_operator(direction: Tensor, share: Tensor | None, factor: Tensor) -> Tensor:
+    """direction (B, T, D) times factor (N,) over share (N,), rounded once; 0 where the factor is."""
+    factor = (factor if share is None else factor / share).reshape(*direction.shape[:-1], 1)
+    scaled = torch.mul(direction, factor, out=torch.empty_like(direction))
+    # Chosen, not multiplied: the direction of an infinite divergence is not finite.
+    return scaled.masked_fill_(factor == 0, 0)
+
+
+class _LinearDivergence(torch.autograd.Function):
+    """A frozen head needs dD / d hidden alone, which the forward pass makes; the backward pass scales it.
+
+    The head's gradient needs dL/dD before its product: there dD/dz is kept for the backward pass, or made again. What
+    is kept is no tensor: ``keeps`` says whether there is something, which nobody who traces may ask for.
+
+    anchor: nothing, with the graph of the hidden states, which a direction does not hold on to. Without it a derivative
+    of the gradient would be 0 in silence.
+    """
+
+    @staticmethod
+    def forward(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor | None, options: _Options, keeps: bool,
+        anchor: Tensor, *others: Tensor | None,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        operands = _Operands._make((hidden, widened(weight, columns), bias, *others))
+        if keeps:
+            found, state, kept = _forward(operands, options, keeps=True)
+            return *found, *state, kept
+        return tuple(_forward_operator(*operands, *flat(options)))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        hidden, weight, bias, columns, options, keeps, anchor, *others = inputs
+        ctx.options, ctx.kept = options, None
+        if keeps:
+            output, ctx.kept = output[:-1], output[-1]
+        if options.ahead:
+            ctx.save_for_backward(anchor, *output[len(options.names) :])
+        else:
+            ctx.save_for_backward(hidden, weight, bias, columns, *others)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        arguments = 4 + _TENSORS
+        if gradient is None:
+            return (None,) * arguments
+        kept, ctx.kept = ctx.kept, None  # it is used up: a second backward pass makes all of it again
+        how = _LinearDivergence._gradients
+        gradients = once("linear_divergence", how, ctx.saved_tensors, gradient, ctx.options, kept)
+        return *gradients, *(None,) * (arguments - 4)
+
+    @staticmethod
+    def _gradients(
+        saved: Sequence[Any], gradient: Tensor, options: _Options, kept: KeptDivergence | None
+    ) -> tuple[Tensor | None, ...]:
+        """Of (hidden, weight, bias, columns)."""
+        if options.ahead:
+            direction, share = (*saved[1:], None)[:2]
+            return _scale_operator(direction, share, gradient), None, None, None
+        hidden, weight, bias, columns, *others = saved
+        operands = _Operands._make((hidden, widened(weight, columns), bias, *others))
+        if kept is not None:
+            made = _backward(operands, gradient, options, kept)
+        else:
+            found = iter(_backward_operator(*operands, gradient, *flat(options)))
+            made = Gradients(*(next(found) if needed else None for needed in options.needs[:3]))
+        return made.of_operands(options.needs, columns)
 
 
 @overload
@@ -169,7 +266,6 @@ def linear_divergence(
     mask: Tensor | None = ..., top_k: int | None = ..., return_stats: bool,
     backend: Literal["auto", "triton", "torch"] = ..., chunk_bytes: int = ..., keep_bytes: int = ...,
 ) -> Tensor | DivergenceStatistics: ...  # fmt: skip
-@eager
 def linear_divergence(
     student_hidden: Tensor,
     student_head: Tensor | Head,
@@ -233,7 +329,7 @@ def linear_divergence(
         TypeError, ValueError: naming the argument, what it got and what it expects. Values of target_ids and mask are
             checked where :func:`egrsd_kernels.fused_egrsd_loss` checks values; unchecked, a target outside the
             vocabulary makes all that is said of its token NaN.
-        RuntimeError: in the backward pass under create_graph=True; there is no second derivative.
+        RuntimeError: where a gradient made under create_graph=True is differentiated; there is no second derivative.
     """
     checks.hidden_states("student_hidden", student_hidden)
     checks.hidden_states("teacher_hidden", teacher_hidden, like=student_hidden)
@@ -253,18 +349,22 @@ def linear_divergence(
     flat_targets, valid = checks.optional_targets(target_ids, student_hidden, vocabulary, mask)
     chunk_bytes = checks.integer("chunk_bytes", chunk_bytes, low=1)
     keep_bytes = checks.integer("keep_bytes", keep_bytes, low=0)
-    with torch.cuda.device_of(student_hidden):
-        states, columns = student.join(checks.batched(student_hidden), valid)
-        with torch.no_grad():
-            teacher_states, teacher = teacher.detach().joined(checks.batched(teacher_hidden.detach()), valid)
-        pair = Pair(states, student, teacher_states, teacher, temperature, which)
-        ops = choose_divergence(backend, pair)
-        needs = Needs.of(states, student.weight, student.bias, columns)
-        frames = student.frame, teacher.frame
-        options = _Options(*frames, temperature, which, ops, chunk_bytes, keep_bytes, needs, return_stats)
-        outputs: tuple[Any, ...] = _LinearDivergence.apply(  # type: ignore[no-untyped-call]
-            states, student.weight, student.bias, columns, teacher_states, teacher.weight, teacher.bias, flat_targets,
-            valid, options,
-        )  # fmt: skip
-    found = DivergenceStatistics(*outputs).view(leading)
+    names = ["divergence"]
+    if return_stats:
+        names += [] if flat_targets is None else ["student_logp", "teacher_logp"]
+        names += ["student_entropy", "teacher_entropy"]
+    states, columns = student.join(checks.batched(student_hidden), valid)
+    with torch.no_grad():
+        teacher_states, teacher = teacher.detach().joined(checks.batched(teacher_hidden.detach()), valid)
+    choose_divergence(backend, Pair(states, student, teacher_states, teacher, temperature, which))  # or it is refused
+    options = _Options(
+        student.logit_scale, student.softcap, teacher.logit_scale, teacher.softcap, temperature, *which, backend,
+        chunk_bytes, keep_bytes, Needs.of(states, student.weight, student.bias, columns), tuple(names),
+    )  # fmt: skip
+    keeps = any(options.needs) and not options.ahead and not checks.traced(states)
+    outputs: tuple[Any, ...] = _LinearDivergence.apply(  # type: ignore[no-untyped-call]
+        states, student.weight, student.bias, columns, options, keeps, states[:0].clone(), teacher_states,
+        teacher.weight, teacher.bias, flat_targets, valid,
+    )  # fmt: skip
+    found = DivergenceStatistics(**dict(zip(names, outputs, strict=False))).view(leading)
     return found if return_stats else found.divergence

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -13,24 +13,29 @@ from .backends import (
     DEFAULT_CHUNK_BYTES,
     DEFAULT_SPARSE_TOL,
     EXTRAS,
-    Backend,
     EntropyGradient,
+    Gradients,
     Kept,
     Needs,
     Sparse,
     VocabularyStatistics,
     choose,
     exceeding,
-    no_extras,
+    known,
     power_of_two,
 )
-from .eager import eager
 from .head import Head, compute_dtype, widened
+from .once import once
+from .operators import flat, operator, parameters, unflat
 
 
 class _Options(NamedTuple):
+    """What goes with the tensors of a call."""
+
+    logit_scale: float
+    softcap: float | None
     temperature: float
-    backend: Backend
+    backend: str
     chunk_bytes: int
     keep_bytes: int
     needs: Needs
@@ -45,6 +50,140 @@ class _Options(NamedTuple):
         """Whether d log p / d hidden is all that will be needed, which needs no incoming gradient to be made."""
         return self.needs.hidden and not self.needs.head and not self.entropy_grad
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Fields of VocabularyStatistics that are returned."""
+        return ("logp", "entropy", *self.extras) if self.entropy else ("logp", *self.extras)
+
+    def head(self, weight: Tensor, bias: Tensor | None) -> Head:
+        return Head(weight, bias, self.logit_scale, self.softcap)
+
+
+def _forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target_ids: Tensor, valid: Tensor, options: _Options,
+    keeps: bool = False,
+) -> tuple[list[Tensor], list[Tensor], Kept | None]:  # fmt: skip
+    """(what is returned, what the backward pass takes of this one, what it has kept: with ``keeps`` only).
+
+    Taken are, where the gradient is made here, d log p / d hidden, and with a tolerance what it dropped and its mass;
+    else entropy and logsumexp, where the entropy may have a gradient.
+    """
+    backend, o, n = choose(options.backend, hidden), options, len(target_ids)
+    every = {"logp", "entropy", "logsumexp", *o.extras}
+    names = set(o.names) if o.ahead else every
+    with torch.cuda.device_of(hidden):
+        head, rows = o.head(weight, bias), backend.build_rows(valid, valid)
+        out = VocabularyStatistics.of(names, VocabularyStatistics.empty(names, n, hidden, hidden.new_zeros))
+        problem, kept = (head, o.temperature, hidden, target_ids, rows, out), None
+        state: list[Tensor] = []
+        if o.ahead:
+            ones = torch.ones_like(out.logp)
+            sparse = None if o.sparse_tol is None else Sparse.of(o.sparse_tol / 2, target_ids)
+            finish = backend.student_pass(*problem, lambda *_: ones, o.needs, o.chunk_bytes, sparse)
+            direction = finish(None).hidden
+            assert direction is not None
+            state = [direction] if sparse is None else [direction, sparse.dropped.clone(), sparse.mass.clone()]
+        else:
+            if keeps:
+                kept = backend.keep(*problem, o.needs, o.entropy_grad, o.keep_bytes, o.chunk_bytes)
+            else:
+                backend.statistics(*problem, o.chunk_bytes)
+            if o.entropy_grad or o.lazy:
+                assert out.entropy is not None and out.logsumexp is not None
+                state = [out.entropy.clone(), out.logsumexp]  # the one that is returned may be changed in place
+    return [x for name in out._fields if name in o.names and (x := getattr(out, name)) is not None], state, kept
+
+
+def _forward_like(hidden: Tensor, weight: Tensor, bias: Tensor | None, target_ids: Tensor, *given: Any) -> list[Tensor]:
+    o, n = unflat(_Options, given[1:]), target_ids.shape[0]
+    found = VocabularyStatistics.empty(o.names, n, hidden, hidden.new_empty)
+    if o.ahead:
+        sparse = [] if o.sparse_tol is None else [hidden.new_empty(n, dtype=torch.float32) for _ in range(2)]
+        return [*found, hidden.new_empty(hidden.shape), *sparse]
+    known = 2 if o.entropy_grad or o.lazy else 0
+    return found + [hidden.new_empty(n, dtype=compute_dtype(hidden.dtype)) for _ in range(known)]
+
+
+_OPERANDS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target_ids, Tensor valid"
+
+
+@operator(f"linear_logp({_OPERANDS}, {parameters(_Options)}) -> Tensor[]", _forward_like)
+def _forward_operator(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target_ids: Tensor, valid: Tensor, *options: Any
+) -> list[Tensor]:  # fmt: skip
+    """hidden: (B, T, D); target_ids, valid: (N,). What is returned, and after it what the backward pass takes."""
+    found, state, _ = _forward(hidden, weight, bias, target_ids, valid, unflat(_Options, options))
+    return found + state
+
+
+def _backward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target_ids: Tensor, valid: Tensor, state: Sequence[Tensor],
+    d_logp: Tensor | None, d_entropy: Tensor | None, options: _Options, kept: Kept | None = None,
+) -> Gradients:  # fmt: skip
+    """What :func:`_forward` does not make ahead. One of d_logp and d_entropy (N,) may be None, for 0."""
+    given = d_logp if d_logp is not None else d_entropy
+    assert given is not None
+    d_logp = torch.zeros_like(given) if d_logp is None else d_logp.contiguous()
+    if options.ahead:
+        if d_entropy is not None:
+            return _unannounced(hidden, weight, bias, target_ids, valid, d_logp, d_entropy.contiguous(), options)
+        d_hidden = scale_rows(state[0], d_logp)
+        if options.sparse_tol is not None:
+            beyond = exceeding(state[1], state[2], d_logp, options.sparse_tol)
+            exact = _gradients(hidden, weight, bias, target_ids, beyond, d_logp, options).hidden
+            assert exact is not None  # since needs.hidden
+            d_hidden.masked_fill_(beyond.view(*hidden.shape[:-1], 1), 0).add_(exact)
+        return Gradients(d_hidden, None, None)
+    needed, of_entropy = d_logp != 0, None
+    if d_entropy is None and kept is not None and options.entropy_grad:  # it has kept logits
+        d_entropy = torch.zeros_like(d_logp)
+    if d_entropy is not None:
+        kept = kept if options.entropy_grad else None  # a lazy one finds exponentials that it cannot use
+        of_entropy = EntropyGradient(d_entropy.contiguous(), *state)
+        needed = needed | (d_entropy != 0)
+    sparse = None if options.sparse_tol is None else Sparse.of(options.sparse_tol, target_ids)
+    return _gradients(
+        hidden, weight, bias, target_ids, valid & needed, d_logp, options, of_entropy, sparse, kept
+    )  # fmt: skip
+
+
+def _backward_like(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target_ids: Tensor, valid: Tensor, state: list[Tensor],
+    d_logp: Tensor | None, d_entropy: Tensor | None, *options: Any,
+) -> list[Tensor]:  # fmt: skip
+    needs = unflat(_Options, options).needs
+    made = [hidden.new_empty(hidden.shape)] if needs.hidden else []
+    made += [weight.new_empty(weight.shape[0], weight.shape[1] - needs.first_column)] if needs.weight else []
+    return made + ([bias.new_empty(bias.shape)] if needs.bias and bias is not None else [])
+
+
+@operator(
+    f"linear_logp_backward({_OPERANDS}, Tensor[] state, Tensor? d_logp, Tensor? d_entropy, {parameters(_Options)}) "
+    "-> Tensor[]",
+    _backward_like,
+)
+def _backward_operator(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target_ids: Tensor, valid: Tensor, state: list[Tensor],
+    d_logp: Tensor | None, d_entropy: Tensor | None, *options: Any,
+) -> list[Tensor]:  # fmt: skip
+    """state: what :func:`_forward_operator` left for it. The needed gradients come, in the order of the operands."""
+    given = hidden, weight, bias, target_ids, valid, state, d_logp, d_entropy
+    with torch.cuda.device_of(hidden):
+        return [x for x in _backward(*given, unflat(_Options, options)) if x is not None]
+
+
+def scale_rows(direction: Tensor, factor: Tensor) -> Tensor:
+    """direction (B, T, D) times factor (N,), rounded once; 0 where the factor is, whatever the direction is."""
+    factor = factor.reshape(*direction.shape[:-1], 1)
+    scaled = torch.mul(direction, factor, out=torch.empty_like(direction))
+    # Chosen, not multiplied: the direction of a target outside the vocabulary is NaN.
+    return scaled.masked_fill_(factor == 0, 0)
+
+
+@operator("scale_rows(Tensor direction, Tensor factor) -> Tensor", lambda direction, _: torch.empty_like(direction))
+def _scale_operator(direction: Tensor, factor: Tensor) -> Tensor:
+    return scale_rows(direction, factor)
+
 
 class _LinearLogp(torch.autograd.Function):
     """A frozen head needs d log p / d hidden alone, which the forward pass makes while the exponentials are there.
@@ -57,115 +196,86 @@ class _LinearLogp(torch.autograd.Function):
     that says of other c is known once they are there. Σ |c| dropped <= sparse_tol Σ |c| mass mostly holds, unless |c|
     goes up with what was dropped. Else all tokens that drop more than sparse_tol of their own mass are made again,
     exactly, and then it holds token by token.
+
+    What is kept is no tensor: ``keeps`` says whether there is something, which nobody who traces may ask for.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        columns: Tensor | None,
-        frame: Callable[..., Head],
-        target_ids: Tensor,
-        valid: Tensor,
-        options: _Options,
-    ) -> tuple[Tensor | None, ...]:
-        ctx.frame, ctx.options, ctx.kept = frame, options, None
-        ctx.set_materialize_grads(False)
-        backend, needs, sparse_tol = options.backend, options.needs, options.sparse_tol
-        operands = hidden, weight, bias, columns, target_ids
-        head, rows = frame(widened(weight, columns), bias), options.backend.build_rows(valid, valid)
-        logp, entropy, logsumexp = (torch.zeros_like(valid, dtype=compute_dtype(hidden.dtype)) for _ in range(3))
-        out = VocabularyStatistics(logp, entropy, logsumexp, **no_extras(logp, options.extras))
-        if options.ahead:  # entropies only where they are returned
-            out = out._replace(entropy=entropy if options.entropy else None, logsumexp=None)
-        problem = head, options.temperature, hidden, target_ids, rows, out
-        if options.ahead:
-            ones = torch.ones_like(logp)
-            sparse = None if sparse_tol is None else Sparse.of(sparse_tol / 2, target_ids)
-            finish = backend.student_pass(*problem, lambda *_: ones, needs, options.chunk_bytes, sparse)
-            more = (valid,) if sparse is None else (sparse.dropped, sparse.mass)
-            again = (*operands, *more) if options.lazy or sparse is not None else ()
-            ctx.save_for_backward(finish(None).hidden, *again)
-        else:
-            if any(needs) and sparse_tol is None:
-                room = options.keep_bytes, options.chunk_bytes
-                ctx.kept = backend.keep(*problem, needs, options.entropy_grad, *room)
-            else:
-                backend.statistics(*problem, options.chunk_bytes)
-            # Of entropies without a gradient nothing is needed again; others may be changed in place.
-            known = (entropy.clone(), logsumexp) if options.entropy_grad or options.lazy else (None, None)
-            ctx.save_for_backward(*operands, valid, *known)
-        returned = out._replace(entropy=entropy if options.entropy else None, logsumexp=None)
-        constant = returned[2 if options.entropy_grad or options.lazy else 1 :]
-        ctx.mark_non_differentiable(*(x for x in constant if x is not None))
-        return tuple(returned)
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor | None, target_ids: Tensor, valid: Tensor,
+        options: _Options, keeps: bool,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        operands = hidden, widened(weight, columns), bias, target_ids, valid
+        if keeps:
+            found, state, kept = _forward(*operands, options, keeps=True)
+            return *found, *state, kept
+        return tuple(_forward_operator(*operands, *flat(options)))
 
     @staticmethod
-    def backward(ctx: Any, d_logp: Tensor | None, d_entropy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        checks.refuse_second_derivative("linear_logp")
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        hidden, weight, bias, columns, target_ids, valid, options, keeps = inputs
+        ctx.options, ctx.kept = options, None
+        if keeps:
+            output, ctx.kept = output[:-1], output[-1]
+        state = output[len(options.names) :]
+        # An exact gradient that is made ahead needs nothing else, unless a lazy one is asked for after all.
+        alone = options.ahead and len(state) == 1 and not options.lazy
+        operands = (None,) * 6 if alone else (hidden, weight, bias, columns, target_ids, valid)
+        ctx.save_for_backward(*operands, *state)
+        constant = output[2 if options.entropy_grad or options.lazy else 1 :]
+        ctx.mark_non_differentiable(*constant)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, d_logp: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+        options: _Options = ctx.options
+        d_entropy = others[0] if options.entropy_grad or options.lazy else None
         if d_logp is None and d_entropy is None:
             return (None,) * 8
-        options: _Options = ctx.options
-        sparse_tol = options.sparse_tol
-        given = d_logp if d_logp is not None else d_entropy
-        assert given is not None
-        d_logp = torch.zeros_like(given) if d_logp is None else d_logp.contiguous()
-
-        if options.ahead:
-            direction, *again = ctx.saved_tensors
-            if d_entropy is not None:
-                *operands, valid = again
-                return *_unannounced(ctx, operands, valid, d_logp, d_entropy.contiguous()), *(None,) * 4
-            factor = d_logp.reshape(*direction.shape[:-1], 1)
-            d_hidden = torch.mul(direction, factor, out=torch.empty_like(direction))
-            # Chosen, not multiplied: the direction of a target outside the vocabulary is NaN.
-            d_hidden.masked_fill_(factor == 0, 0)
-            if sparse_tol is not None:
-                *operands, dropped, mass = again
-                beyond = exceeding(dropped, mass, d_logp, sparse_tol)
-                exact = _gradients(ctx, operands, beyond, d_logp)[0]
-                assert exact is not None  # since needs.hidden
-                d_hidden = d_hidden.masked_fill_(beyond.view(factor.shape), 0).add_(exact)
-            return d_hidden, *(None,) * 7
-        *operands, valid, entropy, logsumexp = ctx.saved_tensors
         kept, ctx.kept = ctx.kept, None  # it is used up: a second backward pass makes the exponentials again
-        needed, of_entropy = d_logp != 0, None
-        if d_entropy is None and kept is not None and options.entropy_grad:  # it has kept logits
-            d_entropy = torch.zeros_like(d_logp)
-        if d_entropy is not None:
-            kept = kept if options.entropy_grad else None  # a lazy one finds exponentials that it cannot use
-            of_entropy = EntropyGradient(d_entropy.contiguous(), entropy, logsumexp)
-            needed = needed | (d_entropy != 0)
-        sparse = None if sparse_tol is None else Sparse.of(sparse_tol, operands[-1])
-        return *_gradients(ctx, operands, valid & needed, d_logp, of_entropy, sparse, kept), *(None,) * 4
+        gradients = once("linear_logp", _LinearLogp._gradients, ctx.saved_tensors, d_logp, d_entropy, options, kept)
+        return *gradients, *(None,) * 4
+
+    @staticmethod
+    def _gradients(
+        saved: tuple[Any, ...], d_logp: Tensor | None, d_entropy: Tensor | None, options: _Options, kept: Kept | None
+    ) -> tuple[Tensor | None, ...]:
+        """Of (hidden, weight, bias, columns)."""
+        hidden, weight, bias, columns, target_ids, valid, *state = saved
+        if hidden is None:
+            return _scale_operator(state[0], d_logp), None, None, None
+        given = hidden, widened(weight, columns), bias, target_ids, valid, state, d_logp, d_entropy
+        if kept is not None:
+            made = _backward(*given, options, kept)
+        else:
+            found = iter(_backward_operator(*given, *flat(options)))
+            made = Gradients(*(next(found) if needed else None for needed in options.needs[:3]))
+        return made.of_operands(options.needs, columns)
 
 
 def _unannounced(
-    ctx: Any, operands: Sequence[Any], valid: Tensor, d_logp: Tensor, d_entropy: Tensor
-) -> tuple[Tensor | None, ...]:
-    """Of (hidden, weight, bias, columns), by the passes that are made where the entropy's gradient is known of."""
-    options: _Options = ctx.options
-    hidden, weight, bias, columns, target_ids = operands
-    needed = valid & ((d_logp != 0) | (d_entropy != 0))
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target_ids: Tensor, valid: Tensor, d_logp: Tensor,
+    d_entropy: Tensor, options: _Options,
+) -> Gradients:  # fmt: skip
+    """By the passes that are made where the entropy's gradient is known of."""
+    backend, needed = choose(options.backend, hidden), valid & ((d_logp != 0) | (d_entropy != 0))
     logp, entropy, logsumexp = (torch.zeros_like(d_logp) for _ in range(3))
-    head, rows = ctx.frame(widened(weight, columns), bias), options.backend.build_rows(needed, needed)
-    kept = options.backend.keep(
-        head, options.temperature, hidden, target_ids, rows, VocabularyStatistics(logp, entropy, logsumexp),
-        options.needs, True, options.keep_bytes, options.chunk_bytes,
+    problem = options.head(weight, bias), options.temperature, hidden, target_ids, backend.build_rows(needed, needed)
+    kept = backend.keep(
+        *problem, VocabularyStatistics(logp, entropy, logsumexp), options.needs, True, options.keep_bytes,
+        options.chunk_bytes,
     )  # fmt: skip
-    return _gradients(ctx, operands, needed, d_logp, EntropyGradient(d_entropy, entropy, logsumexp), kept=kept)
+    of_entropy = EntropyGradient(d_entropy, entropy, logsumexp)
+    return _gradients(hidden, weight, bias, target_ids, needed, d_logp, options, of_entropy, kept=kept)
 
 
 def _gradients(
-    ctx: Any, operands: Sequence[Any], needed: Tensor, d_logp: Tensor, of_entropy: EntropyGradient | None = None,
-    sparse: Sparse | None = None, kept: Kept | None = None,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Of (hidden, weight, bias, columns), from the rows ``needed``, with what was ``kept`` of them."""
-    options: _Options = ctx.options
-    hidden, weight, bias, columns, target_ids = operands
-    head, power = ctx.frame(widened(weight, columns), bias), None
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target_ids: Tensor, needed: Tensor, d_logp: Tensor,
+    options: _Options, of_entropy: EntropyGradient | None = None, sparse: Sparse | None = None,
+    kept: Kept | None = None,
+) -> Gradients:  # fmt: skip
+    """From the rows ``needed``, with what was ``kept`` of them."""
+    backend, head, power = choose(options.backend, hidden), options.head(weight, bias), None
     if hidden.dtype == torch.float16 and d_logp.numel():
         # The head's product has dL/dlogp times hidden as an operand: a loss scale would leave float16's range.
         largest = d_logp.abs().nan_to_num(0, 0, 0).amax()
@@ -178,12 +288,12 @@ def _gradients(
     if kept is not None:
         finish = kept(head, hidden, d_logp, of_entropy, needed, options.chunk_bytes)
     else:
-        again = options.backend.build_rows(needed, needed), VocabularyStatistics(torch.zeros_like(d_logp))
-        finish = options.backend.student_pass(
+        again = backend.build_rows(needed, needed), VocabularyStatistics(torch.zeros_like(d_logp))
+        finish = backend.student_pass(
             head, options.temperature, hidden, target_ids, *again, lambda *_: d_logp, options.needs,
             options.chunk_bytes, sparse, of_entropy,
         )  # fmt: skip
-    return finish(power).of_operands(options.needs, columns)
+    return finish(power)
 
 
 @overload
@@ -210,7 +320,6 @@ def linear_logp(
     backend: Literal["auto", "triton", "torch"] = ..., grad_mode: Literal["exact", "sparse"] = ...,
     sparse_tol: float = ..., chunk_bytes: int = ..., keep_bytes: int = ...,
 ) -> Tensor | tuple[Tensor, Tensor] | VocabularyStatistics: ...  # fmt: skip
-@eager
 def linear_logp(
     hidden: Tensor,
     weight: Tensor | Head,
@@ -278,7 +387,6 @@ def linear_logp(
     if entropy_grad:
         checks.expect(return_entropy, "entropy_grad", entropy_grad, "False, since return_entropy is False")
     names = checks.names("extras", extras, EXTRAS)
-    ops = choose(backend, hidden)
     sparse_tolerance = checks.sparse_tolerance(grad_mode, sparse_tol)
     if entropy_grad:
         expected = f'"exact", since entropy_grad is {checks.describe(entropy_grad)}'
@@ -286,14 +394,14 @@ def linear_logp(
     states, columns = head.join(checks.batched(hidden), valid)
     needs = Needs.of(states, head.weight, head.bias, columns)
     options = _Options(
-        temperature, ops, chunk_bytes, keep_bytes, needs, sparse_tolerance, return_entropy, entropy_grad is True, lazy,
-        names,
+        head.logit_scale, head.softcap, temperature, known(backend), chunk_bytes, keep_bytes, needs, sparse_tolerance,
+        return_entropy, entropy_grad is True, lazy, names,
     )  # fmt: skip
-    with torch.cuda.device_of(hidden):
-        outputs: tuple[Any, ...] = _LinearLogp.apply(  # type: ignore[no-untyped-call]
-            states, head.weight, head.bias, columns, head.frame, flat_targets, valid, options
-        )
-    found = VocabularyStatistics(*outputs).view(target_ids.shape)
+    keeps = any(needs) and not options.ahead and sparse_tolerance is None and not checks.traced(states)
+    outputs: tuple[Any, ...] = _LinearLogp.apply(  # type: ignore[no-untyped-call]
+        states, head.weight, head.bias, columns, flat_targets, valid, options, keeps
+    )
+    found = VocabularyStatistics.of(options.names, outputs[: len(options.names)]).view(target_ids.shape)
     if names:
         return found
     return found.logp if found.entropy is None else (found.logp, found.entropy)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,135 +12,280 @@ from . import checks
 from .backends import (
     DEFAULT_CHUNK_BYTES,
     DEFAULT_SPARSE_TOL,
-    Backend,
     Divergence,
-    DivergenceBackend,
     DivergenceStatistics,
     Finish,
+    Gradients,
     Kind,
     Needs,
     Pair,
     PairCredit,
-    Scales,
     Sparse,
     VocabularyStatistics,
     choose,
     choose_divergence,
+    known,
     no_statistics,
 )
 from .checks import expect, number
 from .credit import ENTROPY_SCALES, CreditOptions, EntropyScale, Filter, Lookahead, TokenStats, batch_max
-from .eager import eager
 from .head import Head, compute_dtype, widened
-from .rows import Rows
+from .once import once
+from .operators import flat, operator, parameters, unflat
+from .rows import Rows, Sequences
 
 
-@dataclass(frozen=True)
-class _Term:
-    """What λ ω D is made of beside the student: its passes, and the teacher's hidden states (B, T, D) and head."""
+class _Options(NamedTuple):
+    """The numbers and names of a call."""
 
-    backend: DivergenceBackend
-    divergence: Divergence
-    weight: float  # λ
-    teacher_hidden: Tensor
-    teacher: Head
+    logit_scale: float
+    softcap: float | None
+    teacher_logit_scale: float
+    teacher_softcap: float | None
+    temperature: float
+    backend: str
+    chunk_bytes: int
+    credit: CreditOptions
+    min_entropy_scale: float
+    sparse_tol: float | None  # None: exact gradients
+    kind: str | None  # None: no divergence
+    beta: float
+    top_k: int | None
+    divergence_weight: float
+    policy_weight: float
 
-    def pair(self, head: Head, hidden: Tensor, temperature: float) -> Pair:
-        return Pair(hidden, head, self.teacher_hidden, self.teacher, temperature, self.divergence)
+    def head(self, weight: Tensor, bias: Tensor | None) -> Head:
+        return Head(weight, bias, self.logit_scale, self.softcap)
+
+    def teacher(self, weight: Tensor, bias: Tensor | None) -> Head:
+        return Head(weight, bias, self.teacher_logit_scale, self.teacher_softcap)
 
 
-@dataclass(frozen=True)
-class _Minibatch:
-    """What the student's pass works on beside its hidden states and head: (N,) tensors in the callers' order."""
+class _Given(NamedTuple):
+    """What the student's pass works on beside its hidden states and head: (N,) in the callers' order, or 0-d."""
 
-    backend: Backend
     target_ids: Tensor
-    rows: Rows
+    order: Tensor  # with counts, a :class:`Rows`
+    counts: Tensor
     advantages: Tensor
     teacher_logp: Tensor
     teacher_entropy: Tensor
     lookahead_entropy: Tensor
-    scales: Scales
-    options: CreditOptions
-    temperature: float
-    chunk_bytes: int
-    sparse_tol: float | None  # None: exact gradients
-    policy_weight: float
-    term: _Term | None  # None: no divergence
+    peak: Tensor  # 0-d, nats: what entropies are divided by, if it is not too small
+    normalizer: Tensor | None  # 0-d
+    teacher_hidden: Tensor | None  # (B, T, D), and its head: with a divergence only
+    teacher_weight: Tensor | None
+    teacher_bias: Tensor | None
 
-    def loss(self, head: Head, hidden: Tensor, needs: Needs) -> tuple[Tensor, TokenStats, Finish | None]:
-        """(loss, stats, what finishes the gradients, which the power of two is left out of)."""
-        n, dtype = self.advantages.numel(), self.advantages.dtype
-        zeros = torch.zeros(8, n, dtype=dtype, device=hidden.device)
-        logp, magnitude, gate, token_advantage, bound, divergence, terms, gradient = zeros.unbind()
-        stats = TokenStats(
-            logp, self.teacher_logp, self.teacher_entropy, self.lookahead_entropy, magnitude, gate, token_advantage,
-            bound, divergence,
+
+# ------------------------------------------------------------------------------ what is known before the student reads
+
+
+def _evidence(
+    student_hidden: Tensor, target_ids: Tensor, valid: Tensor, advantages: Tensor, boundaries: Tensor | None,
+    teacher_hidden: Tensor | None, teacher_weight: Tensor | None, teacher_bias: Tensor | None, logp: Tensor | None,
+    entropy: Tensor | None, *, length: int, lookahead: Lookahead, options: _Options,
+) -> list[Tensor]:  # fmt: skip
+    """[order, counts, advantages, lookahead entropy], and the teacher's logp and entropy where they are not given."""
+    n, dtype, hidden = len(target_ids), compute_dtype(student_hidden.dtype), student_hidden
+    backend = choose(options.backend, *(x for x in (hidden, teacher_hidden) if x is not None))
+    with torch.cuda.device_of(hidden):
+        flat, last = backend.by_token(advantages, n, Sequences(length, boundaries), dtype)
+        rows = backend.build_rows(valid, flat if options.kind is None else valid)
+        made = []
+        if logp is None or entropy is None:
+            assert teacher_hidden is not None and teacher_weight is not None
+            found = no_statistics(n, teacher_hidden)
+            head, out = options.teacher(teacher_weight, teacher_bias), VocabularyStatistics(*found)
+            backend.statistics(head, options.temperature, teacher_hidden, target_ids, rows, out, options.chunk_bytes)
+            made = [x.to(dtype) for x in found[:2]]
+            entropy = made[1]
+        return [*rows, flat, backend.lookahead_entropy(entropy, valid, last, lookahead), *made]
+
+
+def _evidence_like(student_hidden: Tensor, target_ids: Tensor, *given: Any) -> list[Tensor]:
+    n, dtype, new = target_ids.shape[0], compute_dtype(student_hidden.dtype), student_hidden.new_empty
+    numbers = 4 if given[6] is None or given[7] is None else 2
+    return [new(n, dtype=torch.int32), new(2, dtype=torch.int32), *(new(n, dtype=dtype) for _ in range(numbers))]
+
+
+@operator(
+    "egrsd_evidence(Tensor student_hidden, Tensor target_ids, Tensor valid, Tensor advantages, Tensor? boundaries, "
+    "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, Tensor? logp, Tensor? entropy, "
+    f"SymInt length, {parameters(Lookahead, 'lookahead_')}, {parameters(_Options)}) -> Tensor[]",
+    _evidence_like,
+)
+def _evidence_operator(*given: Any) -> list[Tensor]:
+    tensors, (length, *numbers) = given[:10], given[10:]
+    fields = len(Lookahead._fields)
+    window, options = unflat(Lookahead, numbers[:fields]), unflat(_Options, numbers[fields:])
+    made = _evidence(*tensors, length=length, lookahead=window, options=options)
+    # Two of no_statistics share memory.
+    return [*made[:4], *(x.clone() for x in made[4:])]
+
+
+# --------------------------------------------------------------------------------------------------- the student's pass
+
+
+def _student(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, given: _Given, options: _Options, needs: Needs
+) -> tuple[Tensor, Tensor, Finish | None, Tensor | None]:
+    """(loss; planes (8, N): the numbers of TokenStats that are made here, and two of its own; what finishes the
+    gradients; the power of two that they lack, 0-d, for float16)."""
+    o, rows = options, Rows(given.order, given.counts)
+    backend = choose(o.backend, hidden)
+    scales = backend.scales(given.peak, o.min_entropy_scale, rows, given.normalizer, hidden.dtype == torch.float16)
+    planes = torch.zeros(8, len(given.target_ids), dtype=given.advantages.dtype, device=hidden.device)
+    logp, magnitude, gate, token_advantage, bound, divergence, terms, gradient = planes.unbind()
+    known = given.teacher_logp, given.teacher_entropy, given.lookahead_entropy
+    stats = TokenStats(logp, *known, magnitude, gate, token_advantage, bound, divergence)
+    share = scales.share if o.policy_weight == 1 else o.policy_weight * scales.share
+
+    def credit(first_row: int, n_rows: int) -> Tensor:
+        settings = given.advantages, scales.entropy, share, o.credit
+        backend.token_credit(rows, first_row, n_rows, *settings, stats, terms, gradient)
+        return gradient
+
+    head, finish = o.head(weight, bias), None
+    problem = head, o.temperature, hidden, given.target_ids, rows, VocabularyStatistics(logp)
+    if o.kind is not None:
+        assert given.teacher_hidden is not None and given.teacher_weight is not None
+        of_gate, teacher = -o.divergence_weight * scales.share, o.teacher(given.teacher_weight, given.teacher_bias)
+
+        def both(first_row: int, n_rows: int) -> PairCredit:
+            of_logp = credit(first_row, n_rows)
+            return PairCredit(gate * of_gate, of_logp)
+
+        pair = Pair(
+            hidden, head, given.teacher_hidden, teacher, o.temperature, Divergence._make((o.kind, o.beta, o.top_k))
         )  # fmt: skip
-        share = self.scales.share if self.policy_weight == 1 else self.policy_weight * self.scales.share
+        out, passes = DivergenceStatistics(divergence, logp), choose_divergence(o.backend, pair)
+        finish = passes.divergence_pass(pair, given.target_ids, rows, out, both, needs, o.chunk_bytes)
+        if not any(needs):
+            credit(0, logp.numel())
+        # Where the gate is shut, an infinite divergence costs nothing.
+        terms = o.policy_weight * terms + torch.where(gate == 0, 0, o.divergence_weight * gate * divergence)
+    elif any(needs):
+        sparse = None if o.sparse_tol is None else Sparse.of(o.sparse_tol, given.target_ids)
+        finish = backend.student_pass(*problem, credit, needs, o.chunk_bytes, sparse)
+        if sparse is not None:
+            bound.copy_(sparse.error_bound(token_advantage))
+    else:
+        backend.statistics(*problem, o.chunk_bytes)
+        credit(0, logp.numel())
+    return terms.sum() / scales.normalizer, planes, finish, scales.power
 
-        def credit(first_row: int, n_rows: int) -> Tensor:
-            self.backend.token_credit(
-                self.rows, first_row, n_rows, self.advantages, self.scales.entropy, share, self.options, stats,
-                terms, gradient,
-            )  # fmt: skip
-            return gradient
 
-        problem = head, self.temperature, hidden, self.target_ids, self.rows, VocabularyStatistics(logp)
-        finish = None
-        if self.term is not None:
-            term, of_gate = self.term, -self.term.weight * self.scales.share
+def _whole(finish: Finish | None, power: Tensor | None) -> Callable[[Tensor], Gradients] | None:
+    """What makes the gradients of a given dL/dloss, the power of two included."""
+    if finish is None or power is None:
+        return finish
+    return lambda d_loss: finish(d_loss / power)
 
-            def both(first_row: int, n_rows: int) -> PairCredit:
-                of_logp = credit(first_row, n_rows)
-                return PairCredit(gate * of_gate, of_logp)
 
-            pair, out = term.pair(head, hidden, self.temperature), DivergenceStatistics(divergence, logp)
-            finish = term.backend.divergence_pass(pair, self.target_ids, self.rows, out, both, needs, self.chunk_bytes)
-            if not any(needs):
-                credit(0, logp.numel())
-            # Where the gate is shut, an infinite divergence costs nothing.
-            terms = self.policy_weight * terms + torch.where(gate == 0, 0, term.weight * gate * divergence)
-        elif any(needs):
-            sparse = None if self.sparse_tol is None else Sparse.of(self.sparse_tol, self.target_ids)
-            finish = self.backend.student_pass(*problem, credit, needs, self.chunk_bytes, sparse)
-            if sparse is not None:
-                bound.copy_(sparse.error_bound(token_advantage))
-        else:
-            self.backend.statistics(*problem, self.chunk_bytes)
-            credit(0, n)
-        return terms.sum() / self.scales.normalizer, stats, finish
+def _student_like(hidden: Tensor, weight: Tensor, bias: Tensor | None, *given: Any) -> list[Tensor]:
+    advantages, needs = given[3], unflat(Needs, given[-len(Needs._fields) :])
+    made = [advantages.new_empty(()), advantages.new_empty(8, advantages.shape[0])]
+    made += [hidden.new_empty(hidden.shape)] if needs.hidden else []
+    made += [weight.new_empty(weight.shape[0], weight.shape[1] - needs.first_column)] if needs.weight else []
+    made += [bias.new_empty(bias.shape)] if needs.bias and bias is not None else []
+    return made + ([advantages.new_empty(())] if hidden.dtype == torch.float16 else [])
+
+
+@operator(
+    "egrsd_student(Tensor hidden, Tensor weight, Tensor? bias, Tensor target_ids, Tensor order, Tensor counts, "
+    "Tensor advantages, Tensor teacher_logp, Tensor teacher_entropy, Tensor lookahead_entropy, Tensor peak, "
+    "Tensor? normalizer, Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
+    f"{parameters(_Options)}, {parameters(Needs, 'needs_')}) -> Tensor[]",
+    _student_like,
+)
+def _student_operator(hidden: Tensor, weight: Tensor, bias: Tensor | None, *given: Any) -> list[Tensor]:
+    """[loss, planes, the gradients that are needed, the power that they lack, for float16]."""
+    tensors, numbers = len(_Given._fields), -len(Needs._fields)
+    options, needs = unflat(_Options, given[tensors:numbers]), unflat(Needs, given[numbers:])
+    with torch.cuda.device_of(hidden):
+        loss, planes, finish, power = _student(hidden, weight, bias, _Given(*given[:tensors]), options, needs)
+        gradients = [] if finish is None else [x for x in finish(None) if x is not None]
+        return [loss, planes, *gradients, *([] if power is None else [power.clone()])]
+
+
+@operator(
+    "scale(Tensor[] gradients, Tensor factor) -> Tensor[]",
+    lambda gradients, factor: [torch.empty_like(x) for x in gradients],
+)
+def _scale_operator(gradients: list[Tensor], factor: Tensor) -> list[Tensor]:
+    """Each times a factor (0-d) of more precision, rounded once."""
+    return [torch.mul(x, factor.view(1), out=torch.empty_like(x)) for x in gradients]
 
 
 class _FusedLoss(torch.autograd.Function):
-    """The loss with its gradients made in the forward pass, while each chunk's exponentials are there."""
+    """The loss with its gradients made in the forward pass, while each chunk's exponentials are there.
+
+    What finishes them is no tensor. Who traces has them finished at once, and scaled by the backward pass.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor | None,
-        frame: Callable[..., Head], minibatch: _Minibatch, needs: Needs,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        loss, stats, ctx.finish = minibatch.loss(frame(widened(weight, columns), bias), hidden, needs)
-        ctx.save_for_backward(hidden, weight, bias, columns)
-        ctx.arguments = frame, minibatch, needs
-        ctx.mark_non_differentiable(*stats)
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor | None, options: _Options, needs: Needs,
+        traced: bool, *given: Tensor | None,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        whole = widened(weight, columns)
+        if traced:
+            return tuple(_student_operator(hidden, whole, bias, *given, *flat(options), *flat(needs)))
+        with torch.cuda.device_of(hidden):
+            loss, planes, finish, power = _student(hidden, whole, bias, _Given._make(given), options, needs)
+        return loss, planes, _whole(finish, power)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        hidden, weight, bias, columns, ctx.options, ctx.needs, ctx.traced, *given = inputs
+        ctx.finish = None
+        if ctx.traced:
+            constant = output[1:]
+            ctx.save_for_backward(columns, *output[2:])
+        else:
+            constant, ctx.finish = output[1:2], output[2]
+            ctx.save_for_backward(hidden, weight, bias, columns, *given)
+        ctx.mark_non_differentiable(*constant)
         ctx.set_materialize_grads(False)
-        return loss, *stats
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        checks.refuse_second_derivative("fused_egrsd_loss")
+        arguments = 7 + len(_Given._fields)
         if d_loss is None:
-            return (None,) * 7
-        frame, minibatch, needs = ctx.arguments
-        hidden, weight, bias, columns = ctx.saved_tensors
+            return (None,) * arguments
         finish, ctx.finish = ctx.finish, None
+        how = _FusedLoss._scaled if ctx.traced else _FusedLoss._finished
+        more = (ctx.needs,) if ctx.traced else (ctx.needs, ctx.options, finish)
+        gradients = once("fused_egrsd_loss", how, ctx.saved_tensors, d_loss, *more)
+        return *gradients, *(None,) * (arguments - 4)
+
+    @staticmethod
+    def _scaled(saved: tuple[Any, ...], d_loss: Tensor, needs: Needs) -> tuple[Tensor | None, ...]:
+        """Of (hidden, weight, bias, columns), from those that the forward pass has finished."""
+        columns, *made = saved
+        if len(made) > sum(needs[:3]):
+            d_loss = d_loss / made.pop()
+        scaled = iter(_scale_operator(made, d_loss))
+        gradients = Gradients(*(next(scaled) if needed else None for needed in needs[:3]))
+        return gradients.of_operands(needs, columns)
+
+    @staticmethod
+    def _finished(
+        saved: tuple[Any, ...],
+        d_loss: Tensor,
+        needs: Needs,
+        options: _Options,
+        finish: Callable[[Tensor], Gradients] | None,
+    ) -> tuple[Tensor | None, ...]:
+        """The same, by what finishes them."""
+        hidden, weight, bias, columns, *given = saved
         if finish is None:
             # A second backward: the first one scaled its gradients in place and gave them away. They are made again.
-            finish = minibatch.loss(frame(widened(weight, columns), bias), hidden, needs)[2]
-        power = minibatch.scales.power
-        factor = d_loss if power is None else d_loss / power
-        return *finish(factor).of_operands(needs, columns), *(None,) * 3
+            made = _student(hidden, widened(weight, columns), bias, _Given._make(given), options, needs)
+            finish = _whole(*made[2:])
+            assert finish is not None  # since there are needs
+        return finish(d_loss).of_operands(needs, columns)
 
 
 def _teacher(
@@ -177,7 +321,6 @@ def _teacher(
     return teacher_hidden, head.detach()
 
 
-@eager
 def fused_egrsd_loss(
     student_hidden: Tensor,
     student_weight: Tensor | Head,
@@ -315,15 +458,14 @@ def fused_egrsd_loss(
     student = checks.head("student_", "student_hidden", student_hidden, given_head, student_bias, softcap)
     temperature = number("temperature", temperature, low=0, strict=True)
     flat_targets, valid = checks.targets(target_ids, student_hidden, student.weight.shape[0], mask)
-    n, dtype = valid.numel(), compute_dtype(student_hidden.dtype)
-    sequences = checks.sequences(cu_seqlens, student_hidden)
+    dtype, sequences = compute_dtype(student_hidden.dtype), checks.sequences(cu_seqlens, student_hidden)
     advantages = checks.token_advantages(advantages, student_hidden, valid, sequences)
     if isinstance(entropy_scale, str):
         expected = '"batch_max", "batch_max_lookahead" or nats'
         expect(entropy_scale in ENTROPY_SCALES, "entropy_scale", entropy_scale, expected)
     else:
         entropy_scale = checks.scalar("entropy_scale", entropy_scale, valid, dtype)
-    options = CreditOptions(
+    credit = CreditOptions(
         gamma=number("gamma", gamma, low=0),
         gate_floor=number("gate_floor", gate_floor, low=0, high=1),
         clip_eps=number("clip_eps", clip_eps, low=0, high=1),
@@ -331,7 +473,6 @@ def fused_egrsd_loss(
     window = Lookahead.checked(lookahead, lookahead_filter, lookahead_decay, lookahead_temperature, lookahead_quantile)
     min_entropy_scale = number("min_entropy_scale", min_entropy_scale, low=0, strict=True)
     chunk_bytes = checks.integer("chunk_bytes", chunk_bytes, low=1)
-    ops = choose(backend, *(x for x in (student_hidden, teacher_hidden) if x is not None))
     sparse_tolerance = checks.sparse_tolerance(grad_mode, sparse_tol)
     weights = divergence_weight, policy_weight
     which = Divergence.of_loss(divergence, *weights, divergence_beta, divergence_top_k, student.weight.shape[0])
@@ -340,12 +481,15 @@ def fused_egrsd_loss(
         expect(sparse_tolerance is None, "grad_mode", grad_mode, '"exact", since there is a divergence')
     hidden, columns = student.join(checks.batched(student_hidden), valid)
 
-    with torch.cuda.device_of(student_hidden), torch.no_grad():
-        flat_advantages, last = ops.by_token(advantages, n, sequences, dtype)
-        rows = ops.build_rows(valid, valid if which is not None else flat_advantages)
+    traced = checks.traced(hidden)
+    known(backend)
+    if not traced:
+        choose(backend, *(x for x in (student_hidden, teacher_hidden) if x is not None))
+
+    with torch.no_grad():
         given = {"teacher_logp": teacher_logp, "teacher_entropy": teacher_entropy}
         one = teacher_logp if teacher_logp is not None else teacher_entropy
-        term = None
+        states = teacher = logp = entropy = None
         if teacher_hidden is None:
             for name, unused in (("teacher_weight", teacher_weight), ("teacher_bias", teacher_bias)):
                 expect(unused is None, name, unused, "None, since teacher_hidden is None")
@@ -355,35 +499,44 @@ def fused_egrsd_loss(
             described = isinstance(student_weight, Head)
             read = _teacher(teacher_hidden, teacher_weight, teacher_bias, student_hidden, student, described)
             states, teacher = read[1].joined(checks.batched(read[0].detach()), valid)
-            if which is not None:
-                pair = Pair(checks.batched(student_hidden), student, states, teacher, temperature, which)
-                divergences = choose_divergence(backend, pair)
-                term = _Term(divergences, which, float(divergence_weight), states, teacher)
         if teacher_hidden is None or one is not None:
             why = "teacher_hidden is None" if teacher_hidden is None else "the other statistic is given"
-            logp, entropy = (checks.teacher_statistic(name, x, target_ids, valid, why) for name, x in given.items())
+            logp, entropy = (
+                checks.teacher_statistic(name, x, target_ids, valid, why).to(dtype) for name, x in given.items()
+            )
+        head = student if teacher is None else teacher
+        of_teacher = (None, None, None) if teacher is None else (states, teacher.weight, teacher.bias)
+        kind, beta, top_k = which or (None, 0.5, None)
+        options = _Options(
+            student.logit_scale, student.softcap, head.logit_scale, head.softcap, temperature, backend, chunk_bytes,
+            credit, min_entropy_scale, sparse_tolerance, kind, beta, top_k, float(divergence_weight),
+            float(policy_weight),
+        )  # fmt: skip
+        tensors = flat_targets, valid, advantages, sequences.boundaries, *of_teacher, logp, entropy
+        if traced:
+            evidence = _evidence_operator(hidden, *tensors, sequences.length, *window, *flat(options))
         else:
-            logp, entropy, _ = found = no_statistics(n, states)
-            out = VocabularyStatistics(*found)
-            ops.statistics(teacher, temperature, states, flat_targets, rows, out, chunk_bytes)
-        logp, entropy = logp.to(dtype), entropy.to(dtype)
-        lookahead_entropy = ops.lookahead_entropy(entropy, valid, last, window)
+            evidence = _evidence(hidden, *tensors, length=sequences.length, lookahead=window, options=options)
+        order, counts, flat_advantages, lookahead_entropy, *made = evidence
+        if made:
+            logp, entropy = made
+        assert logp is not None and entropy is not None
         if isinstance(entropy_scale, str):
             entropy_scale = batch_max(entropy if entropy_scale == "batch_max" else lookahead_entropy, data_group)
         if normalizer is not None:
             normalizer = checks.scalar("normalizer", normalizer, valid, dtype)
-        scales = ops.scales(entropy_scale, min_entropy_scale, rows, normalizer, hidden.dtype == torch.float16)
-        minibatch = _Minibatch(
-            ops, flat_targets, rows, flat_advantages, logp, entropy, lookahead_entropy, scales, options, temperature,
-            chunk_bytes, sparse_tolerance, float(policy_weight), term,
-        )  # fmt: skip
 
-    with torch.cuda.device_of(student_hidden):
-        needs = Needs.of(hidden, student.weight, student.bias, columns)
-        outputs: tuple[Tensor, ...] = _FusedLoss.apply(  # type: ignore[no-untyped-call]
-            hidden, student.weight, student.bias, columns, student.frame, minibatch, needs
-        )
-    loss, *stats = outputs
+    minibatch = _Given(
+        flat_targets, order, counts, flat_advantages, logp, entropy, lookahead_entropy, entropy_scale, normalizer,
+        *(of_teacher if which is not None else (None, None, None)),
+    )  # fmt: skip
+    needs = Needs.of(hidden, student.weight, student.bias, columns)
+    outputs: tuple[Tensor, ...] = _FusedLoss.apply(  # type: ignore[no-untyped-call]
+        hidden, student.weight, student.bias, columns, options, needs, traced, *minibatch
+    )
+    loss, planes = outputs[:2]
     if not return_stats:
         return loss
+    student_logp, *others = planes.unbind()[: len(TokenStats._fields) - 3]
+    stats = student_logp, logp, entropy, lookahead_entropy, *others
     return loss, TokenStats(*(x.view(target_ids.shape) for x in stats))

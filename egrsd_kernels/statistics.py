@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .backends import DEFAULT_CHUNK_BYTES, EXTRAS, VocabularyStatistics, choose
+from .backends import DEFAULT_CHUNK_BYTES, EXTRAS, VocabularyStatistics, choose, known
 from .head import Head
 from .operators import operator
 
@@ -108,7 +108,7 @@ def token_statistics(
     states, head = head.joined(checks.batched(hidden), valid)
     made = _statistics(
         states, head.weight, head.bias, head.logit_scale, head.softcap, temperature, flat_targets, valid, names,
-        backend, chunk_bytes,
+        known(backend), chunk_bytes,
     )  # fmt: skip
     found = VocabularyStatistics.of(_names(names), made).view(target_ids.shape)
     if names:

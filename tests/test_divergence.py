@@ -24,12 +24,9 @@ from tests.support.devices import CPU_COMBOS, CUDA_COMBOS, Combo
 from tests.support.tolerances import assert_within, gradient_tolerance, logit_error
 
 HALF = pytest.param(Combo("torch", "cpu", torch.float16), id="torch-cpu-float16")
-# The kernels in the interpreter have tests/test_pair_kernels.py, and here a few of each kind.
-IN_TORCH, KERNELS = [*CPU_COMBOS[:3], HALF, *CUDA_COMBOS[3:]], CUDA_COMBOS[:3]
-combos = pytest.mark.parametrize("combo", IN_TORCH + KERNELS)
-every_combo = pytest.mark.parametrize("combo", IN_TORCH + CPU_COMBOS[3:] + KERNELS)
-few = pytest.mark.parametrize("combo", [CPU_COMBOS[1], *KERNELS[::2], CUDA_COMBOS[3]])
-only_torch = pytest.mark.parametrize("combo", IN_TORCH)
+IN_TORCH = [*CPU_COMBOS[:3], HALF, *CUDA_COMBOS[3:]]
+combos = pytest.mark.parametrize("combo", IN_TORCH)
+few = pytest.mark.parametrize("combo", [CPU_COMBOS[1], CUDA_COMBOS[3]])
 KINDS = [{"kind": "reverse_kl"}, {"kind": "forward_kl"}, {"kind": "jsd"}, {"kind": "jsd", "beta": 0.1}]
 TOP = [{"kind": "reverse_kl", "top_k": 5}, {"kind": "forward_kl", "top_k": 5}, {"kind": "jsd", "top_k": 5}]
 kinds = pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -170,8 +167,8 @@ SHAPES = [
     ((3, 5), {}, {}),
     ((7,), {"width": 40, "vocabulary": 130, "bias": True}, {"softcap": 5.0}),
     ((2, 4), {"width": 17, "vocabulary": 70, "bias": True, "teacher_width": 24}, {"temperature": 1.7}),
-    ((5,), {"width": 2, "vocabulary": 6}, {}),
-    ((1, 1), {"kind": "flat", "vocabulary": 200}, {"temperature": 0.7}),
+    pytest.param((5,), {"width": 2, "vocabulary": 6}, {}, marks=pytest.mark.slow),
+    pytest.param((1, 1), {"kind": "flat", "vocabulary": 200}, {"temperature": 0.7}, marks=pytest.mark.slow),
 ]
 
 
@@ -183,14 +180,7 @@ def test_parity(combo, kind, shape, size, options):
     check(combo, case, **kind, **options)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("combo", CPU_COMBOS[3:])
-@pytest.mark.parametrize("shape, size, options", SHAPES[1:3], ids=str)
-def test_parity_in_the_interpreter(combo, shape, size, options):
-    check(combo, make_case(combo, *shape, **size), kind="jsd", beta=0.3, **options)
-
-
-@only_torch
+@combos
 @pytest.mark.parametrize("kind", TOP, ids=str)
 @pytest.mark.parametrize("shape, size, options", SHAPES, ids=str)
 def test_top_k(combo, kind, shape, size, options):
@@ -224,7 +214,7 @@ def test_what_is_said_of_a_token(combo):
         assert_within("entropy", getattr(found, f"{name}_entropy"), one.entropy, 4e-6)
 
 
-@every_combo
+@combos
 @kinds
 def test_a_teacher_that_is_the_student(combo, kind):
     """Exactly 0, and the gradient as well."""
@@ -460,8 +450,9 @@ def test_backward_twice(combo, frozen):
         torch.autograd.grad(d, leaves["hidden"], factor * case.incoming, retain_graph=True)[0] for factor in (1, 2)
     )
     torch.testing.assert_close(second, 2 * first)  # of the rows that need it, so in other products
+    (slope,) = torch.autograd.grad(d.sum(), leaves["hidden"], create_graph=True)
     with pytest.raises(RuntimeError, match="linear_divergence is differentiable once only"):
-        torch.autograd.grad(d.sum(), leaves["hidden"], create_graph=True)
+        torch.autograd.grad(slope.sum(), leaves["hidden"])
 
 
 @few
@@ -505,24 +496,25 @@ def test_autocast(combo):
     assert torch.equal(gradient, torch.autograd.grad(want, rounded, case.incoming)[0].float())
 
 
-@pytest.mark.parametrize("kind", KINDS + TOP, ids=str)
+@pytest.mark.parametrize("kind", [*KINDS, TOP[1]], ids=str)
 @pytest.mark.parametrize(
     "options", [{}, {"softcap": 3.0, "temperature": 1.4, "chunk_bytes": 1, "keep_bytes": 60}], ids=str
 )
 def test_gradcheck(kind, options):
     combo, options = Combo("torch", "cpu", torch.float64), dict(options)
-    case = make_case(combo, 2, 3, width=3, vocabulary=9, bias=True, teacher_width=4)
+    case = make_case(combo, 1, 3, width=3, vocabulary=7, bias=True, teacher_width=4)
     softcap = options.pop("softcap", None)
 
     def d(hidden, weight, bias):
         student, teacher = Head(weight, bias, softcap=softcap), head(case.teacher, softcap)
         return linear_divergence(hidden, student, case.teacher["hidden"], teacher, **kind, **options)
 
-    assert torch.autograd.gradcheck(d, [x.requires_grad_() for x in case.student.values()])
+    # A second backward pass makes what was kept again, in other products.
+    assert torch.autograd.gradcheck(d, [x.requires_grad_() for x in case.student.values()], nondet_tol=1e-13)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("combo", [CPU_COMBOS[2], *KERNELS[:2]])
+@pytest.mark.parametrize("combo", [CPU_COMBOS[2], CUDA_COMBOS[3]])
 @pytest.mark.parametrize("kind", KINDS[:3], ids=str)
 @pytest.mark.parametrize("apart", [1.1e-2, 0.08, 0.6])
 def test_at_a_models_vocabulary(combo, kind, apart):

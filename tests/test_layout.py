@@ -13,7 +13,7 @@ from tests.support.doc_examples import ROOT
 NAME = "egrsd_kernels"
 # From the bottom to the top. A module imports from its own unit and from the levels below it, never from a neighbour.
 LEVELS = (
-    ("head", "rows", "eager", "operators", "extras", "presets", "replacing"),
+    ("head", "rows", "eager", "once", "operators", "extras", "presets", "replacing"),
     ("checks",),
     ("credit",),
     ("backends",),

@@ -58,7 +58,7 @@ def test_it_is_short_and_its_map_is_of_what_is_there():
         folders[indent:] = names[-1:]
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
     package = {f"egrsd_kernels/{path.name}" for path in (ROOT / "egrsd_kernels").iterdir()}
-    plumbing = {"__init__.py", "__main__.py", "__pycache__", "eager.py", "extras.py", "py.typed"}
+    plumbing = {"__init__.py", "__main__.py", "__pycache__", "eager.py", "extras.py", "once.py", "py.typed"}
     assert package - {name.rstrip("/") for name in named} == {f"egrsd_kernels/{name}" for name in plumbing} & package
 
 

@@ -23,6 +23,7 @@ from egrsd_kernels.backends.triton.sparse.planes import DROPPED, WEIGHT
 from egrsd_kernels.backends.triton.sparse.select import select_kernel
 from egrsd_kernels.head import Head
 from egrsd_kernels.rows import Rows
+from tests.support import tolerances
 from tests.support.cases import Draw, draw_head, draw_hidden, draw_targets, make_case
 from tests.support.devices import Combo
 from tests.support.tolerances import package_result
@@ -494,8 +495,9 @@ def test_logp_holds_the_bound_for_any_incoming_gradient(incoming, monkeypatch):
 
 def test_automatic_mode_is_exact_and_said_to_go():
     case = make_case(COMBO, vocabulary=200, kind="peaked", per_token=True)
-    with pytest.warns(FutureWarning, match="grad_mode"):
+    with pytest.warns(FutureWarning, match="grad_mode") as said:
         assert not package_result(case, COMBO, grad_mode="auto", sparse_tol=0.03).stats.gradient_error_bound.any()
+    assert {warning.filename for warning in said if warning.category is FutureWarning} == {tolerances.__file__}
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,9 @@ TEACHERS = {
 }
 
 
-@pytest.mark.parametrize("kind", TEACHERS)
+@pytest.mark.parametrize(
+    "kind", [name if name == "moving" else pytest.param(name, marks=pytest.mark.slow) for name in TEACHERS]
+)
 def test_the_loss_reads_the_teacher_as_it_was(tmp_path, monkeypatch, kind):
     """Its hidden states through its head give the teacher's log p, also where its weights have moved since."""
     options = {k: value() if k == "teacher_model" else value for k, value in TEACHERS[kind].items()}
@@ -88,6 +90,7 @@ def test_the_divergence_alone(tmp_path, monkeypatch):
     assert [row for row in logs.rows if "eval_divergence/mean" in row]
 
 
+@pytest.mark.slow
 def test_in_packs(tmp_path):
     """As padded: losses, divergences and weights."""
     runs = {}

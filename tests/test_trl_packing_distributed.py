@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 import re
@@ -21,7 +22,7 @@ from egrsd_kernels.trl import EGRSDTrainer, pack
 from tests.support.fsdp_on_cpu import SHARDED
 from tests.support.ports import free_port
 from tests.support.trl_tiny import make, weights
-from tests.test_train import config, history, home, on_two_processes  # noqa: F401
+from tests.test_train import check_the_same, config, history, home, on_two_processes  # noqa: F401
 
 pytestmark = pytest.mark.slow
 
@@ -133,3 +134,22 @@ def test_packs_under_fsdp2(config, home, tmp_path):  # noqa: F811
     for mine, theirs in zip(history(sharded), history(run), strict=True):
         for key in ("loss", "grad_norm", "gate/mean", "abs_log_ratio/mean"):
             assert mine[key] == pytest.approx(theirs[key], rel=1e-4), key
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_packs_under_deepspeed(config, home, tmp_path, monkeypatch, stage):  # noqa: F811
+    """It steps once an optimizer step, not once a pack, and comes to what two processes come to under DDP, padded."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    run, sharded = tmp_path / "run", tmp_path / "sharded"
+    keys = {"lora_dropout": 0.0, "loss_type": "dapo", "delta": 4.0}  # TRL's loss: every pack is read twice
+    on_two_processes(home, "egrsd_kernels", config(**keys))
+    optimizer = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto", "torch_adam": True}
+    settings = dict.fromkeys(
+        ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"
+    )
+    zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
+    settings |= {"zero_optimization": zero, "optimizer": {"type": "AdamW", "params": optimizer}}
+    keys |= {"deepspeed": settings, "packing": True, "max_tokens_per_pack": BUDGET, "output_dir": str(sharded)}
+    on_two_processes(home, "egrsd_kernels", config(**keys))
+    check_the_same(sharded, run, 1e-4, 1e-5)

@@ -40,8 +40,15 @@ __all__ = [
     "DEFAULT_CHUNK_BYTES", "DEFAULT_SPARSE_TOL", "EXTRAS", "KINDS", "Backend", "Credit", "Divergence",
     "DivergenceBackend", "DivergenceStatistics", "EntropyGradient", "Finish", "Gradients", "Kept", "KeptDivergence",
     "Kind", "Needs", "Pair", "PairCredit", "Scales", "Sparse", "VocabularyStatistics", "choose", "choose_divergence",
-    "exceeding", "no_extras", "no_statistics", "power_of_two",
+    "exceeding", "known", "no_extras", "no_statistics", "power_of_two",
 ]  # fmt: skip
+
+
+def known(name: object) -> str:
+    """A backend's name; a ValueError unless it is one of "auto", "triton", "torch"."""
+    right = isinstance(name, str) and name in ("auto", "triton", "torch")
+    expect(right, "backend", name, '"auto", "triton" or "torch"')
+    return str(name)
 
 
 def choose(name: object, *hidden: Tensor) -> Backend:
@@ -51,8 +58,7 @@ def choose(name: object, *hidden: Tensor) -> Backend:
         ValueError: ``name`` is none of "auto", "triton", "torch", or "triton" does not take the hidden states.
         ModuleNotFoundError: "triton" is asked for and not installed.
     """
-    known = isinstance(name, str) and name in ("auto", "triton", "torch")
-    expect(known, "backend", name, '"auto", "triton" or "torch"')
+    known(name)
     from . import torch as in_torch
 
     if name == "torch" or (name == "auto" and hidden[0].device.type != "cuda"):

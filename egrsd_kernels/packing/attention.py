@@ -131,7 +131,8 @@ def _blocks(pack: Pack, _: Maker, asked: dict[str, Any]) -> Any:
         in_tree: Tensor = (key <= query) & (query < ends[key]) & sees(batch, head, positions[query], positions[key])
         return in_tree
 
-    return BlockMask.from_kv_blocks(*_seen_blocks(ends), BLOCK_SIZE=BLOCK, mask_mod=sees_in_tree)
+    lengths = (len(pack), len(pack))
+    return BlockMask.from_kv_blocks(*_seen_blocks(ends), BLOCK_SIZE=BLOCK, mask_mod=sees_in_tree, seq_lengths=lengths)
 
 
 def _seen_blocks(ends: Tensor) -> tuple[Tensor, Tensor]:

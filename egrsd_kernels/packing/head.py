@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from egrsd_kernels.eager import eager
@@ -14,13 +17,23 @@ from egrsd_kernels.models.places import language_model
 from egrsd_kernels.models.proof import found_in
 
 from .attention import FAST, beside, implementation_of, road_of
-from .layers import compile_decoder_layers, padded_size
+from .layers import compiled_layers, padded_size
 from .proof import fast_road, inputs_of, row_limit
 from .segments import Copies, copies_of, take_rows
 from .tree import Pack
 from .varlen import moved
 
 Result = TypeVar("Result")
+_indices: weakref.WeakKeyDictionary[Pack, dict[torch.device, tuple[Tensor, Copies]]] = weakref.WeakKeyDictionary()
+
+
+def _targets(pack: Pack, device: torch.device) -> tuple[Tensor, Copies]:
+    """The packed rows that predict a pack's targets, and where each of them stands among these."""
+    held = _indices.setdefault(pack, {})
+    if device not in held:
+        copies = (moved(one, device) for one in copies_of(pack.hidden_index, len(pack)))
+        held[device] = moved(pack.hidden_index, device), Copies(*copies)
+    return held[device]
 
 
 @eager
@@ -81,20 +94,15 @@ def packed(
             f"compile_layers: {type(base).__name__}: expected a model on a GPU, in 16 bits, with attn_implementation "
             f"{' or '.join(FAST)}, got {base.dtype} on {base.device.type} with {implementation_of(base)}"
         )
-    size = None
-    if fast is not None and compile_layers is not False:
-        size = padded_size(len(pack))
-        compile_decoder_layers(base)
+    compiles = fast is not None and compile_layers is not False
+    size = padded_size(len(pack)) if compiles else None
 
     def at_targets(hidden: Tensor, head: Head) -> Result:
-        index = moved(pack.hidden_index, hidden.device)
-        if hidden.is_cuda:
-            copies = copies_of(pack.hidden_index, len(pack))
-            rows = take_rows(hidden[0], index, Copies(*(moved(one, hidden.device) for one in copies)))
-        else:
-            rows = hidden[0].index_select(0, index)
         with beside():
-            return function(rows, head)
+            return function(take_rows(hidden[0], *_targets(pack, hidden.device)), head)
 
-    with road_of(implementation_of(base))(pack) if fast is None else fast(pack, size):
+    with (
+        compiled_layers(base) if compiles else nullcontext(),
+        road_of(implementation_of(base))(pack) if fast is None else fast(pack, size),
+    ):
         return with_head(model, at_targets, **inputs_of(pack, base.device, size), **inputs)

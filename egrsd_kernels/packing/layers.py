@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,13 +37,23 @@ def padded_size(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
-def compile_decoder_layers(base: Any) -> None:
-    """Make the decoder layers of a model run compiled where they are given a pack's fixed table."""
-    layers = _decoder_layers(base)
-    for layer in layers:
+_layers: weakref.WeakKeyDictionary[nn.Module, list[nn.Module]] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def compiled_layers(base: Any) -> Iterator[None]:
+    """Make the decoder layers of a model run compiled where they are given a pack's fixed table, from now on.
+
+    While this is entered they may be compiled; a backward pass has the graphs of its forward.
+    """
+    if base not in _layers:  # to look through all modules takes as long as a layer does
+        _layers[base] = _decoder_layers(base)
+    for layer in _layers[base]:
         own: Any = type(layer)
         if not hasattr(own, "_runs_compiled"):
             layer.__class__ = _compiled(own)
+    with torch._dynamo.config.patch(recompile_limit=GRAPHS, accumulated_recompile_limit=4 * GRAPHS):
+        yield
 
 
 def _decoder_layers(base: Any) -> list[nn.Module]:
@@ -69,8 +81,7 @@ def _compiled(own: Any) -> type[nn.Module]:
         if not any(isinstance(one, Table) and one.fixed for one in given):
             return forward(self, *args, **kwargs)
         try:
-            with torch._dynamo.config.patch(recompile_limit=GRAPHS, accumulated_recompile_limit=4 * GRAPHS):
-                return run(self, *args, **kwargs)
+            return run(self, *args, **kwargs)
         except (TorchDynamoException, FailOnRecompileLimitHit) as failure:
             first = str(failure.__cause__ or failure).strip().partition("\n")[0]
             raise ModelError(f"compile_layers: {own.__name__}: {type(failure).__name__}: {first}") from failure

@@ -83,7 +83,7 @@ def parts_of(
             at_columns = torch.cat([columns[index][columns[index] >= first] for index in numbers]) - first
             parts.append(Part(pack, at_rows.to(device), at_columns.to(device)))
     missing = max(as_many_as(len(parts)), 1) - len(parts)
-    return parts + [_company(ids, valid, device)] * missing
+    return parts + [_company(ids, valid, device) for _ in range(missing)]
 
 
 def _company(ids: Tensor, valid: Tensor, device: torch.device) -> Part:

@@ -7,11 +7,13 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers import ProcessorMixin
 from trl import GRPOTrainer, RLOOTrainer
 
 from egrsd_kernels.checks import expect, flag, integer
-from egrsd_kernels.packing.proof import row_limit
+from egrsd_kernels.packing.proof import fast_road, row_limit
 
 from .packed_rows import INDEX, MAX_TOKENS_PER_PACK, groups_together
 from .packed_step import PackedStep
@@ -57,7 +59,7 @@ def pack(
     if fault := fault_of(trainer):
         raise ValueError(fault)
     budget = integer("max_tokens_per_pack", max_tokens_per_pack, low=1)
-    row_limits(trainer.model, trainer.ref_model)
+    check_rows_in_packs(trainer.accelerator, trainer.model, trainer.ref_model)
     undo = ExitStack()
     if compile_layers is not None:
         flag("compile_layers", compile_layers)
@@ -79,17 +81,19 @@ def unpack(trainer: Any) -> None:
         undo.close()
 
 
-def row_limits(*models: nn.Module | None) -> None:
+def check_rows_in_packs(accelerator: Accelerator, *models: nn.Module | None) -> None:
     """A ModelError where the rows of a model in a pack are not what each is alone."""
     for model in models:
         if model is not None:
             row_limit(model)
+            with accelerator.autocast():
+                fast_road(model)
 
 
 def fault_of(trainer: Any) -> str | None:
     """In one line, the setting of a trainer that keeps its loss from packed log p; None if there is none."""
     args = trainer.args
-    if trainer._is_vlm:
+    if isinstance(trainer.processing_class, ProcessorMixin):
         return "model: packing expects one of text: images have no place in a prefix tree"
     if trainer.aux_loss_enabled:
         return (

@@ -77,7 +77,7 @@ from .images import MODEL_IMAGES, TOKEN_TYPES, check_prompt, token_types
 from .methods import Context, contexts_of, function_of, teacher_model_of
 from .metrics import evidence_metrics, gathered_tokens, peak_memory_gib, token_metrics
 from .packed_step import PackedStep
-from .packing import fault_of, regrouped, row_limits, with_index
+from .packing import check_rows_in_packs, fault_of, regrouped, with_index
 from .rewards import InfiniteRewards, checked, excerpt, without_infinite
 from .roles import Roles, check_trained, weights_at_hand
 from .teacher import (
@@ -257,21 +257,22 @@ class EGRSDTrainer(GRPOTrainer):
 
     def _packed_step(self) -> PackedStep | None:
         """What reads rollouts in packs; None: they are read padded."""
-        if self.args.packing is False or (self.args.packing is None and self.accelerator.device.type == "cpu"):
+        wanted = self.args.packing or self.args.compile_layers
+        if self.args.packing is False or (self.accelerator.device.type == "cpu" and not wanted):
             return None
         fault = fault_of(self)
         if fault is None:
             try:
-                row_limits(self.model, self.ref_model)
+                check_rows_in_packs(self.accelerator, self.model, self.ref_model)
                 if self._contexts:
                     with self.teacher.active() as teacher:
-                        row_limits(teacher)
+                        check_rows_in_packs(self.accelerator, teacher)
                 return PackedStep(self.accelerator, self.args.max_tokens_per_pack, self.args.compile_layers)
             except ModelError as refusal:
                 fault = str(refusal)
-        if self.args.packing:
+        if wanted:
             raise ModelError(fault)
-        logger.info("Rollouts are read padded, not packed: %s", fault)
+        logger.warning("Rollouts are read padded, not packed: %s", fault)
         return None
 
     def _prove(self) -> None:
