@@ -11,6 +11,8 @@ One chunk of student rows goes through the files in this order:
     kept.py      exponentials of all rows, kept for gradients that the backward pass learns
     sparse/      or sparse ones with a certified bound; the rows that are not sparse gather for gradient.py
 
+Divergences of student and teacher have a pass of their own for both, in divergence/.
+
 plan.py says how large a chunk is, tuning.py which tiles the products take.
 """
 
