@@ -36,8 +36,8 @@ class PairMachine:
         student, teacher = machine(pair.student.weight), machine(pair.teacher.weight)
         if student.tma != teacher.tma:  # one kernel has one family
             student, teacher = student._replace(tma=False), teacher._replace(tma=False)
-        dtypes = pair.student.weight.dtype, pair.teacher.weight.dtype
-        return cls(student, teacher, pair_config(dtypes, device_limits(pair.student.weight.device)[1]))
+        shared = device_limits(pair.student.weight.device)[1]
+        return cls(student, teacher, pair_config(pair.student, pair.teacher, shared))
 
 
 class Stored(NamedTuple):

@@ -23,6 +23,8 @@ import torch
 import triton
 import triton.language as tl
 
+from egrsd_kernels.head import Head
+
 from ..common import NEG, PRECISION, ROW_TILE, Config, ceil_div, load_tile, logits_of
 from ..gather import Chunk
 from ..vocab import GROUP
@@ -35,7 +37,7 @@ HALF = (
     Config(ROW_TILE, 64, 32, 4, 3),
     Config(ROW_TILE, 64, 32, 4, 2),
 )
-FLOAT32 = Config(ROW_TILE, 64, 32, 8, 2)
+FLOAT32 = (Config(ROW_TILE, 64, 32, 8, 2), Config(ROW_TILE, 64, 16, 8, 2))
 # An int16 M counts these steps; LEAST stands for a probability of 0.
 STEPS = tl.constexpr(512.0)
 LEAST = tl.constexpr(-32768.0)
@@ -190,21 +192,22 @@ def pair_kernel(
                 tl.store(ratios + inner, ratio)
 
 
-def pair_config(dtypes: tuple[torch.dtype, ...], shared: int) -> Config:
-    """The tile for operands of these dtypes on a device with so many bytes of shared memory for a program."""
-    if torch.float32 in dtypes:
-        return FLOAT32
+def pair_config(student: Head, teacher: Head, shared: int) -> Config:
+    """The tile for two heads on a device with so many bytes of shared memory for a program."""
+    single = torch.float32 in (student.weight.dtype, teacher.weight.dtype)
+    fitting, itemsize = (FLOAT32, 4) if single else (HALF, 2)
+    matrices = 3 if one_head(student, teacher) else 4  # two loops have their operands each
 
     def room(c: Config) -> int:
-        """Operands, and half a tile on its way out."""
-        return c.stages * (2 * c.rows + c.cols) * c.depth * 2 + c.rows * c.cols
+        """Operands, and a tile on its way out, in halves."""
+        return c.stages * matrices * c.rows * c.depth * itemsize + itemsize * c.rows * c.cols + 1024
 
-    return next((c for c in HALF if room(c) <= shared), HALF[-1])
+    return next((c for c in fitting if room(c) <= shared), fitting[-1])
 
 
-def one_head(student: Chunk, teacher: Chunk) -> bool:
+def one_head(student: Head, teacher: Head) -> bool:
     """Whether both read the same matrix; what else a head has may differ."""
-    a, b = student.head.weight, teacher.head.weight
+    a, b = student.weight, teacher.weight
     return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
 
 
@@ -247,7 +250,7 @@ class PairPass:
             *heads[1].weight.stride(), heads[0].bias, heads[1].bias, student.offset, teacher.offset, *self.stored,
             self.sums, row_counts, student.rows, student.V, student.softcap or 0.0, student.logit_scale,
             teacher.softcap or 0.0, teacher.logit_scale, D=student.D, TEACHER_D=teacher.D,
-            SHARED=one_head(student, teacher), GROUP=GROUP, PROGRAMS=student.programs, TMA=self.tma,
+            SHARED=one_head(*heads), GROUP=GROUP, PROGRAMS=student.programs, TMA=self.tma,
             STORE=self.magnitudes is not None, STEPPED=self.ratios is not None and self.ratios.dtype == torch.float16,
             REVERSE=self.wanted.reverse, FORWARD=self.wanted.forward,
             STUDENT_ENTROPY=self.wanted.student_entropy, TEACHER_ENTROPY=self.wanted.teacher_entropy,
