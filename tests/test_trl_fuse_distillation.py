@@ -117,12 +117,14 @@ def test_what_ours_does_not_do_stays_trls(monkeypatch):
     ours = fused_divergence.fused_divergence(stub)
     tensors = operands()
     ours.apply(*tensors, 1.0, 1.0, 1.0, None, 1.0, None, "later")
-    monkeypatch.setattr(fused_divergence, "is_deepspeed_zero3_enabled", lambda: True)
-    ours.apply(*tensors, 0.5)
-    assert [given[6:] for given in calls] == [
-        (1.0, 1.0, 1.0, None, 1.0, None, "later"),
-        (0.5, 1.0, 1.0, None, 1.0, None),
-    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(fused_divergence, "is_deepspeed_zero3_enabled", lambda: True)
+        ours.apply(*tensors, 0.5)
+    monkeypatch.setattr(fused_divergence, "lacks_kernels", lambda pair: pair.divergence.kind == "reverse_kl")
+    ours.apply(*tensors, 1.0, 0.7)
+    ours.apply(*tensors, 0.0)
+    plain = (1.0, None, 1.0, None)
+    assert [given[6:] for given in calls] == [(1.0, 1.0, *plain, "later"), (0.5, 1.0, *plain), (1.0, 0.7, *plain)]
     assert all(a is b for given in calls for a, b in zip(given, tensors, strict=False))
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from egrsd_kernels.eager import eager
@@ -22,6 +24,16 @@ from .tree import Pack
 from .varlen import moved
 
 Result = TypeVar("Result")
+_indices: weakref.WeakKeyDictionary[Pack, dict[torch.device, tuple[Tensor, Copies]]] = weakref.WeakKeyDictionary()
+
+
+def _targets(pack: Pack, device: torch.device) -> tuple[Tensor, Copies]:
+    """The packed rows that predict a pack's targets, and where each of them stands among these."""
+    held = _indices.setdefault(pack, {})
+    if device not in held:
+        copies = (moved(one, device) for one in copies_of(pack.hidden_index, len(pack)))
+        held[device] = moved(pack.hidden_index, device), Copies(*copies)
+    return held[device]
 
 
 @eager
@@ -86,14 +98,8 @@ def packed(
     size = padded_size(len(pack)) if compiles else None
 
     def at_targets(hidden: Tensor, head: Head) -> Result:
-        index = moved(pack.hidden_index, hidden.device)
-        if hidden.is_cuda:
-            copies = copies_of(pack.hidden_index, len(pack))
-            rows = take_rows(hidden[0], index, Copies(*(moved(one, hidden.device) for one in copies)))
-        else:
-            rows = hidden[0].index_select(0, index)
         with beside():
-            return function(rows, head)
+            return function(take_rows(hidden[0], *_targets(pack, hidden.device)), head)
 
     with (
         compiled_layers(base) if compiles else nullcontext(),

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from egrsd_kernels import DivergenceStatistics, Head, linear_divergence
-from egrsd_kernels.backends import Kind
+from egrsd_kernels.backends import Divergence, Kind, Pair, choose_divergence, torch_divergence
 
 KINDS: dict[float, Kind] = {0.0: "forward_kl", 1.0: "reverse_kl"}  # by TRL's beta; between them it is the JSD's
 
@@ -23,7 +23,8 @@ def fused_divergence(trls: type) -> type:
     Arguments and result are TRL's: hidden states (N, D), weights (V, D), biases (V,) or None, of student and teacher;
     beta, 0 for KL(p_T ‖ p_S), 1 for KL(p_S ‖ p_T), and the JSD between; the temperature, and the heads' scales and
     caps. Returns (divergence, the student's entropy), (N,) float32, nats; the second has no gradient. Under ZeRO-3,
-    whose heads TRL gathers in its own passes, and for arguments that only a later TRL has, it is TRL's.
+    whose heads TRL gathers in its own passes, on a GPU that our kernels do not run on, and for arguments that only a
+    later TRL has, it is TRL's.
     """
 
     class FusedDivergence(trls):
@@ -43,12 +44,15 @@ def fused_divergence(trls: type) -> type:
             teacher_final_logit_softcapping: float | None = None,
             *later: Any,
         ) -> tuple[Tensor, Tensor]:
-            if later or is_deepspeed_zero3_enabled():
+            def by_trl() -> tuple[Tensor, Tensor]:
                 return trls.apply(  # type: ignore[attr-defined]
                     student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, beta,
                     temperature, student_logit_scale, student_final_logit_softcapping, teacher_logit_scale,
                     teacher_final_logit_softcapping, *later,
                 )  # fmt: skip
+
+            if later or is_deepspeed_zero3_enabled():
+                return by_trl()
             # As TRL does, a head of another dtype is read in that of its hidden states.
             student = Head(
                 student_weight.to(student_hidden.dtype), student_bias, student_logit_scale,
@@ -58,12 +62,20 @@ def fused_divergence(trls: type) -> type:
                 teacher_weight.to(teacher_hidden.dtype), teacher_bias, teacher_logit_scale,
                 teacher_final_logit_softcapping,
             )  # fmt: skip
+            operands = student_hidden, student, teacher_hidden, teacher
             kind = KINDS.get(beta, "jsd")
+            divergence = Divergence(kind, beta if kind == "jsd" else 0.5)
+            if lacks_kernels(Pair(*operands, temperature, divergence)):
+                return by_trl()
             found = linear_divergence(
-                student_hidden, student, teacher_hidden, teacher, kind=kind, beta=beta if kind == "jsd" else 0.5,
-                temperature=temperature, return_stats=True,
-            )  # fmt: skip
+                *operands, kind=kind, beta=divergence.beta, temperature=temperature, return_stats=True
+            )
             assert isinstance(found, DivergenceStatistics) and found.student_entropy is not None
             return found.divergence, found.student_entropy
 
     return FusedDivergence
+
+
+def lacks_kernels(pair: Pair) -> bool:
+    """Whether the pair is on a GPU, and plain PyTorch would make its divergence there: slower than TRL's kernels."""
+    return pair.student_hidden.is_cuda and choose_divergence("auto", pair) is torch_divergence
