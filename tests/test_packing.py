@@ -409,6 +409,15 @@ def test_the_proof_is_made_once_and_leaves_no_trace(monkeypatch):
     assert len(made) == 1
 
 
+def test_the_proof_leaves_random_numbers_of_all_devices_alone(monkeypatch):
+    model, seeds = tiny("llama"), []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: False)
+    before = torch.get_rng_state()
+    row_limit(model)
+    assert not seeds and torch.get_rng_state().equal(before)
+
+
 def test_other_forwards_are_none_of_the_packs():
     """Neither in the function at the head, nor in another thread while a pack's forward is in progress."""
     model, other = tiny("llama").double(), tiny("mistral", sliding_window=6).double()

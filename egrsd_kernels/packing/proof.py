@@ -215,7 +215,7 @@ def _small(base: Any, limit: int) -> Any:
     for layers, narrow in itertools.product(_layers(base.config), (True, False)):
         try:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
+                torch.default_generator.manual_seed(0)  # torch.manual_seed would set every GPU's as well
                 model = type(base)(_small_config(base.config, layers, narrow, limit)).float().eval()
                 for parameter in filter(Tensor.is_floating_point, model.parameters()):
                     if parameter.ndim > 1:

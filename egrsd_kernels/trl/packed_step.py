@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from egrsd_kernels import Head
 from egrsd_kernels.packing import packed
-from egrsd_kernels.packing.proof import row_limit
+from egrsd_kernels.packing.proof import fast_road, row_limit
 
 from .fused_head import score_labels
 from .packed_rows import Part, parts_of
@@ -82,6 +82,8 @@ class PackedStep:
 
     def parts(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> list[Part]:
         """As :func:`parts_of` has them, for a model; a ModelError where it cannot be packed."""
+        with self.accelerator.autocast():  # proved before a random state is kept
+            fast_road(model)
         return parts_of(
             input_ids,
             attention_mask,
