@@ -449,7 +449,8 @@ def test_unpack_gives_a_trainer_its_own_methods_back(tmp_path):
 
 
 def test_what_cannot_be_packed_is_refused_in_one_line(tmp_path):
-    run, _ = make(tmp_path / "ours", packing=False)
+    run, _ = make(tmp_path / "ours")
+    assert run._packed is None and run.args.packing is False and run.args.compile_layers is False  # packing is opt-in
     with pytest.raises(ValueError, match="EGRSDTrainer overrides: set packing=True in its config"):
         pack(run)
     with pytest.raises(TypeError, match="expected a GRPOTrainer or RLOOTrainer, got object"):
