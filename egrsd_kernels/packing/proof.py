@@ -5,7 +5,8 @@ are shorter than the rows of the probe: with those of the real model a window th
 of size 1/√inputs let every token look at all that it may, so what is overlooked moves log p by 1e-2 nat and more.
 
 Where the longest row sets a rope's frequencies for all, rows on both sides of its limit change each other. Such a model
-packs rows within its limit, which is proved with rows that are within and a pack that is not.
+packs rows within its limit, which is proved with rows that are within and a pack that is not. A dynamic rope keeps the
+longest row's frequencies until a forward that is shorter than the limit: it packs rows that are shorter, and no others.
 """
 
 from __future__ import annotations
@@ -52,6 +53,12 @@ def row_limit(model: nn.Module) -> float:
         raise ModelError(f"model: {type(base).__name__}: packing expects a model of transformers")
     name = implementation_of(base)
     return float(_kept(base, name, lambda: _prove(base, road_of(STANDS_FOR.get(name, name)))))
+
+
+def remembers(model: nn.Module) -> bool:
+    """Whether a row beyond :func:`row_limit` changes what later forwards give, so that it may not stand alone either."""
+    text = language_model(model).config.get_text_config().to_dict()
+    return any(rope.get("rope_type", rope.get("type")) == "dynamic" for rope in _ropes(text))
 
 
 def fast_road(model: nn.Module) -> Callable[[Pack, int | None], AbstractContextManager[None]] | None:
@@ -108,6 +115,7 @@ def _prove(base: Any, road: Road) -> float:
         off, allowed = _difference(base, road, rows, LIMIT)
         if off <= allowed:
             return math.inf
+        return limit - remembers(base)
     return limit
 
 
