@@ -235,6 +235,7 @@ MODELS = {
             "attention_chunk_size": 7,
             "layer_types": ["chunked_attention", "full_attention"],
             "no_rope_layers": [1, 0],
+            "attn_temperature_tuning": False,
             "num_local_experts": 2,
             "intermediate_size_mlp": 48,
         },
@@ -378,6 +379,14 @@ def test_a_rope_that_depends_on_the_longest_row_has_a_limit(rope, limit):
     model(input_ids=torch.tensor(rows[:1]))  # generation, say
     (short,) = pack_rows([[3, *[5] * 62]], budget=100, targets=targets)
     torch.testing.assert_close(logp_packed(model, short), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(pytest.importorskip("transformers").__version__ < "5", reason="other layers in transformers 4")
+def test_a_scale_that_counts_packed_tokens_is_refused():
+    """Llama 4 scales queries by their place in the forward from floor_scale on, by default more than the probe has."""
+    of_experts = {"attention_chunk_size": 500, "layer_types": ["full_attention"] * 2, "num_local_experts": 2}
+    with pytest.raises(ModelError, match=r"off by \S+ nat from the row alone where rounding allows"):
+        row_limit(tiny("llama4_text", **of_experts, no_rope_layers=[0, 1], intermediate_size_mlp=48, floor_scale=8192))
 
 
 def test_what_has_no_road_is_said_in_a_line():

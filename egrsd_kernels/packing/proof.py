@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -33,6 +34,12 @@ from .tree import Pack, pack_rows
 # In whose place another implementation is asked for a dense mask.
 STANDS_FOR = {"flex_attention": "eager", "flash_attention_2": "sdpa", "flash_attention_3": "sdpa"}
 REACH = 5  # positions of a window or a chunk; most rows of the probe are longer
+TOKENS = 100  # of the probe
+# Names of what is no length, whatever its value: widths and numbers of weights, tables of positions, ids, bases.
+SIZES = re.compile(
+    r"size|dim|rank|width|heads|expert|layers|embd|inner|vocab|index|theta|base|position|channels|features|scal(ar|ing)|"
+    r"mult|seed|parts|extent|tokens|context|seq|freq|eps|ffn?|state|_d_|(^|_)ids?$|^(n|d|num|max)_|_num$"
+)
 LIMIT = 20  # positions of a rope limit; the probe has rows on both sides
 WIDTH = 64  # of layers whose width nothing else depends on
 # Of a float32 forward: sums of some hundred products, a few in a row, of either sign.
@@ -210,7 +217,7 @@ def _probe(base: Any) -> list[Tensor]:
     size = _setting(base.config, "vocab_size")
     random = torch.Generator().manual_seed(0)
     # Ids of no special meaning, for any config known.
-    ids = torch.randint(min(10, size - 1), min(75, size), (100,), generator=random)
+    ids = torch.randint(min(10, size - 1), min(75, size), (TOKENS,), generator=random)
     trunk, left, right, deep, deeper, *others = ids.split([9, 8, 14, 7, 13, 31, 15, 3])
     tree = (trunk, left, deep), (trunk, left, deeper), (trunk, right), (trunk, left)
     return [*map(torch.cat, tree), *others]
@@ -294,8 +301,8 @@ def _small_config(config: Any, layers: list[int], narrow: bool, limit: int) -> A
     if narrow:
         _narrow(text)
     for name, value in text.items():
-        if isinstance(value, int) and not isinstance(value, bool) and _reaches(name):
-            text[name] = min(value, REACH)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and _reaches(name, value):
+            text[name] = min(value, type(value)(REACH))
     for place, name in _limits(text):
         place[name] = limit
     values.update(use_cache=False)
@@ -309,10 +316,10 @@ def _small_config(config: Any, layers: list[int], narrow: bool, limit: int) -> A
     return small
 
 
-def _reaches(name: str) -> bool:
-    """Whether a setting says how far a layer sees."""
-    far = any(part in name for part in ("window", "chunk", "local_attention", "index_topk"))
-    return far and not name.endswith(("layers", "pattern"))
+def _reaches(name: str, value: float) -> bool:
+    """Whether a setting says how far a layer sees, or may be a length that the probe would not come to."""
+    far = any(part in name for part in ("window", "chunk", "local_attention", "index_topk", "floor"))
+    return (far or (value > TOKENS and not SIZES.search(name))) and not name.endswith(("layers", "pattern"))
 
 
 def _narrow(text: dict[str, Any]) -> None:
