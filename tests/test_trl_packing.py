@@ -434,6 +434,33 @@ def test_another_backward_and_another_loss_are_refused():
     assert "backward" not in vars(accelerator)
 
 
+def test_a_direct_loss_has_no_value_before_its_backward_pass():
+    model, accelerator = tiny_model(), Accelerator(cpu=True)
+    step = PackedStep(accelerator, 18)
+    ids, mask, width = batch()
+    parts = step.parts(model, ids, mask, width)
+
+    def share(part, hidden, head):
+        return -linear_logp(hidden, head, part.target_ids).sum()
+
+    def direct():
+        return step.direct(model, parts, share, lambda: None)
+
+    with torch.no_grad():
+        expected = direct()
+    loss = direct()
+    assert loss.isnan()
+    scaled = loss / 4
+    accelerator.backward(scaled)
+    torch.testing.assert_close(scaled.detach(), expected / 4)
+    gradient = next(w.grad for w in model.parameters() if w.requires_grad)
+    assert gradient.isfinite().all() and gradient.any()
+    model.zero_grad()
+    accelerator.backward(direct() ** 2)  # whose gradient would need the value
+    assert next(w.grad for w in model.parameters() if w.requires_grad).isnan().any()
+    step.remove()
+
+
 def test_unpack_gives_a_trainer_its_own_methods_back(tmp_path):
     run, _ = make(tmp_path, **STEP, **TRAINERS["grpo"])
     before = dict(vars(run))

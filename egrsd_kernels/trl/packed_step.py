@@ -17,6 +17,7 @@ of an optimizer step are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
@@ -154,11 +155,13 @@ class PackedStep:
             done: called after the last of them.
 
         Returns:
-            The loss, 0-d float32. Where gradients are on its value is put in by :meth:`backward`; until then it is 0.
+            The loss, 0-d float32. Where gradients are on its value is put in by :meth:`backward`; until then it is NaN,
+            and so is the gradient of whatever is not linear in it.
         """
-        loss = torch.zeros((), device=parts[0].rows.device)
+        grad = torch.is_grad_enabled()
+        loss = torch.full((), math.nan if grad else 0.0, device=parts[0].rows.device)
         one = _Direct(self.accelerator, model, parts, function, done, self._compile(model, twice=False))
-        if torch.is_grad_enabled():
+        if grad:
             one.leaves = [loss]
             self._wait(one)
             return loss.view(())  # a node of its own: a leaf's value may not be put in
@@ -322,7 +325,7 @@ class _Direct:
         return factor * value
 
     def done(self, loss: Tensor, gradients: Sequence[Tensor | None]) -> None:
-        loss.detach().add_(self.total)  # which the trainer logs
+        loss.detach().copy_(torch.as_tensor(self.total))  # which the trainer logs
         self.finished()
 
 
