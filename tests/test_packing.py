@@ -265,6 +265,18 @@ def test_adapters_learn_from_a_pack_what_they_learn_from_rows():
     check_same(peft.get_peft_model(tiny("qwen3"), config).double().eval())
 
 
+@pytest.mark.parametrize("kind", ["aLoRA", "PROMPT_TUNING"])
+def test_adapters_that_read_the_row_are_refused(kind):
+    peft = pytest.importorskip("peft")
+    config = (
+        peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[85, 86])
+        if kind == "aLoRA"
+        else peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    )
+    with pytest.raises(ModelError, match=rf"adapters that act on each token alone \(LORA, .*\), got {kind}$"):
+        row_limit(peft.get_peft_model(tiny("qwen3"), config))
+
+
 def test_layers_that_are_computed_again_see_the_same():
     """Gradient checkpointing runs them once more in the backward pass, when no pack is in progress."""
     rows, targets = group_rows()
@@ -476,12 +488,12 @@ PACKS = (
     "apertus", "aria_text", "bert", "cohere", "cohere2", "ctrl", "deepseek_v2", "deepseek_v3", "doge", "emu3",
     "ernie4_5", "exaone4", "falcon", "gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n_text", "gemma4_text",
     "glm", "glm4", "glm4_moe", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "gptj", "granite", "granitemoe",
-    "helium", "llama", "llama4_text", "llava", "longcat_flash", "minimax_m2", "mistral", "mixtral",
+    "helium", "llama", "llava", "longcat_flash", "minimax_m2", "mistral", "mixtral",
     "modernbert-decoder", "nemotron", "olmo2", "olmo3", "opt", "phi", "phi3", "phimoe", "qwen2", "qwen2_5_vl",
     "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_vl", "seed_oss", "smollm3", "stablelm", "starcoder2", "vaultgemma",
 )
 REFUSED = (
-    "bamba", "bloom", "falcon_h1", "falcon_mamba", "gpt_neo", "granitemoehybrid", "jamba", "lfm2_moe", "mamba",
+    "bamba", "bloom", "falcon_h1", "falcon_mamba", "gpt_neo", "granitemoehybrid", "jamba", "lfm2_moe", "llama4_text", "mamba",
     "mamba2", "minimax", "mpt", "nemotron_h", "openai-gpt", "paligemma", "qwen3_5", "qwen3_next", "recurrent_gemma",
     "rwkv", "xlnet", "zamba2",
 )

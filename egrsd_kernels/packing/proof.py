@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from egrsd_kernels.models import ModelError
-from egrsd_kernels.models.places import language_model
+from egrsd_kernels.models.places import language_model, unwrapped
 
 from . import varlen
 from .attention import FAST, ROADS, Road, implementation_of, road_of
@@ -45,6 +45,11 @@ WIDTH = 64  # of layers whose width nothing else depends on
 # Of a float32 forward: sums of some hundred products, a few in a row, of either sign.
 ROUNDOFF = 2**-24
 ROUNDINGS = 1024
+# Types of PEFT's adapters that give each token's vector what it gets in any row.
+ADAPTERS = (
+    "LORA", "ADALORA", "IA3", "LN_TUNING", "LOHA", "LOKR", "OFT", "BOFT", "VERA", "FOURIERFT", "HRA", "VBLORA",
+    "RANDLORA", "MISS", "BONE", "ROAD", "SHIRA", "C3A", "OSF", "TRAINABLE_TOKENS",
+)  # fmt: skip
 _KEPT = "_proved_packing"
 _lock = threading.Lock()
 
@@ -58,8 +63,22 @@ def row_limit(model: nn.Module) -> float:
     base: Any = language_model(model)
     if not hasattr(base, "config") or not hasattr(base.config, "get_text_config"):
         raise ModelError(f"model: {type(base).__name__}: packing expects a model of transformers")
+    _check_adapters(model, base)
     name = implementation_of(base)
     return float(_kept(base, name, lambda: _prove(base, road_of(STANDS_FOR.get(name, name)))))
+
+
+def _check_adapters(model: Any, base: Any) -> None:
+    """A ModelError for adapters that are no function of a token's vector alone: the small model has none to show it."""
+    for held in (getattr(one, "peft_config", None) for one in (unwrapped(model), base)):
+        for config in held.values() if isinstance(held, dict) else ():
+            kind = str(getattr(config.peft_type, "value", config.peft_type))
+            kind = "aLoRA" if getattr(config, "alora_invocation_tokens", None) else kind
+            if kind not in ADAPTERS:
+                raise ModelError(
+                    f"model: {type(base).__name__}: packing expects PEFT adapters that act on each token alone "
+                    f"({', '.join(ADAPTERS)}), got {kind}"
+                )
 
 
 def remembers(model: nn.Module) -> bool:
