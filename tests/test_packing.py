@@ -493,9 +493,9 @@ PACKS = (
     "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_vl", "seed_oss", "smollm3", "stablelm", "starcoder2", "vaultgemma",
 )
 REFUSED = (
-    "bamba", "bloom", "falcon_h1", "falcon_mamba", "gpt_neo", "granitemoehybrid", "jamba", "lfm2_moe", "llama4_text", "mamba",
-    "mamba2", "minimax", "mpt", "nemotron_h", "openai-gpt", "paligemma", "qwen3_5", "qwen3_next", "recurrent_gemma",
-    "rwkv", "xlnet", "zamba2",
+    "bamba", "bloom", "falcon_h1", "falcon_mamba", "gpt_neo", "granitemoehybrid", "jamba", "lfm2_moe", "llama4_text",
+    "mamba", "mamba2", "minimax", "mpt", "nemotron_h", "openai-gpt", "paligemma", "qwen3_5", "qwen3_next",
+    "recurrent_gemma", "rwkv", "xlnet", "zamba2",
 )
 # fmt: on
 

@@ -24,7 +24,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from egrsd_kernels import linear_logp
 from egrsd_kernels.models import ModelError
-from egrsd_kernels.packing import packed
+from egrsd_kernels.packing import packed, proof, varlen
 from egrsd_kernels.trl import EGRSDTrainer, pack, unpack
 from egrsd_kernels.trl.packed_rows import INDEX, groups_together, parts_of
 from egrsd_kernels.trl.packed_step import PackedStep
@@ -432,6 +432,28 @@ def test_another_backward_and_another_loss_are_refused():
     assert torch.equal(plain.grad, torch.full((3,), 2.0))
     step.remove()
     assert "backward" not in vars(accelerator)
+
+
+@pytest.mark.parametrize("name", ["attention_dropout", "compile_layers"])
+def test_what_would_fail_at_the_first_read_is_said_at_the_start(tmp_path, monkeypatch, name):
+    options = {"peft": False}
+    if name == "attention_dropout":
+        config = tiny_config()
+        config.attention_dropout = 0.1
+        options["model"] = type(tiny_model())(config)
+        monkeypatch.setattr(varlen, "DEVICES", ("cpu",))  # a GPU's way, in any dtype
+        monkeypatch.setattr(varlen, "DTYPES", (torch.float32,))
+        monkeypatch.setattr(proof, "_prove_on", lambda *_: True)
+    else:
+        options["compile_layers"] = True
+    with pytest.raises(ModelError, match=f"^{name}: .*expect"):
+        make(tmp_path / "ours", packing=True, **options)
+    run, _ = make(
+        tmp_path / "trl", **STEP, **TRAINERS["grpo"], **{k: v for k, v in options.items() if k != "compile_layers"}
+    )
+    with pytest.raises(ModelError, match=f"^{name}: .*expect"):
+        pack(run, compile_layers=name == "compile_layers")
+    assert "backward" not in vars(run.accelerator)
 
 
 def test_a_direct_loss_has_no_value_before_its_backward_pass():

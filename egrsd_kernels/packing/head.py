@@ -83,8 +83,8 @@ def packed(
     limit, longest = row_limit(model), max(map(len, pack.places))
     if longest > limit and remembers(model):
         raise ModelError(
-            f"model: {type(base).__name__}: rows up to {limit:.0f} tokens can be packed, where its dynamic rope forgets "
-            f"the longest row before, got one of {longest}"
+            f"model: {type(base).__name__}: rows up to {limit:.0f} tokens can be packed, where its dynamic rope "
+            f"forgets the longest row before, got one of {longest}"
         )
     if longest > limit and len(pack.rows) > 1:
         raise ModelError(

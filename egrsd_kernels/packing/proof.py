@@ -82,7 +82,7 @@ def _check_adapters(model: Any, base: Any) -> None:
 
 
 def remembers(model: nn.Module) -> bool:
-    """Whether a row beyond :func:`row_limit` changes what later forwards give, so that it may not stand alone either."""
+    """Whether a row beyond :func:`row_limit` changes what later forwards give: it may not stand alone either."""
     text = language_model(model).config.get_text_config().to_dict()
     return any(rope.get("rope_type", rope.get("type")) == "dynamic" for rope in _ropes(text))
 

@@ -351,8 +351,13 @@ def _variables(loss: Tensor) -> dict[int, Tensor]:
 # -------------------------------------------------------------------------------------------------------------- random
 
 
+def may_drop(module: nn.Module) -> bool:
+    """Whether it is a dropout that draws in training."""
+    return isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+
+
 def _drops(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0
+    return may_drop(module) and module.training
 
 
 def _random_states(devices: Iterable[torch.device]) -> dict[torch.device, Tensor]:
