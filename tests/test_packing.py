@@ -401,6 +401,40 @@ def test_a_scale_that_counts_packed_tokens_is_refused():
         row_limit(tiny("llama4_text", **of_experts, no_rope_layers=[0, 1], intermediate_size_mlp=48, floor_scale=8192))
 
 
+@pytest.mark.parametrize("wrong", [None, "no window", "no blocks"])
+def test_the_blocks_of_flex_attention_are_proved(monkeypatch, wrong):
+    pytest.importorskip("torch.nn.attention.flex_attention")
+    own, tables = attention._blocks, attention._seen_blocks
+
+    def windowless(pack, maker, asked, *size):
+        return own(pack, maker, {**asked, "mask_function": lambda b, h, q, k: k <= q}, *size)
+
+    def diagonal(ends, size):
+        count, order = tables(ends, size)
+        return torch.ones_like(count), torch.arange(order.shape[-1]).expand_as(order).mT.contiguous().int()
+
+    if wrong == "no window":
+        monkeypatch.setattr(attention, "_blocks", windowless)
+    elif wrong == "no blocks":
+        monkeypatch.setattr(attention, "_seen_blocks", diagonal)
+    model = tiny("mistral", sliding_window=6, attn_implementation="flex_attention", head_dim=16)
+    with pytest.raises(ModelError, match="off by") if wrong else contextlib.nullcontext():
+        assert row_limit(model) == math.inf
+
+
+@pytest.mark.parametrize("tokens", [127, 128, 129])
+def test_blocks_of_packs_of_any_length(tokens):
+    pytest.importorskip("torch.nn.attention.flex_attention")
+    (pack,) = pack_rows([[1, *[2] * (tokens - 2)], [1, 3]], budget=200)
+    asked = {"kv_length": tokens, "device": "cpu", "mask_function": lambda b, h, q, k: k <= q}
+    blocks = attention._blocks(pack, None, asked)
+    assert len(pack) == tokens and blocks.shape == (1, 1, tokens, tokens)
+    index, none = torch.arange(tokens), torch.tensor(0)
+    expected = (index <= index[:, None]) & (index[:, None] < pack.ends)
+    assert blocks.mask_mod(none, none, index[:, None], index).equal(expected)
+    assert blocks.to_dense()[0, 0].bool()[index[:, None] // 128, index // 128][expected].all()
+
+
 def test_what_has_no_road_is_said_in_a_line():
     (pack,) = pack_rows([[3, 4]], budget=9)
     model = tiny("llama")
