@@ -22,7 +22,16 @@ from egrsd_kernels.packing import Pack, attention, layers, pack_rows, packed, va
 from egrsd_kernels.packing.layers import padded_size
 from egrsd_kernels.packing.proof import fast_road, row_limit
 from egrsd_kernels.packing.segments import copies_of, segment_sum, take_rows
-from tests.support.packing import Float64, check_same_in_float64, gradients, group_rows, logp_alone, logp_packed, tiny
+from tests.support.packing import (
+    Float64,
+    check_same_in_float64,
+    gradients,
+    group_rows,
+    logp_alone,
+    logp_of,
+    logp_packed,
+    tiny,
+)
 from tests.support.tree_attention import dense, on_cpus, seen_in
 
 HERE = [
@@ -297,6 +306,20 @@ def test_compiled_layers_train_adapters(monkeypatch):
             with torch.no_grad():
                 packed(model, pack, lambda hidden, head: hidden, compile_layers=True)
     assert len(made) == counts + 1  # without adapters
+
+
+@pytest.mark.slow
+def test_layers_that_are_computed_again_compile_as_many_sizes(monkeypatch):
+    """Reentrant checkpointing compiles the graph with gradients in the backward pass, as often as there are sizes."""
+    made = count_graphs(monkeypatch)
+    monkeypatch.setattr(layers, "SMALLEST", 16)
+    model = tiny("llama", num_hidden_layers=2).train()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    for count in (16, 18, 20, 22, 24, 26, 28, 30, 32, 36):  # torch's own limit is 8
+        (pack,) = pack_rows([[*range(10, 10 + count)]], budget=1000)
+        packed(model, pack, lambda h, head, p=pack: logp_of(h, head, p), compile_layers=True)[0].sum().backward()
+    assert len(made) == 2 * 10
 
 
 def test_layers_that_fall_back_to_eager_raise(monkeypatch):

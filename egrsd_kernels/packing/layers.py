@@ -10,7 +10,7 @@ import functools
 import itertools
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ _layers: weakref.WeakKeyDictionary[nn.Module, list[nn.Module]] = weakref.WeakKey
 def compiled_layers(base: Any) -> Iterator[None]:
     """Make the decoder layers of a model run compiled where they are given a pack's fixed table, from now on.
 
-    While this is entered they may be compiled; a backward pass has the graphs of its forward.
+    A backward pass has the graphs of its forward; layers that it computes again may be compiled then.
     """
     if base not in _layers:  # to look through all modules takes as long as a layer does
         _layers[base] = _decoder_layers(base)
@@ -52,8 +52,14 @@ def compiled_layers(base: Any) -> Iterator[None]:
         own: Any = type(layer)
         if not hasattr(own, "_runs_compiled"):
             layer.__class__ = _compiled(own)
-    with torch._dynamo.config.patch(recompile_limit=GRAPHS, accumulated_recompile_limit=4 * GRAPHS):
+    with _many_graphs():  # once for all layers: it takes some 30 µs
         yield
+
+
+def _many_graphs() -> AbstractContextManager[None]:
+    limits = {"recompile_limit": GRAPHS, "accumulated_recompile_limit": 4 * GRAPHS}
+    patched: AbstractContextManager[None] = torch._dynamo.config.patch(limits)
+    return patched
 
 
 def _decoder_layers(base: Any) -> list[nn.Module]:
@@ -81,7 +87,9 @@ def _compiled(own: Any) -> type[nn.Module]:
         if not any(isinstance(one, Table) and one.fixed for one in given):
             return forward(self, *args, **kwargs)
         try:
-            return run(self, *args, **kwargs)
+            # A layer that is computed again in a backward pass may be compiled there, outside of compiled_layers.
+            with nullcontext() if torch._dynamo.config.recompile_limit >= GRAPHS else _many_graphs():
+                return run(self, *args, **kwargs)
         except (TorchDynamoException, FailOnRecompileLimitHit) as failure:
             first = str(failure.__cause__ or failure).strip().partition("\n")[0]
             raise ModelError(f"compile_layers: {own.__name__}: {type(failure).__name__}: {first}") from failure
