@@ -322,6 +322,33 @@ def test_layers_that_are_computed_again_compile_as_many_sizes(monkeypatch):
     assert len(made) == 2 * 10
 
 
+def test_layers_with_a_forward_of_their_own_are_not_compiled(monkeypatch):
+    made, model = count_graphs(monkeypatch), tiny("llama")
+    expected = logp_packed(model, some_pack())
+    layer = model.model.layers[1]
+    layer.forward = layer.forward  # as a hook of accelerate's
+    with pytest.raises(ModelError, match=r"^compile_layers: LlamaForCausalLM: expected layers with their class's"):
+        packed(model, some_pack(), lambda hidden, head: hidden, compile_layers=True)
+    logp, _ = packed(model, some_pack(), lambda h, head: logp_of(h, head, some_pack()), compile_layers=None)
+    assert logp.equal(expected) and not made
+
+
+def test_the_layers_of_an_image_tower_are_not_the_decoders():
+    pytest.importorskip("trl")
+    if pytest.importorskip("transformers").__version__ < "5":
+        pytest.skip("the tiny models of images are of transformers 5")
+    from tests.support.vlm_tiny import qwen2_vl
+
+    model = qwen2_vl()
+    tower = next(m for n, m in model.named_modules() if n.endswith("visual.blocks"))
+    count = model.config.get_text_config().num_hidden_layers
+    tower.extend([nn.Identity() for _ in range(count - len(tower))])
+    del tower[count:]
+    assert len(tower) == count and {type(one).__name__ for one in layers._decoder_layers(model)} == {
+        "Qwen2VLDecoderLayer"
+    }
+
+
 def test_layers_that_fall_back_to_eager_raise(monkeypatch):
     count_graphs(monkeypatch)
     monkeypatch.setattr(layers, "GRAPHS", 1)

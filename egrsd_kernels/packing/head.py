@@ -17,7 +17,7 @@ from egrsd_kernels.models.places import language_model
 from egrsd_kernels.models.proof import found_in
 
 from .attention import FAST, beside, implementation_of, road_of
-from .layers import compiled_layers, padded_size
+from .layers import compiled_layers, hooked, padded_size
 from .proof import fast_road, inputs_of, remembers, row_limit
 from .segments import Copies, copies_of, take_rows
 from .tree import Pack
@@ -67,7 +67,7 @@ def packed(
         pack: of :func:`pack_rows`, on any device.
         compile_layers: whether the decoder layers run compiled, one by one, in this forward and its backward pass and
             in no other. Packs are padded to one of a few sizes, each of which is compiled once: see
-            :func:`padded_size`. None: where the model attends by segments.
+            :func:`padded_size`. None: where the model attends by segments and no layer has a forward of its own.
         function: of hidden (M, D), the state that predicts each of the pack's M targets, in their order, and a
             :class:`Head`; as :func:`with_head` takes it.
         inputs: the model's further ones, none of which may have an entry for each token.
@@ -99,7 +99,7 @@ def packed(
             f"compile_layers: {type(base).__name__}: expected a model on a GPU, in 16 bits, with attn_implementation "
             f"{' or '.join(FAST)}, got {base.dtype} on {base.device.type} with {implementation_of(base)}"
         )
-    compiles = fast is not None and compile_layers is not False
+    compiles = fast is not None and (compile_layers or (compile_layers is None and not hooked(base)))
     size = padded_size(len(pack)) if compiles else None
 
     def at_targets(hidden: Tensor, head: Head) -> Result:

@@ -46,9 +46,12 @@ def compiled_layers(base: Any) -> Iterator[None]:
 
     A backward pass has the graphs of its forward; layers that it computes again may be compiled then.
     """
-    if base not in _layers:  # to look through all modules takes as long as a layer does
-        _layers[base] = _decoder_layers(base)
-    for layer in _layers[base]:
+    if hooked(base):
+        raise ModelError(
+            f"compile_layers: {type(base).__name__}: expected layers with their class's forward, got one of their own, "
+            "as accelerate's hooks of a device_map put it there"
+        )
+    for layer in _decoder_layers(base):
         own: Any = type(layer)
         if not hasattr(own, "_runs_compiled"):
             layer.__class__ = _compiled(own)
@@ -62,12 +65,22 @@ def _many_graphs() -> AbstractContextManager[None]:
     return patched
 
 
+def hooked(base: Any) -> bool:
+    """Whether a decoder layer has a forward of its own, which its class's, and so a compiled one, would not replace."""
+    return any("forward" in vars(layer) for layer in _decoder_layers(base))
+
+
 def _decoder_layers(base: Any) -> list[nn.Module]:
+    if base in _layers:  # to look through all modules takes as long as a layer does
+        return _layers[base]
     count = base.config.get_text_config().num_hidden_layers
-    found = [module for module in base.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
-    if not found:
-        raise ModelError(f"compile_layers: {type(base).__name__}: expected a list of {count} decoder layers")
-    return [*found[0]]
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
+    for part in (decoder, base):  # a tower of images may have as many layers
+        for module in part.modules() if isinstance(part, nn.Module) else ():
+            if isinstance(module, nn.ModuleList) and len(module) == count:
+                _layers[base] = [*module]
+                return _layers[base]
+    raise ModelError(f"compile_layers: {type(base).__name__}: expected a list of {count} decoder layers")
 
 
 def _bare(own: type[nn.Module]) -> nn.Module:
