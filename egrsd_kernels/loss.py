@@ -164,7 +164,9 @@ def _student(
         if not any(needs):
             credit(0, logp.numel())
         # Where the gate is shut, an infinite divergence costs nothing.
-        terms = o.policy_weight * terms + torch.where(gate == 0, 0, o.divergence_weight * gate * divergence)
+        of_divergence = torch.where(gate == 0, 0, o.divergence_weight * gate * divergence)
+        # Chosen, not multiplied: log p may be -inf. A target outside the vocabulary makes D NaN as well.
+        terms = o.policy_weight * terms + of_divergence if o.policy_weight else of_divergence
     elif any(needs):
         sparse = None if o.sparse_tol is None else Sparse.of(o.sparse_tol, given.target_ids)
         finish = backend.student_pass(*problem, credit, needs, o.chunk_bytes, sparse)
