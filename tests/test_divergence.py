@@ -352,6 +352,31 @@ def test_many_chunks(combo, kind):
     check(combo, make_case(combo, 2, 9, bias=True), chunk_bytes=1, **kind)
 
 
+def test_divergences_that_are_made_again(monkeypatch):
+    """Rows may be, once their direction is made: what the direction was multiplied by stays what it was."""
+    from egrsd_kernels import divergence as module
+    from egrsd_kernels.backends import torch_divergence
+
+    combo = Combo("torch", "cpu", torch.float16)
+    case = make_case(combo, 8, apart=3e-3)
+    _, want = package(combo, case, True, chunk_bytes=1)
+
+    class MadeAgain:
+        @staticmethod
+        def divergence_pass(pair, target_ids, rows, out, credit, needs, chunk_bytes):
+            def then_again(first_row, n_rows):
+                made = credit(first_row, n_rows)
+                made = made._replace(of_divergence=made.of_divergence.clone())
+                out.divergence[rows.order[first_row : first_row + n_rows].long()] *= 16
+                return made
+
+            return torch_divergence.divergence_pass(pair, target_ids, rows, out, then_again, needs, chunk_bytes)
+
+    monkeypatch.setattr(module, "choose_divergence", lambda *_: MadeAgain)
+    _, got = package(combo, case, True, chunk_bytes=1)
+    assert torch.equal(got["hidden"], want["hidden"])
+
+
 def test_counts_that_nobody_asked_for(monkeypatch):
     """On a GPU no count is asked for: all rows are worked on, and only those that count come out."""
     combo = Combo("torch", "cpu", torch.float32)
