@@ -196,6 +196,23 @@ def test_top_k(combo, kind, shape, size, options):
     check(combo, make_case(combo, *shape, **size), **kind, **options)
 
 
+@only_torch
+@pytest.mark.parametrize("kind", TOP, ids=str)
+def test_top_k_of_a_student_that_has_nothing_else(combo, kind):
+    """All that the teacher has beside its k likeliest counts, although the student has none of it."""
+    case = make_case(combo, 1, 4, bias=True)
+    case.teacher["hidden"][:] = case.teacher["hidden"][0, 0]  # one set of k for all rows
+    operands = float64(case.teacher)
+    z = operands["hidden"][0, 0] @ operands["weight"].T + operands["bias"]
+    likeliest = z.topk(5).indices.to(combo.device)
+    bias = torch.full_like(case.student["bias"], -math.inf)
+    case.student["bias"] = bias.index_copy(0, likeliest, case.student["bias"][likeliest])
+    if kind["kind"] == "forward_kl":
+        assert package(combo, case, True, **kind)[0].divergence.isinf().all()
+    else:
+        check(combo, case, **kind)
+
+
 @combos
 @kinds
 def test_with_targets_and_without(combo, kind):
