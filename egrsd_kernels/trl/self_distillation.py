@@ -54,10 +54,11 @@ class Completion:
         return self.hidden, self.head
 
     def sum(self) -> Tensor:
-        """Of which TRL makes a loss of 0 where there is nothing to learn."""
-        of = self.hidden if self.scored is None else self.scored
-        assert of is not None
-        return of.sum()
+        """Of which TRL makes a loss of 0 where there is nothing to learn: on it hangs all that logits hang on.
+
+        DDP waits for the gradient of each weight, the head's too, from a process that has nothing to learn as well.
+        """
+        return self.logp.sum()
 
 
 def without_logits(trainer: type) -> type:
