@@ -163,8 +163,9 @@ def _student(
         finish = passes.divergence_pass(pair, given.target_ids, rows, out, both, needs, o.chunk_bytes)
         if not any(needs):
             credit(0, logp.numel())
-        # Where the gate is shut, an infinite divergence costs nothing.
-        terms = o.policy_weight * terms + torch.where(gate == 0, 0, o.divergence_weight * gate * divergence)
+        # Where a weight is 0, a log p or divergence that is infinite costs nothing.
+        policy = o.policy_weight * terms if o.policy_weight else 0
+        terms = policy + torch.where(gate == 0, 0, o.divergence_weight * gate * divergence)
     elif any(needs):
         sparse = None if o.sparse_tol is None else Sparse.of(o.sparse_tol, given.target_ids)
         finish = backend.student_pass(*problem, credit, needs, o.chunk_bytes, sparse)
