@@ -106,7 +106,10 @@ def _forward(
             share, half = torch.ones_like(out.divergence), hidden.dtype == torch.float16
 
             def credit(first_row: int, n_rows: int) -> PairCredit:
-                return PairCredit(share.copy_(_share(out.divergence)) if half else share)
+                if half:  # of these rows alone: D of earlier ones may have been made again, their direction not
+                    index = rows.order[first_row : first_row + n_rows].long()
+                    share[index] = _share(out.divergence[index])
+                return PairCredit(share)
 
             direction = passes.divergence_pass(*problem, credit, o.needs, o.chunk_bytes)(None).hidden
             assert direction is not None

@@ -163,10 +163,10 @@ def _student(
         finish = passes.divergence_pass(pair, given.target_ids, rows, out, both, needs, o.chunk_bytes)
         if not any(needs):
             credit(0, logp.numel())
-        # Where the gate is shut, an infinite divergence costs nothing.
-        of_divergence = torch.where(gate == 0, 0, o.divergence_weight * gate * divergence)
-        # Chosen, not multiplied: log p may be -inf. A target outside the vocabulary makes D NaN as well.
-        terms = o.policy_weight * terms + of_divergence if o.policy_weight else of_divergence
+        # Where a weight is 0, a log p or divergence that is infinite costs nothing. A target outside the vocabulary
+        # makes the divergence NaN, too.
+        policy = o.policy_weight * terms if o.policy_weight else 0
+        terms = policy + torch.where(gate == 0, 0, o.divergence_weight * gate * divergence)
     elif any(needs):
         sparse = None if o.sparse_tol is None else Sparse.of(o.sparse_tol, given.target_ids)
         finish = backend.student_pass(*problem, credit, needs, o.chunk_bytes, sparse)
