@@ -23,7 +23,7 @@ _KEPT = "_unpack"  # on the trainer: what takes it back
 
 
 def pack(
-    trainer: Any, *, max_tokens_per_pack: int = MAX_TOKENS_PER_PACK, compile_layers: bool | None = None
+    trainer: Any, *, max_tokens_per_pack: int = MAX_TOKENS_PER_PACK, compile_layers: bool | None = False
 ) -> AbstractContextManager[Any]:
     """From now on the trainer reads every prefix that its rollouts share once, and no padding; its loss stays its own.
 
@@ -42,7 +42,7 @@ def pack(
             config.
         max_tokens_per_pack: the most tokens of a forward, shared ones counted once. A longer rollout is one alone.
         compile_layers: whether decoder layers run compiled in packs, and nowhere else; see
-            :func:`egrsd_kernels.packing.packed`. Default: on a GPU in 16 bits, unless weights are sharded or there is
+            :func:`egrsd_kernels.packing.packed`. None: on a GPU in 16 bits, unless weights are sharded or there is
             dropout.
 
     Returns:
