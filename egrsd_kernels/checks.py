@@ -117,7 +117,8 @@ def number(name: str, value: object, *, low: float = -math.inf, high: float = ma
     """A finite real number in [low, high], or in (low, high] with ``strict``."""
     expect(not isinstance(value, bool), name, value, "a number", TypeError)
     try:
-        real = float(instance(name, value, Real, "a number"))
+        # float first, as most are: isinstance asks Real's registry.
+        real = value if isinstance(value, float) else float(instance(name, value, Real, "a number"))
     except OverflowError:  # an integer or a fraction beyond float64
         real = math.inf
     fits = low <= real <= high and -math.inf < real < math.inf and not (strict and real == low)

@@ -14,14 +14,32 @@ from egrsd_kernels import Head, fused_egrsd_loss, linear_logp, token_statistics
 from tests.support.devices import CPU_COMBOS, CUDA_COMBOS, Combo
 
 WIDTH, VOCABULARY = 16, 40
+INTERPRETED = CPU_COMBOS[3]
 # To compile takes seconds, in Triton's interpreter many of them.
-few_combos = pytest.mark.parametrize(
-    "combo",
-    [
-        CPU_COMBOS[1], pytest.param(*CPU_COMBOS[3].values, marks=[*CPU_COMBOS[3].marks, pytest.mark.slow],
-        id=CPU_COMBOS[3].id), CUDA_COMBOS[0], CUDA_COMBOS[3],
-    ],
-)  # fmt: skip
+COMBOS = [
+    CPU_COMBOS[1], pytest.param(*INTERPRETED.values, marks=[*INTERPRETED.marks, pytest.mark.slow], id=INTERPRETED.id),
+    CUDA_COMBOS[0], CUDA_COMBOS[3],
+]  # fmt: skip
+few_combos = pytest.mark.parametrize("combo", COMBOS)
+
+
+def with_cases(name: str, cases: dict[str, Any]) -> pytest.MarkDecorator:
+    """Each case with each combo, the interpreter with the first one alone; the first one is quick."""
+    first = next(iter(cases))
+    return pytest.mark.parametrize(
+        ("combo", name),
+        [
+            pytest.param(
+                *combo.values, case, id=f"{case}-{combo.id}",
+                marks=[*combo.marks, *([] if case == first else [pytest.mark.slow])],
+            )
+            for case in cases
+            for combo in COMBOS
+            if case == first or combo.id != INTERPRETED.id
+        ],
+    )  # fmt: skip
+
+
 SIZES = ((2, 3), (3, 5), (4, 7), (2, 9))
 
 
@@ -98,10 +116,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "entropy, lazy gradient": {"return_entropy": True, "entropy_grad": "lazy"},
     "sparse": {"grad_mode": "sparse"},
 }
-# Each takes seconds to compile: one is quick.
-with_forms = pytest.mark.parametrize(
-    "form", [name if name == "log p" else pytest.param(name, marks=pytest.mark.slow) for name in FORMS]
-)
+with_forms = with_cases("form", FORMS)
 frozen_or_trained = pytest.mark.parametrize(
     "trained", [pytest.param(False, id="frozen"), pytest.param(True, id="trained", marks=pytest.mark.slow)]
 )
@@ -126,7 +141,6 @@ def with_gradients(given: dict, trained: bool) -> dict:
     return {k: x.detach().clone().requires_grad_() if k in learned else x for k, x in given.items()}
 
 
-@few_combos
 @frozen_or_trained
 @with_forms
 def test_compiled_log_p(combo, form, trained):
@@ -145,7 +159,6 @@ def test_compiled_log_p(combo, form, trained):
     assert counter.frame_count <= 2
 
 
-@few_combos
 @frozen_or_trained
 @with_forms
 def test_functional_gradients_of_log_p(combo, form, trained):
@@ -204,9 +217,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "divergence": {"divergence": "jsd", "divergence_weight": 0.3, "policy_weight": 0.5, "backend": "torch"},
 }  # fmt: skip
-with_settings = pytest.mark.parametrize(
-    "settings", [name if name == "EGRSD" else pytest.param(name, marks=pytest.mark.slow) for name in SETTINGS]
-)
+with_settings = with_cases("settings", SETTINGS)
 
 
 def loss_and_stats(combo: Combo, settings: str, hidden, weight, bias, target_ids, mask) -> tuple[torch.Tensor, ...]:
@@ -218,7 +229,6 @@ def loss_and_stats(combo: Combo, settings: str, hidden, weight, bias, target_ids
     return loss, *stats
 
 
-@few_combos
 @frozen_or_trained
 @with_settings
 def test_compiled_loss(combo, settings, trained):
@@ -238,7 +248,6 @@ def test_compiled_loss(combo, settings, trained):
     assert counter.frame_count <= 2
 
 
-@few_combos
 @frozen_or_trained
 @with_settings
 def test_functional_gradients_of_the_loss(combo, settings, trained):

@@ -24,9 +24,11 @@ from tests.support.devices import CPU_COMBOS, CUDA_COMBOS, Combo
 from tests.support.tolerances import assert_within, gradient_tolerance, logit_error
 
 HALF = pytest.param(Combo("torch", "cpu", torch.float16), id="torch-cpu-float16")
-IN_TORCH = [*CPU_COMBOS[:3], HALF, *CUDA_COMBOS[3:]]
-combos = pytest.mark.parametrize("combo", IN_TORCH)
-few = pytest.mark.parametrize("combo", [CPU_COMBOS[1], CUDA_COMBOS[3]])
+# The kernels in the interpreter have tests/test_pair_kernels.py, and here one case of each kind.
+IN_TORCH, KERNELS = [*CPU_COMBOS[:3], HALF, *CUDA_COMBOS[3:]], CUDA_COMBOS[:3]
+combos = pytest.mark.parametrize("combo", IN_TORCH + KERNELS)
+only_torch = pytest.mark.parametrize("combo", IN_TORCH)
+few = pytest.mark.parametrize("combo", [CPU_COMBOS[1], *KERNELS[::2], CUDA_COMBOS[3]])
 KINDS = [{"kind": "reverse_kl"}, {"kind": "forward_kl"}, {"kind": "jsd"}, {"kind": "jsd", "beta": 0.1}]
 TOP = [{"kind": "reverse_kl", "top_k": 5}, {"kind": "forward_kl", "top_k": 5}, {"kind": "jsd", "top_k": 5}]
 kinds = pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -180,7 +182,14 @@ def test_parity(combo, kind, shape, size, options):
     check(combo, case, **kind, **options)
 
 
-@combos
+@pytest.mark.slow
+@pytest.mark.parametrize("combo", CPU_COMBOS[3:])
+@pytest.mark.parametrize("kind", KINDS[:3], ids=str)
+def test_parity_in_the_interpreter(combo, kind):
+    check(combo, make_case(combo, 2, 4, width=40, vocabulary=130, bias=True), keep_bytes=(0,), **kind)
+
+
+@only_torch
 @pytest.mark.parametrize("kind", TOP, ids=str)
 @pytest.mark.parametrize("shape, size, options", SHAPES, ids=str)
 def test_top_k(combo, kind, shape, size, options):
@@ -514,7 +523,7 @@ def test_gradcheck(kind, options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("combo", [CPU_COMBOS[2], CUDA_COMBOS[3]])
+@pytest.mark.parametrize("combo", [CPU_COMBOS[2], *KERNELS[:2]])
 @pytest.mark.parametrize("kind", KINDS[:3], ids=str)
 @pytest.mark.parametrize("apart", [1.1e-2, 0.08, 0.6])
 def test_at_a_models_vocabulary(combo, kind, apart):

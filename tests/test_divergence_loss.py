@@ -13,8 +13,8 @@ from tests.support.cases import make_case as plain_case
 from tests.support.devices import CPU_COMBOS, CUDA_COMBOS, Combo
 from tests.support.tolerances import LEARNED, assert_gradient, assert_within, gradient_tolerance
 
-combos = pytest.mark.parametrize("combo", [*CPU_COMBOS[:3], *CUDA_COMBOS[3:]])
-few = pytest.mark.parametrize("combo", [CPU_COMBOS[1], CUDA_COMBOS[3]])
+combos = pytest.mark.parametrize("combo", [*CPU_COMBOS[:3], *CUDA_COMBOS])
+few = pytest.mark.parametrize("combo", [CPU_COMBOS[1], *CUDA_COMBOS[:3:2], CUDA_COMBOS[3]])
 FLOAT = Combo("torch", "cpu", torch.float32)
 
 
@@ -75,6 +75,8 @@ KINDS = [
 @combos
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_parity(combo, kind):
+    if combo.backend == "triton" and "divergence_top_k" in kind:
+        pytest.skip("top_k is the torch backend's")
     check(combo, make_case(combo, bias=True, lookahead=2, **kind))
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from egrsd_kernels.models import ModelError
 from egrsd_kernels.packing import Pack, attention, pack_rows, packed, proof
 from egrsd_kernels.packing.proof import row_limit
+from egrsd_kernels.packing.varlen import attend
 from tests.support.packing import (
     Float64,
     check_same_in_float64,
@@ -497,3 +498,19 @@ def test_architectures_that_are_refused(model_type):
     with pytest.raises(ModelError, match=r"off by \S+ nat|does not pass") as no:
         row_limit(built(model_type))
     assert "\n" not in str(no.value)
+
+
+def test_attention_that_is_served_is_called_as_before():
+    """Transformers' vision layers name the mask, its language layers do not."""
+    calls = []
+
+    def own(*arguments, **options):
+        calls.append((arguments, options))
+
+    module, states, mask = object(), (torch.zeros(1), torch.ones(1), torch.ones(1)), torch.ones(1)
+    attend(own, module, *states, mask, scaling=0.5)
+    attend(own, module, *states, attention_mask=mask, scaling=0.5, is_causal=False)
+    attend(own, module, *states, attention_mask=None)
+    assert [arguments[0] for arguments, _ in calls] == [module] * 3
+    assert [arguments[4] for arguments, _ in calls] == [mask, mask, None]
+    assert [options for _, options in calls] == [{"scaling": 0.5}, {"scaling": 0.5, "is_causal": False}, {}]

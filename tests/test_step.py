@@ -69,6 +69,7 @@ def packs_of(rollouts, budget):
     return {"apart": step.apart(rows, budget, asked), "shared": step.pack_rows(rows, budget=budget, targets=asked)}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny")
 def test_a_result_file(tmp_path, capsys):
     output = tmp_path / "step.json"

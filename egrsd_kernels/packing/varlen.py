@@ -207,13 +207,15 @@ torch.library.register_autograd("egrsd_kernels::tree_attention", _differentiate,
 # ----------------------------------------------------------------------------------------------------------- the layers
 
 
-def attend(own: Callable[..., Any], module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *more: Any,
-           scaling: float | None = None, dropout: float = 0.0, **options: Any) -> Any:  # fmt: skip
+def attend(own: Callable[..., Any], module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None,
+           *more: Any, **options: Any) -> Any:  # fmt: skip
     """In the place of ``own``, transformers' attention function: (1, H, N, D) to (1, N, H, D), by a table if one is
     given as the mask."""
-    if not isinstance(mask, Table):
-        return own(module, query, key, value, mask, *more, scaling=scaling, dropout=dropout, **options)
-    if dropout:
+    if not isinstance(attention_mask, Table):
+        return own(module, query, key, value, attention_mask, *more, **options)
+    mask = attention_mask
+    scaling = options.get("scaling")
+    if dropout := options.get("dropout", 0.0):
         raise ModelError(f"attention dropout {dropout:g}: packing expects 0 in training")
     for name in ("position_bias", "s_aux", "softcap"):
         if options.get(name) is not None:
