@@ -196,6 +196,23 @@ def test_top_k(combo, kind, shape, size, options):
     check(combo, make_case(combo, *shape, **size), **kind, **options)
 
 
+@only_torch
+@pytest.mark.parametrize("kind", TOP, ids=str)
+def test_top_k_of_a_student_that_has_nothing_else(combo, kind):
+    """All that the teacher has beside its k likeliest counts, although the student has none of it."""
+    case = make_case(combo, 1, 4, bias=True)
+    case.teacher["hidden"][:] = case.teacher["hidden"][0, 0]  # one set of k for all rows
+    operands = float64(case.teacher)
+    z = operands["hidden"][0, 0] @ operands["weight"].T + operands["bias"]
+    likeliest = z.topk(5).indices.to(combo.device)
+    bias = torch.full_like(case.student["bias"], -math.inf)
+    case.student["bias"] = bias.index_copy(0, likeliest, case.student["bias"][likeliest])
+    if kind["kind"] == "forward_kl":
+        assert package(combo, case, True, **kind)[0].divergence.isinf().all()
+    else:
+        check(combo, case, **kind)
+
+
 @combos
 @kinds
 def test_with_targets_and_without(combo, kind):
@@ -350,6 +367,31 @@ def test_no_token(combo, shape):
 @kinds
 def test_many_chunks(combo, kind):
     check(combo, make_case(combo, 2, 9, bias=True), chunk_bytes=1, **kind)
+
+
+def test_divergences_that_are_made_again(monkeypatch):
+    """Rows may be, once their direction is made: what the direction was multiplied by stays what it was."""
+    from egrsd_kernels import divergence as module
+    from egrsd_kernels.backends import torch_divergence
+
+    combo = Combo("torch", "cpu", torch.float16)
+    case = make_case(combo, 8, apart=3e-3)
+    _, want = package(combo, case, True, chunk_bytes=1)
+
+    class MadeAgain:
+        @staticmethod
+        def divergence_pass(pair, target_ids, rows, out, credit, needs, chunk_bytes):
+            def then_again(first_row, n_rows):
+                made = credit(first_row, n_rows)
+                made = made._replace(of_divergence=made.of_divergence.clone())
+                out.divergence[rows.order[first_row : first_row + n_rows].long()] *= 16
+                return made
+
+            return torch_divergence.divergence_pass(pair, target_ids, rows, out, then_again, needs, chunk_bytes)
+
+    monkeypatch.setattr(module, "choose_divergence", lambda *_: MadeAgain)
+    _, got = package(combo, case, True, chunk_bytes=1)
+    assert torch.equal(got["hidden"], want["hidden"])
 
 
 def test_counts_that_nobody_asked_for(monkeypatch):

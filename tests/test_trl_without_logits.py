@@ -108,6 +108,34 @@ def test_two_steps_are_trls_and_make_no_logits(tmp_path, name, options):
     assert theirs[2] > 0 and ours[2] == 0
 
 
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", ["SDPO sampled", "SDPO full, reverse, LoRA"])
+def test_mixed_precision(tmp_path, name):
+    """Float32 weights under autocast, as TRL trains by default: a step's loss and gradients are TRL's.
+
+    To the roundings of bfloat16, 2^-9 each, of which TRL's logits have more: a second step's weights differ by them.
+    """
+    trainer, options = CASES[name]
+    options = options | {"bf16": True, "max_steps": 1}
+    ours, theirs = (train(tmp_path / str(own), trainer, own, **options) for own in (True, False))
+    assert ours[0][0]["loss"] == pytest.approx(theirs[0][0]["loss"], rel=1e-2)
+    assert ours[1][0].keys() == theirs[1][0].keys() and ours[2] == 0
+    largest = max(gradient.norm() for gradient in theirs[1][0].values())
+    for which, gradient in theirs[1][0].items():
+        assert (ours[1][0][which] - gradient).norm() <= 0.03 * max(gradient.norm(), 0.01 * largest), which
+
+
+def test_a_divergence_is_read_in_the_dtype_of_its_forward():
+    """Of autocast's region its hidden states and head are kept, and there is none any more where it is made."""
+    ids = torch.randint(3, 20, (2, 7), generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        made = self_distillation._completion(
+            tiny_model(), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 3, 0.8, True
+        )
+    hidden, head = made.states
+    assert hidden.dtype == head.weight.dtype == torch.bfloat16 and head.weight.requires_grad
+
+
 @pytest.mark.slow
 def test_top_k_of_the_student_stays_trls(tmp_path):
     options = {"distillation_mode": "topk_logits", "distillation_topk": 5, "distillation_alpha": 0.5}
@@ -125,9 +153,9 @@ def test_a_batch_without_anything_to_learn_is_a_loss_of_zero():
         inputs["attention_mask"][1, -3:] = 0
         made = self_distillation._completion(model, inputs, 3, 0.8, keep)
         (0.0 * made.sum()).backward()
-        assert all(
-            p.grad is not None and not p.grad.any() for name, p in model.named_parameters() if "head" not in name
-        )
+        assert model.lm_head.weight.requires_grad and model.lm_head.weight is not model.model.embed_tokens.weight
+        assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+        model.zero_grad()
         want = torch.log_softmax(model(**inputs).logits[:, -4:-1] / 0.8, -1)
         want = want.gather(-1, ids[:, -3:, None])[..., 0].masked_fill(made.ids < 0, 0)
         torch.testing.assert_close(made.logp, want, rtol=1e-5, atol=1e-5)

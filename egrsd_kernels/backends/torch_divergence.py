@@ -52,8 +52,8 @@ def _ratio(log_s: Tensor, log_t: Tensor, top_k: int | None) -> _Ratio:
     # Of the others themselves: 1 - the sum of the k would cancel.
     rest = [x.masked_fill(alone, -torch.inf).logsumexp(1, keepdim=True) for x in (log_s, log_t)]
     r = torch.where(alone, r, _difference(*rest))
-    # Where the student has nothing, -inf - -inf: no direction there leads anywhere.
-    coarse = torch.where(alone, log_t, (log_s - r).nan_to_num(-torch.inf, posinf=-torch.inf, neginf=-torch.inf))
+    # Where the student has nothing of the rest, log p_S - r is -inf - -inf: there the teacher's mass lies as it does.
+    coarse = torch.where(alone | rest[0].isneginf(), log_t, log_s - r)
     return _Ratio(log_s, log_t, r, coarse)
 
 

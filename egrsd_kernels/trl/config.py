@@ -273,8 +273,8 @@ class EGRSDConfig(GRPOConfig):
     compile_layers: bool | None = field(
         default=False,
         metadata={
-            "help": "With packing, whether decoder layers run compiled. None: on a GPU in 16 bits, unless weights "
-            "are sharded or a forward with dropout is made twice."
+            "help": "With packing, whether decoder layers run compiled, each size of packs for itself. None: on a GPU "
+            "in 16 bits, unless weights are sharded or a forward with dropout is made twice."
         },
     )
     chunk_mib: int = field(default=1024, metadata={"help": "The most working memory of the loss, MiB."})

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from egrsd_kernels import Head, linear_divergence, linear_logp, with_head
-from egrsd_kernels.checks import IGNORE_INDEX, expect
+from egrsd_kernels.checks import IGNORE_INDEX, autocast, expect
 
 from .fused_divergence import KINDS
 
@@ -54,10 +54,11 @@ class Completion:
         return self.hidden, self.head
 
     def sum(self) -> Tensor:
-        """Of which TRL makes a loss of 0 where there is nothing to learn."""
-        of = self.hidden if self.scored is None else self.scored
-        assert of is not None
-        return of.sum()
+        """Of which TRL makes a loss of 0 where there is nothing to learn: on it hangs all that logits hang on.
+
+        DDP waits for the gradient of each weight, the head's too, from a process that has nothing to learn as well.
+        """
+        return self.logp.sum()
 
 
 def without_logits(trainer: type) -> type:
@@ -105,7 +106,9 @@ def without_logits(trainer: type) -> type:
             if "logits_to_keep" in self.model_kwarg_keys:
                 inputs["logits_to_keep"] = logits_to_keep + 1
             keep = self.args.distillation_mode == "full_logits"
-            return _completion(model, inputs, logits_to_keep, self.temperature, keep)
+            # A prepared model enters autocast by itself, but its proof and the divergence are outside of its forward.
+            with self.accelerator.autocast():
+                return _completion(model, inputs, logits_to_keep, self.temperature, keep)
 
     for name, method in _methods_of(trainer):
         if not ours.keys().isdisjoint(method.__code__.co_names):
@@ -126,8 +129,10 @@ def _completion(model: Any, inputs: dict[str, Any], length: int, temperature: fl
         return linear_logp(hidden, head, ids.to(hidden.device), temperature=temperature)
 
     found, _ = with_head(model, read, **inputs)
-    scored, hidden, head = (None, found[0], Head(**found[1])) if keep else (found, None, None)
-    return Completion(ids.to((found[0] if keep else found).device), temperature, scored, hidden, head)
+    if not keep:
+        return Completion(ids.to(found.device), temperature, found, None, None)
+    hidden, head = autocast(found[0], Head(**found[1]))  # here: whoever makes the divergence has left autocast
+    return Completion(ids.to(hidden.device), temperature, None, hidden, head)
 
 
 def _divergence(student: Completion, teacher: Completion, alpha: float) -> Tensor:

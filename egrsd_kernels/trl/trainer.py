@@ -519,13 +519,15 @@ class EGRSDTrainer(GRPOTrainer):
             ]
             if self.args.divergence is not None:
                 self._teacher_states = TeacherStates(self.teacher, self.accelerator.device)
-            with self._as_teacher() as teacher:
-                output[f"{context}_logp"], output[f"{context}_entropy"] = self._statistics(
-                    teacher, *batch, *completion, size, **images
-                )
-            if self._teacher_states is not None:
-                # The generation is one optimizer step's: the head is the same for all of its micro-batches.
-                output[f"{context}_hidden"], self._teacher_head = self._teacher_states.take()
+            try:
+                with self._as_teacher() as teacher:
+                    output[f"{context}_logp"], output[f"{context}_entropy"] = self._statistics(
+                        teacher, *batch, *completion, size, **images
+                    )
+                if self._teacher_states is not None:
+                    # The generation is one optimizer step's: the head is the same for all of its micro-batches.
+                    output[f"{context}_hidden"], self._teacher_head = self._teacher_states.take()
+            finally:
                 self._teacher_states = None
         if self.args.rollout_steps:
             output["reference"] = [example.get(self.args.solution_column) for example in inputs]
@@ -736,6 +738,8 @@ class EGRSDTrainer(GRPOTrainer):
         ratio = inputs.get("importance_sampling_ratio")
         if ratio is not None:  # vLLM's correction; it is not negative, so it leaves sign(A) alone
             advantages = (advantages[:, None] * ratio).expand(mask.shape)
+            if self.args.divergence is not None:  # it has no advantage that could be 0 where the correction drops
+                mask = mask & (ratio != 0)
         if self.args.position_weight:
             place = position_weights(mask, position=self.args.position_weight)
             advantages = (advantages if advantages.ndim == 2 else advantages[:, None]) * place
