@@ -119,6 +119,7 @@ class Subject:
 
 def ours(p: Problem, hidden: torch.Tensor, weight: torch.Tensor, subject: Subject) -> torch.Tensor:
     options = {"keep_bytes": 1 << 40} if subject.kept else {}
+    options["backend"] = "triton" if hidden.is_cuda else "torch"
     return linear_divergence(
         hidden, weight, p.teacher_hidden, weight.detach(), kind=subject.kind, target_ids=p.targets, **options
     )

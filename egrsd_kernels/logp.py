@@ -198,12 +198,15 @@ class _LinearLogp(torch.autograd.Function):
     exactly, and then it holds token by token.
 
     What is kept is no tensor: ``keeps`` says whether there is something, which nobody who traces may ask for.
+
+    anchor: nothing, with the graph of the hidden states, which a direction does not hold on to. Without it a derivative
+    of the gradient would be 0 in silence.
     """
 
     @staticmethod
     def forward(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor | None, target_ids: Tensor, valid: Tensor,
-        options: _Options, keeps: bool,
+        options: _Options, keeps: bool, anchor: Tensor,
     ) -> tuple[Any, ...]:  # fmt: skip
         operands = hidden, widened(weight, columns), bias, target_ids, valid
         if keeps:
@@ -213,7 +216,7 @@ class _LinearLogp(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        hidden, weight, bias, columns, target_ids, valid, options, keeps = inputs
+        hidden, weight, bias, columns, target_ids, valid, options, keeps, anchor = inputs
         ctx.options, ctx.kept = options, None
         if keeps:
             output, ctx.kept = output[:-1], output[-1]
@@ -221,7 +224,7 @@ class _LinearLogp(torch.autograd.Function):
         # An exact gradient that is made ahead needs nothing else, unless a lazy one is asked for after all.
         alone = options.ahead and len(state) == 1 and not options.lazy
         operands = (None,) * 6 if alone else (hidden, weight, bias, columns, target_ids, valid)
-        ctx.save_for_backward(*operands, *state)
+        ctx.save_for_backward(anchor, *operands, *state)
         constant = output[2 if options.entropy_grad or options.lazy else 1 :]
         ctx.mark_non_differentiable(*constant)
         ctx.set_materialize_grads(False)
@@ -231,17 +234,17 @@ class _LinearLogp(torch.autograd.Function):
         options: _Options = ctx.options
         d_entropy = others[0] if options.entropy_grad or options.lazy else None
         if d_logp is None and d_entropy is None:
-            return (None,) * 8
+            return (None,) * 9
         kept, ctx.kept = ctx.kept, None  # it is used up: a second backward pass makes the exponentials again
         gradients = once("linear_logp", _LinearLogp._gradients, ctx.saved_tensors, d_logp, d_entropy, options, kept)
-        return *gradients, *(None,) * 4
+        return *gradients, *(None,) * 5
 
     @staticmethod
     def _gradients(
         saved: tuple[Any, ...], d_logp: Tensor | None, d_entropy: Tensor | None, options: _Options, kept: Kept | None
     ) -> tuple[Tensor | None, ...]:
         """Of (hidden, weight, bias, columns)."""
-        hidden, weight, bias, columns, target_ids, valid, *state = saved
+        _, hidden, weight, bias, columns, target_ids, valid, *state = saved
         if hidden is None:
             return _scale_operator(state[0], d_logp), None, None, None
         given = hidden, widened(weight, columns), bias, target_ids, valid, state, d_logp, d_entropy
@@ -399,7 +402,7 @@ def linear_logp(
     )  # fmt: skip
     keeps = any(needs) and not options.ahead and sparse_tolerance is None and not checks.traced(states)
     outputs: tuple[Any, ...] = _LinearLogp.apply(  # type: ignore[no-untyped-call]
-        states, head.weight, head.bias, columns, flat_targets, valid, options, keeps
+        states, head.weight, head.bias, columns, flat_targets, valid, options, keeps, states[:0].clone()
     )
     found = VocabularyStatistics.of(options.names, outputs[: len(options.names)]).view(target_ids.shape)
     if names:

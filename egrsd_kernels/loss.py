@@ -163,7 +163,8 @@ def _student(
         finish = passes.divergence_pass(pair, given.target_ids, rows, out, both, needs, o.chunk_bytes)
         if not any(needs):
             credit(0, logp.numel())
-        # Where a weight is 0, a log p or divergence that is infinite costs nothing.
+        # Where a weight is 0, a log p or divergence that is infinite costs nothing. A target outside the vocabulary
+        # makes the divergence NaN, too.
         policy = o.policy_weight * terms if o.policy_weight else 0
         terms = policy + torch.where(gate == 0, 0, o.divergence_weight * gate * divergence)
     elif any(needs):
@@ -223,12 +224,15 @@ class _FusedLoss(torch.autograd.Function):
     """The loss with its gradients made in the forward pass, while each chunk's exponentials are there.
 
     What finishes them is no tensor. Who traces has them finished at once, and scaled by the backward pass.
+
+    anchor: nothing, with the graph of the hidden states, which finished gradients do not hold on to. Without it a
+    derivative of the gradient would be 0 in silence.
     """
 
     @staticmethod
     def forward(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor | None, options: _Options, needs: Needs,
-        traced: bool, *given: Tensor | None,
+        traced: bool, anchor: Tensor, *given: Tensor | None,
     ) -> tuple[Any, ...]:  # fmt: skip
         whole = widened(weight, columns)
         if traced:
@@ -239,11 +243,11 @@ class _FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        hidden, weight, bias, columns, ctx.options, ctx.needs, ctx.traced, *given = inputs
+        hidden, weight, bias, columns, ctx.options, ctx.needs, ctx.traced, anchor, *given = inputs
         ctx.finish = None
         if ctx.traced:
             constant = output[1:]
-            ctx.save_for_backward(columns, *output[2:])
+            ctx.save_for_backward(anchor, columns, *output[2:])
         else:
             constant, ctx.finish = output[1:2], output[2]
             ctx.save_for_backward(hidden, weight, bias, columns, *given)
@@ -252,7 +256,7 @@ class _FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        arguments = 7 + len(_Given._fields)
+        arguments = 8 + len(_Given._fields)
         if d_loss is None:
             return (None,) * arguments
         finish, ctx.finish = ctx.finish, None
@@ -264,7 +268,7 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def _scaled(saved: tuple[Any, ...], d_loss: Tensor, needs: Needs) -> tuple[Tensor | None, ...]:
         """Of (hidden, weight, bias, columns), from those that the forward pass has finished."""
-        columns, *made = saved
+        _, columns, *made = saved
         if len(made) > sum(needs[:3]):
             d_loss = d_loss / made.pop()
         scaled = iter(_scale_operator(made, d_loss))
@@ -533,7 +537,7 @@ def fused_egrsd_loss(
     )  # fmt: skip
     needs = Needs.of(hidden, student.weight, student.bias, columns)
     outputs: tuple[Tensor, ...] = _FusedLoss.apply(  # type: ignore[no-untyped-call]
-        hidden, student.weight, student.bias, columns, options, needs, traced, *minibatch
+        hidden, student.weight, student.bias, columns, options, needs, traced, hidden[:0].clone(), *minibatch
     )
     loss, planes = outputs[:2]
     if not return_stats:

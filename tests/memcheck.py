@@ -68,10 +68,12 @@ def run(n: int, vocabulary: int, size: int, dtype: torch.dtype) -> None:
         for target, teacher in ((target_ids, weight.detach()), (None, other)):  # one head, and two of two sizes
             h = hidden.detach() + 1 if teacher is not other else normal(n, 2 * size).detach()
             for keep_bytes, chunk_bytes in ((0, 1 << 30), (1 << 30, 1)) if head is weight else ((0, 1),):
-                options = {"kind": kind, "target_ids": target, "keep_bytes": keep_bytes, "chunk_bytes": chunk_bytes}
+                options = {"keep_bytes": keep_bytes, "chunk_bytes": chunk_bytes, "backend": "triton"}
+                options |= {"kind": kind, "target_ids": target}
                 linear_divergence(hidden, Head(head, bias, softcap=5.0), h, teacher, **options).sum().backward()
     # Beyond float32 unless it is done again.
-    linear_divergence(hidden, weight * 200, hidden + 1, weight * 200, target_ids=target_ids, return_stats=True)
+    arguments = hidden, weight * 200, hidden + 1, weight * 200
+    linear_divergence(*arguments, target_ids=target_ids, return_stats=True, backend="triton")
 
 
 def cases() -> Iterator[tuple[str, str, int, int, int]]:

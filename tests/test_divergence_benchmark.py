@@ -23,6 +23,7 @@ def report(path) -> dict:
     return json.loads(path.read_text())["shapes"][0]
 
 
+@pytest.mark.slow
 def test_beside_the_bare_products(tmp_path, capsys):
     entry = report(tmp_path / "divergence.json")
     assert len(entry["rows"]) == len(divergence.SUBJECTS)
@@ -34,6 +35,7 @@ def test_beside_the_bare_products(tmp_path, capsys):
     assert "reverse_kl, frozen: ours" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_wrong_result_is_not_timed(tmp_path, monkeypatch):
     right = divergence.linear_divergence
     monkeypatch.setattr(divergence, "linear_divergence", lambda *args, **kwargs: 1.02 * right(*args, **kwargs))

@@ -185,6 +185,15 @@ def test_a_shut_gate_costs_nothing():
     assert loss.isfinite() and all(x.isfinite().all() for x in gradients.values())
 
 
+def test_without_the_policy_log_p_is_of_no_account():
+    """Also where it is -inf."""
+    case = make_case(FLOAT, bias=True, teacher="own head", policy_weight=0)
+    case["student_bias"][case["target_ids"][0, 0]] = -math.inf
+    loss, stats, gradients = package_result(FLOAT, case)
+    assert stats.student_logp[0, 0] == -math.inf and all(x.isfinite().all() for x in gradients.values())
+    assert_within("loss", loss, 0.4 * (stats.gate * stats.divergence).mean(), 1e-6)
+
+
 def test_gradcheck():
     combo = Combo("torch", "cpu", torch.float64)
     case = make_case(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from egrsd_kernels import fused_egrsd_loss, linear_logp, token_statistics
+from egrsd_kernels import Head, fused_egrsd_loss, linear_divergence, linear_logp, token_statistics
 from egrsd_kernels.backends import EXTRAS
 from tests.support.devices import INTERPRETED
 
@@ -38,10 +38,18 @@ def extras(hidden, weight, bias, target_ids):
         assert all(x.isfinite().all() for x in statistics if x is not None)
 
 
-NAMES = ["sparse", "exact", "logp", "", "extras"]
+def divergence(hidden, weight, bias, target_ids):
+    """Of a trained head that is kept, and of a frozen one, and with and without targets."""
+    head, far = Head(weight, bias, softcap=5.0), hidden.detach() + 1
+    for kind in ("reverse_kl", "jsd"):
+        linear_divergence(hidden, head, far, head, kind=kind, target_ids=target_ids, backend="triton").sum().backward()
+        linear_divergence(hidden, weight.detach(), far, weight * 2, kind=kind, backend="triton").sum().backward()
 
 
-@pytest.mark.parametrize("step", [loss("sparse"), loss("exact"), logp, statistics, extras], ids=NAMES)
+NAMES = ["sparse", "exact", "logp", "", "extras", "divergence"]
+
+
+@pytest.mark.parametrize("step", [loss("sparse"), loss("exact"), logp, statistics, extras, divergence], ids=NAMES)
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("n", [126, 131])  # rows: the last tile all but full, and all but empty
 @pytest.mark.parametrize("family", ["tma", "pointer"])

@@ -11,7 +11,8 @@ from tests.support.selection import COLLECTED, mark_slow_cases
 
 WHOLE_RUNS = {
     "test_trl_distributed.py", "test_trl_equivalence.py", "test_trl_fuse_heads_distributed.py",
-    "test_trl_fuse_heads_trainers.py", "test_vllm.py",
+    "test_trl_fuse_heads_trainers.py", "test_trl_packing_distributed.py", "test_trl_without_logits_distributed.py",
+    "test_vllm.py",
 }  # fmt: skip  # each of them minutes of training
 
 

@@ -305,6 +305,27 @@ def test_a_gradient_of_a_gradient_is_refused(combo, function):
         (value + gradient.square().sum()).backward()
 
 
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("function", ["loss", "linear_logp"])
+def test_a_frozen_heads_gradient_of_a_gradient_is_refused(function, traced):
+    """What is made ahead is a constant, whose gradient would be a 0."""
+    hidden, weight = torch.randn(4, 8), torch.randn(12, 8)
+    target_ids, advantages = torch.randint(12, (4,)), torch.ones(4)
+
+    def value(hidden):
+        if function == "loss":
+            return fused_egrsd_loss(hidden, weight, hidden.detach(), target_ids, advantages)
+        return linear_logp(hidden, weight, target_ids).sum()
+
+    with pytest.raises(RuntimeError, match="differentiable once only"):
+        if traced:
+            torch.func.grad(lambda x: torch.func.grad(value)(x).sum() + x.sum())(hidden)
+        else:
+            hidden.requires_grad_()
+            (gradient,) = torch.autograd.grad(value(hidden), hidden, create_graph=True)
+            (gradient.sum() + hidden.sum()).backward()
+
+
 @few_combos
 def test_a_graph_of_a_squared_loss_differentiates_once(combo):
     case, leaves = with_leaves(make_case(combo, lengths=(3, 3)))

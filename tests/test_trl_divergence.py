@@ -90,6 +90,38 @@ def test_the_divergence_alone(tmp_path, monkeypatch):
     assert [row for row in logs.rows if "eval_divergence/mean" in row]
 
 
+def test_what_the_importance_correction_drops(tmp_path, monkeypatch):
+    """As vLLM's sequence_mask: a rollout with the ratio 0 has no divergence in the loss, and the others have theirs."""
+
+    class Dropping(EGRSDTrainer):
+        def _generate_and_score_completions(self, inputs):
+            output = super()._generate_and_score_completions(inputs)
+            ratio = torch.ones(len(output["completion_ids"]), 1)
+            ratio[::2] = 0
+            return output | {"importance_sampling_ratio": ratio}
+
+    _, _, calls = calls_of(tmp_path, monkeypatch, cls=Dropping, policy_weight=0.0, max_steps=1)
+    masks = torch.cat([given["mask"] for _, given, _ in calls])
+    assert int(masks.any(1).sum()) == len(masks) // 2
+    for _, given, (loss, stats) in calls:
+        assert not stats.divergence[~given["mask"]].any()
+        torch.testing.assert_close(loss.detach(), 0.5 * (stats.gate * stats.divergence).sum() / given["normalizer"])
+
+
+def test_nothing_is_kept_after_an_error(tmp_path):
+    run, _ = make(tmp_path, max_steps=1, **DIVERGENCE)
+    statistics = run._statistics
+
+    def fails(*args, **kwargs):
+        statistics(*args, **kwargs)
+        raise torch.OutOfMemoryError("none left")
+
+    run._statistics = fails
+    with pytest.raises(torch.OutOfMemoryError):
+        run.train()
+    assert run._teacher_states is None
+
+
 @pytest.mark.slow
 def test_in_packs(tmp_path):
     """As padded: losses, divergences and weights."""

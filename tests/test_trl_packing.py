@@ -24,7 +24,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from egrsd_kernels import linear_logp
 from egrsd_kernels.models import ModelError
-from egrsd_kernels.packing import packed
+from egrsd_kernels.packing import packed, proof, varlen
 from egrsd_kernels.trl import EGRSDTrainer, pack, unpack
 from egrsd_kernels.trl.packed_rows import INDEX, groups_together, parts_of
 from egrsd_kernels.trl.packed_step import PackedStep
@@ -434,6 +434,55 @@ def test_another_backward_and_another_loss_are_refused():
     assert "backward" not in vars(accelerator)
 
 
+@pytest.mark.parametrize("name", ["attention_dropout", "compile_layers"])
+def test_what_would_fail_at_the_first_read_is_said_at_the_start(tmp_path, monkeypatch, name):
+    options = {"peft": False}
+    if name == "attention_dropout":
+        config = tiny_config()
+        config.attention_dropout = 0.1
+        options["model"] = type(tiny_model())(config)
+        monkeypatch.setattr(varlen, "DEVICES", ("cpu",))  # a GPU's way, in any dtype
+        monkeypatch.setattr(varlen, "DTYPES", (torch.float32,))
+        monkeypatch.setattr(proof, "_prove_on", lambda *_: True)
+    else:
+        options["compile_layers"] = True
+    with pytest.raises(ModelError, match=f"^{name}: .*expect"):
+        make(tmp_path / "ours", packing=True, **options)
+    run, _ = make(
+        tmp_path / "trl", **STEP, **TRAINERS["grpo"], **{k: v for k, v in options.items() if k != "compile_layers"}
+    )
+    with pytest.raises(ModelError, match=f"^{name}: .*expect"):
+        pack(run, compile_layers=name == "compile_layers")
+    assert "backward" not in vars(run.accelerator)
+
+
+def test_a_direct_loss_has_no_value_before_its_backward_pass():
+    model, accelerator = tiny_model(), Accelerator(cpu=True)
+    step = PackedStep(accelerator, 18)
+    ids, mask, width = batch()
+    parts = step.parts(model, ids, mask, width)
+
+    def share(part, hidden, head):
+        return -linear_logp(hidden, head, part.target_ids).sum()
+
+    def direct():
+        return step.direct(model, parts, share, lambda: None)
+
+    with torch.no_grad():
+        expected = direct()
+    loss = direct()
+    assert loss.isnan()
+    scaled = loss / 4
+    accelerator.backward(scaled)
+    torch.testing.assert_close(scaled.detach(), expected / 4)
+    gradient = next(w.grad for w in model.parameters() if w.requires_grad)
+    assert gradient.isfinite().all() and gradient.any()
+    model.zero_grad()
+    accelerator.backward(direct() ** 2)  # whose gradient would need the value
+    assert next(w.grad for w in model.parameters() if w.requires_grad).isnan().any()
+    step.remove()
+
+
 def test_unpack_gives_a_trainer_its_own_methods_back(tmp_path):
     run, _ = make(tmp_path, **STEP, **TRAINERS["grpo"])
     before = dict(vars(run))
@@ -449,7 +498,8 @@ def test_unpack_gives_a_trainer_its_own_methods_back(tmp_path):
 
 
 def test_what_cannot_be_packed_is_refused_in_one_line(tmp_path):
-    run, _ = make(tmp_path / "ours", packing=False)
+    run, _ = make(tmp_path / "ours")
+    assert run._packed is None and run.args.packing is False and run.args.compile_layers is False  # packing is opt-in
     with pytest.raises(ValueError, match="EGRSDTrainer overrides: set packing=True in its config"):
         pack(run)
     with pytest.raises(TypeError, match="expected a GRPOTrainer or RLOOTrainer, got object"):

@@ -82,14 +82,12 @@ def choose_divergence(name: object, pair: Pair) -> DivergenceBackend:
     Raises:
         ValueError, ModuleNotFoundError: as :func:`choose`; or "triton" does not make this divergence.
     """
-    from . import torch as plain
     from . import torch_divergence as in_torch
 
-    if choose(name, pair.student_hidden, pair.teacher_hidden) is plain:
+    choose(name, pair.student_hidden, pair.teacher_hidden)
+    if name != "triton":
         return in_torch
     from .triton import divergence as in_triton
 
-    if in_triton.takes(pair):
-        return in_triton
-    expect(name != "triton", "backend", name, '"auto" or "torch", since top_k is given')
-    return in_torch
+    expect(in_triton.takes(pair), "backend", name, '"auto" or "torch", since top_k is given')
+    return in_triton

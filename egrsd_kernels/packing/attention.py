@@ -85,6 +85,11 @@ def by_blocks(pack: Pack) -> AbstractContextManager[None]:
     return _making(pack, _blocks)
 
 
+def by_small_blocks(pack: Pack) -> AbstractContextManager[None]:
+    """What :func:`by_blocks` lets be seen, of blocks of 16 tokens, as the mask of an implementation that takes one."""
+    return _making(pack, _blocks_as_mask)
+
+
 def by_segments(pack: Pack, size: int | None = None) -> AbstractContextManager[None]:
     """The same for torch's own FlashAttention, over the keys and values of each segment's path.
 
@@ -119,7 +124,7 @@ def _dense(pack: Pack, maker: Maker, asked: dict[str, Any]) -> Any:
     )
 
 
-def _blocks(pack: Pack, _: Maker, asked: dict[str, Any]) -> Any:
+def _blocks(pack: Pack, _: Maker, asked: dict[str, Any], block: int = BLOCK) -> Any:
     """flex_attention's mask; its kernels ask ``sees_in_tree`` within blocks of which not all is seen."""
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -132,19 +137,33 @@ def _blocks(pack: Pack, _: Maker, asked: dict[str, Any]) -> Any:
         return in_tree
 
     lengths = (len(pack), len(pack))
-    return BlockMask.from_kv_blocks(*_seen_blocks(ends), BLOCK_SIZE=BLOCK, mask_mod=sees_in_tree, seq_lengths=lengths)
+    return BlockMask.from_kv_blocks(
+        *_seen_blocks(ends, block), BLOCK_SIZE=block, mask_mod=sees_in_tree, seq_lengths=lengths
+    )
 
 
-def _seen_blocks(ends: Tensor) -> tuple[Tensor, Tensor]:
+def _blocks_as_mask(pack: Pack, maker: Maker, asked: dict[str, Any]) -> Any:
+    size = 16
+    blocks = _blocks(pack, maker, asked, size)
+    some = blocks.to_dense()[0, 0].bool()
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        seen: Tensor = some[query // size, key // size] & blocks.mask_mod(batch, head, query, key)
+        return seen
+
+    return maker(**{**asked, "mask_function": sees, "attention_mask": None, "allow_is_causal_skip": False})
+
+
+def _seen_blocks(ends: Tensor, size: int = BLOCK) -> tuple[Tensor, Tensor]:
     """(1, 1, B) int32, how many blocks of keys each block of queries sees something of, and (1, 1, B, B), which.
 
     Some query of a block sees a key: the key stands no later than the last of them and ends behind the first. What the
     layers' own condition takes away besides is left to it.
     """
-    count = -(-len(ends) // BLOCK)
-    last = functional.pad(ends, (0, count * BLOCK - len(ends))).view(count, BLOCK).amax(1)
+    count = -(-len(ends) // size)
+    last = functional.pad(ends, (0, count * size - len(ends))).view(count, size).amax(1)
     block = torch.arange(count, device=ends.device)
-    some = (block <= block[:, None]) & (last > block[:, None] * BLOCK)
+    some = (block <= block[:, None]) & (last > block[:, None] * size)
     some |= block == block[:, None]
     order = some.int().argsort(dim=1, descending=True, stable=True)
     return some.sum(1)[None, None].int(), order[None, None].int()

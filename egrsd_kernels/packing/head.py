@@ -18,7 +18,7 @@ from egrsd_kernels.models.proof import found_in
 
 from .attention import FAST, beside, implementation_of, road_of
 from .layers import compiled_layers, padded_size
-from .proof import fast_road, inputs_of, row_limit
+from .proof import fast_road, inputs_of, remembers, row_limit
 from .segments import Copies, copies_of, take_rows
 from .tree import Pack
 from .varlen import moved
@@ -81,6 +81,11 @@ def packed(
     """
     base: Any = language_model(model)
     limit, longest = row_limit(model), max(map(len, pack.places))
+    if longest > limit and remembers(model):
+        raise ModelError(
+            f"model: {type(base).__name__}: rows up to {limit:.0f} tokens can be packed, where its dynamic rope "
+            f"forgets the longest row before, got one of {longest}"
+        )
     if longest > limit and len(pack.rows) > 1:
         raise ModelError(
             f"model: {type(base).__name__}: rows up to {limit:.0f} tokens can be packed, where its rope does not yet "

@@ -5,13 +5,15 @@ are shorter than the rows of the probe: with those of the real model a window th
 of size 1/√inputs let every token look at all that it may, so what is overlooked moves log p by 1e-2 nat and more.
 
 Where the longest row sets a rope's frequencies for all, rows on both sides of its limit change each other. Such a model
-packs rows within its limit, which is proved with rows that are within and a pack that is not.
+packs rows within its limit, which is proved with rows that are within and a pack that is not. A dynamic rope keeps the
+longest row's frequencies until a forward that is shorter than the limit: it packs rows that are shorter, and no others.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,20 +25,31 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from egrsd_kernels.models import ModelError
-from egrsd_kernels.models.places import language_model
+from egrsd_kernels.models.places import language_model, unwrapped
 
 from . import varlen
-from .attention import FAST, ROADS, Road, implementation_of, road_of
+from .attention import FAST, ROADS, Road, by_small_blocks, implementation_of, road_of
 from .tree import Pack, pack_rows
 
 # In whose place another implementation is asked for a dense mask.
 STANDS_FOR = {"flex_attention": "eager", "flash_attention_2": "sdpa", "flash_attention_3": "sdpa"}
 REACH = 5  # positions of a window or a chunk; most rows of the probe are longer
+TOKENS = 100  # of the probe
+# Names of what is no length, whatever its value: widths and numbers of weights, tables of positions, ids, bases.
+SIZES = re.compile(
+    r"size|dim|rank|width|heads|expert|layers|embd|inner|vocab|index|theta|base|position|channels|features|scal(ar|ing)|"
+    r"mult|seed|parts|extent|tokens|context|seq|freq|eps|ffn?|state|_d_|(^|_)ids?$|^(n|d|num|max)_|_num$"
+)
 LIMIT = 20  # positions of a rope limit; the probe has rows on both sides
 WIDTH = 64  # of layers whose width nothing else depends on
 # Of a float32 forward: sums of some hundred products, a few in a row, of either sign.
 ROUNDOFF = 2**-24
 ROUNDINGS = 1024
+# Types of PEFT's adapters that give each token's vector what it gets in any row.
+ADAPTERS = (
+    "LORA", "ADALORA", "IA3", "LN_TUNING", "LOHA", "LOKR", "OFT", "BOFT", "VERA", "FOURIERFT", "HRA", "VBLORA",
+    "RANDLORA", "MISS", "BONE", "ROAD", "SHIRA", "C3A", "OSF", "TRAINABLE_TOKENS",
+)  # fmt: skip
 _KEPT = "_proved_packing"
 _lock = threading.Lock()
 
@@ -50,8 +63,33 @@ def row_limit(model: nn.Module) -> float:
     base: Any = language_model(model)
     if not hasattr(base, "config") or not hasattr(base.config, "get_text_config"):
         raise ModelError(f"model: {type(base).__name__}: packing expects a model of transformers")
+    _check_adapters(model, base)
     name = implementation_of(base)
-    return float(_kept(base, name, lambda: _prove(base, road_of(STANDS_FOR.get(name, name)))))
+    return float(_kept(base, name, lambda: _prove(base, _stand_in(name))))
+
+
+def _stand_in(name: str) -> Road:
+    """The way that is proved on CPUs in an implementation's place: of flex_attention's the blocks themselves."""
+    return by_small_blocks if name == "flex_attention" else road_of(STANDS_FOR.get(name, name))
+
+
+def _check_adapters(model: Any, base: Any) -> None:
+    """A ModelError for adapters that are no function of a token's vector alone: the small model has none to show it."""
+    for held in (getattr(one, "peft_config", None) for one in (unwrapped(model), base)):
+        for config in held.values() if isinstance(held, dict) else ():
+            kind = str(getattr(config.peft_type, "value", config.peft_type))
+            kind = "aLoRA" if getattr(config, "alora_invocation_tokens", None) else kind
+            if kind not in ADAPTERS:
+                raise ModelError(
+                    f"model: {type(base).__name__}: packing expects PEFT adapters that act on each token alone "
+                    f"({', '.join(ADAPTERS)}), got {kind}"
+                )
+
+
+def remembers(model: nn.Module) -> bool:
+    """Whether a row beyond :func:`row_limit` changes what later forwards give: it may not stand alone either."""
+    text = language_model(model).config.get_text_config().to_dict()
+    return any(rope.get("rope_type", rope.get("type")) == "dynamic" for rope in _ropes(text))
 
 
 def fast_road(model: nn.Module) -> Callable[[Pack, int | None], AbstractContextManager[None]] | None:
@@ -108,6 +146,7 @@ def _prove(base: Any, road: Road) -> float:
         off, allowed = _difference(base, road, rows, LIMIT)
         if off <= allowed:
             return math.inf
+        return limit - remembers(base)
     return limit
 
 
@@ -202,7 +241,7 @@ def _probe(base: Any) -> list[Tensor]:
     size = _setting(base.config, "vocab_size")
     random = torch.Generator().manual_seed(0)
     # Ids of no special meaning, for any config known.
-    ids = torch.randint(min(10, size - 1), min(75, size), (100,), generator=random)
+    ids = torch.randint(min(10, size - 1), min(75, size), (TOKENS,), generator=random)
     trunk, left, right, deep, deeper, *others = ids.split([9, 8, 14, 7, 13, 31, 15, 3])
     tree = (trunk, left, deep), (trunk, left, deeper), (trunk, right), (trunk, left)
     return [*map(torch.cat, tree), *others]
@@ -215,7 +254,7 @@ def _small(base: Any, limit: int) -> Any:
     for layers, narrow in itertools.product(_layers(base.config), (True, False)):
         try:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
+                torch.default_generator.manual_seed(0)  # torch.manual_seed would set every GPU's as well
                 model = type(base)(_small_config(base.config, layers, narrow, limit)).float().eval()
                 for parameter in filter(Tensor.is_floating_point, model.parameters()):
                     if parameter.ndim > 1:
@@ -286,8 +325,8 @@ def _small_config(config: Any, layers: list[int], narrow: bool, limit: int) -> A
     if narrow:
         _narrow(text)
     for name, value in text.items():
-        if isinstance(value, int) and not isinstance(value, bool) and _reaches(name):
-            text[name] = min(value, REACH)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and _reaches(name, value):
+            text[name] = min(value, type(value)(REACH))
     for place, name in _limits(text):
         place[name] = limit
     values.update(use_cache=False)
@@ -301,10 +340,10 @@ def _small_config(config: Any, layers: list[int], narrow: bool, limit: int) -> A
     return small
 
 
-def _reaches(name: str) -> bool:
-    """Whether a setting says how far a layer sees."""
-    far = any(part in name for part in ("window", "chunk", "local_attention", "index_topk"))
-    return far and not name.endswith(("layers", "pattern"))
+def _reaches(name: str, value: float) -> bool:
+    """Whether a setting says how far a layer sees, or may be a length that the probe would not come to."""
+    far = any(part in name for part in ("window", "chunk", "local_attention", "index_topk", "floor"))
+    return (far or (value > TOKENS and not SIZES.search(name))) and not name.endswith(("layers", "pattern"))
 
 
 def _narrow(text: dict[str, Any]) -> None:

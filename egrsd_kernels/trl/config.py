@@ -260,10 +260,10 @@ class EGRSDConfig(GRPOConfig):
     )
     backend: str = field(default="auto", metadata={"help": 'Kernels: "auto", "triton" or "torch".'})
     packing: bool | None = field(
-        default=None,
+        default=False,
         metadata={
             "help": "Whether rollouts are read in packs, every prefix that they share once and no padding, and those "
-            "of a prompt stay beside one another. Default: on a GPU, where the model and the other settings allow it."
+            "of a prompt stay beside one another. None: on a GPU, where the model and the other settings allow it."
         },
     )
     max_tokens_per_pack: int = field(
@@ -271,10 +271,10 @@ class EGRSDConfig(GRPOConfig):
         metadata={"help": "With packing, the most tokens of a forward; a longer rollout is one alone."},
     )
     compile_layers: bool | None = field(
-        default=None,
+        default=False,
         metadata={
-            "help": "With packing, whether decoder layers run compiled. Default: on a GPU in 16 bits, unless weights "
-            "are sharded or a forward with dropout is made twice."
+            "help": "With packing, whether decoder layers run compiled, each size of packs for itself. None: on a GPU "
+            "in 16 bits, unless weights are sharded or a forward with dropout is made twice."
         },
     )
     chunk_mib: int = field(default=1024, metadata={"help": "The most working memory of the loss, MiB."})

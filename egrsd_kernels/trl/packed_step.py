@@ -17,6 +17,7 @@ of an optimizer step are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from egrsd_kernels import Head
 from egrsd_kernels.packing import packed
-from egrsd_kernels.packing.proof import row_limit
+from egrsd_kernels.packing.proof import fast_road, row_limit
 
 from .fused_head import score_labels
 from .packed_rows import Part, parts_of
@@ -82,6 +83,8 @@ class PackedStep:
 
     def parts(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> list[Part]:
         """As :func:`parts_of` has them, for a model; a ModelError where it cannot be packed."""
+        with self.accelerator.autocast():  # proved before a random state is kept
+            fast_road(model)
         return parts_of(
             input_ids,
             attention_mask,
@@ -152,11 +155,13 @@ class PackedStep:
             done: called after the last of them.
 
         Returns:
-            The loss, 0-d float32. Where gradients are on its value is put in by :meth:`backward`; until then it is 0.
+            The loss, 0-d float32. Where gradients are on its value is put in by :meth:`backward`; until then it is NaN,
+            and so is the gradient of whatever is not linear in it.
         """
-        loss = torch.zeros((), device=parts[0].rows.device)
+        grad = torch.is_grad_enabled()
+        loss = torch.full((), math.nan if grad else 0.0, device=parts[0].rows.device)
         one = _Direct(self.accelerator, model, parts, function, done, self._compile(model, twice=False))
-        if torch.is_grad_enabled():
+        if grad:
             one.leaves = [loss]
             self._wait(one)
             return loss.view(())  # a node of its own: a leaf's value may not be put in
@@ -320,7 +325,7 @@ class _Direct:
         return factor * value
 
     def done(self, loss: Tensor, gradients: Sequence[Tensor | None]) -> None:
-        loss.detach().add_(self.total)  # which the trainer logs
+        loss.detach().copy_(torch.as_tensor(self.total))  # which the trainer logs
         self.finished()
 
 
@@ -346,8 +351,13 @@ def _variables(loss: Tensor) -> dict[int, Tensor]:
 # -------------------------------------------------------------------------------------------------------------- random
 
 
+def may_drop(module: nn.Module) -> bool:
+    """Whether it is a dropout that draws in training."""
+    return isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+
+
 def _drops(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0
+    return may_drop(module) and module.training
 
 
 def _random_states(devices: Iterable[torch.device]) -> dict[torch.device, Tensor]:

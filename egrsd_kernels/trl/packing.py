@@ -13,17 +13,21 @@ from transformers import ProcessorMixin
 from trl import GRPOTrainer, RLOOTrainer
 
 from egrsd_kernels.checks import expect, flag, integer
+from egrsd_kernels.models import ModelError
+from egrsd_kernels.models.places import language_model
+from egrsd_kernels.packing.attention import implementation_of
 from egrsd_kernels.packing.proof import fast_road, row_limit
 
 from .packed_rows import INDEX, MAX_TOKENS_PER_PACK, groups_together
-from .packed_step import PackedStep
+from .packed_step import PackedStep, may_drop
 
+ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
 HOOKED = ("_get_per_token_logps_and_entropies", "_generate_and_score_completions", "_prepare_inputs")
 _KEPT = "_unpack"  # on the trainer: what takes it back
 
 
 def pack(
-    trainer: Any, *, max_tokens_per_pack: int = MAX_TOKENS_PER_PACK, compile_layers: bool | None = None
+    trainer: Any, *, max_tokens_per_pack: int = MAX_TOKENS_PER_PACK, compile_layers: bool | None = False
 ) -> AbstractContextManager[Any]:
     """From now on the trainer reads every prefix that its rollouts share once, and no padding; its loss stays its own.
 
@@ -42,7 +46,7 @@ def pack(
             config.
         max_tokens_per_pack: the most tokens of a forward, shared ones counted once. A longer rollout is one alone.
         compile_layers: whether decoder layers run compiled in packs, and nowhere else; see
-            :func:`egrsd_kernels.packing.packed`. Default: on a GPU in 16 bits, unless weights are sharded or there is
+            :func:`egrsd_kernels.packing.packed`. None: on a GPU in 16 bits, unless weights are sharded or there is
             dropout.
 
     Returns:
@@ -59,10 +63,11 @@ def pack(
     if fault := fault_of(trainer):
         raise ValueError(fault)
     budget = integer("max_tokens_per_pack", max_tokens_per_pack, low=1)
-    check_rows_in_packs(trainer.accelerator, trainer.model, trainer.ref_model)
-    undo = ExitStack()
     if compile_layers is not None:
         flag("compile_layers", compile_layers)
+    check_rows_in_packs(trainer.accelerator, trainer.model, trainer.ref_model)
+    check_training_in_packs(trainer.accelerator, trainer.model, compile_layers, twice=True)
+    undo = ExitStack()
     step = PackedStep(trainer.accelerator, budget, compile_layers)
     undo.callback(step.remove)
     hooks = _Hooks(trainer, step)
@@ -88,6 +93,30 @@ def check_rows_in_packs(accelerator: Accelerator, *models: nn.Module | None) -> 
             row_limit(model)
             with accelerator.autocast():
                 fast_road(model)
+
+
+def check_training_in_packs(
+    accelerator: Accelerator, model: nn.Module, compile_layers: bool | None, *, twice: bool
+) -> None:
+    """A ModelError where a model's packs would fail in training; twice: whether a gradient takes a second forward.
+
+    Of a model that its wrapper places later, the first read says it.
+    """
+    base = language_model(model)
+    with accelerator.autocast():
+        fast = fast_road(model)
+    if fast is not None:
+        config = base.config.get_text_config()
+        for name in ATTENTION_DROPOUT:
+            if p := getattr(config, name, None):
+                raise ModelError(f"{name}: packing expects 0 where attention is by segments, got {p:g}")
+    elif compile_layers and base.device.type == accelerator.device.type:
+        raise ModelError(
+            f"compile_layers: expected a model on a GPU in 16 bits that attends by segments, got {base.dtype} on "
+            f"{base.device.type} with {implementation_of(base)}"
+        )
+    if compile_layers and twice and any(map(may_drop, model.modules())):
+        raise ModelError("compile_layers: expected a model without dropout, which it draws anew in each graph")
 
 
 def fault_of(trainer: Any) -> str | None:

@@ -77,7 +77,7 @@ from .images import MODEL_IMAGES, TOKEN_TYPES, check_prompt, token_types
 from .methods import Context, contexts_of, function_of, teacher_model_of
 from .metrics import evidence_metrics, gathered_tokens, peak_memory_gib, token_metrics
 from .packed_step import PackedStep
-from .packing import check_rows_in_packs, fault_of, regrouped, with_index
+from .packing import check_rows_in_packs, check_training_in_packs, fault_of, regrouped, with_index
 from .rewards import InfiniteRewards, checked, excerpt, without_infinite
 from .roles import Roles, check_trained, weights_at_hand
 from .teacher import (
@@ -267,6 +267,8 @@ class EGRSDTrainer(GRPOTrainer):
                 if self._contexts:
                     with self.teacher.active() as teacher:
                         check_rows_in_packs(self.accelerator, teacher)
+                layers = self.args.compile_layers
+                check_training_in_packs(self.accelerator, self.model, layers, twice=not self._direct)
                 return PackedStep(self.accelerator, self.args.max_tokens_per_pack, self.args.compile_layers)
             except ModelError as refusal:
                 fault = str(refusal)
@@ -736,6 +738,8 @@ class EGRSDTrainer(GRPOTrainer):
         ratio = inputs.get("importance_sampling_ratio")
         if ratio is not None:  # vLLM's correction; it is not negative, so it leaves sign(A) alone
             advantages = (advantages[:, None] * ratio).expand(mask.shape)
+            if self.args.divergence is not None:  # it has no advantage that could be 0 where the correction drops
+                mask = mask & (ratio != 0)
         if self.args.position_weight:
             place = position_weights(mask, position=self.args.position_weight)
             advantages = (advantages if advantages.ndim == 2 else advantages[:, None]) * place
