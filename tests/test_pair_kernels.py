@@ -291,6 +291,25 @@ def test_logits_of_minus_infinity(kind, dtype, family):
 
 @special
 @by_kind
+def test_logits_of_minus_infinity_beside_an_unlikely_one(kind, dtype, family):
+    """KL is infinite by it, although the other model's probability is e^-66; the JSD does not notice."""
+    case = Case(8, 16, 40, dtype, bias=True)
+    case.mask[:] = True
+    biases = [case.student.bias.clone() for _ in range(2)]
+    biases[0][5], biases[1][5] = -66.0, -math.inf
+    for infinite, (ours, theirs) in (("reverse_kl", biases), ("forward_kl", biases[::-1])):
+        case.student, case.teacher = (case.student.frame(case.student.weight, bias) for bias in (ours, theirs))
+        found, gradients = case.package(*kind, trained=False, targets=False)
+        if kind[0] == infinite:
+            assert found.divergence.isinf().all()
+        else:
+            d, _, _ = case.reference(*kind)
+            assert (found.divergence.detach() - d).abs().max() <= max(1e-3 * d.max(), 4e-6)
+            assert gradients[0].isfinite().all()
+
+
+@special
+@by_kind
 def test_masked_rows_are_never_read(kind, dtype, family):
     case = Case(N, 40, 300, dtype)
     clean, gradients = case.package(*kind)

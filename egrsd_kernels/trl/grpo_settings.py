@@ -69,7 +69,9 @@ SETTINGS: dict[str, dict[str, Here]] = {
         "vllm_gpu_memory_utilization": HONOURED,
         "vllm_max_model_length": Here("in the check of the window, too"),
         "vllm_tensor_parallel_size": HONOURED,
-        "vllm_importance_sampling_correction": Here("in the policy's term: a divergence is not corrected"),
+        "vllm_importance_sampling_correction": Here(
+            "beside a divergence, too: it is not weighed, but has no token that the correction drops"
+        ),
         "vllm_importance_sampling_mode": HONOURED,
         "vllm_importance_sampling_clip_max": HONOURED,
         "vllm_importance_sampling_clip_min": HONOURED,

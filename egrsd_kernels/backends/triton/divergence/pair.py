@@ -6,7 +6,8 @@ With x_S = z_S - offset_S and x_T = z_T - offset_T of a row, in units of ln 2, a
     r' = x_S - x_T       float16 beside 16-bit operands, else float32; 0 where both logits are -inf
 
 and leaves the float32 sums of each row and tile, from the same registers: S_S = Σ 2^x_S and S_T = Σ 2^x_T, and of
-Σ 2^x_S r', Σ 2^x_T r', Σ 2^x_S x_S and Σ 2^x_T x_T those that are asked for. Then r = r' - log2(S_S / S_T), and
+Σ 2^x_S r', Σ 2^x_T r', Σ 2^x_S x_S and Σ 2^x_T x_T those that are asked for. The first two are infinite where one
+model alone excludes an entry. Then r = r' - log2(S_S / S_T), and
 
     p_S = 2^(M + min(r', 0)) / S_S    p_T = 2^(M - max(r', 0)) / S_T
 
@@ -45,6 +46,8 @@ LEAST = tl.constexpr(-32768.0)
 WHOLE = tl.constexpr(12582912.0)  # 1.5 * 2^23
 # Where float16 ends: beyond it, one of the two probabilities is 0 in float32.
 RATIO = tl.constexpr(30000.0)
+# Of |r'|, between all that finite logits make and what NEG does.
+FORBIDDEN = tl.constexpr(1.0e20)
 
 
 class Sums(NamedTuple):
@@ -170,10 +173,17 @@ def pair_kernel(
         plane = col_tiles * n_slots
         tl.store(at, tl.sum(p, 1))
         tl.store(at + plane, tl.sum(q, 1))
+        by_p = p * ratio
+        by_q = q * ratio
+        if STUDENT_BIAS or TEACHER_BIAS:
+            # -inf in one model alone makes a sum infinite, however small the other's probability: NEG would not.
+            infinite = tl.where(tl.abs(ratio) > FORBIDDEN, ratio * float("inf"), ratio)
+            by_p = tl.where(p > 0, p * infinite, 0.0)
+            by_q = tl.where(q > 0, q * infinite, 0.0)
         if REVERSE:
-            tl.store(at + 2 * plane, tl.sum(p * ratio, 1))
+            tl.store(at + 2 * plane, tl.sum(by_p, 1))
         if FORWARD:
-            tl.store(at + (2 + REVERSE) * plane, tl.sum(q * ratio, 1))
+            tl.store(at + (2 + REVERSE) * plane, tl.sum(by_q, 1))
         if STUDENT_ENTROPY:
             tl.store(at + (2 + REVERSE + FORWARD) * plane, tl.sum(p * s, 1))
         if TEACHER_ENTROPY:

@@ -14,8 +14,8 @@ from .pair import PairPass, load_magnitudes
 # Between these sums of exponentials a row's offsets are suited: M has a place for all that is 2^-40 of a sum or more.
 LEAST_SUM = 2.0**-24
 SUM_LIMIT = 2.0**63
-# Of |KL| in units of ln 2: beyond it, one model has a probability where the other's logit is -inf.
-INFINITE = tl.constexpr(1.0e15)
+# In units of ln 2, what takes the place of an infinite KL where gradients are made: times a weight of 0 it is 0.
+LARGEST = tl.constexpr(1.0e15)
 # Of Σ (p_S - p_T) r in nats.
 FAR = tl.constexpr(10.0)
 # Of entries: where K is nothing but rounding errors, of 4e-6 nat, its root is not 0.
@@ -112,10 +112,10 @@ def combine_pairs_kernel(
         else:
             if REVERSE:
                 kl = by_p / p - c
-                tl.store(values + 2 * n_slots + r, kl, mask=ours)
+                tl.store(values + 2 * n_slots + r, tl.where(kl > LARGEST, LARGEST, kl), mask=ours)
             else:
                 kl = c - by_q / q
-            kl = tl.where(kl < 0, 0.0, tl.where(kl > INFINITE, float("inf"), kl * LN2))
+            kl = tl.where(kl < 0, 0.0, kl * LN2)
             tl.store(divergence + row, kl, mask=ours)
             bound = entry_bound(kl)
             if FORWARD:
