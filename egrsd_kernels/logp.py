@@ -199,14 +199,14 @@ class _LinearLogp(torch.autograd.Function):
 
     What is kept is no tensor: ``keeps`` says whether there is something, which nobody who traces may ask for.
 
-    anchor: nothing, with the graph of the hidden states, which a direction does not hold on to. Without it a derivative
-    of the gradient would be 0 in silence.
+    anchor: beside a direction nothing, with the graph of the hidden states, which the direction does not hold on to.
+    Without it a derivative of the gradient would be 0 in silence.
     """
 
     @staticmethod
     def forward(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor | None, target_ids: Tensor, valid: Tensor,
-        options: _Options, keeps: bool, anchor: Tensor,
+        options: _Options, keeps: bool, anchor: Tensor | None,
     ) -> tuple[Any, ...]:  # fmt: skip
         operands = hidden, widened(weight, columns), bias, target_ids, valid
         if keeps:
@@ -401,8 +401,9 @@ def linear_logp(
         return_entropy, entropy_grad is True, lazy, names,
     )  # fmt: skip
     keeps = any(needs) and not options.ahead and sparse_tolerance is None and not checks.traced(states)
+    anchor = states[:0].clone() if options.ahead else None
     outputs: tuple[Any, ...] = _LinearLogp.apply(  # type: ignore[no-untyped-call]
-        states, head.weight, head.bias, columns, flat_targets, valid, options, keeps, states[:0].clone()
+        states, head.weight, head.bias, columns, flat_targets, valid, options, keeps, anchor
     )
     found = VocabularyStatistics.of(options.names, outputs[: len(options.names)]).view(target_ids.shape)
     if names:

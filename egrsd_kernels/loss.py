@@ -225,14 +225,14 @@ class _FusedLoss(torch.autograd.Function):
 
     What finishes them is no tensor. Who traces has them finished at once, and scaled by the backward pass.
 
-    anchor: nothing, with the graph of the hidden states, which finished gradients do not hold on to. Without it a
-    derivative of the gradient would be 0 in silence.
+    anchor: who traces gets nothing, with the graph of the hidden states, which finished gradients do not hold on to.
+    Without it a derivative of the gradient would be 0 in silence.
     """
 
     @staticmethod
     def forward(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor | None, options: _Options, needs: Needs,
-        traced: bool, anchor: Tensor, *given: Tensor | None,
+        traced: bool, anchor: Tensor | None, *given: Tensor | None,
     ) -> tuple[Any, ...]:  # fmt: skip
         whole = widened(weight, columns)
         if traced:
@@ -536,8 +536,9 @@ def fused_egrsd_loss(
         *(of_teacher if which is not None else (None, None, None)),
     )  # fmt: skip
     needs = Needs.of(hidden, student.weight, student.bias, columns)
+    anchor = hidden[:0].clone() if traced else None
     outputs: tuple[Tensor, ...] = _FusedLoss.apply(  # type: ignore[no-untyped-call]
-        hidden, student.weight, student.bias, columns, options, needs, traced, hidden[:0].clone(), *minibatch
+        hidden, student.weight, student.bias, columns, options, needs, traced, anchor, *minibatch
     )
     loss, planes = outputs[:2]
     if not return_stats:
