@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, Qwen3Config
 
+from benchmarks.end_to_end import LORA_MODULES, MIB
 from benchmarks.measure import command, environment, failure, write
 from benchmarks.peers import GAMMA, LOOKAHEAD
 from egrsd_kernels import Head, credit, fused_egrsd_loss, token_statistics, with_head
@@ -59,9 +60,7 @@ SHARED_SHAPE = {
     "max_position_embeddings": 40_960,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
 }
-LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 WAYS = ("trl", "padded", "padded-compiled", "packed-compiled", "prefix", "prefix-compiled")
-MIB = 2**20
 LOGITS_IN_16_BITS = 0.1  # nat
 Function = Callable[[Tensor, Head], Any]
 

@@ -22,6 +22,7 @@ from .backends import (
     choose,
     choose_divergence,
     power_of_two,
+    scale_rows,
 )
 from .head import Head, compute_dtype, widened
 from .once import once
@@ -187,10 +188,7 @@ def _backward_operator(*given: Any) -> list[Tensor]:
 )
 def _scale_operator(direction: Tensor, share: Tensor | None, factor: Tensor) -> Tensor:
     """direction (B, T, D) times factor (N,) over share (N,), rounded once; 0 where the factor is."""
-    factor = (factor if share is None else factor / share).reshape(*direction.shape[:-1], 1)
-    scaled = torch.mul(direction, factor, out=torch.empty_like(direction))
-    # Chosen, not multiplied: the direction of an infinite divergence is not finite.
-    return scaled.masked_fill_(factor == 0, 0)
+    return scale_rows(direction, factor if share is None else factor / share)
 
 
 class _LinearDivergence(torch.autograd.Function):

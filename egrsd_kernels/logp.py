@@ -23,6 +23,7 @@ from .backends import (
     exceeding,
     known,
     power_of_two,
+    scale_rows,
 )
 from .head import Head, compute_dtype, widened
 from .once import once
@@ -170,14 +171,6 @@ def _backward_operator(
     given = hidden, weight, bias, target_ids, valid, state, d_logp, d_entropy
     with torch.cuda.device_of(hidden):
         return [x for x in _backward(*given, unflat(_Options, options)) if x is not None]
-
-
-def scale_rows(direction: Tensor, factor: Tensor) -> Tensor:
-    """direction (B, T, D) times factor (N,), rounded once; 0 where the factor is, whatever the direction is."""
-    factor = factor.reshape(*direction.shape[:-1], 1)
-    scaled = torch.mul(direction, factor, out=torch.empty_like(direction))
-    # Chosen, not multiplied: the direction of a target outside the vocabulary is NaN.
-    return scaled.masked_fill_(factor == 0, 0)
 
 
 @operator("scale_rows(Tensor direction, Tensor factor) -> Tensor", lambda direction, _: torch.empty_like(direction))

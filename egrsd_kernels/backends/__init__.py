@@ -33,14 +33,14 @@ from .protocol import (
     no_extras,
     no_statistics,
 )
-from .scaling import Scales, power_of_two
+from .scaling import Scales, power_of_two, scale_rows
 from .sparsity import DEFAULT_SPARSE_TOL, Sparse, exceeding
 
 __all__ = [
     "DEFAULT_CHUNK_BYTES", "DEFAULT_SPARSE_TOL", "EXTRAS", "KINDS", "Backend", "Credit", "Divergence",
     "DivergenceBackend", "DivergenceStatistics", "EntropyGradient", "Finish", "Gradients", "Kept", "KeptDivergence",
     "Kind", "Needs", "Pair", "PairCredit", "Scales", "Sparse", "VocabularyStatistics", "choose", "choose_divergence",
-    "exceeding", "known", "no_extras", "no_statistics", "power_of_two",
+    "exceeding", "known", "no_extras", "no_statistics", "power_of_two", "scale_rows",
 ]  # fmt: skip
 
 

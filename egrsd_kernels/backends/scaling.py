@@ -17,6 +17,15 @@ def power_of_two(x: Tensor) -> Tensor:
     return x / torch.frexp(x).mantissa
 
 
+def scale_rows(direction: Tensor, factor: Tensor) -> Tensor:
+    """direction (B, T, D) times factor (N,), rounded once; 0 where the factor is, whatever the direction is."""
+    factor = factor.reshape(*direction.shape[:-1], 1)
+    scaled = torch.mul(direction, factor, out=torch.empty_like(direction))
+    # Chosen, not multiplied: the direction of a target outside the vocabulary, or of an infinite divergence, is no
+    # finite one.
+    return scaled.masked_fill_(factor == 0, 0)
+
+
 class Scales(NamedTuple):
     """What a loss divides by; 0-d, in its dtype."""
 
