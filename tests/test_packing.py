@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from egrsd_kernels import VocabularyStatistics, linear_logp, token_statistics
 from egrsd_kernels.models import ModelError
 from egrsd_kernels.packing import Pack, attention, pack_responses, pack_rows, packed, proof, read_packs
-from egrsd_kernels.packing.proof import row_limit
+from egrsd_kernels.packing.proof import fast_road, row_limit
 from egrsd_kernels.packing.varlen import attend
 from tests.support.packing import (
     Float64,
@@ -32,6 +32,7 @@ from tests.support.packing import (
     logp_packed,
     tiny,
 )
+from tests.support.tree_attention import on_cpus
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -374,6 +375,12 @@ def test_adapters_that_read_the_row_are_refused(name):
     with pytest.raises(ModelError, match=f"^model: Qwen3ForCausalLM with {name}: {why}") as no:
         row_limit(adapted(name))
     assert "\n" not in str(no.value)
+
+
+@pytest.mark.parametrize("name", ["DoRA", "aLoRA"])
+def test_adapters_are_proved_by_segments_as_well(name):
+    with on_cpus(), pytest.raises(ModelError, match="off by") if name == "aLoRA" else contextlib.nullcontext():
+        assert fast_road(adapted(name)) is attention.by_segments
 
 
 def test_adapters_are_proved_as_they_are_active(monkeypatch):
