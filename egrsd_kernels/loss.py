@@ -163,10 +163,11 @@ def _student(
         finish = passes.divergence_pass(pair, given.target_ids, rows, out, both, needs, o.chunk_bytes)
         if not any(needs):
             credit(0, logp.numel())
-        # Where a weight is 0, a log p or divergence that is infinite costs nothing. A target outside the vocabulary
-        # makes the divergence NaN, too.
+        # Where a weight is 0, a log p or divergence that is infinite costs nothing. But NaN must be seen: a target
+        # outside the vocabulary makes the divergence NaN, too.
         policy = o.policy_weight * terms if o.policy_weight else 0
-        terms = policy + torch.where(gate == 0, 0, o.divergence_weight * gate * divergence)
+        silent = (gate == 0) & ~divergence.isnan()
+        terms = policy + torch.where(silent, 0, o.divergence_weight * gate * divergence)
     elif any(needs):
         sparse = None if o.sparse_tol is None else Sparse.of(o.sparse_tol, given.target_ids)
         finish = backend.student_pass(*problem, credit, needs, o.chunk_bytes, sparse)

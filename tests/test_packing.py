@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import math
 import re
 import threading
@@ -16,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from egrsd_kernels import VocabularyStatistics, linear_logp, token_statistics
 from egrsd_kernels.models import ModelError
-from egrsd_kernels.packing import Pack, attention, pack_rows, packed, proof
+from egrsd_kernels.packing import Pack, attention, pack_responses, pack_rows, packed, proof, read_packs
 from egrsd_kernels.packing.proof import row_limit
 from egrsd_kernels.packing.varlen import attend
 from tests.support.packing import (
@@ -216,6 +218,46 @@ def test_what_is_no_rows_is_said_in_a_line(rows, options, words):
     assert "\n" not in str(error.value)
 
 
+@settings(max_examples=50, deadline=None)
+@given(data=st.data(), budget=st.integers(1, 40))
+def test_responses_are_targets_in_one_order_behind_any_prompts(data, budget):
+    count = data.draw(st.integers(1, 6))
+    prompts = data.draw(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=5), min_size=count, max_size=count))
+    responses = data.draw(st.lists(st.lists(st.integers(0, 2), max_size=5), min_size=count, max_size=count))
+    tokens = [(row, token) for row, response in enumerate(responses) for token in response]
+    if not tokens:
+        with pytest.raises(
+            ValueError, match=rf"^responses: expected a token in one of them .* got {count} empty ones$"
+        ):
+            pack_responses(prompts, responses, budget=budget)
+        return
+    packs = pack_responses(prompts, [torch.tensor(one, dtype=torch.int64) for one in responses], budget=budget)
+    assert sorted(row for pack in packs for row in pack.rows) == sorted({row for row, _ in tokens})
+    found = {}
+    for pack in packs:
+        for row, places in zip(pack.rows, pack.places, strict=True):
+            assert pack.input_ids[places].tolist() == prompts[row] + responses[row]
+        pairs = zip(pack.target_rows.tolist(), pack.target_ids.tolist(), strict=True)
+        found |= dict(zip(pack.target_numbers.tolist(), pairs, strict=True))
+    assert [found[number] for number in range(len(found))] == tokens
+
+
+@pytest.mark.parametrize(
+    ("prompts", "responses", "words"),
+    [
+        ([[1]], [[2], [3]], "responses: expected one for each of 1 prompts, got 2"),
+        ([[1], []], [[2], [3]], "prompts: row 1 has no token, expected one that predicts the response's first"),
+        ([[1.0]], [[2]], "prompts: row 0: expected integers"),
+        ([[1]], [["a"]], "responses: row 0: expected integers"),
+        ([], [], "responses: expected a token in one of them at least, got 0 empty ones"),
+    ],
+)
+def test_what_is_no_responses_is_said_in_a_line(prompts, responses, words):
+    with pytest.raises((TypeError, ValueError), match=f"^{words}") as error:
+        pack_responses(prompts, responses, budget=10)
+    assert "\n" not in str(error.value)
+
+
 # ------------------------------------------------------------------------------------------------------- over a model
 
 # By name: the model type and its settings; windows and chunks are shorter than the rows.
@@ -313,6 +355,39 @@ def test_the_loop_of_the_docstring():
         torch.testing.assert_close(
             gradient, expected[name], rtol=0, atol=1e-6
         )  # norms and their gradients are rounded to float32
+
+
+def test_what_is_read_of_all_packs_is_in_the_order_of_the_rows():
+    rows, targets = group_rows()
+    model = tiny("llama")
+    row_limit(model)
+    model.double()
+    packs = pack_rows(rows, budget=45, targets=targets)
+    assert len(packs) > 1
+    statistics = functools.partial(token_statistics, extras=("is_top1",), backend="torch")
+    with Float64():
+        expected = logp_alone(model, rows, targets)
+        found = read_packs(model, packs[::-1], statistics)
+        logp = read_packs(model, packs, functools.partial(linear_logp, backend="torch"))
+        hidden, (first, nothing) = read_packs(model, packs, lambda hidden, head, ids: (hidden, (ids, None)))
+    assert isinstance(found, VocabularyStatistics) and found.mean_logits is None and found.is_top1.any()
+    torch.testing.assert_close(found.logp, expected.detach(), rtol=0, atol=1e-12)
+    assert hidden.shape == (len(expected), 32) and nothing is None
+    assert first.tolist() == [
+        id_ for row, asked in zip(rows, targets, strict=True) for id_, one in zip(row, asked, strict=True) if one
+    ]
+    logp.square().sum().backward()
+    got = gradients(model)
+    expected.square().sum().backward()
+    size = torch.stack([gradient.norm() for gradient in got.values()]).norm()
+    for name, gradient in gradients(model).items():
+        assert (got[name] - gradient).norm() <= 1e-12 * size, name
+    with pytest.raises(ValueError, match=rf"^packs: expected all of one call of pack_rows, got {len(packs) - 1} that"):
+        read_packs(model, packs[1:], statistics)
+    with pytest.raises(ValueError, match=r"^packs: expected all of one call of pack_rows, got 0 that"):
+        read_packs(model, [], statistics)
+    with pytest.raises(ValueError, match=r"^function: expected an entry for each of a pack's \d+ targets, got \(\)$"):
+        read_packs(model, packs, lambda hidden, head, ids: hidden.sum())
 
 
 # ---------------------------------------------------------------------------------------------------------- the proof
