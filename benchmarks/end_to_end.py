@@ -134,13 +134,8 @@ def plans(cell: Cell, task: Task, kept: bool) -> list[Plan]:
     if WAYS[cell.way].packs:
         return [Plan(kept, DENSE >> halvings) for halvings in range(4 if kept else 2)]
     count = len(task.rollouts.responses)
-    group = next(n for n in range(1, count + 1) if n == count or not _same_prompt(task.rollouts, n))
-    largest = group if kept else count
+    largest = task.rollouts.group if kept else count
     return [Plan(kept, size) for size in (largest >> halvings for halvings in range(4)) if size and count % size == 0]
-
-
-def _same_prompt(rollouts: Rollouts, number: int) -> bool:
-    return rollouts.prompts[number] is rollouts.prompts[0]
 
 
 def measure(cell: Cell, args: argparse.Namespace, report: Callable[[dict[str, Any]], None]) -> None:
@@ -178,7 +173,7 @@ def time_plan(
 ) -> dict[str, Any]:
     """ms (median, and quartiles), host's ms, GiB, and what log p is off by, in nats."""
     way, device = WAYS[cell.way], task.device
-    update = way.make(task, plan)
+    update: Any = way.make(task, plan)
     held = torch.cuda.memory_allocated() if device.type == "cuda" else 0
     start = time.perf_counter()
     seen = update()
@@ -204,6 +199,8 @@ def time_plan(
     repeats = max(2, min(args.repeats, int(10 / once)))
     found |= dict(zip(("low", "ms", "high"), timed(step, repeats, device, warm=True), strict=True))
     found["host_ms"] = statistics.median(hosts)
+    if note := getattr(update, "note", None):
+        found["note"] = note
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
         found |= {"peak_gib": peak / GIB, "above_weights_gib": (peak - held) / GIB}
@@ -389,6 +386,8 @@ def run_one(cell: Cell, args: argparse.Namespace) -> None:
     if device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.gib * GIB / torch.cuda.mem_get_info()[1]))
     torch._dynamo.config.recompile_limit = 64
+    if cell.way == "unsloth":  # which changes what is imported after it
+        attempt(lambda: vars(__import__("unsloth")))
     machine = environment(device, PACKAGES, args.commit)
     measure(cell, args, lambda row: write(args.row, {"environment": machine, "row": row}))
 
@@ -436,7 +435,9 @@ def merged(report: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
         ValueError: the report is of another machine or of other versions.
     """
     machine = {name: value for name, value in (found["environment"] or {}).items() if name != "commit"}
-    packages = {**report.get("packages", {}), **machine.pop("packages", {})}
+    packages = {**(own := machine.pop("packages", {})), **report.get("packages", {})}
+    if other := {name: version for name, version in own.items() if packages[name] != version}:
+        found["row"]["packages"] = other  # as Unsloth wants an older TRL
     differing = [name for name, value in machine.items() if report.get(name, value) != value]
     if differing:
         raise ValueError(f"rows measured with another {', '.join(differing)}: give another output file")

@@ -35,6 +35,8 @@ def updates_section(path: Path) -> list[str]:
         blocks += ["## By kind of kernel", PROFILES, *map(profile_table, profiled)]
     versions = {name: report.get(name) for name in ("torch", "triton", "driver")} | report["packages"]
     listed = ", ".join(f"{name} {found}" for name, found in versions.items() if found)
+    others = {(WAYS[row["way"]].title, *pair) for row in report["rows"] for pair in row.get("packages", {}).items()}
+    listed += "".join(f"; {title} with {name} {found}" for title, name, found in sorted(others))
     return [
         *blocks, "## To rerun", f"{listed}; {commits_of([row for row in report['rows'] if row.get('commit')])}. "
         f"All figures: [{path.name}](../benchmarks/results/{path.name}).", commands_of(report["rows"], path),
@@ -78,7 +80,8 @@ def ways_table(rows: dict[str, dict], largest: dict[str, int | None]) -> list[st
     headings = ("", "ms", "over the fastest", "response tokens / s", "over the bare products",
                 "GiB above the weights / in all", "cut up", "rollouts in one pass")  # fmt: skip
     failed = [f"{WAYS[way].title} ({row['error'].replace('|', '/')})" for way, row in rows.items() if "ms" not in row]
-    return [table(headings, cells), *([f"Not measured: {'; '.join(failed)}."] if failed else [])]
+    notes = [f"{WAYS[way].title}: {row['note']}." for way, row in rows.items() if "ms" in row and row.get("note")]
+    return [table(headings, cells), *notes, *([f"Not measured: {'; '.join(failed)}."] if failed else [])]
 
 
 def lead(rows: dict[tuple[str, str, str], dict], shape: str, setting: str) -> list[str]:

@@ -92,6 +92,11 @@ class Rollouts:
     def rows(self, teacher: bool) -> list[Tensor]:
         return [torch.cat(pair) for pair in zip(self.contexts(teacher), self.responses, strict=True)]
 
+    @property
+    def group(self) -> int:
+        """Rollouts of the first prompt."""
+        return sum(prompt is self.prompts[0] for prompt in self.prompts)
+
     @cached_property
     def lengths(self) -> Tensor:
         return torch.tensor([len(response) for response in self.responses])

@@ -14,6 +14,7 @@ pytest.importorskip("peft")
 
 from benchmarks import end_to_end, updates
 from benchmarks.end_to_end import CELLS, Cell, largest_batch, merged
+from benchmarks.measure import version
 from benchmarks.rollouts import Rollouts
 from benchmarks.updates import WAYS, Plan, Task
 from tests.support.tree_attention import dense, on_cpus
@@ -171,6 +172,12 @@ def test_a_way_that_sees_something_else_has_no_time(monkeypatch):
     assert "log p of the student is off" in row["error"] and "ms" not in row
 
 
+@pytest.mark.skipif(version("unsloth") is not None, reason="Unsloth is installed")
+def test_a_package_that_is_missing_is_a_cells_result():
+    row = measured("tiny/unsloth")
+    assert row["error"] == "ModuleNotFoundError: No module named 'unsloth'" and "ms" not in row
+
+
 def test_want_of_memory_is_told_from_other_errors():
     behind = RuntimeError("the compiler failed")
     behind.__cause__ = torch.OutOfMemoryError("CUDA out of memory")
@@ -259,6 +266,9 @@ def test_rows_of_another_machine_are_not_mixed():
     assert [row["cell"] for row in crashed["rows"]] == ["1.7b/trl", "4b/trl"]
     with pytest.raises(ValueError, match="another device"):
         merged(report, {"environment": {"device": "B", "packages": {}}, "row": {"cell": "4b/padded"}})
+    older = {"environment": {"device": "A", "packages": {"trl": "0", "unsloth": "9"}}, "row": {"cell": "4b/unsloth"}}
+    both = merged(report, older)
+    assert both["packages"] == {"trl": "1", "unsloth": "9"} and both["rows"][-1]["packages"] == {"trl": "0"}
 
 
 @pytest.mark.slow
@@ -267,7 +277,7 @@ def test_a_cell_is_a_process(tmp_path):
     output = tmp_path / "result.json"
     command = [*SMALL.split(), "--output", str(output)]
     end_to_end.main([*command, "--cells", "tiny/prefix,tiny/trl-trie", "--lanes", "2"])
-    end_to_end.main([*command, "--cells", "tiny/padded", "--cell-seconds", "0.5"])
+    end_to_end.main([*command, "--cells", "tiny/padded", "--cell-seconds", "0.4"])
     rows = {row["cell"]: row for row in json.loads(output.read_text())["rows"]}
     assert rows["tiny/prefix"]["ms"] > 0 and rows["tiny/prefix"]["commit"] == "abc"
     assert rows["tiny/trl-trie"]["error"]  # PyTorch's FlashAttention is a GPU's
