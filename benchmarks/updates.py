@@ -25,7 +25,7 @@ import copy
 import gc
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from types import SimpleNamespace
@@ -37,6 +37,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.rollouts import Rollouts, build
 from egrsd_kernels import Head, credit, fused_egrsd_loss, token_statistics, with_head
+from egrsd_kernels.models.adapters import adapters_off
 from egrsd_kernels.packing import Pack, pack_rows, packed
 
 GAMMA, LOOKAHEAD, GATE_FLOOR, CLIP_EPS = 0.3, 3, 0.1, 0.2
@@ -217,16 +218,6 @@ def by_fused_loss(task: Task, model: nn.Module, teacher: list[Pass], student: li
             seen.student_logp[at] = stats.student_logp
             seen.loss.add_(loss.detach())
     return seen
-
-
-@contextlib.contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """What PEFT's disable_adapter does between two reports on the state of every module."""
-    model.base_model.disable_adapter_layers()
-    try:
-        yield
-    finally:
-        model.base_model.enable_adapter_layers()
 
 
 def ours_padded(task: Task, plan: Plan, compiled: bool = False) -> Update:
