@@ -146,7 +146,9 @@ def measure(cell: Cell, args: argparse.Namespace, report: Callable[[dict[str, An
     row: dict[str, Any] = {"rollouts": len(task.rollouts.responses), "tokens": tokens}
     if cell.setting == "largest":
         return report(row | largest(cell, task, args))
-    row |= {"products_ms": timed(bare_products(task), 5, device)[1], "tried": []}
+    layers, products = bare_products(task)
+    row |= {"products_ms": layers * timed(products, 5, device)[1], "tried": []}
+    del products
     release(device)
     exact = exact_logp(task)
     for kept in (True, False):

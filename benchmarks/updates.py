@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks.rollouts import Rollouts, build
+from benchmarks.rollouts import SHAPES, Rollouts, build
 from egrsd_kernels import Head, credit, fused_egrsd_loss, token_statistics, with_head
 from egrsd_kernels.models.adapters import adapters_off
 from egrsd_kernels.packing import Pack, pack_rows, packed
@@ -492,8 +492,8 @@ def rms(one: Tensor, other: Tensor) -> float:
     return (one - other).square().mean().sqrt().item()
 
 
-def bare_products(task: Task) -> Callable[[], None]:
-    """The products of the layers' frozen weights, none twice and no token twice: one layer's, teacher and student."""
+def bare_products(task: Task) -> tuple[int, Callable[[], None]]:
+    """(layers, the products of one's frozen weights, none twice and no token twice, for teacher and student)."""
     (layer,) = layers_of(build(task.shape, task.device, layers=1))
     weights = [part.base_layer.weight for part in layer.modules() if hasattr(part, "base_layer")]
     counts = {False: 2} | ({True: 1} if task.has_teacher else {})  # student: forward and hidden gradient
@@ -508,4 +508,4 @@ def bare_products(task: Task) -> Callable[[], None]:
             for x, weight in pairs:
                 x @ weight.T
 
-    return run
+    return task.layers or SHAPES[task.shape]["num_hidden_layers"], run

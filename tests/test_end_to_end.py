@@ -118,7 +118,9 @@ def test_the_bare_products_count_no_token_twice(monkeypatch):
     tokens = int(task.rollouts.lengths.sum())
     count = []
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda x, weight: count.append(x.shape[0] * weight.numel()))
-    updates.bare_products(task)()
+    layers, run = updates.bare_products(task)
+    run()
+    assert layers == 2
     weights = 64 * 16 * (4 + 2 + 2 + 4) + 3 * 64 * 96
     assert sum(count) == weights * (2 * (2 * 9 + tokens) + (2 * 16 + tokens))
 
