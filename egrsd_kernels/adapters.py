@@ -270,7 +270,12 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, scales: Sequence[float], *tensors: Tensor | None) -> tuple[Tensor, ...]:
         run: Callable[..., Any] = _forward_operator if torch.compiler.is_compiling() else _forward
-        *outputs, u = run(x.reshape(-1, x.shape[-1]), *_quarters(tensors), scales)
+        rows = x.reshape(-1, x.shape[-1])
+        weights, biases, a, b = _quarters(tensors)
+        stacked, factors = _cast(a, b, x.dtype)
+        # By itself: a compiled layer that is computed again for its gradients may need no more than this of its last.
+        u = rows @ stacked.T
+        outputs = run(rows, u, weights, biases, factors, scales)
         return *(one.view(*x.shape[:-1], one.shape[-1]) for one in outputs), u
 
     @staticmethod
@@ -309,18 +314,17 @@ def _quarters(tensors: Sequence[Any]) -> list[list[Any]]:
 
 def _forward(
     x: Tensor,
+    u: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
-    a: Sequence[Tensor],
     b: Sequence[Tensor],
     scales: Sequence[float],
 ) -> list[Tensor]:
-    stacked, b = _cast(a, b, x.dtype)
-    u = x @ stacked.T
-    outputs = []
-    for weight, bias, factor, part, scale in zip(weights, biases, b, _parts(u, a), scales, strict=True):
-        outputs.append(functional.linear(x, weight, bias).addmm_(part, factor.T, alpha=scale))
-    return [*outputs, u]
+    parts = _parts(u, [one.shape[1] for one in b])
+    return [
+        functional.linear(x, weight, bias).addmm_(part, factor.T, alpha=scale)
+        for weight, bias, factor, part, scale in zip(weights, biases, b, parts, scales, strict=True)
+    ]
 
 
 def _backward(
@@ -336,10 +340,10 @@ def _backward(
     """[dx], dA and dB, one for each layer; only those of the three that are wanted. A layer's gradient may be None."""
     for_x, for_a, for_b = wanted
     stacked, b_now = _cast(a, b, x.dtype)
-    made = []
+    ranks, made = [len(one) for one in a], []
     if for_x or for_a:
         t = torch.empty_like(u)
-        for part, gradient, factor, scale in zip(_parts(t, a), gradients, b_now, scales, strict=True):
+        for part, gradient, factor, scale in zip(_parts(t, ranks), gradients, b_now, scales, strict=True):
             if gradient is None:
                 part.zero_()
             else:
@@ -352,11 +356,11 @@ def _backward(
         made.append(to_x)
     to_factors: list[Tensor] = []
     if for_a:
-        to_factors += _product(t.T, x).split([len(one) for one in a])
+        to_factors += _product(t.T, x).split(ranks)
     if for_b:
         to_factors += [
             torch.zeros_like(factor) if gradient is None else _product(gradient.T, part, scale)
-            for gradient, part, factor, scale in zip(gradients, _parts(u, a), b_now, scales, strict=True)
+            for gradient, part, factor, scale in zip(gradients, _parts(u, ranks), b_now, scales, strict=True)
         ]
     factors = [one for some, one_wanted in ((a, for_a), (b, for_b)) if one_wanted for one in some]
     if factors:
@@ -376,9 +380,9 @@ def _product(one: Tensor, other: Tensor, scale: float = 1.0) -> Tensor:
     return one.new_empty(one.shape[0], other.shape[1]).addmm_(one, other, beta=0, alpha=scale)
 
 
-def _parts(stacked: Tensor, a: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _parts(of_all: Tensor, ranks: list[int]) -> tuple[Tensor, ...]:
     """(N, R) for each layer, of (N, ΣR)."""
-    parts: tuple[Tensor, ...] = stacked.split([len(one) for one in a], dim=1)
+    parts: tuple[Tensor, ...] = of_all.split(ranks, dim=1)
     return parts
 
 
@@ -386,23 +390,31 @@ def _cast(a: Sequence[Tensor], b: Sequence[Tensor], dtype: torch.dtype) -> tuple
     """All A as one (ΣR, D), and each B (E, R), in dtype."""
     if all(one.dtype == dtype for one in (*a, *b)):
         return a[0] if len(a) == 1 else torch.cat([*a]), b
-    lengths = [len(one) for one in a]
-    stacked = a[0].new_empty(sum(lengths), a[0].shape[1], dtype=dtype)
-    cast = [torch.empty_like(one, dtype=dtype) for one in b]
-    torch._foreach_copy_([*stacked.split(lengths), *cast], [*a, *b])
-    return stacked, cast
+    run: Callable[..., Any] = _casts_operator if torch.compiler.is_compiling() else _casts
+    stacked, *factors = run(a, b, dtype)
+    return stacked, factors
+
+
+def _casts(a: Sequence[Tensor], b: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    stacked, *factors = made = _like_casts(a, b, dtype)
+    torch._foreach_copy_([*stacked.split([len(one) for one in a]), *factors], [*a, *b])
+    return made
+
+
+def _like_casts(a: Sequence[Tensor], b: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    stacked = a[0].new_empty(sum(len(one) for one in a), a[0].shape[1], dtype=dtype)
+    return [stacked, *(torch.empty_like(one, dtype=dtype) for one in b)]
 
 
 def _like_forward(
     x: Tensor,
+    u: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
-    a: Sequence[Tensor],
     b: Sequence[Tensor],
     scales: Sequence[float],
 ) -> list[Tensor]:
-    widths = [*(len(one) for one in weights), sum(len(one) for one in a)]
-    return [x.new_empty(len(x), width) for width in widths]
+    return [x.new_empty(len(x), len(one)) for one in weights]
 
 
 def _like_backward(
@@ -420,8 +432,9 @@ def _like_backward(
     return made + ([torch.empty_like(one) for one in b] if wanted[2] else [])
 
 
+_casts_operator = operator("lora_casts(Tensor[] a, Tensor[] b, ScalarType dtype) -> Tensor[]", _like_casts)(_casts)
 _forward_operator = operator(
-    "lora_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] a, Tensor[] b, float[] scales) -> Tensor[]",
+    "lora_forward(Tensor x, Tensor u, Tensor[] weights, Tensor?[] biases, Tensor[] b, float[] scales) -> Tensor[]",
     _like_forward,
 )(_forward)
 _backward_operator = operator(

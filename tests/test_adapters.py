@@ -12,6 +12,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("peft")
@@ -21,7 +22,9 @@ import peft
 from egrsd_kernels import adapters
 from egrsd_kernels.adapters import fuse_adapters
 from egrsd_kernels.models import ModelError
-from tests.support.packing import gradients, tiny
+from egrsd_kernels.packing import layers, pack_rows, packed
+from tests.support.packing import gradients, group_rows, logp_of, tiny
+from tests.support.tree_attention import on_cpus
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -415,20 +418,26 @@ def test_launches_of_a_layer():
     assert counted() == [8, 13]
 
 
-def test_operators():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operators(dtype):
     model = adapted(dtype=torch.float32)
-    x, layers = rows(torch.float32, 5), [model.base_model.model.q, model.base_model.model.k]
-    found = [adapters._operands(layer, x) for layer in layers]
-    columns = [
-        [one[place].detach() if isinstance(one[place], Tensor) else one[place] for one in found] for place in range(5)
-    ]
-    *outputs, u = adapters._forward_operator(x, *columns)
-    for layer, output in zip(layers, outputs, strict=True):
-        torch.testing.assert_close(output, layer(x).detach())
-    torch.library.opcheck(adapters._forward_operator, (x, *columns))
-    weights, _, *factors = columns
+    found = [adapters._operands(one, rows(torch.float32)) for one in parts(model)[:2]]
+    weights, biases, a, b = ([one[place] for one in found] for place in range(4))
+    weights, biases = ([None if one is None else one.to(dtype) for one in some] for some in (weights, biases))
+    a, b = ([one.detach() for one in some] for some in (a, b))
+    x = rows(dtype, 5)
+    stacked, *factors = adapters._casts_operator(a, b, dtype)
+    assert stacked.dtype == dtype and stacked.equal(torch.cat(a).to(dtype)) and factors[1].equal(b[1].to(dtype))
+    u = x @ stacked.T
+    outputs = adapters._forward_operator(x, u, weights, biases, factors, [2.0, 0.5])
+    for place, (output, part) in enumerate(zip(outputs, u.split([4, 3], 1), strict=True)):
+        expected = nn.functional.linear(x, weights[place], biases[place]) + [2.0, 0.5][place] * part @ factors[place].T
+        assert (output - expected).norm() <= 4 * torch.finfo(dtype).eps * expected.norm()
+    torch.library.opcheck(adapters._casts_operator, (a, b, dtype))
+    torch.library.opcheck(adapters._forward_operator, (x, u, weights, biases, factors, [2.0, 0.5]))
     for wanted in ([True] * 3, [False, True, False], [True, False, True]):
-        torch.library.opcheck(adapters._backward_operator, ([outputs[0], None], x, u, weights, *factors, wanted))
+        given = [outputs[0], None], x, u, weights, a, b, [2.0, 0.5], wanted
+        torch.library.opcheck(adapters._backward_operator, given)
 
 
 def test_compiled_whole_with_pefts_numbers():
@@ -441,8 +450,6 @@ def test_compiled_whole_with_pefts_numbers():
     made: list[torch.fx.GraphModule] = []
 
     def counted(graph, inputs):
-        from torch._dynamo.backends.debugging import aot_eager
-
         made.append(graph)
         return aot_eager(graph, inputs)
 
@@ -463,3 +470,44 @@ def test_compiled_whole_with_pefts_numbers():
 
 def learned(model: nn.Module) -> list[nn.Parameter]:
     return [one for one in model.parameters() if one.requires_grad]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_layers_of_packs(monkeypatch, checkpointing):
+    """As many graphs as with PEFT's layers, in which no layer is one of its own, and PEFT's numbers."""
+    torch._dynamo.reset()
+    layers._compiled.cache_clear()
+    made: list[torch.fx.GraphModule] = []
+
+    def counted(graph, inputs, **options):
+        made.append(graph)
+        return aot_eager(graph, inputs, **options)
+
+    monkeypatch.setattr(layers.torch, "compile", functools.partial(torch.compile, backend=counted))
+    monkeypatch.setattr(layers, "SMALLEST", 128)
+    lora = peft.LoraConfig(target_modules=MODULES, init_lora_weights=False)
+    model = peft.get_peft_model(tiny("qwen3", num_hidden_layers=3), lora).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    asked, targets = group_rows()
+    (pack,) = pack_rows(asked, budget=1000, targets=targets)
+
+    def run() -> tuple[int, dict[str, Tensor]]:
+        before = len(made)
+        function = functools.partial(logp_of, pack=pack)
+        with torch.no_grad(), model.disable_adapter():
+            teacher, _ = packed(model, pack, function, compile_layers=True)
+        logp, _ = packed(model, pack, function, compile_layers=True)
+        logp.mean().backward()
+        return len(made) - before, {"teacher": teacher, "student": logp.detach(), **gradients(model)}
+
+    with on_cpus():
+        graphs, expected = run()
+        for _ in range(2):
+            with fuse_adapters(model):
+                found = run()
+                assert found[0] == graphs
+                graphs = 0
+            for name, one in found[1].items():
+                torch.testing.assert_close(one, expected[name], rtol=1e-4, atol=1e-5, msg=name)
