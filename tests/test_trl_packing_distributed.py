@@ -152,8 +152,7 @@ def test_packs_under_deepspeed(tmp_path, monkeypatch):
         run, logs = make(tmp_path / "one", **OPTIONS | ZERO)
         run.train()
     expected = {"weights": weights(run), "rows": logs.steps}
-    for results in in_processes(
-        zero_worker, tmp_path, gloo=False
-    ):  # Accelerate knows no DeepSpeed where all is on CPUs
+    # Accelerate knows no DeepSpeed where it is told that all is on CPUs.
+    for results in in_processes(zero_worker, tmp_path, gloo=False):
         for got in results.values():
             check_equal(got, expected)
