@@ -163,10 +163,11 @@ def _student(
         finish = passes.divergence_pass(pair, given.target_ids, rows, out, both, needs, o.chunk_bytes)
         if not any(needs):
             credit(0, logp.numel())
-        # Where a weight is 0, a log p or divergence that is infinite costs nothing. A target outside the vocabulary
-        # makes the divergence NaN, too.
+        # Where a weight is 0, a log p or divergence that is infinite costs nothing. But NaN must be seen: a target
+        # outside the vocabulary makes the divergence NaN, too.
         policy = o.policy_weight * terms if o.policy_weight else 0
-        terms = policy + torch.where(gate == 0, 0, o.divergence_weight * gate * divergence)
+        silent = (gate == 0) & ~divergence.isnan()
+        terms = policy + torch.where(silent, 0, o.divergence_weight * gate * divergence)
     elif any(needs):
         sparse = None if o.sparse_tol is None else Sparse.of(o.sparse_tol, given.target_ids)
         finish = backend.student_pass(*problem, credit, needs, o.chunk_bytes, sparse)
@@ -422,7 +423,8 @@ def fused_egrsd_loss(
             divergence_beta, divergence_top_k: its beta and top_k, as in :func:`egrsd_kernels.linear_divergence`.
         divergence_weight, policy_weight: numbers above 0, and at least 0, that weigh the two terms. Without a
             divergence both are 1. With policy_weight = 0 the advantages are of no account but for TokenStats.
-        backend: "triton", "torch" (plain PyTorch), or "auto": Triton on a GPU where it runs, else PyTorch.
+        backend: "triton", "torch" (plain PyTorch), or "auto": Triton on a GPU where it runs, else PyTorch. With a
+            divergence "auto" makes the student's pass as :func:`egrsd_kernels.linear_divergence` does.
         grad_mode: "exact"; or, experimental, "sparse", which leaves out vocabulary entries that carry little of the
             gradient. What that changes in dL/d(h Wᵀ) is certified to be at most sparse_tol of its L1 norm, on any
             input; tokens whose gradient is not sparse are made exactly. It pays on large models that are mostly sure of

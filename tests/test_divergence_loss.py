@@ -185,6 +185,22 @@ def test_a_shut_gate_costs_nothing():
     assert loss.isfinite() and all(x.isfinite().all() for x in gradients.values())
 
 
+@pytest.mark.parametrize("wrong", ["a target", "a hidden state"])
+def test_what_is_no_number_is_seen_through_a_shut_gate(monkeypatch, wrong):
+    """A target outside the vocabulary that nobody checked, or NaN of a model: neither loss nor gradient hides it."""
+    from egrsd_kernels import checks
+
+    monkeypatch.setattr(checks, "values_checked", lambda tensor: False)
+    case = make_case(FLOAT, gamma=1e9, gate_floor=0.0, policy_weight=0)
+    if wrong == "a target":
+        case["target_ids"][0, 1] = 10**6
+    else:
+        case["student_hidden"][0, 1] = math.nan
+    loss, stats, gradients = package_result(FLOAT, case, frozen=True)
+    assert not stats.gate.any() and loss.isnan() and stats.divergence.isnan().sum() == 1
+    assert gradients["student_hidden"].isnan().all(-1).sum() == 1
+
+
 def test_without_the_policy_log_p_is_of_no_account():
     """Also where it is -inf."""
     case = make_case(FLOAT, bias=True, teacher="own head", policy_weight=0)

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import egrsd_kernels
-from egrsd_kernels import fused_egrsd_loss, head_of, read_hidden, token_statistics
+from egrsd_kernels import fused_egrsd_loss, head_of, linear_logp, read_hidden, token_statistics
 from egrsd_kernels.credit import REGIMES
-from egrsd_kernels.rl import align_responses, response_hidden, token_stats
+from egrsd_kernels.rl import response_hidden, token_stats
 from tests.support.doc_examples import ROOT, blocks, language_model
 
 PAGES = sorted(page.name for page in (ROOT / "docs").glob("*.md"))
@@ -54,7 +54,6 @@ def test_every_page_with_examples_is_tested():
         "from-grpo.md",
         "own-loop.md",
         "own-method.md",
-        "packing-gpu.md",
         "packing.md",
         "trl-trainers.md",
         "tuning.md",
@@ -189,30 +188,6 @@ def test_own_method(trainers):
     torch.testing.assert_close(logp.grad, -stats.token_advantage / 18)
 
 
-# ----------------------------------------------------------------------------------------------------- packing-gpu.md
-
-
-def test_the_packed_loop_has_the_gradients_of_the_padded_one():
-    names = language_model()
-    model = names["model"]
-    with torch.no_grad():  # adapters that change something: teacher and student differ
-        for key, parameter in model.named_parameters():
-            if "lora_B" in key:
-                parameter.normal_(std=0.1)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    run("docs/packing-gpu.md", names)
-    found = [p.grad for p in trained]
-
-    batch = align_responses(names["student_prompts"], names["teacher_prompts"], names["responses"], 0)
-    with torch.no_grad(), model.disable_adapter():
-        teacher_hidden = response_hidden(read_hidden(model, **batch.teacher), batch.teacher_positions)
-    hidden = response_hidden(read_hidden(model, **batch.student), batch.student_positions)
-    options = {"mask": batch.mask, "gamma": 0.3, "lookahead": 3}
-    loss = fused_egrsd_loss(hidden, head_of(model), teacher_hidden, batch.target_ids, names["advantages"], **options)
-    for got, want in zip(found, torch.autograd.grad(loss, trained), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
-
-
 # --------------------------------------------------------------------------------------------------------- packing.md
 
 
@@ -290,11 +265,12 @@ def test_own_loop(one_process):
                 parameter.normal_(std=0.1)
     trained = [p for p in model.parameters() if p.requires_grad]
     found = []
-    names |= {"inputs": {"input_ids": torch.arange(12)[None]}, "targets": torch.arange(1, 12)[None]}
-    for index, block in enumerate(blocks("docs/own-loop.md")):
+    written = torch.tensor([1, 1, 0, 1, 1, 1])
+    names |= {"inputs": {"input_ids": torch.arange(12)[None]}, "targets": torch.arange(1, 12)[None], "written": written}
+    for block in blocks("docs/own-loop.md"):
         exec(block, names)
         if any(p.grad is not None for p in trained):
-            found += [[p.grad.clone() for p in trained]] if index else []
+            found.append([p.grad.clone() for p in trained])
             model.zero_grad(set_to_none=True)
 
     batch, head = names["batch"], head_of(model)
@@ -308,11 +284,13 @@ def test_own_loop(one_process):
     )
     expected = torch.autograd.grad(loss, trained)
     assert max(g.abs().max() for g in expected) > 1e-3
-    assert len(found) == 2  # accumulated, and under DistributedDataParallel
-    for gradients in (*found, torch.autograd.grad(names["packed_loss"], trained)):
+    assert blocks("docs/own-loop.md")[1] == blocks("README.md")[0]
+    _, loop, in_packs, *same = found
+    same.append(loop)
+    assert len(same) == 4  # in packs, in one batch, accumulated, and under DistributedDataParallel
+    for gradients in same:
         for got, want in zip(gradients, expected, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(names["packed_loss"], loss)
 
     # A loss with an entropy bonus, from full logits.
     log_p = torch.nn.functional.linear(read(batch.student, batch.student_positions), head.weight).log_softmax(-1)
@@ -325,8 +303,19 @@ def test_own_loop(one_process):
     for got, want in zip(*pairs, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
+    # The clipped loss in packs, at a ratio of 1.
+    kept = batch.mask.masked_scatter(batch.mask, written.bool())
+    logp = linear_logp(read(batch.student, batch.student_positions), head, batch.target_ids, mask=batch.mask)
+    expected = torch.autograd.grad(-(logp * names["advantages"][:, None] * kept).sum() / kept.sum(), trained)
+    for got, want in zip(in_packs, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
     # verl's tensors: the whole sequences packed, what belongs to responses (bsz, T).
-    packed = names["pack"](names["student_prompts"])
+    rows = [p + r for p, r in zip(names["student_prompts"], names["responses"], strict=True)]
+    packed = {
+        "input_ids": torch.tensor([[token for row in rows for token in row]]),
+        "position_ids": torch.tensor([[index for row in rows for index in range(len(row))]]),
+    }
     lengths = [len(p) + len(r) for p, r in zip(names["student_prompts"], names["responses"], strict=True)]
     offsets = torch.tensor([0, *lengths]).cumsum(0)
     from_verl = names["egrsd_from_verl_tensors"](

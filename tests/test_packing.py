@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import math
 import re
 import threading
@@ -16,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from egrsd_kernels import VocabularyStatistics, linear_logp, token_statistics
 from egrsd_kernels.models import ModelError
-from egrsd_kernels.packing import Pack, attention, pack_rows, packed, proof
-from egrsd_kernels.packing.proof import row_limit
+from egrsd_kernels.packing import Pack, attention, pack_responses, pack_rows, packed, proof, read_packs
+from egrsd_kernels.packing.proof import fast_road, row_limit
 from egrsd_kernels.packing.varlen import attend
 from tests.support.packing import (
     Float64,
@@ -30,6 +32,7 @@ from tests.support.packing import (
     logp_packed,
     tiny,
 )
+from tests.support.tree_attention import on_cpus
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -216,6 +219,46 @@ def test_what_is_no_rows_is_said_in_a_line(rows, options, words):
     assert "\n" not in str(error.value)
 
 
+@settings(max_examples=50, deadline=None)
+@given(data=st.data(), budget=st.integers(1, 40))
+def test_responses_are_targets_in_one_order_behind_any_prompts(data, budget):
+    count = data.draw(st.integers(1, 6))
+    prompts = data.draw(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=5), min_size=count, max_size=count))
+    responses = data.draw(st.lists(st.lists(st.integers(0, 2), max_size=5), min_size=count, max_size=count))
+    tokens = [(row, token) for row, response in enumerate(responses) for token in response]
+    if not tokens:
+        with pytest.raises(
+            ValueError, match=rf"^responses: expected a token in one of them .* got {count} empty ones$"
+        ):
+            pack_responses(prompts, responses, budget=budget)
+        return
+    packs = pack_responses(prompts, [torch.tensor(one, dtype=torch.int64) for one in responses], budget=budget)
+    assert sorted(row for pack in packs for row in pack.rows) == sorted({row for row, _ in tokens})
+    found = {}
+    for pack in packs:
+        for row, places in zip(pack.rows, pack.places, strict=True):
+            assert pack.input_ids[places].tolist() == prompts[row] + responses[row]
+        pairs = zip(pack.target_rows.tolist(), pack.target_ids.tolist(), strict=True)
+        found |= dict(zip(pack.target_numbers.tolist(), pairs, strict=True))
+    assert [found[number] for number in range(len(found))] == tokens
+
+
+@pytest.mark.parametrize(
+    ("prompts", "responses", "words"),
+    [
+        ([[1]], [[2], [3]], "responses: expected one for each of 1 prompts, got 2"),
+        ([[1], []], [[2], [3]], "prompts: row 1 has no token, expected one that predicts the response's first"),
+        ([[1.0]], [[2]], "prompts: row 0: expected integers"),
+        ([[1]], [["a"]], "responses: row 0: expected integers"),
+        ([], [], "responses: expected a token in one of them at least, got 0 empty ones"),
+    ],
+)
+def test_what_is_no_responses_is_said_in_a_line(prompts, responses, words):
+    with pytest.raises((TypeError, ValueError), match=f"^{words}") as error:
+        pack_responses(prompts, responses, budget=10)
+    assert "\n" not in str(error.value)
+
+
 # ------------------------------------------------------------------------------------------------------- over a model
 
 # By name: the model type and its settings; windows and chunks are shorter than the rows.
@@ -258,25 +301,122 @@ def test_rows_of_a_pack_are_what_each_is_alone(name):
     check_same(tiny(model_type, **settings_).double())
 
 
-def test_adapters_learn_from_a_pack_what_they_learn_from_rows():
+LAYERS = ["q_proj", "v_proj", "up_proj"]
+# Configs of PEFT's, by name: those that give a token what it gets in any row, and those that read the row.
+ADAPTERS = {
+    "LoRA": ("LoraConfig", {"target_modules": LAYERS, "r": 4}),
+    "DoRA": ("LoraConfig", {"target_modules": LAYERS, "r": 4, "use_dora": True}),
+    "rsLoRA, its bias, one layer": (
+        "LoraConfig",
+        {"target_modules": LAYERS, "use_rslora": True, "lora_bias": True, "layers_to_transform": [1]},
+    ),
+    "LoRA of the embedding": ("LoraConfig", {"target_modules": ["embed_tokens", "o_proj"], "r": 4}),
+    "PiSSA": ("LoraConfig", {"target_modules": LAYERS, "r": 2, "init_lora_weights": "pissa"}),
+    "modules_to_save": ("LoraConfig", {"target_modules": LAYERS, "modules_to_save": ["lm_head"]}),
+    "tokens": ("LoraConfig", {"target_modules": LAYERS, "trainable_token_indices": [20, 50]}),
+    "tokens alone": ("TrainableTokensConfig", {"token_indices": [20, 50]}),
+    "AdaLoRA": ("AdaLoraConfig", {"target_modules": LAYERS, "total_step": 100}),
+    "IA3": ("IA3Config", {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
+    "VeRA": ("VeraConfig", {"target_modules": ["q_proj", "o_proj"], "r": 8}),
+    "LoHa": ("LoHaConfig", {"target_modules": LAYERS, "r": 4}),
+    "LoKr": ("LoKrConfig", {"target_modules": LAYERS, "r": 4}),
+    "OFT": ("OFTConfig", {"target_modules": LAYERS, "oft_block_size": 8}),
+    "norms": ("LNTuningConfig", {"target_modules": ["norm"]}),
+    "LLaMA-Adapter": ("AdaptionPromptConfig", {"adapter_len": 3, "adapter_layers": 1}),
+}
+READ_THE_ROW = {
+    "aLoRA": ("LoraConfig", {"target_modules": ["q_proj"], "alora_invocation_tokens": [85, 86]}),
+    "PROMPT_TUNING": ("PromptTuningConfig", {"num_virtual_tokens": 3}),
+    "PREFIX_TUNING": ("PrefixTuningConfig", {"num_virtual_tokens": 3}),
+    "P_TUNING": ("PromptEncoderConfig", {"num_virtual_tokens": 3}),
+}
+
+
+def config_of(name: str) -> object:
     peft = pytest.importorskip("peft")
+    class_name, settings_ = {**ADAPTERS, **READ_THE_ROW}[name]
+    config = getattr(peft, class_name)
+    if missing := {*settings_} - {*config.__dataclass_fields__}:
+        pytest.skip(f"this PEFT has no {min(missing)}")
+    return config(task_type="CAUSAL_LM", **settings_)
+
+
+def adapted(*names: str, model_type: str = "qwen3") -> nn.Module:
+    """A model with adapters that change something, all of them active."""
+    peft = pytest.importorskip("peft")
+    first, *others = (config_of(name) for name in names)
     torch.manual_seed(1)
-    config = peft.LoraConfig(target_modules=["q_proj", "v_proj", "up_proj"], r=4, init_lora_weights=False)
-    check_same(peft.get_peft_model(tiny("qwen3"), config).double().eval())
+    model = peft.get_peft_model(tiny(model_type), first, adapter_name=names[0])
+    for name, config in zip(names[1:], others, strict=True):
+        model.add_adapter(name, config)
+    if others:
+        model.base_model.set_adapter([*names])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert trained
+    with torch.no_grad():
+        for parameter in trained:
+            parameter += 0.3 * torch.randn_like(parameter)
+    return model.eval()
 
 
-@pytest.mark.parametrize("kind", ["aLoRA", "PROMPT_TUNING"])
-def test_adapters_that_read_the_row_are_refused(kind):
-    peft = pytest.importorskip("peft")
-    if kind == "aLoRA" and "alora_invocation_tokens" not in peft.LoraConfig.__dataclass_fields__:
-        pytest.skip("this PEFT has no aLoRA")
-    config = (
-        peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[85, 86])
-        if kind == "aLoRA"
-        else peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+@pytest.mark.heavy
+@pytest.mark.parametrize("names", [*ADAPTERS, "LoRA and DoRA"])
+def test_adapters_learn_from_a_pack_what_they_learn_from_rows(names):
+    model = adapted(*names.split(" and "), model_type="llama" if names == "LLaMA-Adapter" else "qwen3")
+    assert row_limit(model) == math.inf
+    check_same(model.double())
+
+
+@pytest.mark.parametrize("name", READ_THE_ROW)
+def test_adapters_that_read_the_row_are_refused(name):
+    why = (
+        "log p of a row in a pack is off by" if name == "aLoRA" else "its layers attend to 103 keys where the pack has"
     )
-    with pytest.raises(ModelError, match=rf"adapters that act on each token alone \(LORA, .*\), got {kind}$"):
-        row_limit(peft.get_peft_model(tiny("qwen3"), config))
+    with pytest.raises(ModelError, match=f"^model: Qwen3ForCausalLM with {name}: {why}") as no:
+        row_limit(adapted(name))
+    assert "\n" not in str(no.value)
+
+
+@pytest.mark.parametrize("name", ["DoRA", "aLoRA"])
+def test_adapters_are_proved_by_segments_as_well(name):
+    with on_cpus(), pytest.raises(ModelError, match="off by") if name == "aLoRA" else contextlib.nullcontext():
+        assert fast_road(adapted(name)) is attention.by_segments
+
+
+def test_adapters_are_proved_as_they_are_active(monkeypatch):
+    made = []
+    prove = proof._prove
+    monkeypatch.setattr(proof, "_prove", lambda *given: made.append(given) or prove(*given))
+    model = adapted("LoRA")
+    model.add_adapter("other", config_of("aLoRA"))
+    for _ in range(2):
+        assert row_limit(model) == math.inf
+    assert row_limit(copy.deepcopy(model)) == math.inf and len(made) == 1
+    model.set_adapter("other")
+    with pytest.raises(ModelError, match=r"^model: Qwen3ForCausalLM with LORA, aLoRA: log p of a row in a pack is off"):
+        row_limit(model)
+    model.set_adapter("LoRA")
+    assert row_limit(model) == math.inf and len(made) == 2
+    bare = model.get_base_model()  # who calls it has adapters in its layers, and none of what is around them
+    assert row_limit(bare) == math.inf and len(made) == 3
+
+
+def test_adapters_that_no_small_model_can_have_are_refused(tmp_path):
+    """X-LoRA's experts are files of the real model's sizes."""
+    peft = pytest.importorskip("peft")
+    adapted("LoRA").save_pretrained(tmp_path)
+    experts = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=32, adapters={"0": str(tmp_path / "LoRA")})
+    model = peft.get_peft_model(tiny("qwen3", use_cache=False), experts)
+    with pytest.raises(
+        ModelError, match=r"with XLORA, LORA: .* for want of a small model of its class with its ad"
+    ) as no:
+        row_limit(model)
+    assert "\n" not in str(no.value) and len(str(no.value)) < 500
+    twice = peft.get_peft_model(peft.inject_adapter_in_model(config_of("LoRA"), tiny("qwen3")), config_of("P_TUNING"))
+    with pytest.raises(
+        ModelError, match=r"packing expects PEFT adapters of one wrapper, got adapters within adapters$"
+    ):
+        row_limit(twice)
 
 
 def test_layers_that_are_computed_again_see_the_same():
@@ -313,6 +453,39 @@ def test_the_loop_of_the_docstring():
         torch.testing.assert_close(
             gradient, expected[name], rtol=0, atol=1e-6
         )  # norms and their gradients are rounded to float32
+
+
+def test_what_is_read_of_all_packs_is_in_the_order_of_the_rows():
+    rows, targets = group_rows()
+    model = tiny("llama")
+    row_limit(model)
+    model.double()
+    packs = pack_rows(rows, budget=45, targets=targets)
+    assert len(packs) > 1
+    statistics = functools.partial(token_statistics, extras=("is_top1",), backend="torch")
+    with Float64():
+        expected = logp_alone(model, rows, targets)
+        found = read_packs(model, packs[::-1], statistics)
+        logp = read_packs(model, packs, functools.partial(linear_logp, backend="torch"))
+        hidden, (first, nothing) = read_packs(model, packs, lambda hidden, head, ids: (hidden, (ids, None)))
+    assert isinstance(found, VocabularyStatistics) and found.mean_logits is None and found.is_top1.any()
+    torch.testing.assert_close(found.logp, expected.detach(), rtol=0, atol=1e-12)
+    assert hidden.shape == (len(expected), 32) and nothing is None
+    assert first.tolist() == [
+        id_ for row, asked in zip(rows, targets, strict=True) for id_, one in zip(row, asked, strict=True) if one
+    ]
+    logp.square().sum().backward()
+    got = gradients(model)
+    expected.square().sum().backward()
+    size = torch.stack([gradient.norm() for gradient in got.values()]).norm()
+    for name, gradient in gradients(model).items():
+        assert (got[name] - gradient).norm() <= 1e-12 * size, name
+    with pytest.raises(ValueError, match=rf"^packs: expected all of one call of pack_rows, got {len(packs) - 1} that"):
+        read_packs(model, packs[1:], statistics)
+    with pytest.raises(ValueError, match=r"^packs: expected all of one call of pack_rows, got 0 that"):
+        read_packs(model, [], statistics)
+    with pytest.raises(ValueError, match=r"^function: expected an entry for each of a pack's \d+ targets, got \(\)$"):
+        read_packs(model, packs, lambda hidden, head, ids: hidden.sum())
 
 
 # ---------------------------------------------------------------------------------------------------------- the proof

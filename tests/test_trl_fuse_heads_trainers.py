@@ -157,13 +157,16 @@ def train(path: Path, trainer: str, kind: str, lora: bool, fused: bool, **settin
 TIMES = ("step_time", "_runtime", "_per_second")
 
 
-def check_same(ours: tuple[list, list], theirs: tuple[list, list]) -> None:
-    close = functools.partial(torch.testing.assert_close, rtol=1e-5)
+def check_same(ours: tuple[list, list], theirs: tuple[list, list], tolerance: float = 1e-5) -> None:
+    close = functools.partial(torch.testing.assert_close, rtol=tolerance)
     for one, other in zip(ours[0], theirs[0], strict=True):
         assert one.keys() == other.keys()
         for name in [name for name in one if not name.endswith(TIMES)]:
             close(
-                torch.tensor(one[name]), torch.tensor(other[name]), atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+                torch.tensor(one[name]),
+                torch.tensor(other[name]),
+                atol=tolerance,
+                msg=lambda text, n=name: f"{n}: {text}",
             )
     assert len(ours[1]) == 2 and sum("loss" in log for log in ours[0]) == 2
     for one, other in zip(ours[1], theirs[1], strict=True):
@@ -171,7 +174,7 @@ def check_same(ours: tuple[list, list], theirs: tuple[list, list]) -> None:
         largest = max(gradient.abs().max().item() for gradient in other.values())
         assert largest > 1e-5
         for name, gradient in other.items():
-            close(one[name], gradient, atol=min(1e-5, 1e-4 * largest), msg=lambda text, n=name: f"{n}: {text}")
+            close(one[name], gradient, atol=tolerance * min(1, 10 * largest), msg=lambda text, n=name: f"{n}: {text}")
 
 
 # Every pair of a trainer and a model; full weights and adapters meet each trainer and each model.

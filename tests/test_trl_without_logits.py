@@ -51,7 +51,9 @@ class Logits(TorchDispatchMode):
         return out
 
 
-def train(path: Path, name: str, ours: bool, kind: str = "dense", lora: bool = False, **settings) -> tuple:
+def train(
+    path: Path, name: str, ours: bool, kind: str = "dense", lora: bool = False, dtype=torch.float32, **settings
+) -> tuple:
     """(logs, gradients, how many tensors of logits were made) of two steps."""
     trainer, config = classes(name)
     prompts = [{"prompt": [{"role": "user", "content": f"{a}+{a % 7}?"}], "answer": str(a + a % 7)} for a in range(12)]
@@ -60,7 +62,7 @@ def train(path: Path, name: str, ours: bool, kind: str = "dense", lora: bool = F
     more = {"reward_funcs": correct} if name == "SDPO" else {}
     model = KINDS[kind]()
     model.save_pretrained(path / "model")
-    model = type(model).from_pretrained(path / "model", torch_dtype=torch.float32)
+    model = type(model).from_pretrained(path / "model", torch_dtype=dtype)
     options = COMMON | {"max_completion_length": 8, "seed": 0, "temperature": 0.8} | settings
     if name == "SDPO":
         options = {"num_generations": 2, "success_reward_threshold": 0.2} | options
@@ -103,20 +105,28 @@ CASES = {
 @pytest.mark.heavy
 @pytest.mark.parametrize("name, options", CASES.values(), ids=CASES)
 def test_two_steps_are_trls_and_make_no_logits(tmp_path, name, options):
-    ours, theirs = (train(tmp_path / str(own), name, own, **options) for own in (True, False))
-    check_same(ours[:2], theirs[:2])
+    """In float64, to float32's rounding of what is logged.
+
+    In float32 the first step's update makes of roundings a second gradient that differs: of TRL's own code, between
+    vector instructions of one CPU, by 3e-5 in norm. Gemma 2 stays in it: its attention has a float32 softmax, in which
+    float64's mask makes NaN of rows that are all padding.
+    """
+    dtype, tolerance = (torch.float32, 1e-5) if options.get("kind") == "capped" else (torch.float64, 1e-7)
+    ours, theirs = (train(tmp_path / str(own), name, own, dtype=dtype, **options) for own in (True, False))
+    check_same(ours[:2], theirs[:2], tolerance)
     assert theirs[2] > 0 and ours[2] == 0
 
 
 @pytest.mark.heavy
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize("name", ["SDPO sampled", "SDPO full, reverse, LoRA"])
-def test_mixed_precision(tmp_path, name):
+def test_mixed_precision(tmp_path, name, device):
     """Float32 weights under autocast, as TRL trains by default: a step's loss and gradients are TRL's.
 
     To the roundings of bfloat16, 2^-9 each, of which TRL's logits have more: a second step's weights differ by them.
     """
     trainer, options = CASES[name]
-    options = options | {"bf16": True, "max_steps": 1}
+    options = options | {"bf16": True, "max_steps": 1, "use_cpu": device == "cpu"}
     ours, theirs = (train(tmp_path / str(own), trainer, own, **options) for own in (True, False))
     assert ours[0][0]["loss"] == pytest.approx(theirs[0][0]["loss"], rel=1e-2)
     assert ours[1][0].keys() == theirs[1][0].keys() and ours[2] == 0

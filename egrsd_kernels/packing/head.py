@@ -1,9 +1,9 @@
-"""The public function that reads a model at its head, over a pack."""
+"""The public functions that read a model at its head, over packs."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
@@ -111,3 +111,65 @@ def packed(
         road_of(implementation_of(base))(pack) if fast is None else fast(pack, size),
     ):
         return with_head(model, at_targets, **inputs_of(pack, base.device, size), **inputs)
+
+
+@eager
+def read_packs(
+    model: nn.Module,
+    packs: Sequence[Pack],
+    function: Callable[[Tensor, Head, Tensor], Result],
+    /,
+    *,
+    compile_layers: bool | None = False,
+    **inputs: Any,
+) -> Result:
+    """What ``function(hidden, head, target_ids)`` makes of all M targets of these packs, row by row.
+
+    >>> with torch.no_grad():
+    ...     old_logp = read_packs(model, packs, linear_logp)  # (M,)
+
+    The order is the same however the rows were packed: ``result[pack.target_numbers]`` are a pack's. With gradients it
+    holds the graphs of all packs; :func:`packed`, one after another, those of one.
+
+    Args:
+        model, compile_layers, inputs: as :func:`packed` takes them.
+        packs: all of one :func:`pack_rows` or :func:`pack_responses`.
+        function: of a pack's hidden (M', D), a :class:`Head` and the targets' ids (M',), all on one device; one tensor
+            (M', ...), or a tuple of such, or of None: :func:`egrsd_kernels.token_statistics` and
+            :func:`egrsd_kernels.linear_logp` do.
+
+    Returns:
+        The same with (M, ...).
+
+    Raises:
+        ModelError: as :func:`packed`. ValueError: where packs are missing, or the function returns something else.
+    """
+    numbers = torch.cat([pack.target_numbers.cpu() for pack in packs]) if packs else torch.empty(0)
+    order = numbers.argsort()
+    if not packs or not numbers[order].equal(torch.arange(len(numbers))):
+        raise ValueError(
+            f"packs: expected all of one call of pack_rows, got {len(packs)} that lack some of its targets"
+        )
+
+    def at_targets(pack: Pack) -> Callable[[Tensor, Head], Result]:
+        return lambda hidden, head: function(hidden, head, moved(pack.target_ids, hidden.device))
+
+    found = [packed(model, pack, at_targets(pack), compile_layers=compile_layers, **inputs)[0] for pack in packs]
+    joined: Result = _in_order(found, packs, order)
+    return joined
+
+
+def _in_order(found: Sequence[Any], packs: Sequence[Pack], order: Tensor) -> Any:
+    """The results of all packs as one, by the order of their targets."""
+    first = found[0]
+    if isinstance(first, tuple):
+        joined = [_in_order(parts, packs, order) for parts in zip(*found, strict=True)]
+        return first._make(joined) if hasattr(first, "_make") else tuple(joined)
+    if first is None:
+        return None
+    for one, pack in zip(found, packs, strict=True):
+        count = len(pack.target_ids)
+        if not isinstance(one, Tensor) or one.shape[:1] != (count,):
+            got = tuple(one.shape) if isinstance(one, Tensor) else type(one).__name__
+            raise ValueError(f"function: expected an entry for each of a pack's {count} targets, got {got}")
+    return torch.cat([*found])[moved(order, first.device)]

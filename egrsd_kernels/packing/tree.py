@@ -162,6 +162,47 @@ def pack_rows(
     return [_pack(chosen, order, shared, ids, wanted, first) for chosen in _fill(parts, budget)]
 
 
+def pack_responses(
+    prompts: Sequence[Values],
+    responses: Sequence[Values],
+    *,
+    budget: int,
+    device: torch.device | str = "cpu",
+) -> list[Pack]:
+    """:func:`pack_rows` of each prompt with its response behind it; the targets are the responses' tokens, all of them.
+
+    Packs of other prompts before the same responses (the teacher's) share other prefixes, and have the same targets in
+    the same order: target_numbers count through the responses one after another, target_rows says which.
+
+    Args:
+        prompts: token ids of at least 0, one sequence or (L,) tensor with a token or more for each response.
+        responses: token ids. An empty response is in no pack; one of them at least has a token.
+        budget: the most tokens in a pack.
+        device: of the packs' tensors.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got and what it expects.
+    """
+    if len(prompts) != len(responses):
+        raise ValueError(f"responses: expected one for each of {len(prompts)} prompts, got {len(responses)}")
+    kept, rows, targets = [], [], []
+    for number, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        before, after = _vector("prompts", number, prompt), _vector("responses", number, response)
+        if not len(before):
+            raise ValueError(f"prompts: row {number} has no token, expected one that predicts the response's first")
+        if len(after):
+            kept.append(number)
+            rows.append(torch.cat([before, after]))
+            targets.append(torch.arange(len(rows[-1])) >= len(before))
+    if not kept:
+        raise ValueError(f"responses: expected a token in one of them at least, got {len(responses)} empty ones")
+    number_of = torch.tensor(kept)
+    return [
+        replace(pack, rows=tuple(kept[row] for row in pack.rows), target_rows=number_of[pack.target_rows]).to(device)
+        for pack in pack_rows(rows, budget=budget, targets=targets)
+    ]
+
+
 # ------------------------------------------------------------------------------------------------------------ the rows
 
 

@@ -13,7 +13,7 @@ One chunk of student rows goes through the files in this order:
 
 Divergences of student and teacher have a pass of their own for both, in divergence/.
 
-plan.py says how large a chunk is, tuning.py which tiles the products take.
+plan.py says how large a chunk is, tuning.py which tiles the products take, and launch.py launches the kernels.
 """
 
 from __future__ import annotations

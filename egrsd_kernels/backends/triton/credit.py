@@ -14,6 +14,7 @@ from egrsd_kernels.rows import Rows
 
 from ..scaling import Scales
 from .common import ceil_div, rows_in_chunk
+from .launch import kernel
 
 BLOCK = 256
 
@@ -112,7 +113,7 @@ def quantile(entropy, valid, t, end, here, reach, q):
     return tl.where(lowest != lowest, lowest, value)
 
 
-@triton.jit(do_not_specialize=["entropy", "valid", "n", "window"])
+@kernel(do_not_specialize=["entropy", "valid", "n", "window"])
 def lookahead_kernel(
     entropy, valid, seq_end, out, n, window, log2_decay, temperature, q, FILTER: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -158,7 +159,7 @@ def power_of_two(x):
     return tl.where(tiny, power * 2.0**-32, power)
 
 
-@triton.jit(do_not_specialize=["peak", "normalizer"])
+@kernel(do_not_specialize=["peak", "normalizer"])
 def scales_kernel(peak, row_counts, normalizer, out, least, LOW: tl.constexpr):
     """out (4,) float32 = the fields of egrsd_kernels.backends.scaling.Scales. Grid: (1,). peak, normalizer: 0-d."""
     tl.store(out, tl.maximum(tl.load(peak), least, propagate_nan=tl.PropagateNan.ALL))
@@ -179,7 +180,7 @@ def scales(peak: Tensor, least: float, rows: Rows, normalizer: Tensor | None, lo
     return Scales(entropy, divisor, power if low else None, share)
 
 
-@triton.jit(do_not_specialize=[
+@kernel(do_not_specialize=[
     "advantages", "teacher_logp", "student_logp", "lookahead_entropy", "scale", "share", "order", "magnitude", "gate",
     "token_advantage", "loss", "gradient", "first_row", "n_slots",
 ])  # fmt: skip

@@ -20,18 +20,18 @@ that counts, since log p + H is small there: a bfloat16 e would leave no digit.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
 from ..protocol import EntropyGradient
 from .common import LN2, LOG2E, ROW_TILE, block_of, ceil_div
 from .gather import Chunk
+from .launch import kernel
 
 SLOTS = 128
 TILE = tl.constexpr(ROW_TILE)
 
 
-@triton.jit(do_not_specialize=["gradient", "entropy_gradient", "entropy", "logsumexp", "order"])
+@kernel(do_not_specialize=["gradient", "entropy_gradient", "entropy", "logsumexp", "order"])
 def slope_kernel(
     gradient, entropy_gradient, entropy, logsumexp, total, order, row_counts, offset, slope, n_slots, shift,
     BLOCK: tl.constexpr,
@@ -62,7 +62,7 @@ def slope_kernel(
     tl.store(slope + 3 * n_slots + slot, s, mask=inside)
 
 
-@triton.jit
+@kernel
 def entries_kernel(
     logits, entries, slope, offset, row_counts, n_slots, width, cap, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr
 ):

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
 from egrsd_kernels.head import Head
 
 from .common import LOG2E, NEG, Machine, block_of, logits_of, rows_in_chunk, tiled
+from .launch import kernel
 
 
-@triton.jit(do_not_specialize=["length", "target_ids", "order", "row_counts", "first_row"])
+@kernel(do_not_specialize=["length", "target_ids", "order", "row_counts", "first_row"])
 def gather_kernel(
     hidden, stride_hb, stride_ht, stride_hd, length, weight, stride_wv, stride_wd, bias, target_ids, order, row_counts,
     out_hidden, out_logit, out_softcap_grad, out_offset, out_target, chunk_counts, retry,

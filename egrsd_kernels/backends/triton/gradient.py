@@ -31,6 +31,7 @@ from ..scaling import scaled
 from .common import PRECISION, ROW_TILE, Machine, block_of, ceil_div, interpreted, load_tile, tiled
 from .entropy import make_entries, make_slopes
 from .gather import Chunk
+from .launch import kernel
 from .plan import MAX_SPLITS, PARTIAL_STEPS, Plan, chunk_plan
 from .vocab import NOTHING, StoringPass, Wanted
 
@@ -62,7 +63,7 @@ def part_tile(dhidden_parts, part, ROWS: tl.constexpr, COLS: tl.constexpr):
     return dhidden_parts + part * tl.full([], ROWS * COLS, tl.int64)
 
 
-@triton.jit(do_not_specialize=["first_col", "width", "limit"])
+@kernel(do_not_specialize=["first_col", "width", "limit"])
 def hidden_kernel(
     exponentials, stride_e, weight, stride_wv, stride_wd, dhidden_parts, row_counts, first_col, width, n_slots, D, V,
     limit, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, PROGRAMS: tl.constexpr,
@@ -98,7 +99,7 @@ def hidden_kernel(
         tl.store(at, product)
 
 
-@triton.jit(do_not_specialize=["gradient", "order"])
+@kernel(do_not_specialize=["gradient", "order"])
 def factor_kernel(
     exponentials, stride_e, softcap_grad, others, total, moment, slope, target, gradient, order, row_counts,
     factor, entry, head_factor, n_slots, temperature, e_unit, HEAD: tl.constexpr, BLOCK: tl.constexpr,
@@ -147,7 +148,7 @@ def factor_kernel(
         tl.store(head_factor + slot, f * undo / e_unit, mask=inside)
 
 
-@triton.jit(do_not_specialize=["order", "width", "limit", "n_filled"])
+@kernel(do_not_specialize=["order", "width", "limit", "n_filled"])
 def finish_hidden_kernel(
     dhidden_parts, factor, entry, target, weight, stride_wv, stride_wd, order, row_counts, out, n_filled, width, D,
     limit, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, PROGRAMS: tl.constexpr,
@@ -187,7 +188,7 @@ def finish_hidden_kernel(
         tl.store(out + row[:, None] * D + col[None, :], product.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@kernel
 def scale_rows_kernel(matrix, factor, row_counts, D, BLOCK: tl.constexpr):
     """matrix (n_slots, D) *= factor (n_slots,) float32, row by row, in place. Grid: (n_slots,)."""
     row = tl.program_id(0)
@@ -212,7 +213,7 @@ def put_tile(out, row, col, tile, ADD: tl.constexpr, REDUCE: tl.constexpr):
         out.store([row, col], out.load([row, col]) + tile)
 
 
-@triton.jit(do_not_specialize=["factor"])
+@kernel(do_not_specialize=["factor"])
 def head_kernel(
     exponentials, stride_e, hidden, stride_h, out, factor, row_counts, n_slots, width, D, V, scale,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
@@ -259,7 +260,7 @@ def head_kernel(
             tl.store(at, product.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@kernel
 def bias_kernel(
     exponentials, stride_e, factor, out, row_counts, n_slots, V, scale,
     ROWS: tl.constexpr, COLS: tl.constexpr, ACCUMULATE: tl.constexpr,
@@ -278,7 +279,7 @@ def bias_kernel(
     tl.store(out + v, total, mask=v < V)
 
 
-@triton.jit(do_not_specialize=["factor", "rows"])
+@kernel(do_not_specialize=["factor", "rows"])
 def multiply_kernel(source, factor, out, rows, width, BLOCK: tl.constexpr):
     """out = source (rows width,) * factor (0-d float32), in float32 and rounded once. Grid: (rows width / BLOCK,)."""
     n = rows.to(tl.int64) * width  # in two factors: the width alone says how loads are aligned
@@ -295,7 +296,7 @@ def multiply(source: torch.Tensor, factor: torch.Tensor, out: torch.Tensor) -> t
     return out
 
 
-@triton.jit
+@kernel
 def clear_kernel(exponentials, factor, row_counts, width, BLOCK: tl.constexpr):
     """E (n_slots, width) = 0 in each of the n_active rows whose ``factor`` is 0. Grid: (n_slots, width / BLOCK)."""
     r = tl.program_id(0)

@@ -10,6 +10,7 @@ from torch import Tensor
 from egrsd_kernels.rows import Rows, Sequences
 
 from .common import ceil_div
+from .launch import kernel
 
 BLOCK = 1024
 
@@ -28,7 +29,7 @@ def before(ones):
     return tl.cumsum(ones, 0) - ones
 
 
-@triton.jit(do_not_specialize=["valid", "active", "n"])
+@kernel(do_not_specialize=["valid", "active", "n"])
 def rows_kernel(valid, active, order, counts, n, BLOCK: tl.constexpr):
     """order (n,) and counts (2,) int32 of egrsd_kernels.rows.Rows. Grid: (n / BLOCK,), at least one program.
 
@@ -69,7 +70,7 @@ def build_rows(valid: Tensor, active: Tensor) -> Rows:
     return Rows(order, counts)
 
 
-@triton.jit(do_not_specialize=["values", "boundaries", "n", "length", "n_sequences", "steps"])
+@kernel(do_not_specialize=["values", "boundaries", "n", "length", "n_sequences", "steps"])
 def by_token_kernel(
     values, boundaries, out, last, n, length, n_sequences, steps, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip

@@ -30,6 +30,7 @@ import triton.language as tl
 from ..protocol import VocabularyStatistics
 from .common import LN2, NEG, PRECISION, ceil_div, load_tile, logits_of
 from .gather import Chunk
+from .launch import kernel
 
 # Row tiles that share their pass over the vocabulary, so that a tile of the head is read from L2 by all of them.
 GROUP = 16
@@ -48,7 +49,7 @@ TILE_BLOCK = 128
 BY_TOKEN = ["order", *VocabularyStatistics._fields]
 
 
-@triton.jit(do_not_specialize=["first_tile", "n_tiles"])
+@kernel(do_not_specialize=["first_tile", "n_tiles"])
 def vocab_kernel(
     hidden, weight, stride_wv, stride_wd, bias, stored, stride_e, offset, slope, target, tile_stats, row_counts,
     first_tile, n_tiles, n_slots, V, softcap, scale,
@@ -170,7 +171,7 @@ def store_squares(out, squares, s, ours):
     tl.store(out, tl.log2(squares / s / s) * LN2, mask=ours)
 
 
-@triton.jit(do_not_specialize=BY_TOKEN)
+@kernel(do_not_specialize=BY_TOKEN)
 def combine_statistics_kernel(
     tile_stats, logit, target, order, row_counts, offset, logp, entropy, logsumexp, is_top1, mean_logits,
     log_sum_sq_probs, n_slots, col_tiles, shift, V,
@@ -250,7 +251,7 @@ def combine_statistics_kernel(
                 store_squares(log_sum_sq_probs + row, squares, s, ours)
 
 
-@triton.jit(do_not_specialize=BY_TOKEN)
+@kernel(do_not_specialize=BY_TOKEN)
 def combine_sums_kernel(
     tile_stats, logit, offset, target, order, row_counts, retry, others, total, moment, logp, entropy, logsumexp,
     is_top1, mean_logits, log_sum_sq_probs, n_slots, col_tiles, limit, V,

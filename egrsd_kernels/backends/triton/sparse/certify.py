@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from ..launch import kernel
 from .planes import DENSE, DROPPED, FACTOR, GRADIENT, MASS, N_ENTRIES, SLACK, SLOT, SLOTS, TINY, TOKEN, WEIGHT, at
 
 ROW_SHARE = 1.0  # of the budget, for what sparse rows drop
@@ -32,7 +33,7 @@ def spent_of(floats, ints, rows, n, limit):
     return tl.sum(spent, 0), n_exact, n_either
 
 
-@triton.jit(do_not_specialize=["token_dropped", "token_mass", "token_dense"])
+@kernel(do_not_specialize=["token_dropped", "token_mass", "token_dense"])
 def certify_kernel(
     row_counts,
     floats,

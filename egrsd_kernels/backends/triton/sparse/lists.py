@@ -3,15 +3,15 @@
 import math
 
 import torch
-import triton
 import triton.language as tl
 
 from ..common import block_of, ceil_div
+from ..launch import kernel
 
 AT_ONCE = tl.constexpr(4)  # rows that a program gathers together
 
 
-@triton.jit(do_not_specialize=["to"])
+@kernel(do_not_specialize=["to"])
 def add_rows_kernel(
     first_of, end_of, row_of, value_of, source, stride_row, stride_d, base, bias, to, out, scale, D,
     BLOCK: tl.constexpr, EVERY: tl.constexpr,

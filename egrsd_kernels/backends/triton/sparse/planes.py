@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ..gradient import ChunkGradients
+from ..launch import kernel
 
 SOFTCAP_GRAD, OTHERS, TOTAL, GRADIENT, WEIGHT, MASS, DROPPED, FACTOR = map(tl.constexpr, range(8))
 TARGET, TOKEN, N_ENTRIES, N_TILES, DENSE, SLOT = map(tl.constexpr, range(6))
@@ -44,7 +45,7 @@ def load_gradient(gradient, order, floats, rows, r, n):
     return t, g, s, (tl.abs(g) < float("inf")) & (s > 0) & (s < float("inf"))
 
 
-@triton.jit(do_not_specialize=["gradient", "order"])
+@kernel(do_not_specialize=["gradient", "order"])
 def weigh_kernel(gradient, order, row_counts, floats, ints, budget, rows, tolerance, SOFTCAP: tl.constexpr):
     """Grid (1,): TOKEN, GRADIENT, WEIGHT, MASS and DENSE of the n rows, with WEIGHT 0 after them; dense are those whose
     g or S is not finite. budget (2,) float32: tolerance Σ a M / (1 + 4 SLACK), and this over n.

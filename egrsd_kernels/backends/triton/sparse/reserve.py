@@ -1,19 +1,19 @@
 """Dense rows of several chunks, set aside until there are enough of them for the exact kernels."""
 
 import torch
-import triton
 import triton.language as tl
 
 from ..common import ROW_TILE, block_of, ceil_div
 from ..gather import Chunk
 from ..gradient import ChunkGradients
+from ..launch import kernel
 from ..plan import Plan
 from .planes import SLOT, TOKEN, at, planes_of
 
 TILE = tl.constexpr(ROW_TILE)
 
 
-@triton.jit
+@kernel
 def set_aside_kernel(
     exponentials, hidden, floats, ints, row_counts, stored, to_exponentials, to_hidden, to_floats, to_ints,
     rows, room, width, D, BLOCK: tl.constexpr,

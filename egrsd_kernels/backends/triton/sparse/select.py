@@ -1,10 +1,10 @@
 """Which entries a row keeps: tiles of little mass are never looked at, the others' entries once."""
 
 import torch
-import triton
 import triton.language as tl
 
 from ..gradient import ChunkGradients
+from ..launch import kernel
 from ..vocab import ROW_BLOCK, TILE_BLOCK
 from .planes import DENSE, DROPPED, N_ENTRIES, N_TILES, OTHERS, SOFTCAP_GRAD, TARGET, TOTAL, WEIGHT, at, weigh_kernel
 
@@ -13,7 +13,7 @@ from .planes import DENSE, DROPPED, N_ENTRIES, N_TILES, OTHERS, SOFTCAP_GRAD, TA
 TILE_PART, ENTRY_PART = tl.constexpr(1.0), tl.constexpr(4.0)
 
 
-@triton.jit
+@kernel
 def tiles_kernel(sums, floats, ints, budget, tile_of, rows, col_tiles, ROWS: tl.constexpr, TILES: tl.constexpr):
     """Grid (rows / ROWS,): tile_of (rows, col_tiles) int32, the N_TILES tiles of a row, in order, whose Σ E is above a
     part of the row's budget, in units of E. DROPPED: Σ E of the others. sums: (col_tiles, rows) float32, undamped Σ E.
@@ -37,7 +37,7 @@ def tiles_kernel(sums, floats, ints, budget, tile_of, rows, col_tiles, ROWS: tl.
     tl.store(at(floats, DROPPED, rows, r), lost)
 
 
-@triton.jit
+@kernel
 def select_kernel(
     exponentials, tile_of, floats, ints, budget, entry_of, value_of, rows, col_tiles, unseen,
     COLS: tl.constexpr, AT_ONCE: tl.constexpr, CAPACITY: tl.constexpr,
