@@ -113,17 +113,14 @@ CELLS = [Cell.of(name) for name in _cells()]
 
 
 def chosen(patterns: str | None) -> list[Cell]:
-    """By comma-separated patterns, or names of cells beside those of :data:`CELLS`."""
+    """Of :data:`CELLS`, in their order, what comma-separated patterns match; other cells by their names behind them."""
     if patterns is None:
         return CELLS
-    found: dict[Cell, None] = {}
-    for pattern in patterns.split(","):
-        matching = [cell for cell in CELLS if fnmatch.fnmatchcase(cell.name, pattern)]
-        if not matching and pattern.startswith("tiny/") and "*" in pattern:
-            matching = [cell for cell in map(Cell.of, (f"tiny/{way}" for way in WAYS))
-                        if fnmatch.fnmatchcase(cell.name, pattern)]  # fmt: skip
-        found |= dict.fromkeys(matching or [Cell.of(pattern)])
-    return [*found]
+    known = [*CELLS, *(Cell("tiny", way) for way in WAYS)]
+    names = patterns.split(",")
+    matching = [cell for cell in known if any(fnmatch.fnmatchcase(cell.name, name) for name in names)]
+    others = [name for name in names if not any(fnmatch.fnmatchcase(cell.name, name) for cell in known)]
+    return [*matching, *map(Cell.of, others)]
 
 
 # ------------------------------------------------------------------------------------------------------ one cell, timed
@@ -400,7 +397,7 @@ def run_cell(cell: Cell, args: argparse.Namespace, lane: int, seconds: float) ->
         path, log = Path(folder, "row.json"), Path(folder, "log")
         words = [sys.executable, "-m", "benchmarks.end_to_end", *args.given, "--one", cell.name, "--row", str(path)]
         variables = dict(os.environ, PYTHONUNBUFFERED="1")
-        if args.device == "cuda" and args.lanes > 1:
+        if args.device == "cuda":  # one alone, or Trainer would spread a batch over all
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(args.lanes)))).split(",")
             variables["CUDA_VISIBLE_DEVICES"] = visible[lane]
         start = time.monotonic()
