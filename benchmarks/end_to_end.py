@@ -384,7 +384,8 @@ def run_one(cell: Cell, args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     if device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.gib * GIB / torch.cuda.mem_get_info()[1]))
-    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # a layer that falls back to eager is no compiled one
     if cell.way == "unsloth":  # which changes what is imported after it
         attempt(lambda: vars(__import__("unsloth")))
     machine = environment(device, PACKAGES, args.commit)
