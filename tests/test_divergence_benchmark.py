@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from benchmarks import divergence
+from benchmarks import divergence, plots, table
+from benchmarks.measure import version
 
 OPTIONS = ["--device", "cpu", "--shapes", "64:96", "--vocabulary", "500", "--rounds", "3", "--budget", "0.001"]
 
@@ -31,8 +32,16 @@ def test_beside_the_bare_products(tmp_path, capsys):
         if row["made_by"] == "ours":
             assert row["ratio"] == row["ms"] / row["floor_ms"], row.get("note")
             assert row["error"]["dhidden_relative"] < 5e-3
+        elif row["made_by"] == "eager" or (row["made_by"] == "trl" and version("trl")):
+            assert row["ms"] > 0, row
     assert {row["teacher"] for row in entry["accuracy"]} == {*divergence.NOISE, "targets moved"}
     assert "reverse_kl, frozen: ours" in capsys.readouterr().out
+    shown = "\n".join(table.divergence_section(tmp_path / "divergence.json"))
+    ours = entry["rows"][0]
+    assert f"| reverse KL, frozen: **egrsd_kernels** | {table.number(ours['ms'])} ms, {ours['ratio']:.2f} ×" in shown
+    assert "reverse KL, targets moved" in shown and "(results/divergence.json)" in shown
+    plots.main([str(tmp_path / "divergence.json"), "--output", str(tmp_path)])
+    assert (tmp_path / "divergence.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from .places import every_module
 
 FLAGS = ("_disable_adapters", "_adapters_disabled")  # of a layer, and of PEFT's model
 
@@ -27,7 +27,7 @@ def adapters_off(model: Any) -> Iterator[None]:
         return
     before = [
         (module, name, getattr(module, name))
-        for module in _modules(model)
+        for module in every_module(model)
         for name in FLAGS
         if name in vars(module) or hasattr(type(module), name)
     ]
@@ -44,17 +44,6 @@ def _by_flags(model: Any) -> bool:
     """Whether all that takes part in its forward is a LoRA, or weights saved beside it."""
     kinds = {str(getattr(config.peft_type, "value", config.peft_type)) for config in model.peft_config.values()}
     return kinds == {"LORA"}
-
-
-def _modules(model: nn.Module) -> Iterator[nn.Module]:
-    """Each once; ``modules()`` passes every one of them up through all generators above it."""
-    seen, todo = {model}, [model]
-    while todo:
-        module = todo.pop()
-        yield module
-        new = {child for child in module._modules.values() if child is not None} - seen
-        seen |= new
-        todo += new
 
 
 @contextmanager
