@@ -55,7 +55,7 @@ PACKAGES = ["transformers", "peft", "accelerate", "trl", "liger-kernel", "unslot
 SETTINGS = ("", "grpo", "groups-of-16", "largest")
 PROFILED = ("trl", "prefix", "prefix-compiled")
 OUT_OF_MEMORY = "out of memory"
-DENSE = 16_384  # tokens of the largest pack that is tried
+LARGEST_PACK = 16_384  # tokens
 
 # ------------------------------------------------------------------------------------------------------------ the cells
 
@@ -130,7 +130,7 @@ def chosen(patterns: str | None) -> list[Cell]:
 def plans(cell: Cell, task: Task, kept: bool) -> list[Plan]:
     """From whole to small."""
     if WAYS[cell.way].packs:
-        return [Plan(kept, DENSE >> halvings) for halvings in range(4 if kept else 2)]
+        return [Plan(kept, LARGEST_PACK >> halvings) for halvings in range(4 if kept else 2)]
     count = len(task.rollouts.responses)
     largest = task.rollouts.group if kept else count
     return [Plan(kept, size) for size in (largest >> halvings for halvings in range(4)) if size and count % size == 0]
