@@ -195,7 +195,7 @@ def draw_updates(report: dict, path: Path, shapes: tuple[str, ...] = ("1.7b", "4
     canvas.legend(handles, labels, fontsize=8, frameon=False, loc="outside lower right")
     given = report["settings"]
     rollouts = f"{given['groups']} groups of {given['group']} rollouts, {report['device']}"
-    canvas.suptitle(f"An EGRSD update, without generation: LoRA, bfloat16,\n{rollouts}", fontsize=10)
+    canvas.suptitle(f"An EGRSD update from token ids to gradients: LoRA, bfloat16,\n{rollouts}", fontsize=10)
     canvas.savefig(path, dpi=130)
     plt.close(canvas)
 
