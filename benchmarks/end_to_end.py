@@ -53,7 +53,7 @@ GIB = 2**30
 LOGITS_IN_16_BITS = 0.1  # nat
 PACKAGES = ["transformers", "peft", "accelerate", "trl", "liger-kernel", "unsloth"]
 SETTINGS = ("", "grpo", "groups-of-16", "largest")
-PROFILED = ("trl", "prefix", "prefix-compiled")
+PROFILED = ("trl", "prefix", "prefix-compiled", "prefix-fused")
 OUT_OF_MEMORY = "out of memory"
 LARGEST_PACK = 16_384  # tokens
 
@@ -100,7 +100,8 @@ class Cell:
 
 def _cells() -> Iterator[str]:
     """In order of worth: where time ends, the last are missing."""
-    first = ("prefix-compiled", "trl", "packed-compiled", "prefix", "padded-compiled", "trl-trie", "padded", "packed")
+    first = ("prefix-compiled", "trl", "packed-compiled", "prefix-fused", "prefix", "padded-compiled", "trl-trie")
+    first += ("padded", "packed")
     yield from (f"{shape}/{way}" for shape in ("1.7b", "4b") for way in first)
     yield from (f"{shape}/{way}" for shape in ("8b", "0.6b") for way in ("prefix-compiled", "trl"))
     for setting in ("groups-of-16", "grpo"):
