@@ -53,9 +53,9 @@ GIB = 2**30
 LOGITS_IN_16_BITS = 0.1  # nat
 PACKAGES = ["transformers", "peft", "accelerate", "trl", "liger-kernel", "unsloth"]
 SETTINGS = ("", "grpo", "groups-of-16", "largest")
-PROFILED = ("trl", "prefix", "prefix-compiled")
+PROFILED = ("trl", "prefix", "prefix-compiled", "prefix-fused")
 OUT_OF_MEMORY = "out of memory"
-DENSE = 16_384  # tokens of the largest pack that is tried
+LARGEST_PACK = 16_384  # tokens
 
 # ------------------------------------------------------------------------------------------------------------ the cells
 
@@ -100,7 +100,8 @@ class Cell:
 
 def _cells() -> Iterator[str]:
     """In order of worth: where time ends, the last are missing."""
-    first = ("prefix-compiled", "trl", "packed-compiled", "prefix", "padded-compiled", "trl-trie", "padded", "packed")
+    first = ("prefix-compiled", "trl", "packed-compiled", "prefix-fused", "prefix", "padded-compiled", "trl-trie")
+    first += ("padded", "packed")
     yield from (f"{shape}/{way}" for shape in ("1.7b", "4b") for way in first)
     yield from (f"{shape}/{way}" for shape in ("8b", "0.6b") for way in ("prefix-compiled", "trl"))
     for setting in ("groups-of-16", "grpo"):
@@ -130,7 +131,7 @@ def chosen(patterns: str | None) -> list[Cell]:
 def plans(cell: Cell, task: Task, kept: bool) -> list[Plan]:
     """From whole to small."""
     if WAYS[cell.way].packs:
-        return [Plan(kept, DENSE >> halvings) for halvings in range(4 if kept else 2)]
+        return [Plan(kept, LARGEST_PACK >> halvings) for halvings in range(4 if kept else 2)]
     count = len(task.rollouts.responses)
     largest = task.rollouts.group if kept else count
     return [Plan(kept, size) for size in (largest >> halvings for halvings in range(4)) if size and count % size == 0]
