@@ -5,6 +5,7 @@ An operator knows tensors, numbers and names. It has no derivative of its own: t
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypeVar, get_origin, get_type_hints
 
@@ -18,6 +19,13 @@ _TYPES: dict[Any, str] = {
     int | None: "SymInt?", float | None: "float?", str | None: "str?",
 }  # fmt: skip
 Options = TypeVar("Options", bound=tuple[Any, ...])
+Forward = TypeVar("Forward", bound=Callable[..., Any])
+
+
+def signed(forward: Forward) -> Forward:
+    """An autograd function's forward, with a signature at hand: ``apply`` asks for it with each call."""
+    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    return forward
 
 
 def operator(schema: str, like: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
