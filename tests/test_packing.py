@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from egrsd_kernels import VocabularyStatistics, linear_logp, token_statistics
 from egrsd_kernels.models import ModelError
 from egrsd_kernels.packing import Pack, attention, pack_responses, pack_rows, packed, proof, read_packs
-from egrsd_kernels.packing.proof import row_limit
+from egrsd_kernels.packing.proof import fast_road, row_limit
 from egrsd_kernels.packing.varlen import attend
 from tests.support.packing import (
     Float64,
@@ -32,6 +32,7 @@ from tests.support.packing import (
     logp_packed,
     tiny,
 )
+from tests.support.tree_attention import on_cpus
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -300,25 +301,122 @@ def test_rows_of_a_pack_are_what_each_is_alone(name):
     check_same(tiny(model_type, **settings_).double())
 
 
-def test_adapters_learn_from_a_pack_what_they_learn_from_rows():
+LAYERS = ["q_proj", "v_proj", "up_proj"]
+# Configs of PEFT's, by name: those that give a token what it gets in any row, and those that read the row.
+ADAPTERS = {
+    "LoRA": ("LoraConfig", {"target_modules": LAYERS, "r": 4}),
+    "DoRA": ("LoraConfig", {"target_modules": LAYERS, "r": 4, "use_dora": True}),
+    "rsLoRA, its bias, one layer": (
+        "LoraConfig",
+        {"target_modules": LAYERS, "use_rslora": True, "lora_bias": True, "layers_to_transform": [1]},
+    ),
+    "LoRA of the embedding": ("LoraConfig", {"target_modules": ["embed_tokens", "o_proj"], "r": 4}),
+    "PiSSA": ("LoraConfig", {"target_modules": LAYERS, "r": 2, "init_lora_weights": "pissa"}),
+    "modules_to_save": ("LoraConfig", {"target_modules": LAYERS, "modules_to_save": ["lm_head"]}),
+    "tokens": ("LoraConfig", {"target_modules": LAYERS, "trainable_token_indices": [20, 50]}),
+    "tokens alone": ("TrainableTokensConfig", {"token_indices": [20, 50]}),
+    "AdaLoRA": ("AdaLoraConfig", {"target_modules": LAYERS, "total_step": 100}),
+    "IA3": ("IA3Config", {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
+    "VeRA": ("VeraConfig", {"target_modules": ["q_proj", "o_proj"], "r": 8}),
+    "LoHa": ("LoHaConfig", {"target_modules": LAYERS, "r": 4}),
+    "LoKr": ("LoKrConfig", {"target_modules": LAYERS, "r": 4}),
+    "OFT": ("OFTConfig", {"target_modules": LAYERS, "oft_block_size": 8}),
+    "norms": ("LNTuningConfig", {"target_modules": ["norm"]}),
+    "LLaMA-Adapter": ("AdaptionPromptConfig", {"adapter_len": 3, "adapter_layers": 1}),
+}
+READ_THE_ROW = {
+    "aLoRA": ("LoraConfig", {"target_modules": ["q_proj"], "alora_invocation_tokens": [85, 86]}),
+    "PROMPT_TUNING": ("PromptTuningConfig", {"num_virtual_tokens": 3}),
+    "PREFIX_TUNING": ("PrefixTuningConfig", {"num_virtual_tokens": 3}),
+    "P_TUNING": ("PromptEncoderConfig", {"num_virtual_tokens": 3}),
+}
+
+
+def config_of(name: str) -> object:
     peft = pytest.importorskip("peft")
+    class_name, settings_ = {**ADAPTERS, **READ_THE_ROW}[name]
+    config = getattr(peft, class_name)
+    if missing := {*settings_} - {*config.__dataclass_fields__}:
+        pytest.skip(f"this PEFT has no {min(missing)}")
+    return config(task_type="CAUSAL_LM", **settings_)
+
+
+def adapted(*names: str, model_type: str = "qwen3") -> nn.Module:
+    """A model with adapters that change something, all of them active."""
+    peft = pytest.importorskip("peft")
+    first, *others = (config_of(name) for name in names)
     torch.manual_seed(1)
-    config = peft.LoraConfig(target_modules=["q_proj", "v_proj", "up_proj"], r=4, init_lora_weights=False)
-    check_same(peft.get_peft_model(tiny("qwen3"), config).double().eval())
+    model = peft.get_peft_model(tiny(model_type), first, adapter_name=names[0])
+    for name, config in zip(names[1:], others, strict=True):
+        model.add_adapter(name, config)
+    if others:
+        model.base_model.set_adapter([*names])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert trained
+    with torch.no_grad():
+        for parameter in trained:
+            parameter += 0.3 * torch.randn_like(parameter)
+    return model.eval()
 
 
-@pytest.mark.parametrize("kind", ["aLoRA", "PROMPT_TUNING"])
-def test_adapters_that_read_the_row_are_refused(kind):
-    peft = pytest.importorskip("peft")
-    if kind == "aLoRA" and "alora_invocation_tokens" not in peft.LoraConfig.__dataclass_fields__:
-        pytest.skip("this PEFT has no aLoRA")
-    config = (
-        peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[85, 86])
-        if kind == "aLoRA"
-        else peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+@pytest.mark.heavy
+@pytest.mark.parametrize("names", [*ADAPTERS, "LoRA and DoRA"])
+def test_adapters_learn_from_a_pack_what_they_learn_from_rows(names):
+    model = adapted(*names.split(" and "), model_type="llama" if names == "LLaMA-Adapter" else "qwen3")
+    assert row_limit(model) == math.inf
+    check_same(model.double())
+
+
+@pytest.mark.parametrize("name", READ_THE_ROW)
+def test_adapters_that_read_the_row_are_refused(name):
+    why = (
+        "log p of a row in a pack is off by" if name == "aLoRA" else "its layers attend to 103 keys where the pack has"
     )
-    with pytest.raises(ModelError, match=rf"adapters that act on each token alone \(LORA, .*\), got {kind}$"):
-        row_limit(peft.get_peft_model(tiny("qwen3"), config))
+    with pytest.raises(ModelError, match=f"^model: Qwen3ForCausalLM with {name}: {why}") as no:
+        row_limit(adapted(name))
+    assert "\n" not in str(no.value)
+
+
+@pytest.mark.parametrize("name", ["DoRA", "aLoRA"])
+def test_adapters_are_proved_by_segments_as_well(name):
+    with on_cpus(), pytest.raises(ModelError, match="off by") if name == "aLoRA" else contextlib.nullcontext():
+        assert fast_road(adapted(name)) is attention.by_segments
+
+
+def test_adapters_are_proved_as_they_are_active(monkeypatch):
+    made = []
+    prove = proof._prove
+    monkeypatch.setattr(proof, "_prove", lambda *given: made.append(given) or prove(*given))
+    model = adapted("LoRA")
+    model.add_adapter("other", config_of("aLoRA"))
+    for _ in range(2):
+        assert row_limit(model) == math.inf
+    assert row_limit(copy.deepcopy(model)) == math.inf and len(made) == 1
+    model.set_adapter("other")
+    with pytest.raises(ModelError, match=r"^model: Qwen3ForCausalLM with LORA, aLoRA: log p of a row in a pack is off"):
+        row_limit(model)
+    model.set_adapter("LoRA")
+    assert row_limit(model) == math.inf and len(made) == 2
+    bare = model.get_base_model()  # who calls it has adapters in its layers, and none of what is around them
+    assert row_limit(bare) == math.inf and len(made) == 3
+
+
+def test_adapters_that_no_small_model_can_have_are_refused(tmp_path):
+    """X-LoRA's experts are files of the real model's sizes."""
+    peft = pytest.importorskip("peft")
+    adapted("LoRA").save_pretrained(tmp_path)
+    experts = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=32, adapters={"0": str(tmp_path / "LoRA")})
+    model = peft.get_peft_model(tiny("qwen3", use_cache=False), experts)
+    with pytest.raises(
+        ModelError, match=r"with XLORA, LORA: .* for want of a small model of its class with its ad"
+    ) as no:
+        row_limit(model)
+    assert "\n" not in str(no.value) and len(str(no.value)) < 500
+    twice = peft.get_peft_model(peft.inject_adapter_in_model(config_of("LoRA"), tiny("qwen3")), config_of("P_TUNING"))
+    with pytest.raises(
+        ModelError, match=r"packing expects PEFT adapters of one wrapper, got adapters within adapters$"
+    ):
+        row_limit(twice)
 
 
 def test_layers_that_are_computed_again_see_the_same():

@@ -10,11 +10,16 @@ import copy
 import functools
 import itertools
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.backends.debugging import aot_eager
+from torch.utils.checkpoint import checkpoint
 
 from egrsd_kernels import linear_logp
 from egrsd_kernels.models import ModelError
@@ -230,17 +235,15 @@ def test_few_sizes_and_little_padding(tokens):
     assert len({padded_size(n) for n in range(8192, 16_384)} - {8192}) == 8
 
 
-def count_graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
+def count_graphs(monkeypatch: pytest.MonkeyPatch, run: Callable[..., Any] = aot_eager) -> list[torch.fx.GraphModule]:
     """Each graph that is compiled from here on; ``aot_eager`` runs them, which needs no compiler."""
-    from torch._dynamo.backends.debugging import aot_eager
-
     torch._dynamo.reset()
     layers._compiled.cache_clear()
     made: list[torch.fx.GraphModule] = []
 
     def counted(graph, inputs, **options):
         made.append(graph)
-        return aot_eager(graph, inputs, **options)
+        return run(graph, inputs, **options)
 
     monkeypatch.setattr(layers.torch, "compile", functools.partial(torch.compile, backend=counted))
     monkeypatch.setattr(layers, "SMALLEST", 128)
@@ -310,16 +313,50 @@ def test_compiled_layers_train_adapters(monkeypatch):
 
 @pytest.mark.slow
 def test_layers_that_are_computed_again_compile_as_many_sizes(monkeypatch):
-    """Reentrant checkpointing compiles the graph with gradients in the backward pass, as often as there are sizes."""
+    """A checkpoint of somebody's own compiles the graph with gradients in the backward pass, as often as there are
+    sizes; torch's is within the graph."""
     made = count_graphs(monkeypatch)
     monkeypatch.setattr(layers, "SMALLEST", 16)
     model = tiny("llama", num_hidden_layers=2).train()
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": True})
-    for count in (16, 18, 20, 22, 24, 26, 28, 30, 32, 36):  # torch's own limit is 8
-        (pack,) = pack_rows([[*range(10, 10 + count)]], budget=1000)
-        packed(model, pack, lambda h, head, p=pack: logp_of(h, head, p), compile_layers=True)[0].sum().backward()
-    assert len(made) == 2 * 10
+
+    def a_step_of_each_size():
+        for count in (16, 18, 20):
+            (pack,) = pack_rows([[*range(10, 10 + count)]], budget=1000)
+            with torch._dynamo.config.patch(recompile_limit=2):
+                logp, _ = packed(model, pack, lambda h, head, p=pack: logp_of(h, head, p), compile_layers=True)
+                logp.sum().backward()
+
+    a_step_of_each_size()
+    assert len(made) == 3
+    for module in model.modules():
+        if hasattr(module, "_gradient_checkpointing_func"):
+            module._gradient_checkpointing_func = lambda call, *args: checkpoint(call, *args, use_reentrant=True)
+    a_step_of_each_size()
+    assert len(made) == 3 + 2 * 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_is_computed_again_is_in_the_backwards_graph(monkeypatch, checkpointing):
+    """Without the product that nothing needs, and without a hook for each tensor that a layer keeps."""
+    products: list[int] = []
+
+    def count(graph, _):
+        products.append(sum(node.target is torch.ops.aten.mm.default for node in graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+
+    count_graphs(monkeypatch, aot_autograd(fw_compiler=count, bw_compiler=count))
+    model = tiny("llama", num_hidden_layers=2).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    (pack,) = pack_rows([[*range(10, 50)]], budget=1000)
+    for hook in (torch.utils.checkpoint._checkpoint_hook, None):  # which the compiler alone asks for, once
+        monkeypatch.setattr("torch.utils.checkpoint._checkpoint_hook", hook)
+        logp, _ = packed(model, pack, lambda h, head: logp_of(h, head, pack), compile_layers=True)
+        logp.sum().backward()
+    assert products == [7, 2 * 7 + (6 if checkpointing else 0)]  # q, k, v, o, gate, up, down
 
 
 def test_layers_with_a_forward_of_their_own_are_not_compiled(monkeypatch):

@@ -24,11 +24,13 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from egrsd_kernels import linear_logp
 from egrsd_kernels.models import ModelError
+from egrsd_kernels.models.proof import evaluating
 from egrsd_kernels.packing import packed, proof, varlen
 from egrsd_kernels.trl import EGRSDTrainer, pack, unpack
 from egrsd_kernels.trl.packed_rows import INDEX, groups_together, parts_of
 from egrsd_kernels.trl.packed_step import PackedStep
 from egrsd_kernels.trl.packing import HOOKED
+from egrsd_kernels.trl.teacher import AdaptersOff
 from tests.support.trl_tiny import dataset, make, tiny_config, tiny_model, weights
 from tests.test_trl_resume import Kill, Killed, without_clock
 
@@ -360,6 +362,25 @@ def test_a_micro_batch_has_whole_groups(tmp_path, options):
     assert len(seen) == 3
     for prompts in seen:
         assert len(prompts) == 4 and (prompts == prompts[0]).all()
+
+
+def test_a_read_walks_through_no_modules_by_generators(monkeypatch):
+    """Once the model is proved: `modules()` passes each module through the generators of all above it."""
+    model = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    ids, mask, width = batch()
+    accelerator = Accelerator(cpu=True)
+    step, teacher = PackedStep(accelerator, 60), AdaptersOff(model)
+
+    def reads() -> torch.Tensor:
+        with torch.no_grad(), evaluating(model), teacher.active() as other:
+            step.read(other, ids, mask, width)
+        return step.read(model, ids, mask, width)[0]
+
+    logp, walks, own = reads(), [], nn.Module.named_modules
+    count = len([*model.modules()])
+    monkeypatch.setattr(nn.Module, "named_modules", lambda *args, **more: walks.append(1) or own(*args, **more))
+    accelerator.backward((reads() - logp).sum())
+    assert len(walks) < count  # of a walk each module is one; a device is that of the first weight
 
 
 @pytest.mark.parametrize("limit", [math.inf, 6, 0])

@@ -19,6 +19,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from egrsd_kernels import read_hidden
 from egrsd_kernels.trl.fused_head import take_off_fused_head
+from egrsd_kernels.trl.starting import check_roles
 from egrsd_kernels.trl.teacher import AdaptersOff, make_teacher
 from tests.support.trl_tiny import LORA, make, tiny_model, tokenizer, weights
 
@@ -246,6 +247,28 @@ def test_the_teacher_leaves_what_is_frozen_and_what_is_trained(fails, others):
     assert {name: weight.requires_grad for name, weight in model.named_parameters()} == flags
 
 
+def test_loras_are_taken_off_without_a_report(monkeypatch):
+    config = LoraConfig(
+        r=4, target_modules=["q_proj", "up_proj"], modules_to_save=["lm_head"], trainable_token_indices=[3, 7],
+        init_lora_weights=False,
+    )  # fmt: skip
+    model = get_peft_model(tiny_model(), config)
+    with torch.no_grad():
+        for weight in filter(lambda weight: weight.requires_grad, model.parameters()):
+            weight += 0.1
+    with model.disable_adapter():
+        base = logits(model)
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    layer.enable_adapters(False)  # the user's choice
+    flags, before = [weight.requires_grad for weight in model.parameters()], logits(model)
+    monkeypatch.setattr(PeftModel, "get_model_status", None)
+    assert (before - base).abs().max() > 0.1
+    with AdaptersOff(model).active():
+        assert torch.equal(logits(model), base)
+        assert [weight.requires_grad for weight in model.parameters()] == flags
+    assert torch.equal(logits(model), before) and layer.disable_adapters
+
+
 @pytest.mark.slow
 def test_a_frozen_adapter_weight_stays_frozen_through_a_run(tmp_path):
     model = get_peft_model(tiny_model(), LORA)
@@ -428,7 +451,7 @@ def test_the_check_leaves_no_trace(tmp_path):
     model = run.model.train()
     flags = {name: weight.requires_grad for name, weight in model.named_parameters()}
     rng, before = torch.get_rng_state(), logits(copy.deepcopy(model))
-    run._check_roles()
+    check_roles(run, run._vocab_size)
     assert torch.equal(torch.get_rng_state(), rng) and model.training
     assert {name: weight.requires_grad for name, weight in model.named_parameters()} == flags
     assert all(weight.grad is None for weight in model.parameters())

@@ -33,7 +33,7 @@ from egrsd_kernels.eager import eager
 from egrsd_kernels.head import Head, compute_dtype
 
 from .errors import ModelError
-from .places import head_at, kind_of, language_model, module_at, place_of, size_of, tensors_of, unwrapped
+from .places import every_module, head_at, kind_of, language_model, module_at, place_of, size_of, tensors_of, unwrapped
 from .reading import InForward, logits_of, redirected, run
 
 TOKENS = 16
@@ -376,15 +376,21 @@ def _head_among(base: Any, calls: Sequence[_Call], width: int) -> tuple[str, Ten
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """No dropout and no gradient checkpointing; afterwards each module is in its own mode again."""
-    training = [module for module in model.modules() if module.training]
+    training = [module for module in every_module(model) if module.training]
     # Flags alone, both ways: a module's own eval() may do more than train() takes back.
-    for module in training:
-        module.training = False
+    _set_training(training, False)
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        _set_training(training, True)
+
+
+def _set_training(modules: list[nn.Module], flag: bool) -> None:
+    for module in modules:
+        if "training" in (held := vars(module)):
+            held["training"] = flag  # nn.Module's way to it looks for parameters of that name
+        else:  # torch.compile's
+            module.training = flag
 
 
 @contextmanager

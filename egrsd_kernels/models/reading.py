@@ -131,9 +131,16 @@ def _without_logits(output: Any) -> Any:
 
 def _without_cache(base: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """A cache of keys and values is of no use here, and transformers' models make one unless they are told."""
-    takes = inspect.signature(type(base).forward).parameters
-    passed_on = hasattr(base, "base_model_prefix") and any(one.kind is one.VAR_KEYWORD for one in takes.values())
+    takes, any_name = _names_of(type(base).forward)
+    passed_on = hasattr(base, "base_model_prefix") and any_name
     return {"use_cache": False, **inputs} if "use_cache" in takes or passed_on else dict(inputs)
+
+
+@functools.cache  # to read one takes a millisecond
+def _names_of(forward: Callable[..., Any]) -> tuple[frozenset[str], bool]:
+    """The names of a function's parameters, and whether it takes others."""
+    parameters = inspect.signature(forward).parameters
+    return frozenset(parameters), any(one.kind is one.VAR_KEYWORD for one in parameters.values())
 
 
 # ------------------------------------------------------------------------------------------------------------ forward

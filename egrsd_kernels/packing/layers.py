@@ -2,12 +2,16 @@
 
 A layer gets its pack's table in a mask's place, in its forward and when it is computed again for its gradients, so the
 table says which of the two runs. Generation through the same layers compiles nothing.
+
+Gradient checkpointing of transformers is compiled as well: what is computed again is part of the backward's graph, with
+nothing in it that no gradient needs (a layer's last product, for one), and no tensor passes through checkpoint's hooks.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from egrsd_kernels.models import ModelError
 
@@ -87,6 +92,46 @@ def _bare(own: type[nn.Module]) -> nn.Module:
     return own.__new__(own)
 
 
+class _Checkpointed(threading.local):
+    """Whether the layer that this thread calls is to be computed again for its gradients, within its own graph."""
+
+    now = False
+
+
+_checkpointed = _Checkpointed()
+CHECKPOINTING = "_gradient_checkpointing_func"  # of a layer: what transformers calls it through
+
+
+def _checkpointing_of(layer: nn.Module) -> Callable[..., Any]:
+    """What transformers has put there; of a layer over a pack, its own graph in its place."""
+    if CHECKPOINTING not in vars(layer):
+        raise AttributeError(CHECKPOINTING)
+    return functools.partial(_within_its_graph, vars(layer)[CHECKPOINTING])
+
+
+def _set_checkpointing(layer: nn.Module, function: Callable[..., Any]) -> None:
+    vars(layer)[CHECKPOINTING] = function
+
+
+def _within_its_graph(outside: Any, call: Any, *args: Any) -> Any:
+    """``outside(call, *args)``, or where that is torch's checkpoint of all of a layer over a pack, the layer alone."""
+    if (
+        getattr(outside, "func", None) is not checkpoint
+        or "context_fn" in outside.keywords  # which keeps some of it
+        or not _for_a_pack(args, getattr(call, "keywords", {}))
+    ):
+        return outside(call, *args)
+    before, _checkpointed.now = _checkpointed.now, True
+    try:
+        return call(*args)
+    finally:
+        _checkpointed.now = before
+
+
+def _for_a_pack(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return any(isinstance(one, Table) and one.fixed for one in itertools.chain(args, kwargs.values()))
+
+
 @functools.cache
 def _compiled(own: Any) -> type[nn.Module]:
     """A class with the same name and forward; copies and pickles of it are of the class below."""
@@ -95,14 +140,18 @@ def _compiled(own: Any) -> type[nn.Module]:
     forward: Callable[..., Any] = own.forward
     run = torch.compile(forward, fullgraph=True, dynamic=False)
 
+    def computed_again(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, self, *args, use_reentrant=False, **kwargs)
+
+    run_again = torch.compile(computed_again, fullgraph=True, dynamic=False)
+
     def choose(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        given = itertools.chain(args, kwargs.values())
-        if not any(isinstance(one, Table) and one.fixed for one in given):
+        if not _for_a_pack(args, kwargs):
             return forward(self, *args, **kwargs)
         try:
             # A layer that is computed again in a backward pass may be compiled there, outside of compiled_layers.
             with nullcontext() if torch._dynamo.config.recompile_limit >= GRAPHS else _many_graphs():
-                return run(self, *args, **kwargs)
+                return (run_again if _checkpointed.now else run)(self, *args, **kwargs)
         except (TorchDynamoException, FailOnRecompileLimitHit) as failure:
             first = str(failure.__cause__ or failure).strip().partition("\n")[0]
             raise ModelError(f"compile_layers: {own.__name__}: {type(failure).__name__}: {first}") from failure
@@ -112,6 +161,7 @@ def _compiled(own: Any) -> type[nn.Module]:
 
     body = {
         "forward": functools.wraps(forward)(choose),
+        CHECKPOINTING: property(_checkpointing_of, _set_checkpointing),
         "__reduce_ex__": as_own,
         "_runs_compiled": True,
         "__module__": own.__module__,

@@ -28,6 +28,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from egrsd_kernels import Head
+from egrsd_kernels.models.places import every_module
 from egrsd_kernels.packing import packed
 from egrsd_kernels.packing.proof import fast_road, row_limit
 
@@ -126,7 +127,7 @@ class PackedStep:
         shape = len(input_ids), completion_length
         found: list[Tensor] = []
         grad = torch.is_grad_enabled()
-        devices = {torch.device("cpu"), *(weight.device for weight in model.parameters() if not weight.is_meta)}
+        devices = _devices(model) if grad else set()
         with torch.no_grad():
             for part in reading.parts:
                 if grad:
@@ -172,7 +173,9 @@ class PackedStep:
 
     def _compile(self, model: nn.Module, *, twice: bool) -> bool | None:
         """compile_layers of a model's forwards; twice: the second has to be the same function as the first."""
-        drops = twice and any(map(_drops, model.modules()))
+        if self.compile_layers is False:
+            return False
+        drops = twice and any(map(_drops, every_module(model)))
         if self.compile_layers and drops:
             raise ValueError("compile_layers: expected a model without dropout, which it draws anew in each graph")
         sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -358,6 +361,12 @@ def may_drop(module: nn.Module) -> bool:
 
 def _drops(module: nn.Module) -> bool:
     return may_drop(module) and module.training
+
+
+def _devices(model: nn.Module) -> set[torch.device]:
+    """Where a forward may draw random numbers."""
+    weights = (weight for module in every_module(model) for weight in module._parameters.values() if weight is not None)
+    return {torch.device("cpu"), *(weight.device for weight in weights if not weight.is_meta)}
 
 
 def _random_states(devices: Iterable[torch.device]) -> dict[torch.device, Tensor]:

@@ -19,6 +19,7 @@ from trl.trainer.utils import create_model_from_path, pad
 
 from egrsd_kernels import head_of
 from egrsd_kernels.models import ModelError
+from egrsd_kernels.models.adapters import adapters_off
 
 from .calling import Called
 from .context import context_window
@@ -68,16 +69,8 @@ class AdaptersOff:
 
     @contextmanager
     def active(self) -> Iterator[nn.Module]:
-        flags = {name: (parameter, parameter.requires_grad) for name, parameter in self.model.named_parameters()}
-        try:
-            with self.model.disable_adapter():
-                yield self.model
-        finally:
-            # On leaving, PEFT turns requires_grad on for whatever is active, frozen or not.
-            for name, parameter in self.model.named_parameters():
-                entered, flag = flags[name]
-                for tensor in (entered, parameter):  # FSDP2 exchanges them in between
-                    tensor.requires_grad_(flag)
+        with adapters_off(self.model):
+            yield self.model
 
     def state_dict(self) -> dict[str, Any]:
         return {}

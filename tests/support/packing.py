@@ -107,7 +107,7 @@ def check_same_in_float64(model: nn.Module) -> None:
             torch.testing.assert_close(logp.to(expected.dtype), expected[mine].detach(), rtol=0, atol=1e-12)
             (weights[mine] * logp).sum().backward()
         found = gradients(model)
-        assert found.keys() == alone.keys() and len(found) > 3
+        assert found.keys() == alone.keys() and found
         size = torch.cat([gradient.flatten() for gradient in alone.values()]).norm()
         for name, gradient in alone.items():
             assert (found[name] - gradient).norm() <= 1e-12 * size, name
