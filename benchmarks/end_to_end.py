@@ -399,7 +399,7 @@ def run_cell(cell: Cell, args: argparse.Namespace, lane: int, seconds: float) ->
         path, log = Path(folder, "row.json"), Path(folder, "log")
         begin = ["-c", UNSLOTH_FIRST] if cell.way == "unsloth" else ["-m", "benchmarks.end_to_end"]
         words = [sys.executable, *begin, *args.given, "--one", cell.name, "--row", str(path)]
-        variables = dict(os.environ, PYTHONUNBUFFERED="1")
+        variables = {"UNSLOTH_COMPILE_LOCATION": str(Path(folder, "unsloth")), **os.environ, "PYTHONUNBUFFERED": "1"}
         if args.device == "cuda":  # one alone, or Trainer would spread a batch over all
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(args.lanes)))).split(",")
             variables["CUDA_VISIBLE_DEVICES"] = visible[lane]
