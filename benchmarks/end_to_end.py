@@ -385,18 +385,21 @@ def run_one(cell: Cell, args: argparse.Namespace) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.gib * GIB / torch.cuda.mem_get_info()[1]))
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # a layer that falls back to eager is no compiled one
-    if cell.way == "unsloth":  # which changes what is imported after it
-        attempt(lambda: vars(__import__("unsloth")))
     machine = environment(device, PACKAGES, args.commit)
     measure(cell, args, lambda row: write(args.row, {"environment": machine, "row": row}))
+
+
+# It changes what is imported after it, and wants to.
+UNSLOTH_FIRST = "import unsloth, runpy; runpy.run_module('benchmarks.end_to_end', run_name='__main__')"
 
 
 def run_cell(cell: Cell, args: argparse.Namespace, lane: int, seconds: float) -> dict[str, Any]:
     """A cell's process, stopped after ``seconds``; {"environment", "row"}, the former None where it came to nothing."""
     with tempfile.TemporaryDirectory() as folder:
         path, log = Path(folder, "row.json"), Path(folder, "log")
-        words = [sys.executable, "-m", "benchmarks.end_to_end", *args.given, "--one", cell.name, "--row", str(path)]
-        variables = dict(os.environ, PYTHONUNBUFFERED="1")
+        begin = ["-c", UNSLOTH_FIRST] if cell.way == "unsloth" else ["-m", "benchmarks.end_to_end"]
+        words = [sys.executable, *begin, *args.given, "--one", cell.name, "--row", str(path)]
+        variables = {"UNSLOTH_COMPILE_LOCATION": str(Path(folder, "unsloth")), **os.environ, "PYTHONUNBUFFERED": "1"}
         if args.device == "cuda":  # one alone, or Trainer would spread a batch over all
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(args.lanes)))).split(",")
             variables["CUDA_VISIBLE_DEVICES"] = visible[lane]
