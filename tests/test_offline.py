@@ -26,6 +26,7 @@ CASES = {
     "h100 one step": ["h100", "--dtype", "float16", "--hidden", "40", "--bias", "--step", "divergence"],
     "h100 float32": ["h100", "--dtype", "float32", "--family", "tma", "--hidden", "72", "--kernel", MATRIX],
     "a100": ["a100", "--dtype", "bfloat16", "--hidden", "4096", "--kernel", MATRIX],
+    "b200": ["b200", "--dtype", "bfloat16", "--family", "tma", "--step", "divergence", "--kernel", MATRIX],
     "l40s": ["l40s", "--dtype", "float16", "float32", "--step", "divergence", "--hidden", "72", "--kernel", MATRIX],
 }
 

@@ -31,7 +31,7 @@ GRADIENT_ERROR = {torch.float32: 3e-5, torch.float16: 3e-3, torch.bfloat16: 5e-3
 KINDS = [("reverse_kl", 0.5), ("forward_kl", 0.5), ("jsd", 0.5), ("jsd", 0.1)]
 FAMILIES = ["tma", "pointer"]
 N = 24  # rows take the interpreter's time
-SHAPES = [(N, 40, 300), (1, 16, 1), (3, 17, 33), (140, 72, 515)]
+SHAPES = [(N, 40, 300), (1, 16, 1), (3, 17, 33), (140, 72, 515), (N, 72, 256)]  # the last: whole tiles
 if CUDA:
     SHAPES += [(1000, 1000, 5003), (300, 5120, 2049), (2049, 256, 32_003)]
 TRANSFORMS = [{}, {"bias": True, "softcap": 4.0, "temperature": 0.7, "logit_scale": 1.6}]
@@ -54,6 +54,7 @@ everywhere = chosen(
         (SHAPES[2], TRANSFORMS[0], KINDS[3], torch.float32, "tma"),
         (SHAPES[3], TRANSFORMS[1], KINDS[1], torch.float16, "pointer"),
         (SHAPES[0], TRANSFORMS[0], KINDS[1], torch.float32, "pointer"),
+        (SHAPES[4], TRANSFORMS[0], KINDS[0], torch.float16, "tma"),
     ],
 )  # fmt: skip
 by_kind = chosen(

@@ -249,7 +249,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, nargs="*", default=list(DTYPES))
     parser.add_argument("--family", choices=["tma", "pointer"], nargs="*", default=["tma", "pointer"])
     parser.add_argument("--step", choices=STEPS, nargs="*", default=list(STEPS))
-    parser.add_argument("--hidden", type=int, nargs="*", default=[4096, 40])
+    parser.add_argument("--hidden", type=int, nargs="*", default=[4096])
     parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--rows", type=int, default=384)
     parser.add_argument("--bias", action="store_true", help="with a bias and a softcap")
