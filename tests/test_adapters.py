@@ -173,6 +173,12 @@ def test_transforms_of_torch_func():
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_devices_without_autocast():
+    model = adapted()
+    fuse_adapters(model, x=rows())
+    assert model.to("meta")(x=rows().to("meta")).shape == (2, 7, 24)
+
+
 def test_a_backward_pass_under_autocast_stays_in_the_forwards_dtype():
     model, x = adapted(dtype=torch.float32), rows(torch.float32).requires_grad_()
     fuse_adapters(model, x=x)
