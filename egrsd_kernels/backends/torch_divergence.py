@@ -134,7 +134,7 @@ def _passes(
 ) -> None:  # fmt: skip
     """Write ``out``, and give each chunk to ``use`` once that of its rows is there. No chunk outlives the next one."""
     dtype = compute_dtype(pair.student_hidden.dtype)
-    for first, index in chunks(rows, pair.student, dtype, 3 * chunk_bytes // MATRICES):
+    for first, index in chunks(rows, pair.student, dtype, chunk_bytes, MATRICES):
         use(_chunk(pair, target_ids, first, index, out, dtype))
     zero_masked(rows, out)
 

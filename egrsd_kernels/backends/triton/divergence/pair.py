@@ -125,7 +125,9 @@ def pair_kernel(
     row_tiles = tl.cdiv(tl.load(row_counts), ROWS)
     col_tiles = tl.cdiv(V, COLS)
     width = GROUP * col_tiles
-    for tile in tl.range(tl.program_id(0), row_tiles * col_tiles, PROGRAMS):
+    # A loop over D of one step is none to Triton: it would hold the operands of many tiles at once instead.
+    ahead: tl.constexpr = 1 if D <= DEPTH and TEACHER_D <= DEPTH else None
+    for tile in tl.range(tl.program_id(0), row_tiles * col_tiles, PROGRAMS, num_stages=ahead):
         group = tile // width
         group_rows = tl.minimum(row_tiles - group * GROUP, GROUP)
         row = (group * GROUP + (tile % width) % group_rows) * ROWS
@@ -206,7 +208,7 @@ def pair_config(student: Head, teacher: Head, shared: int) -> Config:
     """The tile for two heads on a device with so many bytes of shared memory for a program."""
     single = torch.float32 in (student.weight.dtype, teacher.weight.dtype)
     fitting, itemsize = (FLOAT32, 4) if single else (HALF, 2)
-    matrices = 3 if one_head(student, teacher) else 4  # two loops have their operands each
+    matrices = 3 if one_head(student, teacher) else 2  # the second of two loops has the first one's memory
 
     def room(c: Config) -> int:
         """Operands, and a tile on its way out, in halves."""

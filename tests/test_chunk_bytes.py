@@ -1,4 +1,7 @@
-"""What ``linear_divergence`` holds, on which device, and that the host never waits for a GPU."""
+"""What functions hold: chunk_bytes, however many tokens there are; and what divergences ask of GPUs.
+
+A CPU's allocations are the profiler's to tell. tests/test_torch_features.py has the loss on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from egrsd_kernels import Head, fused_egrsd_loss, linear_divergence
+from egrsd_kernels import Head, fused_egrsd_loss, linear_divergence, linear_logp, token_statistics
 from tests.support.devices import two_gpus
 
 VOCABULARY, WIDTH, CHUNK_BYTES = 1003, 32, 1 << 19
@@ -37,6 +40,23 @@ def operands(n: int, trained: bool) -> tuple[torch.Tensor, Head, torch.Tensor, H
     weight, bias = torch.randn(VOCABULARY, WIDTH, generator=g), torch.randn(VOCABULARY, generator=g)
     head = Head(weight.clone().requires_grad_(trained), bias, softcap=5.0)
     return hidden.requires_grad_(), head, teacher, Head(weight, bias, softcap=5.0)
+
+
+FUNCTIONS = {
+    "loss": lambda h, head, t, y: fused_egrsd_loss(
+        h, head, t, y, torch.ones(1), divergence="jsd", chunk_bytes=CHUNK_BYTES
+    ).backward(),
+    "log p": lambda h, head, t, y: linear_logp(h, head, y, chunk_bytes=CHUNK_BYTES).sum().backward(),
+    "statistics": lambda h, head, t, y: token_statistics(h, head, y, chunk_bytes=CHUNK_BYTES),
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_a_softcaps_factors_are_counted(function):
+    n = 100
+    hidden, head, teacher, _ = operands(n, trained=False)
+    most, _ = held(lambda: function(hidden, head, teacher, torch.arange(n)))
+    assert most <= CHUNK_BYTES + n * A_ROW
 
 
 @kinds
