@@ -261,9 +261,8 @@ def _apply(x: Tensor, operands: Sequence[_Operands]) -> tuple[Tensor, ...]:
     weights = [one.weight.to(dtype) for one in operands]
     biases = [None if one.bias is None else one.bias.to(dtype) for one in operands]
     a, b, scales = ([one[place] for one in operands] for place in (2, 3, 4))
-    outputs: tuple[Tensor, ...] = _Adapted.apply(  # type: ignore[no-untyped-call]
-        x.to(dtype), scales, *weights, *biases, *a, *b
-    )
+    run: Callable[..., tuple[Tensor, ...]] = _Adapted.apply if torch.is_grad_enabled() else _Adapted.forward
+    outputs = run(x.to(dtype), scales, *weights, *biases, *a, *b)
     return outputs[:-1]
 
 

@@ -479,9 +479,11 @@ def test_compiled_whole_with_pefts_numbers():
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
     assert len(made) == 1
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), expected[0], rtol=1e-12, atol=1e-13)
     model.base_model.disable_adapter_layers()
     torch.testing.assert_close(compiled(x), off)
-    assert len(made) == 2
+    assert len(made) == 3
 
 
 def learned(model: nn.Module) -> list[nn.Parameter]:
