@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.rollouts import SHAPES, Rollouts, build
-from egrsd_kernels import Head, credit, fused_egrsd_loss, head_of, token_statistics, with_head
+from egrsd_kernels import Head, credit, fused_egrsd_loss, token_statistics, with_head
 from egrsd_kernels.adapters import fuse_adapters
 from egrsd_kernels.models.adapters import adapters_off
 from egrsd_kernels.packing import Pack, pack_rows, packed
@@ -238,9 +238,6 @@ def ours_packed(
     model = task.model(plan)
     if fused_adapters:
         with task.autocast():
-            head_of(
-                model
-            )  # before: its proof hooks layers, which then run as PEFT's, and compares them with fused ones
             fuse_adapters(model)
     return partial(by_fused_loss, task, model, teacher, student)
 

@@ -19,7 +19,7 @@ pytest.importorskip("peft")
 
 import peft
 
-from egrsd_kernels import adapters
+from egrsd_kernels import adapters, head_of
 from egrsd_kernels.adapters import fuse_adapters
 from egrsd_kernels.models import ModelError
 from egrsd_kernels.packing import layers, pack_rows, packed
@@ -259,6 +259,15 @@ def test_layers_of_real_models_go_together():
         model = peft.get_peft_model(tiny(kind), peft.LoraConfig(target_modules="all-linear"))
         fuse_adapters(model)
         assert {tuple(name.rpartition(".")[2] for name in names) for names in groups_of(model)} == wanted
+
+
+def test_a_head_is_proved_behind_fused_layers():
+    """The proof looks on by hooks, where fused layers are PEFT's; its next forward has to round as that one."""
+    model = tiny("qwen3", num_hidden_layers=4).bfloat16()
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    with torch.autocast("cpu", torch.bfloat16):
+        fuse_adapters(model)
+        assert head_of(model).weight is model.get_output_embeddings().weight
 
 
 def test_half_of_a_step_is_kept_for_no_longer_than_the_layers_need_it():

@@ -312,6 +312,20 @@ def test_logits_of_minus_infinity_beside_an_unlikely_one(kind, dtype, family):
 
 @special
 @by_kind
+def test_a_model_that_forbids_every_word(kind, dtype, family):
+    """It has no probabilities: NaN, as in PyTorch, and not a divergence from the uniform distribution."""
+    case = Case(8, 16, 40, dtype, bias=True)
+    case.mask[:] = True
+    biases = [case.student.bias, torch.full_like(case.student.bias, -math.inf)]
+    for ours, theirs in (biases, biases[::-1]):
+        case.student, case.teacher = (case.student.frame(case.student.weight, bias) for bias in (ours, theirs))
+        for targets in (False, True):
+            found, gradients = case.package(*kind, trained=False, targets=targets)
+            assert found.divergence.isnan().all() and gradients[0].isnan().all()
+
+
+@special
+@by_kind
 def test_masked_rows_are_never_read(kind, dtype, family):
     case = Case(N, 40, 300, dtype)
     clean, gradients = case.package(*kind)
