@@ -51,7 +51,8 @@ def fuse_adapters(model: nn.Module, /, **inputs: Any) -> AbstractContextManager[
     A layer is plain as long as its class is PEFT's ``lora.Linear`` over ``nn.Linear`` with frozen weights, one adapter
     is active, without dropout in effect, DoRA or another variant, bias of its own or hooks on its parts, nothing is
     merged, and all of it is in one dtype or under autocast. With any other, and with adapters off, PEFT's own forward
-    runs. That is looked at in each call. An adapter that becomes active later is PEFT's own.
+    runs. That is looked at in each call. An adapter that becomes active later is PEFT's own. In compiled layers it is
+    not seen that the model changes the tensor in place between its readers, where it did not do so in its first run.
 
     The model is run once, without gradients and in evaluation mode, to see which layers read the same tensor. Each
     active adapter's layer is compared then with PEFT's forward and its gradients, on random rows.
@@ -193,7 +194,7 @@ def _version(one: Tensor | None) -> int | None:
 
 
 def _versions(x: Tensor, operands: _Operands) -> list[int | None]:
-    """How often each was changed in place. Graphs do not tell; nothing is between two calls of one graph."""
+    """How often each was changed in place; within graphs it cannot be asked for."""
     if torch.compiler.is_compiling():
         return []
     return [_version(one) for one in (x, *operands[:4])]
