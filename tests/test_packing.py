@@ -490,6 +490,24 @@ def test_what_is_read_of_all_packs_is_in_the_order_of_the_rows():
         read_packs(model, packs, statistics, compile_layers=True)
 
 
+@pytest.mark.parametrize("by_segments", [False, True])
+def test_packs_that_were_read_without_gradients_are_learned_from(by_segments):
+    rows, targets = group_rows()
+    model = tiny("qwen3")
+    packs = pack_rows(rows, budget=45, targets=targets)
+    with on_cpus() if by_segments else contextlib.nullcontext():
+        with torch.inference_mode():
+            read_packs(model, packs, functools.partial(linear_logp, backend="torch"))
+        for pack in packs:
+            assert not pack.ends.is_inference()
+            logp_packed(model, pack).sum().backward()
+        found = gradients(model)
+        for pack in pack_rows(rows, budget=45, targets=targets):
+            logp_packed(model, pack).sum().backward()
+    for name, gradient in gradients(model).items():
+        assert gradient.equal(found[name]), name
+
+
 # ---------------------------------------------------------------------------------------------------------- the proof
 
 

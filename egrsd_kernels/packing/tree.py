@@ -95,8 +95,9 @@ class Pack:
             parent = self.segments[index].parent
             if parent >= 0:
                 after[parent] = max(after[parent], after[index])
-        lengths = torch.tensor([segment.length for segment in self.segments])
-        return torch.tensor(after).repeat_interleave(lengths)
+        with torch.inference_mode(False):  # it is kept, and a later pass may have gradients
+            lengths = torch.tensor([segment.length for segment in self.segments])
+            return torch.tensor(after).repeat_interleave(lengths)
 
     @functools.cached_property
     def paths(self) -> Paths:
