@@ -163,7 +163,7 @@ def test_a_pack_moves_as_a_whole():
     moved = pack.to("meta")
     assert (moved.rows, moved.segments) == (pack.rows, pack.segments)
     tensors = [value for value in (*vars(moved).values(), *moved.places) if isinstance(value, Tensor)]
-    assert len(tensors) == 10 and all(tensor.is_meta for tensor in tensors)
+    assert len(tensors) == 10 and all(tensor.is_meta for tensor in tensors) and moved.targets == 3
 
 
 def test_a_tree_above_the_budget_is_cut_where_its_rows_share_least():
@@ -197,7 +197,8 @@ def test_a_row_longer_than_the_budget_is_a_pack_alone():
     [
         ([], {}, "rows: expected at least one"),
         ([[1], []], {}, "rows: row 1 has no token"),
-        ([[1], [3, -2]], {}, "rows: row 1 has the id -2"),
+        ([[1], [3, -2]], {}, "rows: row 1 has -2, expected integers of at least 0"),
+        (torch.tensor([[1, 2], [3, -2]]), {}, "rows: row 1 has -2, expected integers of at least 0"),
         ([[1.5]], {}, "rows: row 0: expected integers"),
         ([[1]], {"budget": 0}, "budget: expected a number of tokens of at least 1, got 0"),
         ([[1, 2]], {"targets": [[0, 1], [0]]}, "targets: expected one entry for each of 1 rows, got 2"),
@@ -250,6 +251,14 @@ def test_responses_are_targets_in_one_order_behind_any_prompts(data, budget):
         ([[1], []], [[2], [3]], "prompts: row 1 has no token, expected one that predicts the response's first"),
         ([[1.0]], [[2]], "prompts: row 0: expected integers"),
         ([[1]], [["a"]], "responses: row 0: expected integers"),
+        ([[1, 2], [1, -2]], [[], [3]], "prompts: row 1 has -2, expected integers of at least 0"),
+        ([[1, 2], [1, 2]], [[], [-3, 4]], "responses: row 1 has -3, expected integers of at least 0"),
+        (
+            torch.ones(1, 3).long(),
+            [[2]],
+            r"prompts: expected a sequence of rows without padding, got a \(1, 3\) tensor",
+        ),
+        ([[1]], torch.ones(1, 3).long(), r"responses: expected a sequence of rows without padding, got a \(1, 3\) t"),
         ([], [], "responses: expected a token in one of them at least, got 0 empty ones"),
     ],
 )
@@ -480,9 +489,13 @@ def test_what_is_read_of_all_packs_is_in_the_order_of_the_rows():
     size = torch.stack([gradient.norm() for gradient in got.values()]).norm()
     for name, gradient in gradients(model).items():
         assert (got[name] - gradient).norm() <= 1e-12 * size, name
-    with pytest.raises(ValueError, match=rf"^packs: expected all of one call of pack_rows, got {len(packs) - 1} that"):
-        read_packs(model, packs[1:], statistics)
-    with pytest.raises(ValueError, match=r"^packs: expected all of one call of pack_rows, got 0 that"):
+    without = [[pack for pack in packs if pack is not one] for one in packs]
+    for wrong in (*without, [*packs, packs[0]], [*packs, *packs]):
+        count = sum(len(pack.target_ids) for pack in wrong)
+        words = f"each once, got {len(wrong)} with {count} targets where the call has {len(expected)}"
+        with pytest.raises(ValueError, match=f"^packs: expected all of one call of pack_rows, {words}$"):
+            read_packs(model, wrong, statistics)
+    with pytest.raises(ValueError, match=r"^packs: expected all of one call of pack_rows, got none$"):
         read_packs(model, [], statistics)
     with pytest.raises(ValueError, match=r"^function: expected an entry for each of a pack's \d+ targets, got \(\)$"):
         read_packs(model, packs, lambda hidden, head, ids: hidden.sum())
