@@ -392,6 +392,33 @@ def test_adapters_are_proved_by_segments_as_well(name):
         assert fast_road(adapted(name)) is attention.by_segments
 
 
+def test_adapters_stay_in_the_dtype_that_peft_keeps_them_in(monkeypatch):
+    model, dtypes = adapted("LoRA").bfloat16(), set()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    use = proof._use
+    seen = lambda small, name: dtypes.update((p.dtype, "lora_" in n) for n, p in small.named_parameters())  # noqa: E731
+    monkeypatch.setattr(proof, "_use", lambda *given: (seen(*given), use(*given)))
+    with on_cpus():
+        assert fast_road(model) is attention.by_segments
+    assert dtypes == {(torch.bfloat16, False), (torch.float32, True)}
+
+
+def test_what_has_no_product_in_16_bits_takes_a_dense_mask(monkeypatch):
+    model = tiny("qwen3").bfloat16()
+    layer, before = type(model.model.layers[0].mlp), type(model.model.layers[0].mlp).forward
+
+    def forward(self, hidden):
+        if hidden.dtype == torch.bfloat16:
+            raise RuntimeError("not implemented for 'BFloat16'")
+        return before(self, hidden)
+
+    monkeypatch.setattr(layer, "forward", forward)
+    with on_cpus(), pytest.warns(UserWarning, match="^Qwen3ForCausalLM: packs take a dense mask.* 'BFloat16'$"):
+        assert fast_road(model) is None
+
+
 def test_adapters_are_proved_as_they_are_active(monkeypatch):
     made = []
     prove = proof._prove
@@ -426,6 +453,43 @@ def test_adapters_that_no_small_model_can_have_are_refused(tmp_path):
         ModelError, match=r"packing expects PEFT adapters of one wrapper, got adapters within adapters$"
     ):
         row_limit(twice)
+
+
+def test_a_model_that_is_as_small_as_it_can_be_is_proved_with_adapters_of_its_width():
+    peft = pytest.importorskip("peft")
+    config = peft.VBLoRAConfig(target_modules=["q_proj"], num_vectors=8, vector_length=32)
+    assert row_limit(peft.get_peft_model(tiny("qwen3"), config)) == math.inf
+
+
+def test_a_model_whose_width_is_tied_is_proved_with_all_its_layers(monkeypatch):
+    """A smaller one can be built, and has not all of its classes."""
+    model = tiny("llama", num_hidden_layers=4)
+    kind = type(model)
+    own = kind.__init__
+
+    class Last(type(model.model.layers[3].mlp)):
+        pass
+
+    def init(self, config):
+        if config.hidden_size != 32:
+            raise ValueError("hidden_size: expected 32")
+        own(self, config)
+        if len(self.model.layers) == 4:
+            self.model.layers[3].mlp = Last(config)
+
+    Last.__module__ = kind.__module__
+    monkeypatch.setattr(kind, "__init__", init)
+    assert row_limit(kind(model.config).eval()) == math.inf
+
+
+def test_layers_that_have_lost_their_last_adapter_are_what_they_wrap():
+    peft = pytest.importorskip("peft")
+    model = peft.inject_adapter_in_model(config_of("LoRA"), tiny("qwen3"))
+    for module in model.modules():
+        if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
+            module.delete_adapter("default")
+    del model.peft_config
+    assert row_limit(model) == math.inf
 
 
 def test_layers_that_are_computed_again_see_the_same():
