@@ -149,11 +149,16 @@ def _operands(layer: Any, x: Tensor) -> _Operands | None:
         return None  # sharded, or on the way to another device
     dtype, dtypes = x.dtype, {x.dtype, weight.dtype, a.dtype, b.dtype}
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if _can_autocast(kind) and torch.is_autocast_enabled(kind):
         dtype, fit = torch.get_autocast_dtype(kind), dtypes <= _CAST
     else:
         fit = len(dtypes) == 1 and x.is_floating_point()
     return _Operands(weight, bias, a, b, float(layer.scaling[name]), dtype, name) if fit else None
+
+
+@torch.compiler.assume_constant_result  # PyTorch before 2.12 cannot trace the question
+def _can_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
 
 
 def _bare(module: Any) -> bool:

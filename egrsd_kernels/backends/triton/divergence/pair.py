@@ -88,8 +88,9 @@ def whole_steps(x):
 def load_magnitudes(magnitudes, inside):
     """M, far below all others where it is LEAST or not ``inside``, so that 2^M is 0."""
     if magnitudes.dtype.element_ty == tl.int16:
-        steps = tl.load(magnitudes, mask=inside, other=-32768).to(tl.float32)
-        return tl.where(steps == LEAST, NEG, steps * (1.0 / STEPS))
+        # Triton 3.6 compiles a negative 16-bit ``other`` to -1 in every second place.
+        steps = tl.load(magnitudes, mask=inside, other=0).to(tl.float32)
+        return tl.where(inside & (steps > LEAST), steps * (1.0 / STEPS), NEG)
     else:
         return tl.load(magnitudes, mask=inside, other=NEG)
 
