@@ -1,4 +1,4 @@
-"""Full-vocabulary divergences of student and teacher with one head, by linear_divergence, TRL, Liger and torch.compile.
+"""Full-vocabulary divergences of student and teacher with one head: ours, TRL's, Liger's, and plain PyTorch's.
 
     python -m benchmarks.divergence --output benchmarks/results/divergence-h200.json
 
@@ -44,16 +44,26 @@ LARGEST_IN_16_BITS = {"dhidden_relative": 0.5, "dweight_relative": 0.5}
 NOISE = {"near": 0.3, "apart": 2.5, "far": 18.0}
 
 
-def dz_of(log_s: torch.Tensor, log_t: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(D (n,), dD/dz (n, V)) by the definitions, in the dtype of log p."""
+def of_rows(log_s: torch.Tensor, log_t: torch.Tensor, kind: str) -> torch.Tensor:
+    """D (n,) by the definitions, in the dtype of log p."""
     p, q, r = log_s.exp(), log_t.exp(), log_s - log_t
     if kind == "reverse_kl":
-        d = (p * r).sum(-1)
-        return d, p * (r - d[:, None])
+        return (p * r).sum(-1)
     if kind == "forward_kl":
-        return -(q * r).sum(-1), p - q
+        return -(q * r).sum(-1)
     u = log_s - (0.5 * (p + q)).log()
-    d = 0.5 * (p * u).sum(-1) + 0.5 * (q * (u - r)).sum(-1)
+    return 0.5 * (p * u).sum(-1) + 0.5 * (q * (u - r)).sum(-1)
+
+
+def dz_of(log_s: torch.Tensor, log_t: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(D (n,), dD/dz (n, V)), the gradient by its own formula."""
+    p, q = log_s.exp(), log_t.exp()
+    d = of_rows(log_s, log_t, kind)
+    if kind == "reverse_kl":
+        return d, p * (log_s - log_t - d[:, None])
+    if kind == "forward_kl":
+        return d, p - q
+    u = log_s - (0.5 * (p + q)).log()
     return d, 0.5 * p * (u - (p * u).sum(-1, keepdim=True))
 
 
@@ -140,19 +150,27 @@ def liger(p: Problem, hidden: torch.Tensor, weight: torch.Tensor, subject: Subje
     return loss(hidden, weight, p.teacher_hidden, weight.detach(), None)
 
 
-@partial(torch.compile, dynamic=False)
 def _of_chunk(h: torch.Tensor, t: torch.Tensor, weight: torch.Tensor, kind: str) -> torch.Tensor:
     log_s, log_t = ((x @ weight.t()).float().log_softmax(-1) for x in (h, t))
-    return dz_of(log_s, log_t, kind)[0]
+    return of_rows(log_s, log_t, kind)
+
+
+_compiled_chunk = torch.compile(_of_chunk, dynamic=False)
+
+
+def eager(p: Problem, hidden: torch.Tensor, weight: torch.Tensor, subject: Subject) -> torch.Tensor:
+    """Full logits of student and teacher."""
+    return _of_chunk(hidden, p.teacher_hidden, weight, subject.kind)
 
 
 def compiled(p: Problem, hidden: torch.Tensor, weight: torch.Tensor, subject: Subject) -> torch.Tensor:
     chunks = zip(hidden.split(CHUNK), p.teacher_hidden.split(CHUNK), strict=True)
-    parts = [checkpoint(_of_chunk, h, t, weight, subject.kind, use_reentrant=False) for h, t in chunks]
+    parts = [checkpoint(_compiled_chunk, h, t, weight, subject.kind, use_reentrant=False) for h, t in chunks]
     return torch.cat(parts)
 
 
-MAKERS: dict[str, Callable[..., torch.Tensor]] = {"ours": ours, "trl": trl, "liger": liger, "compile": compiled}
+MAKERS: dict[str, Callable[..., torch.Tensor]] = {"ours": ours, "trl": trl, "liger": liger, "compile": compiled,
+                                                 "eager": eager}  # fmt: skip
 SUBJECTS = [
     *(Subject(kind, False, made_by) for kind in KINDS for made_by in MAKERS),
     *(Subject(kind, True, "ours", kept) for kind in KINDS for kept in (False, True)),

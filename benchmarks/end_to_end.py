@@ -1,211 +1,237 @@
-"""One optimiser step of a Qwen3 model with LoRA adapters, on one GPU, with several heads for the loss.
+"""A whole update of a Qwen3 model with LoRA, as users would measure it: each way in a cell of its own.
 
-    python -m benchmarks.end_to_end --output benchmarks/results/end_to_end-h100.json
-    python -m benchmarks.end_to_end --output end_to_end.json --models 4b --layers 8 --skip-largest
+    python -m benchmarks.end_to_end --output benchmarks/results/end_to_end-h200.json --lanes 2 --seconds 1100
+    python -m benchmarks.end_to_end --output FILE --cells '1.7b/trl*,4b/prefix*' --missing
+    python -m benchmarks.end_to_end --output FILE --cells 'tiny/*' --device cpu
 
-The weights are random, the shapes real. A step is the teacher's forward pass (the same weights, adapters off, a longer
-prompt), the student's, the CL-EGRSD loss, the backward pass, the clipping of gradients and AdamW. The variants differ
-in the loss head alone, from the hidden states of the response positions to the loss:
+A cell is ``shape/way`` or ``shape/way/setting``. :mod:`benchmarks.updates` says what each way does, and
+:mod:`benchmarks.rollouts` to what. Settings: ``grpo``, GRPO's loss without a teacher; ``groups-of-16``, half as many
+groups of twice the size, whose solution has 1,000 tokens; ``largest``, no time but the largest number of rollouts that
+one forward pass takes in ``--gib`` where layers are computed again.
 
-- eager: full bfloat16 logits of the response positions (what transformers computes with ``logits_to_keep``), a
-  float32 log-softmax, and the method's equations on it;
-- liger: Liger's fused linear cross-entropy a token for the student, eager logits in chunks for the teacher;
-- liger-mean: the same with Liger's uniform mean, which cannot weight tokens: less work, and another loss;
-- liger-scaled: Liger's fused scaled cross-entropy for both (on Hopper it needs nvidia-cutlass-dsl);
-- ours: ``fused_egrsd_loss``.
+Each cell is a process of its own, so that a crash or want of memory is its result and no one else's. It has a budget of
+seconds, and all together have ``--seconds``; cells come in order of worth, the file is written after each, and
+``--missing`` goes on with those that have no figure there. ``--lanes`` cells run at once, each on a GPU of its own.
 
-All of them start from the same adapters and the same batch, and report the loss and the gradient's norm of the first
-step: variants that compute the same loss agree in both.
+A way is cut up so that it is fastest in ``--gib``: activations are kept where they fit, in fewer rollouts or smaller
+packs at a time if need be; unless they fit whole, layers that are computed again are timed too. What counts is the
+fastest, the rest stands in ``tried``. Before a time counts, log p of student and teacher is compared with float32 on
+the first rollouts: off by no more than four times what padded rows in bfloat16 are (heads that round logits to 16 bits,
+by 0.1 nat more). ``products_ms``: the bare products of the layers' frozen weights, none twice and no token twice
+(teacher forward; student forward and hidden gradient), in the same process.
 """
 
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import gc
-import importlib.util
 import json
 import os
+import signal
 import statistics
+import subprocess
+import sys
+import tempfile
+import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Qwen3Config
+from torch import Tensor
 
-from benchmarks.measure import Stopwatch, command, environment, write
-from benchmarks.peers import GAMMA, HEADS, LOOKAHEAD, LossHead
+from benchmarks.measure import command, environment, failure, write
+from benchmarks.rollouts import SHAPES, SHARED_SHAPE, Rollouts
+from benchmarks.updates import WAYS, Plan, Task, bare_products, exact_logp, rms
 
-SHAPES = {
-    "4b": {"hidden_size": 2560, "intermediate_size": 9728, "tie_word_embeddings": True},
-    "8b": {"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False},
-}
-SHARED_SHAPE = {
-    "vocab_size": 151_936,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
-}
-LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-WARM_UP_STEPS = 2
+GIB = 2**30
+LOGITS_IN_16_BITS = 0.1  # nat
+PACKAGES = ["transformers", "peft", "accelerate", "trl", "liger-kernel", "unsloth"]
+SETTINGS = ("", "grpo", "groups-of-16", "largest")
+PROFILED = ("trl", "prefix", "prefix-compiled")
 OUT_OF_MEMORY = "out of memory"
-MIB = 2**20
+DENSE = 16_384  # tokens of the largest pack that is tried
 
-
-# ------------------------------------------------------------------------------------------------- the model, the batch
-
-
-class Lengths(NamedTuple):
-    """Tokens of x, of what the teacher alone reads, and of y."""
-
-    prompt: int = 256
-    solution: int = 256
-    response: int = 1024
+# ------------------------------------------------------------------------------------------------------------ the cells
 
 
 @dataclass(frozen=True)
-class Batch:
-    """B rollouts of equal length, so that no variant pays for padding."""
-
-    student_ids: Tensor  # (B, prompt + response)
-    teacher_ids: Tensor  # (B, prompt + solution + response)
-    target_ids: Tensor  # (B, response)
-    advantages: Tensor  # (B,), none of them 0, whose tokens would need no gradient
+class Cell:
+    shape: str
+    way: str
+    setting: str = ""
 
     @classmethod
-    def random(cls, vocabulary: int, rollouts: int, lengths: Lengths, device: str, seed: int = 0) -> Batch:
-        generator = torch.Generator().manual_seed(seed)
-        ids = [torch.randint(vocabulary, (rollouts, n), generator=generator).to(device) for n in lengths]
-        prompt, solution, response = ids
-        advantages = torch.randn(rollouts, generator=generator)
-        advantages += 0.1 * advantages.sign()
-        return cls(
-            torch.cat([prompt, response], 1),
-            torch.cat([prompt, solution, response], 1),
-            response,
-            advantages.to(device),
-        )
-
-
-@dataclass(frozen=True)
-class Policy:
-    """A model with adapters; the frozen model below them is the teacher, and lends its head to both."""
-
-    model: PeftModel
-
-    @cached_property
-    def backbone(self) -> nn.Module:
-        return self.model.get_base_model().model
-
-    @cached_property
-    def head(self) -> nn.Linear:
-        return self.model.get_base_model().lm_head
-
-    @cached_property
-    def adapters(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-
-    @cached_property
-    def last_adapters(self) -> list[nn.Parameter]:
-        """Those of the last layer, the first that the backward pass reaches."""
-        return [parameter for parameter in self.backbone.layers[-1].parameters() if parameter.requires_grad]
+    def of(cls, name: str) -> Cell:
+        shape, way, *setting = name.split("/")
+        cell = cls(shape, way, "/".join(setting))
+        if shape not in SHAPES or way not in WAYS or cell.setting not in SETTINGS:
+            known = (", ".join(filter(None, names)) for names in (SHAPES, WAYS, SETTINGS))
+            raise ValueError("{}: expected one of {} / one of {} / nothing or one of {}".format(name, *known))
+        return cell
 
     @property
-    def device(self) -> torch.device:
-        return self.head.weight.device
+    def name(self) -> str:
+        return "/".join(filter(None, (self.shape, self.way, self.setting)))
 
-    def hidden(self, ids: Tensor, response: int) -> Tensor:
-        """(B, response, D): the states that predict the last ``response`` tokens."""
-        return self.backbone(input_ids=ids, use_cache=False).last_hidden_state[:, -response - 1 : -1]
+    @property
+    def objective(self) -> str:
+        return "grpo" if self.setting == "grpo" else "egrsd"
 
-    def reset(self, seed: int = 0) -> None:
-        """The same adapters every time. B is small but not 0, where it starts in training: teacher ≠ student."""
-        generator = torch.Generator(self.device).manual_seed(seed)
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                if parameter.requires_grad:
-                    spread = 0.01 if "lora_B" in name else parameter.shape[1] ** -0.5
-                    parameter.normal_(0, spread, generator=generator)
+    @property
+    def seconds(self) -> int:
+        """It is stopped after these."""
+        if self.way in ("trl-compiled", "unsloth"):
+            return 270
+        return (150 if WAYS[self.way].compiled or self.setting == "largest" else 90) + 60 * (self.shape == "8b")
 
-
-def qwen3_config(name: str, layers: int | None = None) -> Qwen3Config:
-    shape = {**SHARED_SHAPE, **SHAPES[name]}
-    return Qwen3Config(**{**shape, "num_hidden_layers": layers or shape["num_hidden_layers"]})
-
-
-def build_policy(
-    config: Qwen3Config, device: str, dtype: torch.dtype, attention: str = "sdpa", checkpointing: bool = True
-) -> Policy:
-    """A model with random weights, made on the device, with LoRA r = 64, α = 128 on every projection."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-    if checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    lora = LoraConfig(r=64, lora_alpha=128, lora_dropout=0.0, target_modules=LORA_MODULES)
-    # Adapters in the model's dtype: float32 ones, PEFT's default, would run float32 products beside every projection.
-    policy = Policy(get_peft_model(base, lora, autocast_adapter_dtype=False).train())
-    policy.reset()
-    return policy
+    def rollouts(self, args: argparse.Namespace) -> Rollouts:
+        groups, group, solution = args.groups, args.group, args.solution
+        if self.setting == "groups-of-16":
+            groups, group, solution = groups // 2, 2 * group, solution * 5 // 3
+        vocabulary = {**SHARED_SHAPE, **SHAPES[self.shape]}["vocab_size"]
+        return Rollouts.random(vocabulary, groups, group, args.prompt, solution, args.response)
 
 
-# -------------------------------------------------------------------------------------------------------------- a step
+def _cells() -> Iterator[str]:
+    """In order of worth: where time ends, the last are missing."""
+    first = ("prefix-compiled", "trl", "packed-compiled", "prefix", "padded-compiled", "trl-trie", "padded", "packed")
+    yield from (f"{shape}/{way}" for shape in ("1.7b", "4b") for way in first)
+    yield from (f"{shape}/{way}" for shape in ("8b", "0.6b") for way in ("prefix-compiled", "trl"))
+    for setting in ("groups-of-16", "grpo"):
+        yield from (f"1.7b/{way}/{setting}" for way in ("prefix-compiled", "trl"))
+    yield from (f"{shape}/trl-liger" for shape in ("1.7b", "4b"))
+    yield from (f"{shape}/{way}/largest" for shape in ("1.7b", "4b") for way in ("trl", "prefix", "padded", "packed"))
+    yield from (f"{shape}/{way}" for way in ("trl-compiled", "unsloth") for shape in ("1.7b", "4b"))
 
 
-def head_ms(watch: Stopwatch) -> float:
-    """The loss head alone: the teacher's half, the student's, and the backward pass down to the hidden states."""
-    return watch.ms("teacher hidden", "teacher") + watch.ms("student hidden", "head backward")
+CELLS = [Cell.of(name) for name in _cells()]
 
 
-def compute_loss(policy: Policy, head: LossHead, batch: Batch, watch: Stopwatch) -> Tensor:
-    """The loss of one batch, from token ids."""
-    response = batch.target_ids.shape[1]
-    watch.mark("start")
-    with torch.no_grad(), policy.model.disable_adapter():
-        teacher = policy.hidden(batch.teacher_ids, response)
-        watch.mark("teacher hidden")
-        teacher = head.teacher(teacher, policy.head.weight, batch.target_ids)
-        watch.mark("teacher")
-    hidden = policy.hidden(batch.student_ids, response)
-    hidden.register_hook(lambda gradient: watch.mark("head backward"))
-    watch.mark("student hidden")
-    return head.loss(hidden, policy.head.weight, batch.target_ids, batch.advantages, teacher)
+def chosen(patterns: str | None) -> list[Cell]:
+    """By comma-separated patterns, or names of cells beside those of :data:`CELLS`."""
+    if patterns is None:
+        return CELLS
+    found: dict[Cell, None] = {}
+    for pattern in patterns.split(","):
+        matching = [cell for cell in CELLS if fnmatch.fnmatchcase(cell.name, pattern)]
+        if not matching and pattern.startswith("tiny/") and "*" in pattern:
+            matching = [cell for cell in map(Cell.of, (f"tiny/{way}" for way in WAYS))
+                        if fnmatch.fnmatchcase(cell.name, pattern)]  # fmt: skip
+        found |= dict.fromkeys(matching or [Cell.of(pattern)])
+    return [*found]
 
 
-def training_step(
-    policy: Policy, head: LossHead, batch: Batch, optimizer: torch.optim.Optimizer, watch: Stopwatch
-) -> tuple[Tensor, Tensor]:
-    """One optimiser step; (loss, norm of the gradient before it is clipped), 0-d tensors."""
-    loss = compute_loss(policy, head, batch, watch)
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(policy.adapters, 0.1)
-    optimizer.step()
-    optimizer.zero_grad()
-    watch.mark("end")
-    return loss.detach(), norm
+# ------------------------------------------------------------------------------------------------------ one cell, timed
 
 
-def peak_step(policy: Policy, head: LossHead, batch: Batch) -> None:
-    """As much of a step as its peak of memory takes: down to the last layer's adapters.
+def plans(cell: Cell, task: Task, kept: bool) -> list[Plan]:
+    """From whole to small."""
+    if WAYS[cell.way].packs:
+        return [Plan(kept, DENSE >> halvings) for halvings in range(4 if kept else 2)]
+    count = len(task.rollouts.responses)
+    largest = task.rollouts.group if kept else count
+    return [Plan(kept, size) for size in (largest >> halvings for halvings in range(4)) if size and count % size == 0]
 
-    There the activations of all layers still stand. Every layer further down frees more of them than the gradients of
-    its adapters take.
-    """
-    torch.autograd.grad(compute_loss(policy, head, batch, Stopwatch(policy.device)), policy.last_adapters)
+
+def measure(cell: Cell, args: argparse.Namespace, report: Callable[[dict[str, Any]], None]) -> None:
+    """Report a row, and again whenever there is more in it."""
+    device = torch.device(args.device)
+    task = Task(cell.shape, cell.objective, cell.rollouts(args), device, args.layers)
+    tokens = int(task.rollouts.lengths.sum())
+    row: dict[str, Any] = {"rollouts": len(task.rollouts.responses), "tokens": tokens}
+    if cell.setting == "largest":
+        return report(row | largest(cell, task, args))
+    layers, products = bare_products(task)
+    row |= {"products_ms": layers * timed(products, 5, device)[1], "tried": []}
+    del products
+    release(device)
+    exact = exact_logp(task)
+    for kept in (True, False):
+        for number, plan in enumerate(plans(cell, task, kept)):
+            release(device)
+            found = {"kept": kept, "size": plan.size} | attempt(
+                lambda plan=plan: time_plan(cell, task, plan, exact, args)
+            )
+            row["tried"].append(found)
+            fastest = min((one for one in row["tried"] if "ms" in one), key=lambda one: one["ms"], default=found)
+            row |= fastest | {"error": fastest.get("error")}
+            if "ms" in row:
+                row |= {"tokens_per_second": tokens / row["ms"] * 1e3, "over_products": row["ms"] / row["products_ms"]}
+            report(row)
+            if kept and number == 0 and "ms" in found:
+                return None
+            if found.get("error") != OUT_OF_MEMORY:
+                break
+    return None
 
 
-# -------------------------------------------------------------------------------------------------------------- memory
+def time_plan(
+    cell: Cell, task: Task, plan: Plan, exact: tuple[list[Tensor], list[float]], args: argparse.Namespace
+) -> dict[str, Any]:
+    """ms (median, and quartiles), host's ms, GiB, and what log p is off by, in nats."""
+    way, device = WAYS[cell.way], task.device
+    update: Any = way.make(task, plan)
+    held = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+    start = time.perf_counter()
+    seen = update()
+    found: dict[str, Any] = {"loss": seen.loss.item(), "first_s": round(time.perf_counter() - start, 1)}
+    for name, logp, wanted, rounding in zip(("student", "teacher"), seen[1:3], *exact, strict=True):
+        if name == "student" or task.has_teacher:
+            found[f"{name}_off"], found[f"{name}_rounding"] = rms(logp[: len(wanted)], wanted), rounding
+            if not found[f"{name}_off"] <= 4 * rounding + way.rounded * LOGITS_IN_16_BITS:  # NaN, too
+                return found | {"error": f"log p of the {name} is off by {found[f'{name}_off']:.2g} nat"}
+    start = time.perf_counter()
+    update()  # the first one compiled
+    synchronize(device)
+    once = time.perf_counter() - start
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    hosts: list[float] = []
+
+    def step() -> None:
+        start = time.perf_counter()
+        update()
+        hosts.append((time.perf_counter() - start) * 1e3)
+
+    repeats = max(2, min(args.repeats, int(10 / once)))
+    found |= dict(zip(("low", "ms", "high"), timed(step, repeats, device, warm=True), strict=True))
+    found["host_ms"] = statistics.median(hosts)
+    if note := getattr(update, "note", None):
+        found["note"] = note
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+        found |= {"peak_gib": peak / GIB, "above_weights_gib": (peak - held) / GIB}
+        if cell.way in PROFILED and not cell.setting:
+            found["profile"] = profile(update)
+    return found
+
+
+def timed(run: Callable[[], Any], repeats: int, device: torch.device, warm: bool = False) -> list[float]:
+    """Quartiles of ms."""
+    if not warm:
+        run()
+    times = []
+    for _ in range(repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        run()
+        synchronize(device)
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.quantiles(times, n=4, method="inclusive")
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def release(device: torch.device) -> None:
+    torch._dynamo.reset()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -213,23 +239,101 @@ def release(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def out_of_memory(error: Exception) -> bool:
-    """PyTorch's own error, or the one of a library that asked for memory itself."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(text in str(error) for text in ("out of memory", "ALLOC_FAILED"))
-    )
-
-
-def attempt(run: Callable[[], object]) -> str | None:
-    """None, or what went wrong. The exception, whose frames hold tensors, is gone by then."""
+def attempt(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What it gives, or its error. The exception, whose frames hold tensors, is gone by then."""
     try:
-        run()
-    except ImportError as error:
-        missing = isinstance(error, ModuleNotFoundError) and error.name
-        return f"{missing.split('.')[0]} is not installed" if missing else f"ImportError: {error}"
-    except Exception as error:  # one variant that fails must not cost the others
-        return OUT_OF_MEMORY if out_of_memory(error) else f"{type(error).__name__}: {str(error)[:400]}"
-    return None
+        return run()
+    except Exception as error:  # a plan that fails must not cost the others
+        return {"error": OUT_OF_MEMORY if out_of_memory(error) else failure(error)}
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """PyTorch's own error, also behind a compiler's, or the one of a library that asked for memory itself."""
+    while error is not None:
+        text = isinstance(error, RuntimeError) and any(x in str(error) for x in ("out of memory", "ALLOC_FAILED"))
+        if isinstance(error, torch.OutOfMemoryError) or text:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+# -------------------------------------------------------------------------------------------------- where the time goes
+
+
+def profile(update: Callable[[], Any]) -> dict[str, Any]:
+    """GPU time of one update by kind of kernel: ms and launches."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    with record(activities=[ProfilerActivity.CUDA]) as recorded:
+        update()
+        torch.cuda.synchronize()
+    kernels = [(one.key, one.self_device_time_total / 1e3, one.count) for one in recorded.key_averages()]
+    return by_kind(kernels, head_kernels())
+
+
+def head_kernels() -> set[str]:
+    """The names of the Triton kernels that belong to a head: ours and TRL's, not the compiler's."""
+    modules = [module for name, module in sys.modules.items() if name.startswith(("egrsd_kernels", "trl.kernels"))]
+    found = [
+        one for module in modules for one in vars(module).values() if type(one).__module__.startswith("triton.run")
+    ]
+    return {one.fn.__name__ for one in found if hasattr(one, "fn")}
+
+
+KINDS = {
+    "matrix products": ("gemm", "nvjet", "cutlass", "cublas", "splitk"),
+    "attention": ("flash", "fmha", "attention"),
+    "compiled elementwise": ("triton_",),
+    "copies": ("memcpy", "memset"),
+    "gathers and sums by index": ("index", "scatter", "gather", "segment"),
+    "eager elementwise": ("elementwise", "reduce_kernel", "at::native"),
+}
+
+
+def by_kind(kernels: list[tuple[str, float, int]], head: set[str]) -> dict[str, Any]:
+    """Of (name, ms, launches): ``busy_ms``, ``launches`` and ``kinds``, the largest first."""
+    kinds: dict[str, list[float]] = {}
+    for name, ms, launches in kernels:
+        lower = name.lower()
+        kind = next((kind for kind, marks in KINDS.items() if any(mark in lower for mark in marks)), "other")
+        total = kinds.setdefault("head's kernels" if name in head else kind, [0.0, 0])
+        total[0] += ms
+        total[1] += launches
+    ordered = sorted(kinds.items(), key=lambda kind: -kind[1][0])
+    return {
+        "busy_ms": sum(ms for _, ms, _ in kernels),
+        "launches": sum(launches for *_, launches in kernels),
+        "kinds": [{"kind": kind, "ms": ms, "launches": launches} for kind, (ms, launches) in ordered],
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- the largest batch
+
+
+def largest(cell: Cell, task: Task, args: argparse.Namespace) -> dict[str, Any]:
+    """The largest number of rollouts of one forward pass whose layers are computed again."""
+    start = time.perf_counter()
+    peaks: dict[int, float] = {}
+
+    def probe(size: int) -> float | None:
+        release(task.device)
+        groups = -(-size // args.group)
+        rollouts = cell.rollouts(argparse.Namespace(**{**vars(args), "groups": groups})).part(0, size)
+        some = Task(cell.shape, cell.objective, rollouts, task.device, args.layers)
+        plan = Plan(False, 1 << 30 if WAYS[cell.way].packs else size)
+        found = attempt(lambda: {"loss": WAYS[cell.way].make(some, plan)().loss.item()})
+        if found.get("error") == OUT_OF_MEMORY:
+            return None
+        if "error" in found:
+            raise RuntimeError(f"{size} rollouts: {found['error']}")
+        peaks[size] = torch.cuda.max_memory_allocated()
+        return peaks[size]
+
+    # Two in a hundred stay out: fragments, and what libraries take beside PyTorch.
+    best, fails = largest_batch(probe, 0.98 * args.gib * GIB, args.group, args.largest_seconds)
+    return {"largest_rollouts": best, "failing_rollouts": fails, "search_s": round(time.perf_counter() - start, 1),
+            "peak_gib_of": {size: peak / GIB for size, peak in peaks.items()}}  # fmt: skip
 
 
 def largest_batch(
@@ -274,208 +378,180 @@ def _next_size(fits: dict[int, float], fails: int | None, capacity: float, toler
     return max(middle, int(0.95 * end)) if below else max(middle, 1)
 
 
-# ------------------------------------------------------------------------------------------------------------- measure
+# -------------------------------------------------------------------------------------------- all cells, each a process
 
 
-def measure(
-    policy: Policy, variant: str, rollouts: int, lengths: Lengths, steps: int, largest_seconds: float | None
-) -> dict[str, object]:
-    """One row: times in ms (median and quartiles), memory in MiB, and the largest batch in rollouts and tokens."""
-    device = policy.device
-    on_gpu = device.type == "cuda"
-    row: dict[str, object] = dict.fromkeys(ROW)
-    row.update(variant=variant, rollouts=rollouts, tokens=rollouts * lengths.response)
-
-    def random_batch(size: int) -> Batch:
-        return Batch.random(policy.head.out_features, size, lengths, str(device))
-
-    def run() -> None:
-        head = HEADS[variant]()
-        row["note"] = head.note
-        policy.reset()
-        optimizer = torch.optim.AdamW(policy.adapters, lr=5e-6, fused=on_gpu)
-        row["error"] = attempt(lambda: time_steps(head, optimizer))
-        if largest_seconds is not None and row["error"] in (None, OUT_OF_MEMORY):
-            search(head, optimizer)
-
-    def time_steps(head: LossHead, optimizer: torch.optim.Optimizer) -> None:
-        batch, watch = random_batch(rollouts), Stopwatch(device)
-        for step in range(WARM_UP_STEPS):
-            loss, norm = training_step(policy, head, batch, optimizer, watch)
-            if step == 0:
-                row.update(loss=loss.item(), grad_norm=norm.item())
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()  # weights, optimizer, token ids
-        of_steps, of_heads = [], []
-        for _ in range(steps):
-            training_step(policy, head, batch, optimizer, watch)
-            of_steps.append(watch.ms("start", "end"))
-            of_heads.append(head_ms(watch))
-        low, median, high = statistics.quantiles(of_steps, n=4, method="inclusive")
-        row.update(step_ms=median, low=low, high=high, head_ms=statistics.median(of_heads))
-        row["tokens_per_second"] = row["tokens"] / median * 1e3
-        if on_gpu:
-            peak = torch.cuda.max_memory_allocated()
-            row.update(peak_mib=peak / MIB, peak_above_weights_mib=(peak - before) / MIB)
-
-    def search(head: LossHead, optimizer: torch.optim.Optimizer) -> None:
-        policy.model.zero_grad()
-        training_step(policy, head, random_batch(1), optimizer, Stopwatch(device))  # the optimizer has its state
-        release(device)
-        capacity = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-
-        def probe(size: int) -> float | None:
-            release(device)
-            start = time.perf_counter()
-            error = attempt(lambda: peak_step(policy, head, random_batch(size)))
-            peak = torch.cuda.max_memory_allocated()
-            seconds = time.perf_counter() - start
-            print(f"    {size} rollouts: {error or f'{peak / MIB:.0f} MiB'}, {seconds:.1f} s", flush=True)
-            if error not in (None, OUT_OF_MEMORY):
-                raise RuntimeError(f"{size} rollouts: {error}")
-            if size == rollouts and error is None:
-                row["probe_peak_mib"] = peak / MIB  # as peak_mib, if the part of a step stands for all of it
-            return None if error else peak
-
-        # Two in a hundred stay out: fragments, and what libraries take beside PyTorch.
-        best, fails = largest_batch(probe, 0.98 * capacity, rollouts, largest_seconds)
-        row.update(largest_rollouts=best, largest_batch_tokens=best * lengths.response, failing_rollouts=fails)
-
-    row["error"] = attempt(run) or row["error"]
-    policy.model.zero_grad()
-    broken = attempt(lambda: release(device))  # after an illegal access the device answers no more
-    row["error"] = row["error"] or broken
-    return row
+def run_one(cell: Cell, args: argparse.Namespace) -> None:
+    """In a process of its own: the row, with what it was measured on, into ``args.row``."""
+    warnings.filterwarnings("ignore", category=FutureWarning)  # names that transformers and PEFT are about to change
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(min(1.0, args.gib * GIB / torch.cuda.mem_get_info()[1]))
+    torch._dynamo.config.recompile_limit = 64
+    if cell.way == "unsloth":  # which changes what is imported after it
+        attempt(lambda: vars(__import__("unsloth")))
+    machine = environment(device, PACKAGES, args.commit)
+    measure(cell, args, lambda row: write(args.row, {"environment": machine, "row": row}))
 
 
-ROW = (
-    "model", "layers", "variant", "rollouts", "tokens", "step_ms", "low", "high", "head_ms", "tokens_per_second",
-    "peak_mib", "peak_above_weights_mib", "probe_peak_mib", "largest_rollouts", "largest_batch_tokens",
-    "failing_rollouts", "loss", "grad_norm", "command", "commit", "note", "error",
-)  # fmt: skip
-ENVIRONMENT = ("device", "torch", "triton", "transformers", "peft", "attn_implementation", "settings")
+def run_cell(cell: Cell, args: argparse.Namespace, lane: int, seconds: float) -> dict[str, Any]:
+    """A cell's process, stopped after ``seconds``; {"environment", "row"}, the former None where it came to nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, log = Path(folder, "row.json"), Path(folder, "log")
+        words = [sys.executable, "-m", "benchmarks.end_to_end", *args.given, "--one", cell.name, "--row", str(path)]
+        variables = dict(os.environ, PYTHONUNBUFFERED="1")
+        if args.device == "cuda" and args.lanes > 1:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(args.lanes)))).split(",")
+            variables["CUDA_VISIBLE_DEVICES"] = visible[lane]
+        start = time.monotonic()
+        with log.open("w") as out:
+            process = subprocess.Popen(words, stdout=out, stderr=out, env=variables, start_new_session=True)
+            try:
+                status = process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                status = None
+        lines = log.read_text(errors="replace").strip().splitlines()
+        found = json.loads(path.read_text()) if path.exists() else {"environment": None, "row": {}}
+    row = found["row"]
+    if status is None:
+        row["note" if "ms" in row else "error"] = f"stopped after {seconds:.0f} s"
+    elif status and not row.get("error"):
+        row["error"] = f"status {status}: {lines[-1][:300] if lines else ''}"
+    row = {"cell": cell.name, "shape": cell.shape, "way": cell.way, "setting": cell.setting} | row
+    row["wall_s"] = round(time.monotonic() - start, 1)
+    if args.verbose:
+        print("\n".join(lines[-40:]), flush=True)
+    return {"environment": found["environment"], "row": row}
 
 
-def merge(report: dict[str, object], earlier: dict[str, object] | None) -> dict[str, object]:
-    """``report`` and the rows of ``earlier`` that it does not replace (same model, layers and variant), in order."""
-    if earlier is None:
-        return report
-    differing = [name for name in ENVIRONMENT if earlier.get(name) != report.get(name)]
+def has_figure(row: dict[str, Any]) -> bool:
+    return "ms" in row or "largest_rollouts" in row
+
+
+def merged(report: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """``report`` with the row of a cell, which takes the place of an earlier one.
+
+    Raises:
+        ValueError: the report is of another machine or of other versions.
+    """
+    machine = {name: value for name, value in (found["environment"] or {}).items() if name != "commit"}
+    packages = {**(own := machine.pop("packages", {})), **report.get("packages", {})}
+    if other := {name: version for name, version in own.items() if packages[name] != version}:
+        found["row"]["packages"] = other  # as Unsloth wants an older TRL
+    differing = [name for name, value in machine.items() if report.get(name, value) != value]
     if differing:
         raise ValueError(f"rows measured with another {', '.join(differing)}: give another output file")
-
-    def place(row: dict[str, object]) -> tuple[object, ...]:
-        return row["model"], row["layers"], list(HEADS).index(row["variant"])
-
-    rows = {place(row): row for row in [*earlier["rows"], *report["rows"]]}
-    return {**report, "rows": [rows[key] for key in sorted(rows)]}
+    order = {cell.name: number for number, cell in enumerate(CELLS)}
+    rows = {row["cell"]: row for row in [*report.get("rows", []), found["row"]]}
+    ordered = sorted(rows.values(), key=lambda row: order.get(row["cell"], len(order)))
+    return {**report, **machine, "packages": packages, "rows": ordered}
 
 
-def show(row: dict[str, object]) -> str:
+def run_all(cells: Sequence[Cell], args: argparse.Namespace) -> None:
+    report = json.loads(args.output.read_text()) if args.output.exists() else {}
+    if report and report["settings"] != args.settings:
+        raise ValueError(f"{args.output} has other settings, {report['settings']}: give another output file")
+    report["settings"] = args.settings
+    done = {row["cell"] for row in report.get("rows", []) if has_figure(row)} if args.missing else set()
+    waiting = [cell for cell in cells if cell.name not in done]
+    stop, lock = time.monotonic() + args.seconds, threading.Lock()
+    failed: list[BaseException] = []
+
+    def lane(number: int) -> None:
+        nonlocal report
+        while True:
+            with lock:
+                left = stop - time.monotonic()
+                # A cell that cannot come to anything is left for the next time.
+                if not waiting or left <= min(20, args.seconds / 2) or failed:
+                    return
+                cell = waiting.pop(0)
+            found = run_cell(cell, args, number, min(left, args.cell_seconds or cell.seconds))
+            found["row"] |= {"commit": (found["environment"] or {}).get("commit"), "command": args.command}
+            with lock:
+                try:
+                    report = merged(report, found)
+                    write(args.output, report)
+                except Exception as error:
+                    failed.append(error)
+                print(show(found["row"]), flush=True)
+
+    lanes = [threading.Thread(target=lane, args=(number,)) for number in range(args.lanes)]
+    for one in lanes:
+        one.start()
+    for one in lanes:
+        one.join()
+    if failed:
+        raise failed[0]
+    if waiting:
+        print("not begun, --missing goes on with them: " + ", ".join(cell.name for cell in waiting), flush=True)
+
+
+def show(row: dict[str, Any]) -> str:
     """One line for people."""
-    if row["step_ms"] is None:
-        return f"  {row['variant']:12s} {row['error']}"
-    line = f"  {row['variant']:12s} {row['step_ms']:8.1f} ms ({row['low']:.1f} to {row['high']:.1f}), "
-    line += f"head {row['head_ms']:7.1f} ms, {row['tokens_per_second']:7.0f} tokens/s, "
-    if row["peak_mib"] is not None:
-        line += f"peak {row['peak_mib']:.0f} MiB ({row['peak_above_weights_mib']:.0f} above weights), "
-    if row["largest_rollouts"] is not None:
-        line += f"largest {row['largest_rollouts']}, "
-    return line + f"loss {row['loss']:+.6f}, gradient {row['grad_norm']:.5f}" + f"  {row['error'] or ''}"
-
-
-# ---------------------------------------------------------------------------------------------------------------- main
+    words = [f"{row['cell']:34s}"]
+    if "ms" in row:
+        words.append(
+            f"{row['ms']:9.1f} ms, {row['tokens_per_second']:7.0f} tokens/s, {row['over_products']:5.2f} x products"
+        )
+        words.append(f"{'kept' if row['kept'] else 'again'} {row['size']}")
+    if row.get("peak_gib"):
+        words.append(f"{row['above_weights_gib']:.1f} of {row['peak_gib']:.1f} GiB above the weights")
+    if "largest_rollouts" in row:
+        words.append(f"largest {row['largest_rollouts']} rollouts")
+    words += [str(row[name]) for name in ("note", "error") if row.get(name)]
+    return ", ".join([*words, f"{row['wall_s']:.0f} s"])
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="JSON; rows of other variants in it are kept")
-    parser.add_argument("--models", default="4b,8b", help=f"comma-separated, of {', '.join(SHAPES)}")
-    parser.add_argument("--variants", default="eager,liger,ours", help=f"comma-separated, of {', '.join(HEADS)}")
-    parser.add_argument("--layers", type=int, default=None, help="default: all 36")
-    parser.add_argument("--rollouts", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=5, help="timed steps, after the warm-up; at least 2")
-    parser.add_argument("--prompt", type=int, default=Lengths().prompt, help="tokens")
-    parser.add_argument("--solution", type=int, default=Lengths().solution, help="tokens that the teacher alone reads")
-    parser.add_argument("--response", type=int, default=Lengths().response, help="tokens")
-    parser.add_argument("--no-checkpointing", action="store_true", help="keep the activations of every layer")
-    parser.add_argument("--skip-largest", action="store_true", help="do not look for the largest batch")
-    parser.add_argument("--largest-seconds", type=float, default=25.0, help="no new probe starts after them")
-    parser.add_argument("--attention", default=None, help="default: flash_attention_2 where installed, else sdpa")
+    parser.add_argument("--output", type=Path, required=True, help="JSON; rows of other cells in it are kept")
+    parser.add_argument("--cells", default=None, help="comma-separated names or patterns; default: all that are listed")
+    parser.add_argument("--list", action="store_true", help="print the cells, and end")
+    parser.add_argument("--missing", action="store_true", help="only cells that have no figure in the file")
+    parser.add_argument("--lanes", type=int, default=1, help="cells at once, each on a GPU of its own")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="for all cells")
+    parser.add_argument("--cell-seconds", type=float, default=None, help="for each; default: by what it compiles")
+    parser.add_argument("--gib", type=float, default=78.0, help="GPU memory that a way may take")
+    parser.add_argument("--largest-seconds", type=float, default=70.0, help="no new probe starts after them")
+    parser.add_argument("--repeats", type=int, default=3, help="timed updates, after two that warm up; at least 2")
+    parser.add_argument("--groups", type=int, default=4)
+    parser.add_argument("--group", type=int, default=8, help="rollouts of a prompt")
+    parser.add_argument("--prompt", type=int, default=300, help="tokens")
+    parser.add_argument("--solution", type=int, default=600, help="tokens that the teacher alone reads")
+    parser.add_argument("--response", type=int, default=1024, help="tokens of the longest")
+    parser.add_argument("--layers", type=int, default=None, help="default: all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--verbose", action="store_true", help="print the end of what each cell says")
     parser.add_argument("--commit", default=None, help="recorded in the result; default: git's HEAD")
+    parser.add_argument("--one", default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--row", type=Path, default=None, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    args.command = command("benchmarks.end_to_end", parser, args)
-    for name, known in (("models", SHAPES), ("variants", HEADS)):
-        chosen = getattr(args, name).split(",")
-        if unknown := set(chosen) - set(known):
-            parser.error(f"--{name}: unknown {', '.join(sorted(unknown))}")
-        setattr(args, name, chosen)
-    if args.steps < 2:
-        parser.error("--steps: expected at least 2")
+    args.given = sys.argv[1:] if argv is None else [*argv]
+    beside = ("given", "missing", "verbose", "one", "row")
+    asked = {name: value for name, value in vars(args).items() if name not in beside}
+    args.command = command("benchmarks.end_to_end", parser, argparse.Namespace(**asked))
+    names = ("groups", "group", "prompt", "solution", "response", "layers", "gib")
+    args.settings = {name: getattr(args, name) for name in names}
+    if args.repeats < 2:
+        parser.error("--repeats: expected at least 2")
+    try:
+        args.chosen = chosen(args.cells)
+    except ValueError as error:
+        parser.error(f"--cells: {error}")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # names that transformers and PEFT are about to change
-    on_gpu = torch.device(args.device).type == "cuda"
-    flash = on_gpu and importlib.util.find_spec("flash_attn_2_cuda") is not None
-    attention = args.attention or ("flash_attention_2" if flash else "sdpa")
-    lengths = Lengths(args.prompt, args.solution, args.response)
-    machine = environment(torch.device(args.device), ["transformers", "peft"], args.commit)
-    report = {
-        **{name: value for name, value in machine.items() if name not in ("packages", "commit")},
-        **machine["packages"],
-        "attn_implementation": attention,
-        "settings": {
-            **lengths._asdict(),
-            "dtype": args.dtype,
-            "lora": "r 64, alpha 128, in the model's dtype",
-            "gradient_checkpointing": not args.no_checkpointing,
-            "gamma": GAMMA,
-            "lookahead": LOOKAHEAD,
-            "allocator": os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF"),
-        },
-        "rows": [],
-    }
-
-    earlier = json.loads(args.output.read_text()) if args.output.exists() else None
-    # Refuses a file that other hardware or versions wrote, before any GPU time is spent.
-    write(args.output, merge(report, earlier))
-    print(*(f"{name} {report[name]}" for name in ENVIRONMENT[:-1]), sep=", ", flush=True)
-    largest_seconds = None if args.skip_largest or not on_gpu else args.largest_seconds
-    for name in args.models:
-        config = qwen3_config(name, args.layers)
-        head = {"model": name, "layers": config.num_hidden_layers, "command": args.command, "commit": machine["commit"]}
-        policies: list[Policy] = []
-        start = time.perf_counter()
-
-        def build(config: Qwen3Config = config, policies: list[Policy] = policies) -> None:
-            dtype = getattr(torch, args.dtype)
-            policies.append(build_policy(config, args.device, dtype, attention, not args.no_checkpointing))
-
-        error = attempt(build)
-        seconds = time.perf_counter() - start
-        print(f"{name}, {config.num_hidden_layers} layers: {error or f'made in {seconds:.1f} s'}", flush=True)
-        for variant in args.variants:
-            if policies:
-                row = measure(policies[0], variant, args.rollouts, lengths, args.steps, largest_seconds)
-            else:
-                row = {**dict.fromkeys(ROW), "variant": variant, "error": f"the model: {error}"}
-            report["rows"].append({**row, **head})
-            write(args.output, merge(report, earlier))
-            print(show(row), flush=True)
-        policies.clear()
-        attempt(lambda: release(torch.device(args.device)))
-    rows = [row for row in report["rows"] if row["loss"] is not None]
-    for name in args.models:
-        losses = {row["variant"]: row["loss"] for row in rows if row["model"] == name}
-        if {"eager", "ours"} <= losses.keys():
-            gap = abs(losses["eager"] - losses["ours"])
-            print(f"{name}: the losses of eager and ours differ by {gap:.2e} at the first step", flush=True)
+    if args.one is not None:
+        run_one(Cell.of(args.one), args)
+    elif args.list:
+        print("\n".join(cell.name for cell in args.chosen))
+    else:
+        run_all(args.chosen, args)
 
 
 if __name__ == "__main__":

@@ -18,16 +18,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
 from unittest import mock
 
 import torch
-from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.measure import version
 from benchmarks.problem import Problem, Step
-from egrsd_kernels import TokenStats, credit, fused_egrsd_loss, linear_logp, token_statistics
+from egrsd_kernels import TokenStats, fused_egrsd_loss, linear_logp, token_statistics
 
 CHUNK = 1024  # rows, for those who leave chunking to the caller
 
@@ -360,120 +357,3 @@ def flash_attn(p: Problem) -> Calls:
         return torch.cat(_chunked(recomputed, p, hidden))
 
     return _per_token(p, lambda: (torch.cat(_chunked(logp, p, p.teacher_hidden, p.weight)), None), student)
-
-
-# ------------------------------------------------------------------------------------------------ heads of a whole step
-
-GAMMA, LOOKAHEAD = 0.3, 3
-TEACHER = f"the teacher from eager logits, {CHUNK} rows at a time"
-
-
-class LossHead(NamedTuple):
-    """From hidden states (B, T, D) to the loss of an optimiser step, which benchmarks.end_to_end times.
-
-    Two halves, so that a head may be done with the teacher before the student's activations exist.
-    """
-
-    teacher: Callable[..., object]  # (hidden, weight, target_ids) -> what the loss needs of it
-    loss: Callable[..., torch.Tensor]  # (hidden, weight, target_ids, advantages, what the teacher's half returned)
-    note: str | None = None
-
-
-def weighted(logp: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """The CL-EGRSD loss from log p_S, a function of (hidden, weight, target_ids), and from the teacher's pair."""
-
-    def loss(hidden, weight, target_ids, advantages, teacher) -> torch.Tensor:
-        log_p, (rollouts, length) = logp(hidden, weight, target_ids).flatten(), target_ids.shape
-        with torch.no_grad():
-            teacher_logp, entropy = (x.float().flatten() for x in teacher)
-            advantages = advantages.repeat_interleave(length)
-            valid = torch.ones_like(entropy, dtype=torch.bool)
-            end = torch.arange(1, rollouts + 1, device=entropy.device).repeat_interleave(length) * length - 1
-            ahead = credit.lookahead_entropy(entropy, valid, end, credit.Lookahead(LOOKAHEAD))
-            magnitude = credit.magnitude(advantages, teacher_logp - log_p, clip_eps=0.2)
-            gate = credit.gate(ahead, credit.batch_max(entropy).clamp(min=1.0), GAMMA, gate_floor=0.1)
-            weight_of = credit.token_advantage(advantages, magnitude, gate)
-        return -(weight_of * log_p).mean()
-
-    return loss
-
-
-def eager_statistics(hidden: torch.Tensor, weight: torch.Tensor, target_ids: torch.Tensor) -> Statistics:
-    """log p and entropy, in nats, of full logits; temporaries are let go as soon as a careful user would."""
-    logp = linear(hidden, weight).log_softmax(-1, dtype=torch.float32)
-    chosen = logp.gather(-1, target_ids[..., None]).squeeze(-1)
-    return chosen, logp.exp().mul_(logp).sum(-1).neg_()
-
-
-def chunked_statistics(hidden: torch.Tensor, weight: torch.Tensor, target_ids: torch.Tensor) -> Statistics:
-    """The same for CHUNK rows at a time: (N,) each."""
-    chunks = zip(hidden.flatten(0, 1).split(CHUNK), target_ids.flatten().split(CHUNK), strict=True)
-    logp, entropy = zip(*(eager_statistics(h, weight, y) for h, y in chunks), strict=True)
-    return torch.cat(logp), torch.cat(entropy)
-
-
-def eager_head() -> LossHead:
-    def logp(hidden, weight, target_ids) -> torch.Tensor:
-        log_p = linear(hidden, weight).log_softmax(-1, dtype=torch.float32)
-        return log_p.gather(-1, target_ids[..., None]).squeeze(-1)
-
-    return LossHead(eager_statistics, weighted(logp), "logits of the response positions only, as with logits_to_keep")
-
-
-def _liger_version() -> str:
-    return f"liger-kernel {version('liger-kernel')}"
-
-
-def liger_head() -> LossHead:
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-    nll = LigerFusedLinearCrossEntropyLoss(reduction="none")
-    student = weighted(lambda hidden, weight, target_ids: -nll(weight, hidden.flatten(0, 1), target_ids.flatten()))
-    note = "the student by reduction='none', which takes token weights; it gives no entropy"
-    return LossHead(chunked_statistics, student, f"{_liger_version()}; {note}: {TEACHER}")
-
-
-def liger_mean_head() -> LossHead:
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-    mean = LigerFusedLinearCrossEntropyLoss()
-
-    def loss(hidden, weight, target_ids, advantages, teacher) -> torch.Tensor:
-        return mean(weight, hidden.flatten(0, 1), target_ids.flatten())
-
-    note = "another loss, a uniform mean without token weights"
-    return LossHead(chunked_statistics, loss, f"{_liger_version()}; {note}; {TEACHER}")
-
-
-def liger_scaled_head() -> LossHead:
-    if torch.cuda.is_available() and importlib.util.find_spec("cutlass") is None:  # only then does its Hopper path run
-        raise ModuleNotFoundError(name="nvidia-cutlass-dsl")
-    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as Scaled
-
-    def teacher(hidden, weight, target_ids) -> Statistics:
-        nll, entropy = Scaled.apply(hidden.flatten(0, 1), weight, target_ids.flatten(), return_entropy=True)
-        return -nll, entropy
-
-    student = weighted(
-        lambda hidden, weight, target_ids: -Scaled.apply(hidden.flatten(0, 1), weight, target_ids.flatten())
-    )
-    note = "teacher and student through the fused kernel; bfloat16 entropy"
-    return LossHead(teacher, student, f"{_liger_version()}; {note}")
-
-
-def ours_head() -> LossHead:
-    def loss(hidden, weight, target_ids, advantages, teacher_hidden) -> torch.Tensor:
-        return fused_egrsd_loss(
-            hidden, weight, teacher_hidden, target_ids, advantages, gamma=GAMMA, lookahead=LOOKAHEAD
-        )
-
-    return LossHead(lambda hidden, weight, target_ids: hidden, loss)
-
-
-HEADS: dict[str, Callable[[], LossHead]] = {
-    "eager": eager_head,
-    "liger": liger_head,
-    "liger-mean": liger_mean_head,
-    "liger-scaled": liger_scaled_head,
-    "ours": ours_head,
-}

@@ -1,7 +1,10 @@
-"""Pictures of a result file: time and memory of a step against the number of tokens and against the hidden size; what
-sparse gradients cost at each tolerance; or how sparse a language model's softmax rows are, and how it trains with them.
+"""Pictures of a result file: time and memory of the head's step against the number of tokens and the hidden size; the
+time of a whole update by way; divergences over their bare products; what sparse gradients cost at each tolerance; or
+how sparse a language model's softmax rows are, and how it trains with them.
 
     python -m benchmarks.plots benchmarks/results/compare-h100.json --output benchmarks/results
+    python -m benchmarks.plots benchmarks/results/end_to_end-h200.json --output benchmarks/results
+    python -m benchmarks.plots benchmarks/results/divergence-h200.json --output benchmarks/results
     python -m benchmarks.plots benchmarks/results/sparse-h200.json --output benchmarks/results
     python -m benchmarks.plots benchmarks/results/language_model-h100.json --output benchmarks/results
 
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 from pathlib import Path
 
 import matplotlib
@@ -23,7 +27,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from benchmarks.table import model
+from benchmarks.markdown import model
+from benchmarks.updates import WAYS
 
 # Okabe and Ito's palette, which the colour-blind can tell apart: one colour a package, one marker a peer,
 # filled for the package's first.
@@ -151,6 +156,82 @@ def draw(report: dict, figure: str, quantity: str, against: str, path: Path) -> 
     plt.close(canvas)
 
 
+OURS, OTHERS = "#0072B2", "#999999"
+
+
+def draw_updates(report: dict, path: Path, shapes: tuple[str, ...] = ("1.7b", "4b")) -> None:
+    """The time of an update by way, one panel a shape; ways that came to nothing say why."""
+    panels = {
+        shape: {row["way"]: row for row in report["rows"] if (row["shape"], row["setting"]) == (shape, "")}
+        for shape in shapes
+    }
+    panels = {shape: rows for shape, rows in panels.items() if rows}
+    ways = [way for way in WAYS if any(way in rows for rows in panels.values())]
+    height = 1.6 + 0.31 * len(ways)
+    canvas, grid = plt.subplots(1, len(panels), figsize=(5.6 * len(panels), height), squeeze=False, sharey=True,
+                                layout="constrained")  # fmt: skip
+    for axes, (shape, rows) in zip(grid[0], panels.items(), strict=True):
+        times = [rows.get(way, {}).get("ms") for way in ways]
+        colours = [OURS if WAYS[way].title.startswith("ours") else OTHERS for way in ways]
+        axes.barh(range(len(ways)), [time or 0.0 for time in times], color=colours, height=0.7)
+        largest = max((time for time in times if time), default=1.0)
+        for place, (way, time) in enumerate(zip(ways, times, strict=True)):
+            text = f"{time:,.0f}" if time else str(rows.get(way, {}).get("error", "not measured"))[:44]
+            axes.text((time or 0.0) + 0.01 * largest, place, text, va="center", fontsize=8, color="#222222")
+        products = [row["products_ms"] for row in rows.values() if "ms" in row]
+        if products:
+            label = "bare matrix products of the layers"
+            axes.axvline(statistics.median(products), color="#D55E00", linestyle=":", linewidth=1.6, label=label)
+        axes.set(xlim=(0, 1.14 * largest), title=shape.upper(), yticks=range(len(ways)))
+        axes.set_yticklabels([WAYS[way].title for way in ways], fontsize=9)
+        axes.set_xlabel("ms per update", fontsize=9)
+        axes.title.set_fontsize(10)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.grid(axis="x", alpha=0.3, linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    grid[0, 0].invert_yaxis()
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    canvas.legend(handles, labels, fontsize=8, frameon=False, loc="outside lower right")
+    given = report["settings"]
+    rollouts = f"{given['groups']} groups of {given['group']} rollouts, {report['device']}"
+    canvas.suptitle(f"An EGRSD update, without generation: LoRA, bfloat16,\n{rollouts}", fontsize=10)
+    canvas.savefig(path, dpi=130)
+    plt.close(canvas)
+
+
+DIVERGENCES = {"ours": ("egrsd_kernels", OURS), "trl": ("TRL", "#D55E00"), "liger": ("Liger, mean", "#009E73"),
+               "compile": ("torch.compile", "#E69F00"), "eager": ("eager", OTHERS)}  # fmt: skip
+KINDS = {"reverse_kl": "reverse KL", "forward_kl": "forward KL", "jsd": "JSD"}
+
+
+def draw_divergences(report: dict, path: Path) -> None:
+    """Time over the bare products with a frozen head, one panel a shape."""
+    shapes = report["shapes"]
+    canvas, grid = plt.subplots(1, len(shapes), figsize=(3.6 * len(shapes), 3.4), squeeze=False, sharey=True,
+                                layout="constrained")  # fmt: skip
+    width = 0.8 / len(DIVERGENCES)
+    for axes, entry in zip(grid[0], shapes, strict=True):
+        rows = {(row["kind"], row["made_by"]): row for row in entry["rows"] if not row["trained"]}
+        for number, (made_by, (label, colour)) in enumerate(DIVERGENCES.items()):
+            found = [rows.get((kind, made_by), {}).get("ratio", 0.0) for kind in KINDS]
+            at = [place + (number - (len(DIVERGENCES) - 1) / 2) * width for place in range(len(KINDS))]
+            axes.bar(at, found, width=width, color=colour, label=label)
+            for x, ratio in zip(at, found, strict=True):
+                axes.text(x, ratio + 0.03, f"{ratio:.2f}" if ratio else "–", ha="center", fontsize=6, rotation=90)
+        axes.axhline(1.0, color="#222222", linestyle=":", linewidth=1)
+        axes.set_xticks(range(len(KINDS)), KINDS.values(), fontsize=8)
+        axes.set_title(f"{model(entry['hidden_size'])}, N = {entry['tokens']:,}", fontsize=9)
+        axes.margins(y=0.15)
+    grid[0, 0].set_ylabel("forward and backward, over the bare products", fontsize=8)
+    grid[0, -1].legend(fontsize=7, frameon=False)
+    first = shapes[0]
+    about = f"V = {first['vocabulary']:,}, {first['dtype']}, {report['device']}"
+    canvas.suptitle(f"Divergences over the full vocabulary, frozen head, {about}", fontsize=10)
+    canvas.savefig(path, dpi=130)
+    plt.close(canvas)
+
+
 def draw_sparse(report: dict, path: Path) -> None:
     """Sparse steps beside exact ones, and the tokens made exactly all the same, over the tolerance."""
     shapes = [entry for entry in report["shapes"] if entry["data"] == "peaked"]
@@ -216,13 +297,17 @@ def draw_sparsity(report: dict, path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="JSON of benchmarks.compare, .sparse or .language_model")
+    parser.add_argument("results", type=Path, help="JSON of a benchmark")
     parser.add_argument("--output", type=Path, required=True, help="folder of the PNGs")
     args = parser.parse_args(argv)
     report = json.loads(args.results.read_text(encoding="utf-8"))
     args.output.mkdir(parents=True, exist_ok=True)
     if "sparsity" in report:
         return draw_sparsity(report, args.output / "sparsity.png")
+    if "rows" in report:
+        return draw_updates(report, args.output / "end_to_end.png")
+    if "accuracy" in report["shapes"][0]:
+        return draw_divergences(report, args.output / "divergence.png")
     if "runs" not in report:
         return draw_sparse(report, args.output / "sparse.png")
     for figure in ("frozen", "trained"):

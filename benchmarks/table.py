@@ -1,4 +1,4 @@
-"""The figures in README.md, benchmarks/README.md and docs/models.md, from the committed result files.
+"""The figures in README.md, benchmarks/README.md and docs/, from the committed result files.
 
 python -m benchmarks.table            # rewrites them between their performance markers
 python -m benchmarks.table --check    # fails where that would change one
@@ -15,7 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.compare import FLOORS
-from benchmarks.data import HIDDEN_SIZES
+from benchmarks.markdown import commands_of, commits_of, model, number, power, table
+from benchmarks.performance import performance
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
@@ -23,27 +24,6 @@ OURS = "ours"
 DETAILED = {(4096, 16384), (2560, 16384), (4096, 4096), (2560, 4096)}  # (D, N) with every peer
 SUMMARY = (4096, 16384)  # (D, N) of the README's rows
 HEADINGS = ("statistics", "frozen head", "trained head", "peak, MiB", "log p, nat", "gradient", "cannot")
-
-
-def table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    headings = list(headings)
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def number(value: float) -> str:
-    """With three digits."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-
-
-def power(value: float | None) -> str:
-    """1.4e-4, or nothing."""
-    return "" if value is None else re.sub(r"e([+-])0*(\d)", r"e\1\2", f"{value:.1e}").replace("e+", "e")
-
-
-def model(size: int) -> str:
-    names = [name.upper() for name, known in HIDDEN_SIZES.items() if known == size]
-    return f"{names[0]} (D = {size})" if names else f"D = {size}"
 
 
 def _time(row: dict, figure: str) -> str:
@@ -108,16 +88,6 @@ def overview(shapes: dict[tuple[int, int], dict]) -> str:
     return table(["", *(f"N = {n:,}" for n in tokens)], rows)
 
 
-def commits_of(runs: list[dict]) -> str:
-    commits = dict.fromkeys(run["commit"][:7] for run in runs)
-    return f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
-
-
-def commands_of(runs: list[dict], path: Path) -> str:
-    commands = dict.fromkeys(f"{run['command']} --output benchmarks/results/{path.name}" for run in runs)
-    return "```sh\n" + "\n".join(commands) + "\n```"
-
-
 def provenance(report: dict, path: Path) -> list[str]:
     """The machine, the versions, the commits and the commands."""
     latest = report["runs"][-1]
@@ -164,40 +134,6 @@ def compare_section(path: Path) -> list[str]:
             overview(flat),
         ]
     return blocks + provenance(report, path)
-
-
-def _largest(row: dict) -> str:
-    """The largest batch; as a bound where the search ended before it was close to one that failed."""
-    tokens, fits, fails = (row.get(name) for name in ("largest_batch_tokens", "largest_rollouts", "failing_rollouts"))
-    if tokens is None:
-        return "–"
-    return f"{tokens:,}" if fails is not None and fails <= 1.05 * fits else f"≥ {tokens:,}"
-
-
-def end_to_end_section(path: Path) -> list[str]:
-    report = json.loads(path.read_text(encoding="utf-8"))
-    headings = ("model", "layers", "loss head", "tokens", "step, ms", "peak, MiB", "largest batch, tokens", "")
-    rows = []
-    for row in report["rows"]:
-        counts = (row.get(name) for name in ("tokens", "step_ms", "peak_mib"))
-        cells = ("–" if value is None else f"{value:,.0f}" for value in counts)
-        rows.append(
-            [
-                row["model"].upper(),
-                str(row["layers"]),
-                row["variant"],
-                *cells,
-                _largest(row),
-                row.get("note") or row.get("error") or "",
-            ]
-        )
-    return [
-        "A whole optimiser step (teacher, student, loss, backward, AdamW on LoRA adapters) on one "
-        f"{report['device']}, {commits_of(report['rows'])}:",
-        table(headings, rows),
-        "To rerun:",
-        commands_of(report["rows"], path),
-    ]
 
 
 def losses_section(path: Path) -> list[str]:
@@ -248,12 +184,60 @@ def trl_head_section(path: Path) -> list[str]:
     ]
 
 
+KINDS_OF_DIVERGENCE = {"reverse_kl": "reverse KL", "forward_kl": "forward KL", "jsd": "JSD"}
+MAKERS = {
+    "ours": "**egrsd_kernels**", "trl": "TRL ChunkedDivergenceFunction", "liger": "Liger fused linear JSD, mean",
+    "compile": "torch.compile, chunked and checkpointed", "eager": "PyTorch eager, full logits",
+}  # fmt: skip
+
+
+def divergence_section(path: Path) -> list[str]:
+    report = json.loads(path.read_text(encoding="utf-8"))
+    shapes = report["shapes"]
+
+    def cell(row: dict) -> str:
+        if "ms" not in row:
+            return row["note"].replace("|", "/")
+        off = power(row["error"]["dhidden_worst_row"])
+        return f"{number(row['ms'])} ms, {row['ratio']:.2f} ×, {row['peak_mib'] or 0:,.0f} MiB, {off}"
+
+    def name(row: dict) -> str:
+        head = "frozen" if not row["trained"] else "trained, all kept" if row["kept"] else "trained"
+        return f"{KINDS_OF_DIVERGENCE[row['kind']]}, {head}: {MAKERS[row['made_by']]}"
+
+    found = [{name(row): row for row in shape["rows"]} for shape in shapes]
+    headings = [f"{model(shape['hidden_size'])}, N = {shape['tokens']:,}" for shape in shapes]
+    kinds = [(row["kind"], row["teacher"]) for row in shapes[0]["accuracy"] if row["made_by"] == "ours"]
+    accuracy = []
+    for kind, teacher in kinds:
+        cells = [f"{KINDS_OF_DIVERGENCE[kind]}, {teacher}"]
+        for shape in shapes:
+            ours, trls = (row for row in shape["accuracy"] if (row["kind"], row["teacher"]) == (kind, teacher))
+            errors = (row.get("error", {}) for row in (ours, trls))
+            pairs = [(e.get("divergence_mean_nat"), e.get("dhidden_worst_row")) for e in errors]
+            off = (" / ".join(power(pair[i]) or "–" for pair in pairs) for i in range(2))
+            cells.append(f"{power(ours['mean_nat'])} nat: {'; '.join(off)}")
+        accuracy.append(cells)
+    return [
+        "A full-vocabulary divergence of student and teacher with one head, forward and backward, with a weight for "
+        "each token (Liger: a mean), over the bare products of the same run, 3 for a frozen head and 4 for a trained "
+        f"one; the peak above the operands; and the worst row's error of the hidden gradient. One {report['device']}, "
+        f"{shapes[0]['dtype']}, V = {shapes[0]['vocabulary']:,}:",
+        table(["", *headings], [[row, *(cell(rows[row]) for rows in found)] for row in found[0]]),
+        "How far it is from float64 by the distance of the teacher: the mean divergence, and off by, ours / TRL's, its "
+        "mean (nats) and the worst row of the hidden gradient (relative):",
+        table(["", *headings], accuracy),
+        f"Commit {report['commit']}. All figures: [{path.name}](results/{path.name}). To rerun:",
+        commands_of([report], path),
+    ]
+
+
 def section(results: Path) -> str:
     """What stands in benchmarks/README.md; the same result files give the same text."""
     blocks = [block for path in sorted(results.glob("compare-*.json")) for block in compare_section(path)]
     blocks += [block for path in sorted(results.glob("losses-*.json")) for block in losses_section(path)]
     blocks += [block for path in sorted(results.glob("trl_head-*.json")) for block in trl_head_section(path)]
-    blocks += [block for path in sorted(results.glob("end_to_end-*.json")) for block in end_to_end_section(path)]
+    blocks += [block for path in sorted(results.glob("divergence-*.json")) for block in divergence_section(path)]
     return "\n\n".join(blocks)
 
 
@@ -322,6 +306,7 @@ def _reason(row: dict) -> str:
 
 
 PLACES = {"README.md": summary, "benchmarks/README.md": section, "docs/models.md": models}
+PAGES = {"docs/performance.md": performance}  # made as a whole, and only where there are results
 
 
 def replaced(text: str, new: str, begin: str = BEGIN, end: str = END) -> str:
@@ -344,6 +329,12 @@ def main(argv: list[str] | None = None) -> None:
         if not args.check:
             (args.root / name).write_text(new, encoding="utf-8")
         elif new != text:
+            sys.exit(f"{name} is out of date: run python -m benchmarks.table")
+    for name, whole in PAGES.items():
+        page, new = args.root / name, whole(args.results)
+        if not args.check and new:
+            page.write_text(new, encoding="utf-8")
+        elif args.check and new != (page.read_text(encoding="utf-8") if page.exists() else ""):
             sys.exit(f"{name} is out of date: run python -m benchmarks.table")
 
 

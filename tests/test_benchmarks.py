@@ -15,6 +15,7 @@ from benchmarks import compare, losses, measure, plots, sparse, table, trl_head
 from benchmarks.data import GENERATORS, head_weight, summary, teacher_hidden
 from benchmarks.peers import PEERS, Calls, Peer, without_parents
 from benchmarks.problem import Exact, Problem, Step, wrong
+from benchmarks.updates import WAYS
 from egrsd_kernels.backends import triton as triton_backend
 from egrsd_kernels.backends.triton import sparse as sparse_kernels
 
@@ -415,17 +416,71 @@ def test_the_readme_has_three_rows_of_figures(results):
     assert table.summary(results) == ""
 
 
-def test_table_of_other_shapes_and_end_to_end(results):
+def test_table_of_other_shapes(results):
     (results / "compare-gpu.json").write_text(json.dumps(synthetic(sizes=(1024,), tokens=(1024,))))
-    row = {"model": "4b", "layers": 36, "variant": "ours", "tokens": 16384, "step_ms": 1234.4, "peak_mib": 4567.8}
-    row |= {"commit": "0123456789", "command": "python -m benchmarks.end_to_end"}
-    report = {"device": "GPU", "rows": [row | {"largest_batch_tokens": None, "note": "x"}]}
-    (results / "end_to_end-gpu.json").write_text(json.dumps(report))
-    text = table.section(results)
-    assert "| 0.6B (D = 1024) | 1.10 / 1.10; 1.82 / 1.82; 1.09 / 1.09 |" in text
-    assert "| 4B | 36 | ours | 16,384 | 1,234 | 4,568 | – | x |" in text
-    assert "commit 0123456:" in text
-    assert "python -m benchmarks.end_to_end --output benchmarks/results/end_to_end-gpu.json" in text
+    assert "| 0.6B (D = 1024) | 1.10 / 1.10; 1.82 / 1.82; 1.09 / 1.09 |" in table.section(results)
+
+
+def updates_report() -> dict:
+    """Every way at 1.7B, the n-th in n · 100 ms, two of which failed; two of them elsewhere."""
+    figure = {
+        "tokens": 16000,
+        "products_ms": 50.0,
+        "peak_gib": 20.0,
+        "above_weights_gib": 16.0,
+        "kept": True,
+        "size": 8,
+    }
+    profile = {"busy_ms": 60.0, "launches": 30,
+               "kinds": [{"kind": "matrix products", "ms": 45.0, "launches": 20},
+                         {"kind": "attention", "ms": 15.0, "launches": 10}]}  # fmt: skip
+    rows = []
+
+    def add(shape: str, way: str, setting: str = "", **found) -> None:
+        cell = "/".join(filter(None, (shape, way, setting)))
+        row = {"cell": cell, "shape": shape, "way": way, "setting": setting, "commit": "0123456789", "command": "go"}
+        rows.append(row | found)
+
+    for n, way in enumerate(WAYS, 1):
+        time = {"ms": 100.0 * n, "tokens_per_second": 16e4 / n, "over_products": 2.0 * n}
+        add("1.7b", way, **figure, **time, **({"profile": profile} if way == "trl" else {}))
+    for n, error in ((1, "status -11: a|b"), (4, "out of memory")):
+        rows[n] = {name: value for name, value in rows[n].items() if isinstance(value, str)} | {"error": error}
+    for way, ms in (("trl", 600.0), ("prefix-compiled", 80.0)):
+        add("8b", way, "grpo", **figure, ms=ms, tokens_per_second=1.0, over_products=2.0)
+    add("1.7b", "trl", "largest", largest_rollouts=123)
+    settings = {"groups": 4, "group": 8, "prompt": 300, "solution": 600, "response": 1024, "layers": None, "gib": 78.0}
+    machine = {"device": "GPU", "torch": "2.11", "triton": "3.6", "driver": "1.2", "packages": {"trl": "1.16.0"}}
+    return machine | {"settings": settings, "rows": rows}
+
+
+def test_the_page_on_whole_updates(tmp_path, results, pages):
+    options = ["--root", str(tmp_path), "--results", str(results)]
+    page = tmp_path / "docs" / "performance.md"
+    table.main(options)
+    assert not page.exists()  # as long as there is nothing to say
+    (results / "end_to_end-gpu.json").write_text(json.dumps(updates_report()))
+    with pytest.raises(SystemExit, match=r"^docs/performance\.md is out of date"):
+        table.main([*options, "--check"])
+    table.main(options)
+    table.main([*options, "--check"])
+    text = page.read_text()
+    assert "4 groups of 8 rollouts" in text and "500 tokens on average" in text
+    assert "| TRL | 100 | 1.00 | 160,000 | 2.00 × | 16.0 / 20.0 | kept, 8 | 123 |" in text
+    assert "| **ours, one prefix, compiled** | 1,100 | 11.00 | 14,545 | 22.00 × | 16.0 / 20.0 | kept, 8 | – |" in text
+    assert "Not measured: TRL, torch_compile (status -11: a/b); Unsloth (out of memory)." in text
+    assert "| 8B, GRPO | 600 ms | 80 ms | **7.5 ×** | 2.00 × / 2.00 × |" in text
+    assert "| 1.7B, TRL: 100 ms | ms | of the update | launches |" in text
+    assert "| matrix products | 45.0 | 45 % | 20 |" in text and "| the GPU waits | 40.0 | 40 % |  |" in text
+    assert "trl 1.16.0; commit 0123456." in text and "(../benchmarks/results/end_to_end-gpu.json)" in text
+    assert "\ngo --output benchmarks/results/end_to_end-gpu.json\n" in text
+
+
+def test_the_picture_of_whole_updates(tmp_path):
+    path = tmp_path / "end_to_end-gpu.json"
+    path.write_text(json.dumps(updates_report()))
+    plots.main([str(path), "--output", str(tmp_path)])
+    assert (tmp_path / "end_to_end.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_page_without_markers_is_refused():

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from egrsd_kernels import linear_divergence
+from egrsd_kernels import Head, linear_divergence
 from reference import divergence as exact_divergence
 from tests.support import bfloat16
 from tests.support.cases import Draw, draw_head, draw_hidden
@@ -105,3 +105,22 @@ def test_row_by_row(monkeypatch, combo, kind):
             assert_within(
                 "head's gradient", (leaves[1].grad.cpu().double() - head).norm(), 0 * rows[0], 5e-3 * head.norm()
             )
+
+
+@pytest.mark.parametrize("combo", [*CPU_COMBOS[1:5], *CUDA_COMBOS[:3]])
+@pytest.mark.parametrize("excluding", ["student", "teacher"])
+@pytest.mark.parametrize("beta", [0.5, 0.9])
+def test_a_jsd_of_what_one_model_excludes(combo, excluding, beta):
+    """An entry that the other finds likely makes it as large as it gets: exact, not finite alone."""
+    draw = Draw(3)
+    head, hidden = draw.normal(70, 24) / 4, draw.normal(2, 6, 24)
+    heads = {"student": draw.normal(70), "teacher": draw.normal(70)}
+    heads[excluding][9], heads["teacher" if excluding == "student" else "student"][9] = -math.inf, 3.0
+    hidden, head = (x.to(combo.device, combo.dtype) for x in (hidden, head))
+    biases = [heads[name].to(combo.device, combo.dtype) for name in ("student", "teacher")]
+    got = linear_divergence(
+        hidden[0], Head(head, biases[0]), hidden[1], Head(head, biases[1]), kind="jsd", beta=beta, backend=combo.backend
+    )
+    logits = [x.double() @ head.double().T + bias.double() for x, bias in zip(hidden, biases, strict=True)]
+    want = exact_divergence(*logits, "jsd", beta)
+    assert_within("divergence", got, want, 1e-3 * want.cpu())

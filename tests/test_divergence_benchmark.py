@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import divergence
+from benchmarks import divergence, plots, table
 
 OPTIONS = ["--device", "cpu", "--shapes", "64:96", "--vocabulary", "500", "--rounds", "3", "--budget", "0.001"]
 
@@ -33,6 +33,12 @@ def test_beside_the_bare_products(tmp_path, capsys):
             assert row["error"]["dhidden_relative"] < 5e-3
     assert {row["teacher"] for row in entry["accuracy"]} == {*divergence.NOISE, "targets moved"}
     assert "reverse_kl, frozen: ours" in capsys.readouterr().out
+    shown = "\n".join(table.divergence_section(tmp_path / "divergence.json"))
+    ours = entry["rows"][0]
+    assert f"| reverse KL, frozen: **egrsd_kernels** | {table.number(ours['ms'])} ms, {ours['ratio']:.2f} ×" in shown
+    assert "reverse KL, targets moved" in shown and "(results/divergence.json)" in shown
+    plots.main([str(tmp_path / "divergence.json"), "--output", str(tmp_path)])
+    assert (tmp_path / "divergence.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow

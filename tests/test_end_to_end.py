@@ -1,7 +1,10 @@
-"""The end-to-end benchmark at a size that a CPU can take: its variants compute one loss, and its rows add up."""
+"""The benchmark of a whole update at a size that a CPU can take: each way does the same work, and rows add up."""
 
+from __future__ import annotations
+
+import argparse
 import json
-import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,165 +12,278 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from benchmarks import end_to_end, peers
-from benchmarks.end_to_end import Batch, Lengths, build_policy, largest_batch, merge, qwen3_config
-from benchmarks.measure import Stopwatch
-from benchmarks.peers import HEADS
+from benchmarks import end_to_end, updates
+from benchmarks.end_to_end import CELLS, Cell, largest_batch, merged
+from benchmarks.measure import version
+from benchmarks.rollouts import Rollouts
+from benchmarks.updates import WAYS, Plan, Task
+from tests.support.tree_attention import dense, on_cpus
 
-TINY = {
-    "vocab_size": 500,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-}
-LENGTHS = Lengths(prompt=5, solution=4, response=9)
 CPU = torch.device("cpu")
+SMALL = "--device cpu --groups 2 --group 4 --prompt 9 --solution 7 --response 32 --repeats 2 --commit abc"
 
 
-@pytest.fixture(scope="module", params=["tied", "untied"])
-def policy(request):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(end_to_end.SHAPES, "tiny", {**TINY, "tie_word_embeddings": request.param == "tied"})
-        return build_policy(qwen3_config("tiny"), "cpu", torch.float32)
+@pytest.fixture(autouse=True)
+def _by_segments_on_one_core(monkeypatch) -> Iterator[None]:
+    monkeypatch.setattr(end_to_end, "release", lambda device: None)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with on_cpus():
+        yield
+    torch.set_num_threads(before)
+
+
+def arguments(more: str = "") -> argparse.Namespace:
+    return end_to_end.parse([*SMALL.split(), *more.split(), "--output", "unused.json"])
+
+
+def flash_attention(query, key, value, cu_queries, cu_keys, longest_query, longest_key, softmax_scale, **_):
+    """PyTorch's, a segment after another, aligned at the last key."""
+    out = []
+    for n in range(len(cu_queries) - 1):
+        q, k = slice(*cu_queries[n : n + 2].tolist()), slice(*cu_keys[n : n + 2].tolist())
+        assert q.stop - q.start <= longest_query and k.stop - k.start <= longest_key
+        seen = torch.arange(k.stop - k.start) <= torch.arange(k.stop - k.start)[q.start - q.stop :, None]
+        out.append(dense(query[q], key[k], value[k], seen, softmax_scale))
+    return torch.cat(out)
 
 
 @pytest.fixture
-def tiny(monkeypatch):
-    monkeypatch.setitem(end_to_end.SHAPES, "tiny", TINY)
-    return ["--models", "tiny", "--device", "cpu", "--dtype", "float32", "--rollouts", "2", "--steps", "2"] + [
-        argument for name, length in LENGTHS._asdict().items() for argument in (f"--{name}", str(length))
+def made(monkeypatch) -> list[torch.nn.Module]:
+    """The models that updates build."""
+    models, own = [], updates.build
+
+    def build(*args, **kwargs):
+        models.append(own(*args, **kwargs))
+        return models[-1]
+
+    monkeypatch.setattr(updates, "build", build)
+    monkeypatch.setattr(updates, "flash_attention", flash_attention)
+    return models
+
+
+def once(way: str, objective: str, plan: Plan, made: list[torch.nn.Module]) -> tuple[updates.Seen, torch.Tensor]:
+    """What an update sees, and its gradients."""
+    task = Task("tiny", objective, Rollouts.random(500, 2, 4, 9, 7, 32), CPU)
+    update = WAYS[way].make(task, plan)
+    update()
+    seen = update()  # gradients are made anew
+    found = [parameter.grad.flatten() for parameter in made[-1].parameters() if parameter.requires_grad]
+    assert len(found) == 2 * 7 * 2  # A and B of seven projections in two layers
+    return seen, torch.cat(found)
+
+
+OURS = [("padded", Plan(False, 4)), ("packed", Plan(True, 60)), ("prefix", Plan(False, 1000))]
+TRLS = [("trl", Plan(True, 8)), ("trl", Plan(False, 2)), ("trl-trie", Plan(True, 1000)), ("trl-trie", Plan(False, 80))]
+COMPILED = [("padded-compiled", Plan(True, 4)), ("packed-compiled", Plan(True, 60)), ("trl-compiled", Plan(True, 4))]
+
+
+@pytest.mark.parametrize("objective", ["egrsd", pytest.param("grpo", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("way", "plan"),
+    [*OURS, *TRLS[:1], *TRLS[2:3], *(pytest.param(*case, marks=pytest.mark.slow) for case in (*TRLS[1::2], *COMPILED))],
+    ids=lambda value: value if isinstance(value, str) else f"{'kept' if value.kept else 'again'} {value.size}",
+)
+def test_every_way_does_the_same_work(way, plan, objective, made, monkeypatch):
+    if way.startswith("trl"):
+        packing = pytest.importorskip("trl.experimental.async_grpo.packing", reason="needs TRL 1.16 or newer")
+        monkeypatch.setattr(packing, "_flash_attn", packing._flash_attn)  # as it was, after
+    if WAYS[way].compiled:
+        monkeypatch.setattr(torch, "compile", lambda model, *_, **__: model)
+        monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+    wanted, expected = once("padded", objective, Plan(True, 8), made)
+    seen, gradient = once(way, objective, plan, made)
+    # bfloat16 keeps 8 bits; log p is 6.2 nat, and what stands on it no more.
+    for one, other in zip(seen[1:], wanted[1:], strict=True):
+        assert (one - other).abs().max() <= 6.2 * 2**-8
+    assert wanted.student_logp.max() < 0 and (wanted.teacher_logp.max() < 0) == (objective == "egrsd")
+    assert (gradient - expected).norm() <= 0.03 * expected.norm() > 0
+
+
+def test_rollouts_of_a_group_share_a_prompt_and_nothing_is_shared_apart():
+    rollouts = Rollouts.random(500, 2, 3, 9, 7, 32)
+    assert rollouts.lengths.max() == 32 and rollouts.prompts[0] is rollouts.prompts[2] is not rollouts.prompts[3]
+    assert rollouts.tokens(torch.tensor([1])).tolist() == list(range(32, 32 + int(rollouts.lengths[1])))
+    rows = rollouts.rows(teacher=False)
+    asked = [torch.arange(len(row)) >= 9 for row in rows]
+    lengths = [
+        sum(map(len, packs))
+        for packs in (updates.apart(rows, 1000, asked), updates.pack_rows(rows, budget=1000, targets=asked))
     ]
+    assert lengths == [sum(map(len, rows)), sum(map(len, rows)) - 2 * 2 * 9]
 
 
-def loss_and_gradients(policy, variant):
-    policy.reset()
-    policy.model.zero_grad()
-    batch = Batch.random(TINY["vocab_size"], 3, LENGTHS, "cpu")
-    loss = end_to_end.compute_loss(policy, HEADS[variant](), batch, Stopwatch(CPU))
-    loss.backward()
-    return loss.detach(), [parameter.grad for parameter in policy.adapters]
+def test_the_bare_products_count_no_token_twice(monkeypatch):
+    task = Task("tiny", "egrsd", Rollouts.random(500, 2, 4, 9, 7, 32), CPU)
+    tokens = int(task.rollouts.lengths.sum())
+    count = []
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda x, weight: count.append(x.shape[0] * weight.numel()))
+    layers, run = updates.bare_products(task)
+    run()
+    assert layers == 2
+    weights = 64 * 16 * (4 + 2 + 2 + 4) + 3 * 64 * 96
+    assert sum(count) == weights * (2 * (2 * 9 + tokens) + (2 * 16 + tokens))
 
 
-def test_eager_and_ours_agree(policy):
-    loss, gradients = loss_and_gradients(policy, "ours")
-    expected_loss, expected = loss_and_gradients(policy, "eager")
-    assert len(gradients) == 2 * 7 * 2  # A and B of seven projections in two layers
-    assert loss.abs() > 1e-3
-    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-6)
-    for gradient, wanted in zip(gradients, expected, strict=True):
-        assert wanted.norm() > 0
-        assert (gradient - wanted).norm() <= 2e-5 * wanted.norm()
+# ----------------------------------------------------------------------------------------------------------------- rows
 
 
-def test_the_teacher_differs_from_the_student(policy):
-    batch = Batch.random(TINY["vocab_size"], 2, LENGTHS, "cpu")
-    with torch.no_grad():
-        student = policy.hidden(batch.student_ids, LENGTHS.response)
-        with policy.model.disable_adapter():
-            without_adapters = policy.hidden(batch.student_ids, LENGTHS.response)
-            teacher = policy.hidden(batch.teacher_ids, LENGTHS.response)
-    assert student.shape == teacher.shape == (2, LENGTHS.response, TINY["hidden_size"])
-    assert (student - without_adapters).abs().max() > 1e-3
-    assert (teacher - without_adapters).abs().max() > 1e-3
+def measured(name: str, more: str = "") -> dict:
+    rows = []
+    args = arguments(more)
+    end_to_end.measure(Cell.of(name), args, rows.append)
+    return rows[-1]
 
 
-def test_the_eager_logits_are_those_of_transformers(policy):
-    batch = Batch.random(TINY["vocab_size"], 2, LENGTHS, "cpu")
-    positions = torch.arange(LENGTHS.prompt - 1, LENGTHS.prompt + LENGTHS.response - 1)
-    with torch.no_grad():
-        expected = policy.model(input_ids=batch.student_ids, logits_to_keep=positions, use_cache=False).logits
-        logits = policy.head(policy.hidden(batch.student_ids, LENGTHS.response))
-    torch.testing.assert_close(logits, expected)
+def test_a_row():
+    row = measured("tiny/prefix")
+    assert row["rollouts"] == 8 and row["kept"] and row["error"] is None and len(row["tried"]) == 1
+    assert 0 < row["low"] <= row["ms"] <= row["high"] and row["over_products"] == row["ms"] / row["products_ms"]
+    assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["ms"] * 1e3)
+    assert row["student_off"] < 0.02 and row["teacher_off"] < 0.02
 
 
-def test_chunks_of_teacher_logits_change_nothing(policy, monkeypatch):
-    monkeypatch.setattr(peers, "CHUNK", 4)
-    batch = Batch.random(TINY["vocab_size"], 2, LENGTHS, "cpu")
-    with torch.no_grad():
-        hidden = policy.hidden(batch.teacher_ids, LENGTHS.response)
-        expected = peers.eager_statistics(hidden, policy.head.weight, batch.target_ids)
-        chunked = peers.chunked_statistics(hidden, policy.head.weight, batch.target_ids)
-    for got, wanted in zip(chunked, expected, strict=True):
-        torch.testing.assert_close(got, wanted.flatten())
+def test_what_fits_whole_is_not_cut_up_and_else_the_fastest_counts(monkeypatch):
+    tried = []
+
+    def time_plan(cell, task, plan, exact, args):
+        tried.append(plan)
+        if plan.size > 2 and plan.kept:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return {"ms": 10.0 if plan.kept else 7.0}
+
+    monkeypatch.setattr(end_to_end, "exact_logp", lambda task: ([], []))
+    monkeypatch.setattr(end_to_end, "time_plan", time_plan)
+    row = measured("tiny/padded")
+    assert tried == [Plan(True, 4), Plan(True, 2), Plan(False, 8)]
+    assert (row["ms"], row["kept"], row["size"], row["error"]) == (7.0, False, 8, None)
+    assert [one.get("error") for one in row["tried"]] == ["out of memory", None, None]
+
+    def broken(*_):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(end_to_end, "time_plan", broken)
+    row = measured("tiny/padded")
+    assert "illegal memory access" in row["error"] and "ms" not in row
 
 
-def test_a_step_moves_the_adapters_alone(policy):
-    policy.reset()
-    policy.model.zero_grad()
-    before = {name: parameter.detach().clone() for name, parameter in policy.model.named_parameters()}
-    optimizer = torch.optim.AdamW(policy.adapters, lr=1e-3)
-    batch = Batch.random(TINY["vocab_size"], 2, LENGTHS, "cpu")
-    watch = Stopwatch(CPU)
-    end_to_end.training_step(policy, HEADS["ours"](), batch, optimizer, watch)
-    for name, parameter in policy.model.named_parameters():
-        assert torch.equal(parameter, before[name]) != ("lora_" in name), name
-    assert 0 < end_to_end.head_ms(watch) < watch.ms("start", "end")
+def test_a_way_that_sees_something_else_has_no_time(monkeypatch):
+    own = updates.pack_rows
+    monkeypatch.setattr(updates, "pack_rows", lambda rows, **options: own([row.flip(0) for row in rows], **options))
+    row = measured("tiny/prefix")
+    assert "log p of the student is off" in row["error"] and "ms" not in row
 
 
-@pytest.mark.parametrize("variant", ["eager", "ours"])
-def test_a_probe_leaves_no_gradients(policy, variant):
-    policy.model.zero_grad()
-    end_to_end.peak_step(policy, HEADS[variant](), Batch.random(TINY["vocab_size"], 2, LENGTHS, "cpu"))
-    assert all(parameter.grad is None for parameter in policy.adapters)
+@pytest.mark.skipif(version("unsloth") is not None, reason="Unsloth is installed")
+def test_a_package_that_is_missing_is_a_cells_result():
+    row = measured("tiny/unsloth")
+    assert row["error"] == "ModuleNotFoundError: No module named 'unsloth'" and "ms" not in row
 
 
-# ---------------------------------------------------------------------------------------------------------------- rows
+def test_want_of_memory_is_told_from_other_errors():
+    behind = RuntimeError("the compiler failed")
+    behind.__cause__ = torch.OutOfMemoryError("CUDA out of memory")
+    assert all(map(end_to_end.out_of_memory, [
+        torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("Triton Error [CUDA]: out of memory"), behind
+    ]))  # fmt: skip
+    assert not end_to_end.out_of_memory(RuntimeError("shapes do not match"))
+    assert not end_to_end.out_of_memory(ValueError("out of memory"))
 
 
-def test_main_writes_a_row_for_every_variant(tiny, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "liger_kernel", None)  # as if it were not installed
-    output = tmp_path / "end_to_end.json"
-    command = [*tiny, "--output", str(output), "--commit", "abc"]
+def test_kernels_by_kind():
+    kernels = [("nvjet_tst_128x256", 30.0, 400), ("void pytorch_flash::flash_fwd_kernel", 5.0, 28),
+               ("triton_red_fused_mul_7", 4.0, 60), ("_vocabulary_pass", 8.0, 2), ("Memcpy DtoD", 1.0, 9),
+               ("void at::native::vectorized_elementwise_kernel<4>", 2.0, 90), ("something", 0.5, 1)]  # fmt: skip
+    found = end_to_end.by_kind(kernels, {"_vocabulary_pass"})
+    assert found["busy_ms"] == 50.5 and found["launches"] == 590
+    assert [(one["kind"], one["launches"]) for one in found["kinds"]] == [
+        ("matrix products", 400), ("head's kernels", 2), ("attention", 28), ("compiled elementwise", 60),
+        ("eager elementwise", 90), ("copies", 9), ("other", 1),
+    ]  # fmt: skip
+
+
+def test_the_kernels_of_heads_are_known_by_name():
+    pytest.importorskip("egrsd_kernels.backends.triton.vocab")
+    assert any("vocab" in name for name in end_to_end.head_kernels())
+
+
+# ---------------------------------------------------------------------------------------------------------------- cells
+
+
+def test_the_cells():
+    names = [cell.name for cell in CELLS]
+    assert len(names) == len(set(names)) and names[0] == "1.7b/prefix-compiled"
+    for shape in ("1.7b", "4b"):  # every way at two sizes, and the extremes at the others
+        assert {cell.way for cell in CELLS if cell.shape == shape and not cell.setting} == set(WAYS)
+    assert {"8b/trl", "0.6b/prefix-compiled", "1.7b/trl/grpo", "1.7b/prefix-compiled/groups-of-16"} <= set(names)
+    assert end_to_end.chosen("4b/trl*,tiny/padded")[-1] == Cell("tiny", "padded")
+    assert {cell.way for cell in end_to_end.chosen("tiny/*")} == set(WAYS)
+    rollouts = Cell.of("tiny/trl/groups-of-16").rollouts(arguments("--solution 600"))
+    assert (
+        rollouts.prompts[0] is rollouts.prompts[7] and len(rollouts.prompts) == 8 and len(rollouts.solutions[0]) == 1000
+    )
+
+
+@pytest.mark.parametrize("name", ["3b/trl", "1.7b/fast", "1.7b/trl/sft", "1.7b"])
+def test_unknown_cells_are_refused(name, capsys):
+    with pytest.raises(SystemExit):
+        arguments(f"--cells {name}")
+    assert "--cells" in capsys.readouterr().err
+
+
+def process_of(rows: dict[str, dict], calls: list[str]):
+    def run_cell(cell, args, lane, seconds):
+        calls.append(cell.name)
+        row = {"cell": cell.name, "shape": cell.shape, "way": cell.way, "setting": "", "wall_s": 1.0} | rows[cell.name]
+        return {"environment": {"device": "GPU", "packages": {"trl": "1.16"}, "commit": "abc"}, "row": row}
+
+    return run_cell
+
+
+def test_the_file_goes_on_where_it_ended(tmp_path, monkeypatch, capsys):
+    figure = {"ms": 5.0, "tokens_per_second": 2.0, "over_products": 3.0, "kept": True, "size": 8}
+    rows, calls = {"tiny/trl": figure, "tiny/padded": {"error": "out of memory"}}, []
+    monkeypatch.setattr(end_to_end, "run_cell", process_of(rows, calls))
+    command = [*SMALL.split(), "--cells", "tiny/trl,tiny/padded", "--output", str(tmp_path / "result.json")]
     end_to_end.main(command)
-    report = json.loads(output.read_text())
-    rows = {row["variant"]: row for row in report["rows"]}
-    assert list(rows) == ["eager", "liger", "ours"]
-    assert rows["liger"]["error"] == "liger_kernel is not installed"
-    assert rows["liger"]["step_ms"] is None
-    for name in ("eager", "ours"):
-        row = rows[name]
-        assert row["error"] is None
-        assert (row["model"], row["layers"], row["rollouts"], row["tokens"]) == ("tiny", 2, 2, 18)
-        assert 0 < row["low"] <= row["step_ms"] <= row["high"]
-        assert 0 < row["head_ms"] < row["step_ms"]
-    assert rows["eager"]["loss"] == pytest.approx(rows["ours"]["loss"], abs=1e-5)
-    assert rows["eager"]["grad_norm"] == pytest.approx(rows["ours"]["grad_norm"], rel=1e-4)
-    assert "losses of eager and ours differ by" in capsys.readouterr().out
-
-    end_to_end.main([*command, "--variants", "ours", "--commit", "def"])
-    merged = json.loads(output.read_text())
-    assert [(row["variant"], row["commit"]) for row in merged["rows"]] == [
-        ("eager", "abc"),
-        ("liger", "abc"),
-        ("ours", "def"),
-    ]
+    assert "5.0 ms" in capsys.readouterr().out
+    rows["tiny/padded"] = figure | {"ms": 4.0}
+    end_to_end.main([*command, "--missing", "--lanes", "2"])
+    assert calls == ["tiny/trl", "tiny/padded", "tiny/padded"]
+    report = json.loads((tmp_path / "result.json").read_text())
+    assert {row["cell"]: row.get("ms") for row in report["rows"]} == {"tiny/trl": 5.0, "tiny/padded": 4.0}
+    assert report["device"] == "GPU" and report["rows"][0]["commit"] == "abc"
+    assert report["rows"][0]["command"].startswith(
+        "python -m benchmarks.end_to_end --cells tiny/trl,tiny/padded --repeats"
+    )
+    with pytest.raises(ValueError, match="other settings"):
+        end_to_end.main([*command, "--prompt", "10"])
+    end_to_end.main([*command, "--seconds", "0"])
+    assert "not begun" in capsys.readouterr().out and len(calls) == 3
 
 
-def test_a_variant_that_fails_costs_the_others_nothing(tiny, tmp_path, monkeypatch):
-    def broken():
-        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")
-
-    monkeypatch.setitem(HEADS, "broken", broken)
-    output = tmp_path / "end_to_end.json"
-    end_to_end.main([*tiny, "--output", str(output), "--variants", "broken,ours"])
-    first, second = json.loads(output.read_text())["rows"]
-    assert first["error"] == "out of memory"
-    assert second["error"] is None
-
-
-def test_merge_replaces_the_same_model_layers_and_variant():
-    def row(variant, layers, step_ms):
-        return {"model": "4b", "layers": layers, "variant": variant, "step_ms": step_ms}
-
-    earlier = {"device": "a", "rows": [row("eager", 36, 1.0), row("ours", 36, 2.0), row("ours", 8, 3.0)]}
-    report = {"device": "a", "rows": [row("ours", 36, 4.0)]}
-    assert [row["step_ms"] for row in merge(report, earlier)["rows"]] == [3.0, 1.0, 4.0]
-    assert merge(report, None) is report
+def test_rows_of_another_machine_are_not_mixed():
+    report = merged({}, {"environment": {"device": "A", "packages": {"trl": "1"}}, "row": {"cell": "4b/trl"}})
+    crashed = merged(report, {"environment": None, "row": {"cell": "1.7b/trl", "error": "status -11: "}})
+    assert [row["cell"] for row in crashed["rows"]] == ["1.7b/trl", "4b/trl"]
     with pytest.raises(ValueError, match="another device"):
-        merge({"device": "b", "rows": []}, earlier)
+        merged(report, {"environment": {"device": "B", "packages": {}}, "row": {"cell": "4b/padded"}})
+    older = {"environment": {"device": "A", "packages": {"trl": "0", "unsloth": "9"}}, "row": {"cell": "4b/unsloth"}}
+    both = merged(report, older)
+    assert both["packages"] == {"trl": "1", "unsloth": "9"} and both["rows"][-1]["packages"] == {"trl": "0"}
+
+
+@pytest.mark.slow
+def test_a_cell_is_a_process(tmp_path):
+    """One that runs, one whose package is missing or that cannot run here, and one whose time is over."""
+    output = tmp_path / "result.json"
+    command = [*SMALL.split(), "--output", str(output)]
+    end_to_end.main([*command, "--cells", "tiny/prefix,tiny/trl-trie", "--lanes", "2"])
+    end_to_end.main([*command, "--cells", "tiny/padded", "--cell-seconds", "0.4"])
+    rows = {row["cell"]: row for row in json.loads(output.read_text())["rows"]}
+    assert rows["tiny/prefix"]["ms"] > 0 and rows["tiny/prefix"]["commit"] == "abc"
+    assert rows["tiny/trl-trie"]["error"]  # PyTorch's FlashAttention is a GPU's
+    assert rows["tiny/padded"]["error"] == "stopped after 0 s"
 
 
 # --------------------------------------------------------------------------------------------------- the largest batch
@@ -208,42 +324,22 @@ def test_the_search_stops_when_its_time_is_over():
     assert (best, fails) == (16, None)
 
 
-def test_a_row_holds_the_largest_batch(policy, monkeypatch):
-    """The search of ``measure`` on a GPU that is made up: 100 bytes, of which a rollout takes 7."""
+def test_a_cell_of_the_largest_batch(monkeypatch):
+    """On a GPU that is made up: 100 bytes, of which a rollout takes 7."""
     sizes = []
 
-    def peak_step(policy, head, batch):
-        sizes.append(len(batch.advantages))
-        if 7 * sizes[-1] > 100:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+    def make(task, plan):
+        sizes.append(len(task.rollouts.responses))
+        assert not plan.kept and plan.size == sizes[-1]
 
-    monkeypatch.setattr(end_to_end, "peak_step", peak_step)
-    monkeypatch.setattr(end_to_end, "release", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (100, 100))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 5)
+        def update():
+            if 7 * sizes[-1] > 100:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return updates.Seen(*torch.zeros(4))
+
+        return update
+
+    monkeypatch.setitem(end_to_end.WAYS, "padded", updates.Way("made up", make))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7 * sizes[-1])
-    row = end_to_end.measure(policy, "ours", 4, LENGTHS, steps=2, largest_seconds=60)
-    assert row["error"] is None
-    assert row["largest_rollouts"] == 14
-    assert row["largest_batch_tokens"] == 14 * LENGTHS.response
-    assert row["probe_peak_mib"] == 28 / 2**20
-
-    # A step that fails for want of memory still gives way to smaller ones; any other failure is the row's error.
-    monkeypatch.setattr(end_to_end, "training_step", lambda policy, head, batch, *_: peak_step(policy, head, batch))
-    row = end_to_end.measure(policy, "ours", 30, LENGTHS, steps=2, largest_seconds=60)
-    assert (row["error"], row["step_ms"], row["largest_rollouts"]) == ("out of memory", None, 14)
-
-    def broken(*_):
-        raise RuntimeError("an illegal memory access was encountered")
-
-    monkeypatch.setattr(end_to_end, "training_step", broken)
-    row = end_to_end.measure(policy, "ours", 4, LENGTHS, steps=2, largest_seconds=60)
-    assert "illegal memory access" in row["error"]
-    assert row["largest_rollouts"] is None
-
-
-def test_out_of_memory_is_told_from_other_errors():
-    assert end_to_end.out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
-    assert end_to_end.out_of_memory(RuntimeError("Triton Error [CUDA]: out of memory"))
-    assert not end_to_end.out_of_memory(RuntimeError("shapes do not match"))
-    assert not end_to_end.out_of_memory(ValueError("out of memory"))
+    row = measured("tiny/padded/largest", f"--gib {100 / 0.98 / 2**30}")
+    assert row["largest_rollouts"] == 14 and "ms" not in row

@@ -283,10 +283,11 @@ def test_logits_of_minus_infinity(kind, dtype, family):
     assert found.divergence.isfinite().all()
     case.teacher = case.student.frame(case.student.weight, case.student.bias.clone())
     case.teacher.bias[300] = 0.5
-    found, gradients = case.package(*kind, trained=False)
-    infinite = kind[0] == "forward_kl"
-    assert (found.divergence[case.mask].isinf() == infinite).all()
-    assert gradients[0].isfinite().all()
+    if kind[0] == "forward_kl":
+        found, gradients = case.package(*kind, trained=False)
+        assert found.divergence[case.mask].isinf().all() and gradients[0].isfinite().all()
+    else:
+        assert case.check(*kind, trained=False).divergence.isfinite().all()
 
 
 @special

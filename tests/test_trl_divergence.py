@@ -12,7 +12,7 @@ pytest.importorskip("trl", reason="TRL is not installed")
 from transformers import Qwen3ForCausalLM
 
 from egrsd_kernels import Head, fused_egrsd_loss, token_statistics
-from egrsd_kernels.trl import EGRSDConfig, EGRSDTrainer, trainer
+from egrsd_kernels.trl import EGRSDConfig, EGRSDTrainer, direct_loss
 from reference import egrsd_divergence_loss
 from tests.support.trl_tiny import make, tiny_config, weights
 
@@ -34,7 +34,7 @@ def calls_of(path, monkeypatch, **options):
         calls.append(((args[0], head, *args[2:]), kwargs, result))
         return result
 
-    monkeypatch.setattr(trainer, "fused_egrsd_loss", spy)
+    monkeypatch.setattr(direct_loss, "fused_egrsd_loss", spy)
     run, logs = make(path, **DIVERGENCE | options)
     before = weights(run)
     run.train()

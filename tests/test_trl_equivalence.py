@@ -38,7 +38,7 @@ pytest.importorskip("trl", reason="TRL is not installed")
 
 import reference
 from egrsd_kernels import TokenStats
-from egrsd_kernels.trl import trainer
+from egrsd_kernels.trl import direct_loss, trainer
 from tests.support.trl_tiny import make, tiny_model, weights
 
 pytestmark = pytest.mark.slow
@@ -80,7 +80,7 @@ def scores_on_full_logits(hidden, head, labels, *, temperature, **_):
 
 
 def train(path, exchanged: dict, **options) -> SimpleNamespace:
-    """A run with functions of the trainer's module ``exchanged``, and what it sampled, logged and learned."""
+    """A run with functions of the trainer's modules ``exchanged``, and what it sampled, logged and learned."""
     calls, sampled = dict.fromkeys(exchanged, 0), []
 
     def counted(name, *args, **kwargs):
@@ -89,7 +89,8 @@ def train(path, exchanged: dict, **options) -> SimpleNamespace:
 
     with pytest.MonkeyPatch.context() as patch:
         for name in exchanged:
-            patch.setattr(trainer, name, functools.partial(counted, name))
+            module = direct_loss if hasattr(direct_loss, name) else trainer
+            patch.setattr(module, name, functools.partial(counted, name))
         run, logs = make(path, model=model(), reward_funcs=any_digit, **OPTIONS | options)
         start, generate = weights(run), run._generate_and_score_completions
 

@@ -331,15 +331,15 @@ def test_an_interrupted_step_is_in_nobody_elses_metrics(tmp_path, own):
     step, calls = run.training_step, []
 
     def interrupted(*arguments, **options):
-        if run._step_signals:
+        if run._step_log.signals:
             raise RuntimeError("out of memory")
         return step(*arguments, **options)
 
     run.training_step = interrupted
     with pytest.raises(RuntimeError, match="out of memory"):
         run.train()
-    metrics = run._token_metrics
-    run._token_metrics = lambda tokens, count: calls.append(count) or metrics(tokens, count)
+    metrics = run._step_log.metrics_of
+    run._step_log.metrics_of = lambda tokens, count: calls.append(count) or metrics(tokens, count)
     run.training_step = step
     run.evaluate()
     assert calls == [1] and run._in_loss is None

@@ -19,6 +19,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from egrsd_kernels import read_hidden
 from egrsd_kernels.trl.fused_head import take_off_fused_head
+from egrsd_kernels.trl.starting import check_roles
 from egrsd_kernels.trl.teacher import AdaptersOff, make_teacher
 from tests.support.trl_tiny import LORA, make, tiny_model, tokenizer, weights
 
@@ -450,7 +451,7 @@ def test_the_check_leaves_no_trace(tmp_path):
     model = run.model.train()
     flags = {name: weight.requires_grad for name, weight in model.named_parameters()}
     rng, before = torch.get_rng_state(), logits(copy.deepcopy(model))
-    run._check_roles()
+    check_roles(run, run._vocab_size)
     assert torch.equal(torch.get_rng_state(), rng) and model.training
     assert {name: weight.requires_grad for name, weight in model.named_parameters()} == flags
     assert all(weight.grad is None for weight in model.parameters())

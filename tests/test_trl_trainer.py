@@ -536,7 +536,7 @@ def test_tokens_per_second_count_every_step_between_two_logs(tmp_path):
     reads = itertools.count(1)
     clock = types.SimpleNamespace(perf_counter=lambda: run.state.global_step + 1e-4 * next(reads))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("egrsd_kernels.trl.trainer.time", clock)
+        patch.setattr("egrsd_kernels.trl.step_log.time", clock)
         run.train()
     tokens = sum(len(r.tokens) for r in exported(tmp_path))
     assert logs.steps[0]["tokens_per_second"] == pytest.approx(tokens / 3, rel=0.01)  # the last step is the third's end

@@ -49,8 +49,8 @@ def packed(
 ) -> tuple[Result, Any]:
     """Run the model's own forward over a pack, and ``function(hidden, head)`` for the targets that were asked for.
 
-    log p of a row and its gradients are what they are for the row alone, unpadded: the first call for a model and an
-    attention implementation proves it, on a small model of the same class, and the finding is kept with the model.
+    log p of a row and its gradients are what they are for the row alone, unpadded: the first call for a model, its PEFT
+    adapters and an attention implementation proves it, on a small model of the same, and the finding is kept with it.
     Each pack is a forward of its own, so a loop over packs holds the graph of one:
 
     >>> for pack in pack_rows(rows, budget=8192, targets=completion_mask):

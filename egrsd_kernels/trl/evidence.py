@@ -1,12 +1,13 @@
 """From a batch of the trainer to what token advantages are made of, and what is kept of each token for the logs."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from egrsd_kernels.credit import CreditOptions, Lookahead, batch_max
+from egrsd_kernels.credit import ENTROPY_SCALES, CreditOptions, Lookahead, batch_max
 from egrsd_kernels.rl import ContextStatistics, TokenAdvantage, TokenEvidence, apply_token_advantage, token_stats
 from egrsd_kernels.rl.token_advantages import padded_lookahead_entropy, sequence_advantage
 
@@ -74,3 +75,37 @@ def signals_of(evidence: TokenEvidence, own: TokenAdvantage | None) -> dict[str,
         distance = (context.logp - evidence.student_logp).abs()
         signals |= {f"{name}_entropy": context.entropy, f"{name}_abs_log_ratio": distance}
     return signals
+
+
+def measure_steps(trainer: Any, batches: list[dict[str, Any]]) -> None:
+    """Put the entropy scale of its optimizer step, and the direct loss's normaliser, into each micro-batch.
+
+    Both are taken over the step's micro-batches on all processes: the loss is then the same however a step's rollouts
+    are cut up. Where a generation does not hold whole steps, its micro-batches are one group.
+    """
+    args, accelerator = trainer.args, trainer.accelerator
+    local = torch.stack([_amount_and_peak(trainer, batch) for batch in batches])
+    every = accelerator.gather(local[None])  # (processes, batches, 2)
+    accumulation = args.gradient_accumulation_steps
+    size = len(batches) if len(batches) % accumulation else accumulation
+    for start in range(0, len(batches), size):
+        group = every[:, start : start + size]
+        scale = group[..., 1].max().clamp(min=args.min_entropy_scale)
+        # DDP, FSDP and DeepSpeed average gradients over processes: hence the division.
+        normalizer = group[..., 0].sum().clamp(min=1) / accelerator.num_processes
+        for batch in batches[start : start + size]:
+            batch["entropy_scale"] = scale.float()
+            if trainer._direct:
+                batch["normalizer"] = normalizer.float()
+
+
+def _amount_and_peak(trainer: Any, batch: dict[str, Any]) -> Tensor:
+    """(2,) float64 of one micro-batch: what it adds to the normaliser, and its entropy scale in nats."""
+    mask, scale = learned(batch), trainer.args.entropy_scale
+    if scale in ENTROPY_SCALES:
+        peak = peak_entropy(batch, trainer._contexts, trainer.args)
+    else:
+        peak = torch.tensor(math.log(trainer._vocab_size) if scale == "log_vocab" else scale, device=mask.device)
+    dr_grpo = trainer.args.loss_type == "dr_grpo"
+    amount = torch.tensor(len(mask) * trainer.max_completion_length, device=mask.device) if dr_grpo else mask.sum()
+    return torch.stack([amount.double(), peak.double()])

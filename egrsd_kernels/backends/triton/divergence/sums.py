@@ -146,10 +146,16 @@ def both_of(m, ratio, log_p, c):
 
 
 @triton.jit
-def log_share(less, r, beta):
-    """u = log2(p_S / m) with m = (1 - beta) p_S + beta p_T, of the smaller over the larger and r = log2(p_S / p_T)."""
+def larger_share(less, r, beta):
+    """log2(larger / m) with m = (1 - beta) p_S + beta p_T, of the smaller over the larger and r = log2(p_S / p_T)."""
     w = tl.where(r < 0, 1.0 - beta, beta)
-    return tl.minimum(r, 0.0) - tl.log2(1.0 + w * (less - 1.0))
+    return -tl.log2(1.0 + w * (less - 1.0))
+
+
+@triton.jit
+def log_share(less, r, beta):
+    """u = log2(p_S / m), of the same."""
+    return larger_share(less, r, beta) + tl.minimum(r, 0.0)
 
 
 @triton.jit
@@ -168,14 +174,16 @@ def jsd_kernel(
         other = larger * less
         p = tl.where(r < 0, other, larger)
         q = tl.where(r < 0, larger, other)
-        u = log_share(less, r, beta)
+        # Not u and u - r: of a word that the student alone excludes r has no last digits for p_T's share.
+        share = larger_share(less, r, beta)
+        u = share + tl.minimum(r, 0.0)
         at = parts + tl.program_id(1) * n_slots + i
         plane = tl.num_programs(1) * n_slots
         tl.store(at, tl.sum(p, 0))
         tl.store(at + plane, tl.sum(q, 0))
         tl.store(at + 2 * plane, tl.sum(p * u, 0))
         tl.store(at + 3 * plane, tl.sum((p - q) * r, 0))
-        tl.store(at + 4 * plane, tl.sum((1.0 - beta) * p * u + beta * q * (u - r), 0))
+        tl.store(at + 4 * plane, tl.sum((1.0 - beta) * p * u + beta * q * (share - tl.maximum(r, 0.0)), 0))
 
 
 @triton.jit(do_not_specialize=["order", "divergence"])

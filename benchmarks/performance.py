@@ -1,0 +1,109 @@
+"""docs/performance.md: whole updates by every way to do them, and where their time goes, from benchmarks.end_to_end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from benchmarks.markdown import commands_of, commits_of, number, table
+from benchmarks.updates import WAYS
+
+PERFORMANCE = (
+    "# Where the time of a step goes",
+    "An update of EGRSD is the teacher's forward pass, the student's forward and backward pass, and the loss; no "
+    "generation. Every way below does it for the same rollouts, in a process of its own, with the checkpointing that "
+    "is fastest in the given memory, and is timed only if log p of student and teacher is right. "
+    "`benchmarks/updates.py` says what each way does, `benchmarks/end_to_end.py` how it is measured.",
+)
+SETTINGS = {"": "EGRSD", "grpo": "GRPO", "groups-of-16": "EGRSD, groups of 16, a solution of 1,000 tokens"}
+
+
+def updates_section(path: Path) -> list[str]:
+    report = json.loads(path.read_text(encoding="utf-8"))
+    rows = {(row["shape"], row["way"], row["setting"]): row for row in report["rows"]}
+    blocks = [about_updates(report)]
+    compared = {key[::2] for key in rows if key[2] != "largest"}
+    several = [key for key in compared if sum((key[0], way, key[1]) in rows for way in WAYS) > 2]
+    for shape, setting in sorted(several):
+        of_ways = {way: rows[shape, way, setting] for way in WAYS if (shape, way, setting) in rows}
+        largest = {way: rows.get((shape, way, "largest"), {}).get("largest_rollouts") for way in of_ways}
+        blocks += [f"## {shape.upper()}, {SETTINGS[setting]}", *ways_table(of_ways, largest)]
+    if pairs := [key for key in sorted(compared) if all((key[0], way, key[1]) in rows for way in LEADS)]:
+        headings = ("", *(WAYS[way].title for way in LEADS), "", "over the bare products")
+        blocks += ["## TRL and ours", table(headings, [lead(rows, *key) for key in pairs])]
+    if profiled := [row for row in report["rows"] if "profile" in row]:
+        blocks += ["## By kind of kernel", PROFILES, *map(profile_table, profiled)]
+    versions = {name: report.get(name) for name in ("torch", "triton", "driver")} | report["packages"]
+    listed = ", ".join(f"{name} {found}" for name, found in versions.items() if found)
+    others = {(WAYS[row["way"]].title, *pair) for row in report["rows"] for pair in row.get("packages", {}).items()}
+    listed += "".join(f"; {title} with {name} {found}" for title, name, found in sorted(others))
+    return [
+        *blocks, "## To rerun", f"{listed}; {commits_of([row for row in report['rows'] if row.get('commit')])}. "
+        f"All figures: [{path.name}](../benchmarks/results/{path.name}).", commands_of(report["rows"], path),
+    ]  # fmt: skip
+
+
+LEADS = ("trl", "prefix-compiled")
+PROFILES = (
+    "One update under PyTorch's profiler: GPU time by kind of kernel, and what is left of the update's time, in which "
+    "the GPU waits for the host."
+)
+
+
+def about_updates(report: dict) -> str:
+    given = report["settings"]
+    tokens = next((row["tokens"] for row in report["rows"] if row.get("tokens") and not row["setting"]), None)
+    mean = f", {tokens / given['groups'] / given['group']:,.0f} tokens on average" if tokens else ""
+    return (
+        f"One {report['device']}, bfloat16, Qwen3's shapes with random weights and LoRA r = 64 on seven modules; "
+        f"{given['groups']} groups of {given['group']} rollouts: prompts of {given['prompt']:,} tokens, solutions of "
+        f"{given['solution']:,}, responses of up to {given['response']:,}{mean}; in {given['gib']:g} GiB. × is the "
+        "time over the bare products of the layers' frozen weights in the same process, no token counted twice. "
+        "*kept*: activations are kept; *again*: layers are computed again in the backward pass; behind it the rollouts "
+        "or, in packs, tokens of a forward pass."
+    )
+
+
+def ways_table(rows: dict[str, dict], largest: dict[str, int | None]) -> list[str]:
+    best = min((row["ms"] for row in rows.values() if "ms" in row), default=1.0)
+    cells = []
+    for way, row in rows.items():
+        if "ms" not in row:
+            continue
+        ours = way.startswith("prefix")
+        name = f"**{WAYS[way].title}**" if ours else WAYS[way].title
+        memory = f"{row['above_weights_gib']:.1f} / {row['peak_gib']:.1f}" if row.get("peak_gib") else "–"
+        plan = f"{'kept' if row['kept'] else 'again'}, {row['size']:,}"
+        times = (f"{row['ms']:,.0f}", f"{row['ms'] / best:.2f}", f"{row['tokens_per_second']:,.0f}")
+        most = f"{largest[way]:,}" if largest[way] else "–"
+        cells.append([name, *times, f"{row['over_products']:.2f} ×", memory, plan, most])
+    headings = ("", "ms", "over the fastest", "response tokens / s", "over the bare products",
+                "GiB above the weights / in all", "cut up", "rollouts in one pass")  # fmt: skip
+    failed = [f"{WAYS[way].title} ({row['error'].replace('|', '/')})" for way, row in rows.items() if "ms" not in row]
+    notes = [f"{WAYS[way].title}: {row['note']}." for way, row in rows.items() if "ms" in row and row.get("note")]
+    return [table(headings, cells), *notes, *([f"Not measured: {'; '.join(failed)}."] if failed else [])]
+
+
+def lead(rows: dict[tuple[str, str, str], dict], shape: str, setting: str) -> list[str]:
+    trls, ours = (rows[shape, way, setting] for way in LEADS)
+    found = [f"{row['ms']:,.0f} ms" if "ms" in row else row["error"].replace("|", "/") for row in (trls, ours)]
+    both = "ms" in trls and "ms" in ours
+    times = [f"**{trls['ms'] / ours['ms']:.1f} ×**" if both else "–"]
+    products = " / ".join(f"{row['over_products']:.2f} ×" if "ms" in row else "–" for row in (trls, ours))
+    return [f"{shape.upper()}, {SETTINGS[setting]}", *found, *times, products]
+
+
+def profile_table(row: dict) -> str:
+    busy, kinds = row["profile"]["busy_ms"], row["profile"]["kinds"]
+    idle = max(0.0, row["ms"] - busy)
+    lines = [[one["kind"], number(one["ms"]), f"{100 * one['ms'] / row['ms']:.0f} %", f"{one['launches']:,}"]
+             for one in kinds]  # fmt: skip
+    lines.append(["the GPU waits", number(idle), f"{100 * idle / row['ms']:.0f} %", ""])
+    title = f"{row['shape'].upper()}, {WAYS[row['way']].title}: {row['ms']:,.0f} ms"
+    return table([title, "ms", "of the update", "launches"], lines)
+
+
+def performance(results: Path) -> str:
+    """What docs/performance.md is: whole updates by every way, and where their time goes; "" where nothing is known."""
+    blocks = [block for path in sorted(results.glob("end_to_end-*.json")) for block in updates_section(path)]
+    return "\n\n".join([*PERFORMANCE, *blocks]) + "\n" if blocks else ""
