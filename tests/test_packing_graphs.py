@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch._inductor.cudagraph_trees import get_manager
 
 from egrsd_kernels import linear_logp
 from egrsd_kernels.models import ModelError
@@ -157,9 +159,12 @@ def test_on_a_gpu_graphs_change_no_bit(checkpointing):
         model.zero_grad()
 
     expected = [*steps(True)]
+    counters.clear()
     for expected_of, found in zip(expected, steps("cudagraphs"), strict=True):
         for name, value in expected_of.items():
             assert torch.equal(found[name], value), name
+    manager = get_manager(torch.cuda.current_device(), create_if_none_exists=False)
+    assert not counters["inductor"]["cudagraph_skips"] and manager.new_graph_id().id > 2 * 2 * 2  # sizes, layers, ways
     with torch.no_grad():
         for weight in model.parameters():
             weight.data = weight.data.clone()  # elsewhere
