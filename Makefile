@@ -76,7 +76,7 @@ test-oldest: $(VENV)-oldest/ready
 test-deepspeed: $(VENV)/ready
 	$(VENV)/bin/python -m pip install --quiet "deepspeed>=0.16"
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/test_train.py \
-		tests/test_trl_fuse_heads_distributed.py -k deepspeed
+		tests/test_trl_fuse_heads_distributed.py tests/test_trl_packing_distributed.py -k deepspeed
 
 # verl's wheel has a package `tests` beside its own, which would be found before ours.
 $(VENV)-verl/ready: $(VENV)/ready Makefile

@@ -136,7 +136,7 @@ def ours(p: Problem, hidden: torch.Tensor, weight: torch.Tensor, subject: Subjec
 
 
 def trl(p: Problem, hidden: torch.Tensor, weight: torch.Tensor, subject: Subject) -> torch.Tensor:
-    from trl.kernels import ChunkedDivergenceFunction
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     return ChunkedDivergenceFunction.apply(
         hidden, weight, None, p.teacher_hidden, weight.detach(), None, BETA[subject.kind]

@@ -27,6 +27,7 @@ import argparse
 import fnmatch
 import gc
 import json
+import math
 import os
 import signal
 import statistics
@@ -87,7 +88,7 @@ class Cell:
         """It is stopped after these."""
         if self.way in ("trl-compiled", "unsloth"):
             return 270
-        return (150 if WAYS[self.way].compiled or self.setting == "largest" else 90) + 60 * (self.shape == "8b")
+        return (170 if WAYS[self.way].compiled or self.setting == "largest" else 110) + 60 * (self.shape == "8b")
 
     def rollouts(self, args: argparse.Namespace) -> Rollouts:
         groups, group, solution = args.groups, args.group, args.solution
@@ -113,17 +114,14 @@ CELLS = [Cell.of(name) for name in _cells()]
 
 
 def chosen(patterns: str | None) -> list[Cell]:
-    """By comma-separated patterns, or names of cells beside those of :data:`CELLS`."""
+    """Of :data:`CELLS`, in their order, what comma-separated patterns match; other cells by their names behind them."""
     if patterns is None:
         return CELLS
-    found: dict[Cell, None] = {}
-    for pattern in patterns.split(","):
-        matching = [cell for cell in CELLS if fnmatch.fnmatchcase(cell.name, pattern)]
-        if not matching and pattern.startswith("tiny/") and "*" in pattern:
-            matching = [cell for cell in map(Cell.of, (f"tiny/{way}" for way in WAYS))
-                        if fnmatch.fnmatchcase(cell.name, pattern)]  # fmt: skip
-        found |= dict.fromkeys(matching or [Cell.of(pattern)])
-    return [*found]
+    known = [*CELLS, *(Cell("tiny", way) for way in WAYS)]
+    names = patterns.split(",")
+    matching = [cell for cell in known if any(fnmatch.fnmatchcase(cell.name, name) for name in names)]
+    others = [name for name in names if not any(fnmatch.fnmatchcase(cell.name, name) for cell in known)]
+    return [*matching, *map(Cell.of, others)]
 
 
 # ------------------------------------------------------------------------------------------------------ one cell, timed
@@ -151,18 +149,15 @@ def measure(cell: Cell, args: argparse.Namespace, report: Callable[[dict[str, An
     del products
     release(device)
     exact = exact_logp(task)
+    fastest: dict[str, Any] = {}
     for kept in (True, False):
         for number, plan in enumerate(plans(cell, task, kept)):
             release(device)
-            found = {"kept": kept, "size": plan.size} | attempt(
-                lambda plan=plan: time_plan(cell, task, plan, exact, args)
-            )
-            row["tried"].append(found)
-            fastest = min((one for one in row["tried"] if "ms" in one), key=lambda one: one["ms"], default=found)
-            row |= fastest | {"error": fastest.get("error")}
-            if "ms" in row:
-                row |= {"tokens_per_second": tokens / row["ms"] * 1e3, "over_products": row["ms"] / row["products_ms"]}
-            report(row)
+            found = plan._asdict() | attempt(lambda plan=plan: time_plan(cell, task, plan, exact, args))
+            row["tried"].append({name: found[name] for name in ("kept", "size", "ms", "error") if name in found})
+            if found.get("ms", math.inf) <= fastest.get("ms", math.inf):
+                fastest = found
+            report(row | fastest)
             if kept and number == 0 and "ms" in found:
                 return None
             if found.get("error") != OUT_OF_MEMORY:
@@ -200,14 +195,14 @@ def time_plan(
 
     repeats = max(2, min(args.repeats, int(10 / once)))
     found |= dict(zip(("low", "ms", "high"), timed(step, repeats, device, warm=True), strict=True))
-    found["host_ms"] = statistics.median(hosts)
+    found |= {"host_ms": statistics.median(hosts), "tokens_per_second": len(task.targets) / found["ms"] * 1e3}
     if note := getattr(update, "note", None):
         found["note"] = note
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
         found |= {"peak_gib": peak / GIB, "above_weights_gib": (peak - held) / GIB}
         if cell.way in PROFILED and not cell.setting:
-            found["profile"] = profile(update)
+            found["profile"] = attempt(lambda: profile(update))  # a time stands without it
     return found
 
 
@@ -387,7 +382,8 @@ def run_one(cell: Cell, args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     if device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.gib * GIB / torch.cuda.mem_get_info()[1]))
-    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # a layer that falls back to eager is no compiled one
     if cell.way == "unsloth":  # which changes what is imported after it
         attempt(lambda: vars(__import__("unsloth")))
     machine = environment(device, PACKAGES, args.commit)
@@ -400,7 +396,7 @@ def run_cell(cell: Cell, args: argparse.Namespace, lane: int, seconds: float) ->
         path, log = Path(folder, "row.json"), Path(folder, "log")
         words = [sys.executable, "-m", "benchmarks.end_to_end", *args.given, "--one", cell.name, "--row", str(path)]
         variables = dict(os.environ, PYTHONUNBUFFERED="1")
-        if args.device == "cuda" and args.lanes > 1:
+        if args.device == "cuda":  # one alone, or Trainer would spread a batch over all
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(args.lanes)))).split(",")
             variables["CUDA_VISIBLE_DEVICES"] = visible[lane]
         start = time.monotonic()
@@ -493,9 +489,8 @@ def show(row: dict[str, Any]) -> str:
     """One line for people."""
     words = [f"{row['cell']:34s}"]
     if "ms" in row:
-        words.append(
-            f"{row['ms']:9.1f} ms, {row['tokens_per_second']:7.0f} tokens/s, {row['over_products']:5.2f} x products"
-        )
+        over = row["ms"] / row["products_ms"]
+        words.append(f"{row['ms']:9.1f} ms, {row['tokens_per_second']:7.0f} tokens/s, {over:5.2f} x products")
         words.append(f"{'kept' if row['kept'] else 'again'} {row['size']}")
     if row.get("peak_gib"):
         words.append(f"{row['above_weights_gib']:.1f} of {row['peak_gib']:.1f} GiB above the weights")

@@ -31,7 +31,7 @@ def updates_section(path: Path) -> list[str]:
     if pairs := [key for key in sorted(compared) if all((key[0], way, key[1]) in rows for way in LEADS)]:
         headings = ("", *(WAYS[way].title for way in LEADS), "", "over the bare products")
         blocks += ["## TRL and ours", table(headings, [lead(rows, *key) for key in pairs])]
-    if profiled := [row for row in report["rows"] if "profile" in row]:
+    if profiled := [row for row in report["rows"] if "kinds" in row.get("profile", {})]:
         blocks += ["## By kind of kernel", PROFILES, *map(profile_table, profiled)]
     versions = {name: report.get(name) for name in ("torch", "triton", "driver")} | report["packages"]
     listed = ", ".join(f"{name} {found}" for name, found in versions.items() if found)
@@ -76,7 +76,7 @@ def ways_table(rows: dict[str, dict], largest: dict[str, int | None]) -> list[st
         plan = f"{'kept' if row['kept'] else 'again'}, {row['size']:,}"
         times = (f"{row['ms']:,.0f}", f"{row['ms'] / best:.2f}", f"{row['tokens_per_second']:,.0f}")
         most = f"{largest[way]:,}" if largest[way] else "–"
-        cells.append([name, *times, f"{row['over_products']:.2f} ×", memory, plan, most])
+        cells.append([name, *times, f"{over_products(row):.2f} ×", memory, plan, most])
     headings = ("", "ms", "over the fastest", "response tokens / s", "over the bare products",
                 "GiB above the weights / in all", "cut up", "rollouts in one pass")  # fmt: skip
     failed = [f"{WAYS[way].title} ({row['error'].replace('|', '/')})" for way, row in rows.items() if "ms" not in row]
@@ -84,12 +84,16 @@ def ways_table(rows: dict[str, dict], largest: dict[str, int | None]) -> list[st
     return [table(headings, cells), *notes, *([f"Not measured: {'; '.join(failed)}."] if failed else [])]
 
 
+def over_products(row: dict) -> float:
+    return row["ms"] / row["products_ms"]
+
+
 def lead(rows: dict[tuple[str, str, str], dict], shape: str, setting: str) -> list[str]:
     trls, ours = (rows[shape, way, setting] for way in LEADS)
     found = [f"{row['ms']:,.0f} ms" if "ms" in row else row["error"].replace("|", "/") for row in (trls, ours)]
     both = "ms" in trls and "ms" in ours
     times = [f"**{trls['ms'] / ours['ms']:.1f} ×**" if both else "–"]
-    products = " / ".join(f"{row['over_products']:.2f} ×" if "ms" in row else "–" for row in (trls, ours))
+    products = " / ".join(f"{over_products(row):.2f} ×" if "ms" in row else "–" for row in (trls, ours))
     return [f"{shape.upper()}, {SETTINGS[setting]}", *found, *times, products]
 
 

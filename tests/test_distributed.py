@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from egrsd_kernels import fused_egrsd_loss
 from tests.support.cases import make_case
 from tests.support.devices import CPU_COMBOS, Combo
+from tests.support.processes import in_processes
 from tests.support.tolerances import LEARNED, reference_result, relative_error
 
 if not dist.is_available():
@@ -57,34 +57,25 @@ def shard_loss(case: dict, rank: int, combo: Combo, group, entropy_scale="batch_
     return loss.detach(), gradients
 
 
-def worker(rank: int, store: str, combo: Combo, settings: list[str], results) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
-    try:
-        group = dist.new_group([0, 1])
-        for name in settings:
-            setting = dict(SETTINGS[name])
-            case = make_batch(combo, setting.pop("empty", False))
-            loss, (d_hidden, d_weight, d_bias) = shard_loss(case, rank, combo, group, **setting)
-            for x in (loss, d_weight, d_bias):
-                dist.all_reduce(x)
-            shards = [torch.empty_like(d_hidden) for _ in range(WORLD)]
-            dist.all_gather(shards, d_hidden)
-            if rank == 0:
-                results[name] = [x.tolist() for x in (loss, torch.cat(shards), d_weight, d_bias)]
-    finally:
-        dist.destroy_process_group()
+def worker(rank: int, combo: Combo, settings: list[str]) -> dict[str, tuple[torch.Tensor, tuple[torch.Tensor, ...]]]:
+    """By setting, the rank's loss, and its gradients."""
+    group, results = dist.new_group([0, 1]), {}
+    for name in settings:
+        setting = dict(SETTINGS[name])
+        case = make_batch(combo, setting.pop("empty", False))
+        results[name] = shard_loss(case, rank, combo, group, **setting)
+    return results
 
 
 @pytest.mark.parametrize("combo", COMBOS)
-def test_the_shards_add_up_to_the_batch(combo, tmp_path):
+def test_the_shards_add_up_to_the_batch(combo):
     settings = ["batch_max", "an empty shard"] if combo.interpreted else list(SETTINGS)
-    with mp.Manager() as manager:
-        shared = manager.dict()
-        mp.spawn(worker, args=(str(tmp_path / "store"), combo, settings, shared), nprocs=WORLD)
-        results = dict(shared)
+    shards = in_processes(worker, combo, settings, world=WORLD)
     for name in settings:
-        loss, *gradients = (torch.tensor(x, dtype=torch.float64) for x in results[name])
+        losses, found = zip(*(shard[name] for shard in shards), strict=True)
+        loss = sum(losses)
+        d_hidden, d_weight, d_bias = zip(*found, strict=True)
+        gradients = [torch.cat(d_hidden), sum(d_weight), sum(d_bias)]
         setting = dict(SETTINGS[name])
         case = make_batch(combo, setting.pop("empty", False))
         if setting.pop("share", True):

@@ -10,7 +10,7 @@ import torch
 from egrsd_kernels import fused_egrsd_loss, linear_divergence, linear_logp, token_statistics
 from reference import egrsd_divergence_loss
 from tests.support.cases import make_case as plain_case
-from tests.support.devices import CPU_COMBOS, CUDA_COMBOS, Combo
+from tests.support.devices import CPU_COMBOS, CUDA_COMBOS, INTERPRETED, Combo
 from tests.support.tolerances import LEARNED, assert_gradient, assert_within, gradient_tolerance
 
 combos = pytest.mark.parametrize("combo", [*CPU_COMBOS[:3], *CUDA_COMBOS])
@@ -94,6 +94,18 @@ def test_parity(combo, kind):
 def test_layouts(combo, options):
     more = {"chunk_bytes": options.pop("chunk_bytes")} if "chunk_bytes" in options else {}
     check(combo, make_case(combo, **options), **more)
+
+
+@pytest.mark.heavy
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
+@pytest.mark.parametrize("kind", [KINDS[2], KINDS[4]], ids=str)
+def test_kernels_beside_a_divergence_in_pytorch(monkeypatch, kind):
+    """As "auto" is on a GPU: credit, gate and teacher's statistics are the kernels', the student's pass is not."""
+    from egrsd_kernels.backends import triton
+
+    monkeypatch.setattr("egrsd_kernels.loss.choose", lambda *_: triton)
+    case = make_case(Combo("auto", "cpu", torch.float32), mask="holes", lookahead=2, lengths=(9, 9), **kind)
+    check(Combo("auto", "cpu", torch.float32), case, chunk_bytes=1)
 
 
 @few

@@ -19,7 +19,7 @@ LEVELS = (
     ("backends",),
     ("statistics", "logp", "loss", "divergence"),
     ("models",),
-    ("packing",),
+    ("packing", "adapters"),
     ("__init__",),  # the public names
     ("rl", "rollouts"),
     ("trl", "verl"),

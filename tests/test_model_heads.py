@@ -368,13 +368,13 @@ def test_other_threads_see_the_head_as_it_is():
 
     def slowly(hidden: Tensor, head: Head) -> Tensor:
         inside.set()
-        assert go.wait(20)
+        assert go.wait(300)
         return hidden
 
     threads = [threading.Thread(target=lambda: found.update(hidden=with_head(model, slowly, input_ids=IDS)[0]))]
     head_of(model)
     threads[0].start()
-    assert inside.wait(20)
+    assert inside.wait(300)
     assert torch.equal(model(input_ids=IDS), expected)
     threads.append(threading.Thread(target=lambda: found.update(loss=with_head(model, by_head, input_ids=IDS)[0])))
     threads[1].start()

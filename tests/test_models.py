@@ -64,7 +64,6 @@ def test_no_head_is_read_wrong(key):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_every_architecture_is_right_or_refused():
     """As docs/models.md has it."""
     rows = [a._asdict() | row for a, row in models.isolated(models.judge, [*ARCHITECTURES.values()], 2, models.SECONDS)]
@@ -105,7 +104,7 @@ def test_a_traceback_is_no_refusal(monkeypatch):
 
 def _act(what: str) -> dict:
     if what == "hang":
-        time.sleep(60)
+        time.sleep(600)
     if what == "die":
         os.kill(os.getpid(), 9)
     return {"outcome": what}
@@ -113,10 +112,10 @@ def _act(what: str) -> dict:
 
 @pytest.mark.slow
 def test_one_that_hangs_or_dies_is_a_row():
-    rows = dict(models.isolated(_act, ["hang", "die", "right"], jobs=2, seconds=2.0))
+    rows = dict(models.isolated(_act, ["hang", "die", "right"], jobs=2, seconds=10.0))
     assert rows["right"] == {"outcome": "right"}
     assert rows["die"] == {"outcome": "fails", "reason": "its process died (exit code -9)"}
-    assert rows["hang"] == {"outcome": "not built", "reason": "took longer than 2 s"}
+    assert rows["hang"] == {"outcome": "not built", "reason": "took longer than 10 s"}
 
 
 def test_numbers_that_are_not_numbers_are_off():

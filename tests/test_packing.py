@@ -486,6 +486,8 @@ def test_what_is_read_of_all_packs_is_in_the_order_of_the_rows():
         read_packs(model, [], statistics)
     with pytest.raises(ValueError, match=r"^function: expected an entry for each of a pack's \d+ targets, got \(\)$"):
         read_packs(model, packs, lambda hidden, head, ids: hidden.sum())
+    with pytest.raises(ModelError, match=r"^compile_layers: LlamaForCausalLM: expected a model on a GPU, in 16 bits"):
+        read_packs(model, packs, statistics, compile_layers=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- the proof
@@ -666,11 +668,11 @@ def test_other_forwards_are_none_of_the_packs():
         def slow(*args, **kwargs):
             out = forward(*args, **kwargs)
             entered.set()
-            assert done.wait(60)
+            assert done.wait(300)
             return out
 
         def elsewhere():
-            assert entered.wait(60)
+            assert entered.wait(300)
             found.append(other(input_ids=ids).logits)
             done.set()
 

@@ -359,6 +359,31 @@ def test_what_is_computed_again_is_in_the_backwards_graph(monkeypatch, checkpoin
     assert products == [7, 2 * 7 + (6 if checkpointing else 0)]  # q, k, v, o, gate, up, down
 
 
+@pytest.mark.slow
+def test_dropout_that_is_computed_again_in_a_graph_is_the_same(monkeypatch):
+    """A layer's output is linear in the last LoRA's B: Σ B·dB = Σ g·(y - y without it), if the mask is one."""
+    peft = pytest.importorskip("peft")
+    count_graphs(monkeypatch)
+    config = peft.LoraConfig(target_modules=["down_proj"], r=4, init_lora_weights=False, lora_dropout=0.5)
+    model = peft.get_peft_model(tiny("llama", num_hidden_layers=1), config).train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    (pack,) = pack_rows([[*range(10, 50)]], budget=1000)
+    seen: list[Tensor] = []
+    layer = model.get_base_model().model.layers[0]
+    layer.register_forward_hook(lambda module, args, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    packed(model, pack, lambda hidden, head: hidden, compile_layers=True)
+    output = seen[-1]
+    with torch.no_grad(), model.disable_adapter():
+        packed(model, pack, lambda hidden, head: hidden, compile_layers=True)
+    gradient = torch.randn_like(output)
+    output.backward(gradient)
+    weight = layer.mlp.down_proj.lora_B["default"].weight
+    expected = (gradient * (output - seen[-1])).double().sum()
+    assert expected.abs() > 0.1
+    torch.testing.assert_close((weight * weight.grad).double().sum(), expected, rtol=1e-4, atol=1e-3)
+
+
 def test_layers_with_a_forward_of_their_own_are_not_compiled(monkeypatch):
     made, model = count_graphs(monkeypatch), tiny("llama")
     expected = logp_packed(model, some_pack())

@@ -2,9 +2,7 @@
 
 import importlib.util
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -25,8 +23,7 @@ from egrsd_kernels.trl import PRESETS
 from egrsd_kernels.trl.run import last_checkpoint, load_reward, load_splits, make_trainer
 from egrsd_kernels.trl.settings import parse_settings
 from tests.support.devices import two_gpus
-from tests.support.fsdp_on_cpu import SHARDED
-from tests.support.ports import free_port
+from tests.support.egrsd_processes import SHARDED, train_in_two
 from tests.support.trl_tiny import OPTIONS, dataset, row, tiny_model, tokenizer
 
 REWARDS = '''
@@ -99,22 +96,6 @@ FORMATS = "expected a file that ends in .jsonl, .json, .parquet, a folder, or a 
 # --------------------------------------------------------------------------------------------------------------- runs
 
 
-def on_two_processes(home: Path, module: str, config: str, *options: str) -> str:
-    """What ``module`` prints, started as ``accelerate launch`` starts it on two GPUs."""
-    port = free_port()
-    path = os.pathsep.join(filter(None, [str(Path(cli.__file__).parents[2]), os.environ.get("PYTHONPATH")]))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    finished = subprocess.run(
-        [*launch, "-m", module, "train", config, *options],
-        capture_output=True,
-        text=True,
-        cwd=home,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-    )
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout
-
-
 def check_the_same(one: Path, other: Path, rounding: float, absolute: float = 0.0) -> None:
     """Two runs have logged and saved the same, but for rounding, and for ``absolute`` where terms cancel."""
     for mine, theirs in zip(history(one), history(other), strict=True):
@@ -139,7 +120,7 @@ def test_trains_on_two_processes(config, home, tmp_path, device, loss):
     saved = {"save_strategy": "steps", "save_steps": 1, "use_cpu": device == "cpu", **loss}
     rounding = 1e-5 if device == "cpu" else 1e-3
     run = tmp_path / "run"
-    said = on_two_processes(home, "egrsd_kernels", config(**saved))
+    said = train_in_two(home, config(**saved))
     assert said.count(f"{run}: the model after step 2\n") == 1
     assert (run / "adapter_model.safetensors").is_file() and (run / "tokenizer.json").is_file()
     assert {path.name for path in (run / "checkpoint-2").glob("egrsd_state_*")} == {
@@ -152,7 +133,7 @@ def test_trains_on_two_processes(config, home, tmp_path, device, loss):
     layers = {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"]}
     fsdp = saved | {"fsdp": "full_shard auto_wrap", "fsdp_config": layers, "output_dir": str(sharded)}
     for options in ([], [f"--resume_from_checkpoint={sharded / 'checkpoint-1'}"]):
-        said = on_two_processes(home, "tests.support.fsdp_on_cpu", config(**fsdp), *options)
+        said = train_in_two(home, config(**fsdp), *options, fsdp=True)
         counts = re.findall(f"{SHARDED} (\\d+) of (\\d+)", said)
         assert len(counts) == 2 and all(some == every != "0" for some, every in counts)
         check_the_same(sharded, run, rounding)
@@ -169,10 +150,10 @@ def test_a_whole_teacher_on_two_processes_that_shard_the_student(config, home, t
     tokenizer().save_pretrained(home / "teacher")
     keys = {"use_peft": False, "teacher_model_name_or_path": "teacher", "save_strategy": "no"}
     run, sharded = tmp_path / "run", tmp_path / "sharded"
-    on_two_processes(home, "egrsd_kernels", config(**keys))
+    train_in_two(home, config(**keys))
     layers = {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"]}
     fsdp = {"fsdp": "full_shard auto_wrap", "fsdp_config": layers, "output_dir": str(sharded)}
-    on_two_processes(home, "tests.support.fsdp_on_cpu", config(**keys | fsdp))
+    train_in_two(home, config(**keys | fsdp), fsdp=True)
     for mine, theirs in zip(history(sharded), history(run), strict=True):
         for key in ("loss", "grad_norm", "teacher_entropy/mean", "abs_log_ratio/mean"):
             assert mine[key] == pytest.approx(theirs[key], rel=1e-4), key
@@ -186,7 +167,7 @@ def test_trains_under_deepspeed(config, home, tmp_path, monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     saved = {"save_strategy": "steps", "save_steps": 1}
     run, sharded = tmp_path / "run", tmp_path / "sharded"
-    on_two_processes(home, "egrsd_kernels", config(**saved))
+    train_in_two(home, config(**saved))
     optimizer = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto", "torch_adam": True}
     for zero in ({"stage": 2}, {"stage": 3, "stage3_param_persistence_threshold": 0}):
         settings = dict.fromkeys(
@@ -194,10 +175,11 @@ def test_trains_under_deepspeed(config, home, tmp_path, monkeypatch):
         )
         settings |= {"zero_optimization": zero, "optimizer": {"type": "AdamW", "params": optimizer}}
         deepspeed = saved | {"deepspeed": settings, "output_dir": str(sharded), "overwrite_output_dir": True}
-        said = on_two_processes(home, "egrsd_kernels", config(**deepspeed))
+        said = train_in_two(home, config(**deepspeed))
         assert f"{sharded}: the model after step 2\n" in said
+        assert (sharded / "checkpoint-2/global_step2").is_dir(), "DeepSpeed's engine has saved nothing"
         check_the_same(sharded, run, 1e-5, 1e-6)
-    on_two_processes(home, "egrsd_kernels", config(**deepspeed), f"--resume_from_checkpoint={sharded / 'checkpoint-1'}")
+    train_in_two(home, config(**deepspeed), f"--resume_from_checkpoint={sharded / 'checkpoint-1'}")
     check_the_same(sharded, run, 1e-5, 1e-6)
 
 

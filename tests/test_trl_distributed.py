@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +14,7 @@ pytest.importorskip("trl", reason="TRL is not installed")
 
 from egrsd_kernels.credit import gate
 from egrsd_kernels.trl import EGRSDTrainer
-from tests.support.ports import free_port
+from tests.support.processes import in_processes
 from tests.support.trl_tiny import exported, make, weights
 
 pytestmark = pytest.mark.slow
@@ -84,9 +81,8 @@ def train(path: Path, world: int) -> dict:
     return out
 
 
-def worker(path: Path) -> None:
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    out = train(path, world)
+def worker(rank: int, path: Path) -> dict:
+    out = train(path, 2)
     # Sampled this time, each process from its own random state, with rollouts still in use at the checkpoint.
     options = {"num_iterations": 2, "max_steps": 3, "per_device_train_batch_size": 2}
     saved = options | {"save_strategy": "steps", "save_steps": 1}
@@ -96,32 +92,13 @@ def worker(path: Path) -> None:
     resumed, _ = make(path / "resumed", **options)
     resumed.train(resume_from_checkpoint=str(path / "straight" / "checkpoint-1"))
     out["straight"], out["resumed"] = weights(straight), weights(resumed)
-    if rank == 0:
-        torch.save(out, path / "out.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    return out
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> tuple[dict, Path]:
     path = tmp_path_factory.mktemp("two")
-    port = free_port()
-    shared = {
-        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    command = [sys.executable, "-c", f"from tests import test_trl_distributed as t; t.worker(t.Path({str(path)!r}))"]
-    root = Path(__file__).parents[1]
-    processes = [
-        subprocess.Popen(command, env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank}, cwd=root)
-        for rank in ("0", "1")
-    ]
-    try:
-        assert [process.wait(240) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
-    return torch.load(path / "out.pt"), path
+    return in_processes(worker, path)[0], path
 
 
 @pytest.fixture(scope="module")

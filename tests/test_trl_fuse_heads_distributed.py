@@ -9,13 +9,13 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 pytest.importorskip("trl")
 if not dist.is_available():
     pytest.skip("torch.distributed is not available", allow_module_level=True)
 
 from egrsd_kernels.trl import fuse_head
+from tests.support.processes import in_processes
 from tests.test_model_heads_distributed import IDS, WORLD, build, whole, wrap
 
 CASES = {
@@ -93,28 +93,17 @@ def step(rank: int, case: str) -> tuple[list[str], float, float]:
     return one_sided, max(off), max(gradients)
 
 
-def worker(rank: int, store: str, wrapper: str, results) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
-    try:
-        for case in CASES[wrapper]:
-            results[case, rank] = step(rank, case)
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+def worker(rank: int, wrapper: str) -> list[tuple[list[str], float, float]]:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    return [step(rank, case) for case in CASES[wrapper]]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wrapper", CASES)
-def test_two_processes_are_one(wrapper, tmp_path):
+def test_two_processes_are_one(wrapper):
     if wrapper == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
-    with mp.Manager() as manager:
-        shared = manager.dict()
-        mp.spawn(worker, args=(str(tmp_path / "store"), wrapper, shared), nprocs=WORLD)
-        results = dict(shared)
-    assert len(results) == WORLD * len(CASES[wrapper])
-    for one_sided, off, gradients in results.values():
-        assert one_sided == []
-        assert off <= 1e-5 and gradients <= 1e-5  # float32 sums in another order
+    for results in in_processes(worker, wrapper, world=WORLD):
+        for case, (one_sided, off, gradients) in zip(CASES[wrapper], results, strict=True):
+            assert one_sided == [], case
+            assert off <= 1e-5 and gradients <= 1e-5, case  # float32 sums in another order

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,10 +16,10 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 import egrsd_kernels.trl.packed_rows as packed_rows
 from egrsd_kernels.trl import EGRSDTrainer, pack
-from tests.support.fsdp_on_cpu import SHARDED
-from tests.support.ports import free_port
+from tests.support.egrsd_processes import SHARDED, train_in_two
+from tests.support.processes import in_processes
 from tests.support.trl_tiny import make, weights
-from tests.test_train import check_the_same, config, history, home, on_two_processes  # noqa: F401
+from tests.test_train import config, history, home  # noqa: F401
 
 pytestmark = pytest.mark.slow
 
@@ -69,35 +66,13 @@ def train(path: Path, world: int, packing: bool) -> dict:
     return out
 
 
-def worker(path: Path) -> None:
-    out = train(path, 2, True)
-    torch.save(out, path / f"out-{os.environ['RANK']}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+def worker(rank: int, path: Path) -> dict:
+    return train(path, 2, True)
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> list[dict]:
-    path = tmp_path_factory.mktemp("two")
-    shared = {
-        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    code = f"from tests import test_trl_packing_distributed as t; t.worker(t.Path({str(path)!r}))"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank},
-            cwd=Path(__file__).parents[1],
-        )
-        for rank in ("0", "1")
-    ]
-    try:
-        assert [process.wait(240) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(path / f"out-{rank}.pt") for rank in (0, 1)]
+    return in_processes(worker, tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
@@ -105,16 +80,22 @@ def one(tmp_path_factory) -> dict:
     return train(tmp_path_factory.mktemp("one"), 1, False)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_two_packed_processes_equal_one_padded(one, two, name):
-    expected, (got, other) = one[name], (process[name] for process in two)
+def check_equal(got: dict, expected: dict) -> None:
     for key in ("loss", "gate/mean", "reward"):  # what does not depend on how a step is cut into micro-batches
         assert [row.get(key, 0) for row in got["rows"]] == pytest.approx(
             [row.get(key, 0) for row in expected["rows"]], rel=1e-4, abs=1e-6
         ), key
+    assert got["weights"].keys() == expected["weights"].keys()
     for key, value in expected["weights"].items():
         torch.testing.assert_close(got["weights"][key], value, rtol=1e-4, atol=2e-5)
-        assert torch.equal(got["weights"][key], other["weights"][key]), key
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_two_packed_processes_equal_one_padded(one, two, name):
+    for got in two:
+        check_equal(got[name], one[name])
+    for key, value in two[0][name]["weights"].items():
+        assert torch.equal(value, two[1][name]["weights"][key]), key
 
 
 def test_some_process_had_fewer_packs_than_another(two):
@@ -125,10 +106,10 @@ def test_packs_under_fsdp2(config, home, tmp_path):  # noqa: F811
     """Sharded and packed, two processes come to what they come to under DDP, padded."""
     run, sharded = tmp_path / "run", tmp_path / "sharded"
     keys = {"optim": "sgd", "learning_rate": 0.3, "max_grad_norm": 0.0, "lora_dropout": 0.0}
-    on_two_processes(home, "egrsd_kernels", config(**keys))
+    train_in_two(home, config(**keys))
     layers = {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"]}
     keys |= {"fsdp": "full_shard auto_wrap", "fsdp_config": layers, "packing": True, "max_tokens_per_pack": BUDGET}
-    said = on_two_processes(home, "tests.support.fsdp_on_cpu", config(**keys, output_dir=str(sharded)))
+    said = train_in_two(home, config(**keys, output_dir=str(sharded)), fsdp=True)
     assert all(some == every != "0" for some, every in re.findall(f"{SHARDED} (\\d+) of (\\d+)", said))
     assert len(history(run)) == 2
     for mine, theirs in zip(history(sharded), history(run), strict=True):
@@ -136,20 +117,42 @@ def test_packs_under_fsdp2(config, home, tmp_path):  # noqa: F811
             assert mine[key] == pytest.approx(theirs[key], rel=1e-4), key
 
 
+# TRL's loss: every pack is read twice.
+ZERO = {"cls": EGRSDTrainer, "peft": True, "loss_type": "dapo", "delta": 4.0}
+
+
+def zero_worker(rank: int, path: Path) -> dict[int, dict]:
+    """By stage, what a packed run came to."""
+    import deepspeed
+    from accelerate.state import AcceleratorState
+
+    out = {}
+    for stage in (2, 3):
+        AcceleratorState._reset_state(reset_partial_state=True)  # what it knows of DeepSpeed is of one run
+        zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
+        settings = {"zero_optimization": zero, "zero_allow_untested_optimizer": True, "gradient_clipping": "auto"}
+        settings |= dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto")
+        packs = {"per_device_train_batch_size": 2, "packing": True, "max_tokens_per_pack": BUDGET}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(GRPOTrainer, "_generate_single_turn", fixed_completions)
+            run, logs = make(path / str(stage), **OPTIONS | ZERO | packs, deepspeed=settings)
+            run.train()
+        assert run.model_wrapped.zero_optimization_stage() == stage
+        with deepspeed.zero.GatheredParameters([*run.model.parameters()]):
+            out[stage] = {"weights": weights(run), "rows": logs.steps}
+    return out
+
+
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
-@pytest.mark.parametrize("stage", [2, 3])
-def test_packs_under_deepspeed(config, home, tmp_path, monkeypatch, stage):  # noqa: F811
-    """It steps once an optimizer step, not once a pack, and comes to what two processes come to under DDP, padded."""
+def test_packs_under_deepspeed(tmp_path, monkeypatch):
+    """ZeRO steps once an optimizer step, not once a pack, and comes to what one process comes to, padded."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    run, sharded = tmp_path / "run", tmp_path / "sharded"
-    keys = {"lora_dropout": 0.0, "loss_type": "dapo", "delta": 4.0}  # TRL's loss: every pack is read twice
-    on_two_processes(home, "egrsd_kernels", config(**keys))
-    optimizer = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto", "torch_adam": True}
-    settings = dict.fromkeys(
-        ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"
-    )
-    zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
-    settings |= {"zero_optimization": zero, "optimizer": {"type": "AdamW", "params": optimizer}}
-    keys |= {"deepspeed": settings, "packing": True, "max_tokens_per_pack": BUDGET, "output_dir": str(sharded)}
-    on_two_processes(home, "egrsd_kernels", config(**keys))
-    check_the_same(sharded, run, 1e-4, 1e-5)
+    with monkeypatch.context() as patch:
+        patch.setattr(GRPOTrainer, "_generate_single_turn", fixed_completions)
+        run, logs = make(tmp_path / "one", **OPTIONS | ZERO)
+        run.train()
+    expected = {"weights": weights(run), "rows": logs.steps}
+    # Accelerate knows no DeepSpeed where it is told that all is on CPUs.
+    for results in in_processes(zero_worker, tmp_path, gloo=False):
+        for got in results.values():
+            check_equal(got, expected)

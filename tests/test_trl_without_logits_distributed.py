@@ -7,13 +7,13 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 pytest.importorskip("trl")
 if not dist.is_available():
     pytest.skip("torch.distributed is not available", allow_module_level=True)
 
 from egrsd_kernels.trl.self_distillation import Completion, _completion, _divergence
+from tests.support.processes import in_processes
 from tests.test_model_heads_distributed import IDS, WORLD, build, whole, wrap
 
 LENGTH = 3
@@ -59,24 +59,13 @@ def step(rank: int, case: str, keep: bool) -> tuple[list[str], float, float]:
     return sorted({*found} ^ {*expected}), max(off), max(gradients)
 
 
-def worker(rank: int, store: str, results) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
-    try:
-        for case in CASES:
-            results[case, rank] = step(rank, *case)
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+def worker(rank: int) -> list[tuple[list[str], float, float]]:
+    return [step(rank, *case) for case in CASES]
 
 
 @pytest.mark.slow
-def test_two_processes_are_one(tmp_path):
-    with mp.Manager() as manager:
-        shared = manager.dict()
-        mp.spawn(worker, args=(str(tmp_path / "store"), shared), nprocs=WORLD)
-        results = dict(shared)
-    assert len(results) == WORLD * len(CASES)
-    for one_sided, off, gradients in results.values():
-        assert one_sided == []
-        assert off <= 1e-5 and gradients <= 1e-5  # float32 sums in another order
+def test_two_processes_are_one():
+    for results in in_processes(worker, world=WORLD):
+        for case, (one_sided, off, gradients) in zip(CASES, results, strict=True):
+            assert one_sided == [], case
+            assert off <= 1e-5 and gradients <= 1e-5, case  # float32 sums in another order

@@ -56,7 +56,7 @@ def run(case: str, folder: Path) -> tuple[list[Record], list[dict[str, float]]]:
     }
     inherited = {name: value for name, value in os.environ.items() if name not in OF_OTHERS}
     command = [str(ENVIRONMENT / "bin/python"), "-m", "tests.support.vllm_run", case, str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=inherited | settings, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, cwd=ROOT, env=inherited | settings, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-4000:]
     found = torch.load(folder / f"{case}.pt")
     return found["records"], found["logs"]

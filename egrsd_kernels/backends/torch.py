@@ -90,10 +90,10 @@ def count(rows: Rows, which: int) -> int:
     return int(rows.counts[which]) if rows.order.device.type == "cpu" else rows.order.numel()
 
 
-def chunks(rows: Rows, head: Head, dtype: torch.dtype, chunk_bytes: int) -> Iterator[tuple[int, Tensor]]:
-    """(first row, indices) of the valid rows, chunk by chunk; three chunk-sized matrices stay in ``chunk_bytes``."""
+def chunks(rows: Rows, head: Head, dtype: torch.dtype, chunk_bytes: int, matrices: int) -> Iterator[tuple[int, Tensor]]:
+    """(first row, indices) of the valid rows, chunk by chunk; so many chunk-sized matrices stay in ``chunk_bytes``."""
     n = count(rows, 0)
-    size = max(1, chunk_bytes // (3 * dtype.itemsize * max(head.weight.shape[0], 1)))
+    size = max(1, chunk_bytes // (matrices * dtype.itemsize * max(head.weight.shape[0], 1)))
     for first in range(0, n, size):
         yield first, rows.order[first : min(first + size, n)].long()
 
@@ -122,7 +122,7 @@ def _passes(
 ) -> Iterator[_Softmax]:  # fmt: skip
     """Chunk by chunk, with what ``out`` has of its rows written, and once all is done that of masked rows."""
     dtype = compute_dtype(hidden.dtype)
-    for first, index in chunks(rows, head, dtype, chunk_bytes):
+    for first, index in chunks(rows, head, dtype, chunk_bytes, 3 if head.softcap is None else 5):
         z, softcap_grad = logits(head, temperature, select(hidden, index, dtype))
         if out.is_top1 is not None:
             out.is_top1[index] = z.argmax(1) == target_ids[index]  # the first of equal ones

@@ -5,8 +5,8 @@ Both models' logits of a chunk of rows are there at once, each in its operands' 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from .torch import Sums, balance, chunks, count, log_softmax, logits, select, ta
 
 __all__ = ["divergence_pass", "keep_divergence", "takes"]
 
-MATRICES = 9  # logits-sized ones that a chunk holds at most
+MATRICES = 11  # logits-sized ones that a chunk holds at most: ten, with a softcap and top_k, and some booleans
 
 
 def takes(pair: Pair) -> bool:
@@ -65,7 +65,7 @@ def _weighted(p: Tensor, of: Tensor) -> Tensor:
 def _gap(x: _Ratio) -> Tensor:
     """p_S - p_T, from the larger of the two: a difference would cancel where r is small."""
     larger, r = torch.maximum(x.student, x.coarse_teacher).exp_(), x.log_ratio
-    return larger.mul_(torch.expm1(-r.abs()).mul_(-r.sign()))
+    return larger.mul_(r.abs().neg_().expm1_()).mul_(r.sign().neg_())
 
 
 # Both logsumexp are rounded, and so all r of a row are off by one number. Σ (p_S - p_T), which is 0, is off by the same
@@ -86,12 +86,11 @@ def _forward_kl(x: _Ratio) -> tuple[Tensor, Tensor]:
 
 def _jsd(x: _Ratio, beta: float) -> tuple[Tensor, Tensor]:
     p, r = x.student.exp(), x.log_ratio
-    part = torch.full_like(r, 1 - beta).masked_fill_(r >= 0, beta)
-    common = torch.log1p(torch.expm1(-r.abs()).mul_(part)).neg_()
-    u = common + r.clamp(max=0)  # ln(p_S / m); ln(p_T / m) is u - r
+    common = r.abs().neg_().expm1_().mul_(torch.full_like(r, 1 - beta).masked_fill_(r >= 0, beta)).log1p_().neg_()
+    u, of_teacher = r.clamp(max=0).add_(common), common.sub_(r.clamp(min=0))  # ln(p_S / m) and ln(p_T / m)
     mean = _weighted(p, u).sum(1)
-    divergence = (1 - beta) * mean + beta * _weighted(x.teacher.exp(), common - r.clamp(min=0)).sum(1)
-    return divergence, _weighted(p, u - mean[:, None]).mul_(1 - beta)
+    divergence = (1 - beta) * mean + beta * _weighted(x.teacher.exp(), of_teacher).sum(1)
+    return divergence, _weighted(p, u.sub_(mean[:, None])).mul_(1 - beta)
 
 
 def divergence_of(log_s: Tensor, log_t: Tensor, which: Divergence) -> tuple[Tensor, Tensor]:
@@ -130,27 +129,35 @@ def _entropy(log_p: Tensor) -> Tensor:
 
 
 def _passes(
-    pair: Pair, target_ids: Tensor | None, rows: Rows, out: DivergenceStatistics, chunk_bytes: int
-) -> Iterator[_Rows]:
-    """Chunk by chunk, with ``out`` of its rows written, and once all is done that of masked rows."""
+    pair: Pair, target_ids: Tensor | None, rows: Rows, out: DivergenceStatistics, chunk_bytes: int,
+    use: Callable[[_Rows], Any],
+) -> None:  # fmt: skip
+    """Write ``out``, and give each chunk to ``use`` once that of its rows is there. No chunk outlives the next one."""
     dtype = compute_dtype(pair.student_hidden.dtype)
-    for first, index in chunks(rows, pair.student, dtype, 3 * chunk_bytes // MATRICES):
-        log_s, softcap_grad = _log_p(pair.student, pair.temperature, pair.student_hidden, index, dtype)
-        log_t, _ = _log_p(pair.teacher, pair.temperature, pair.teacher_hidden, index, dtype)
-        divergence, dz = divergence_of(log_s, log_t, pair.divergence)
-        outside = torch.zeros_like(divergence)
-        if target_ids is not None:
-            target = target_ids[index]
-            outside = outside.masked_fill_((target < 0) | (target >= log_s.shape[1]), torch.nan)
-            for where, log_p in ((out.student_logp, log_s), (out.teacher_logp, log_t)):
-                if where is not None:
-                    where[index] = target_logp(log_p, target)
-        for where, log_p in ((out.student_entropy, log_s), (out.teacher_entropy, log_t)):
-            if where is not None:
-                where[index] = _entropy(log_p) + outside
-        out.divergence[index] = divergence + outside
-        yield _Rows(first, index, dz.add_(outside[:, None]), log_s, softcap_grad)
+    for first, index in chunks(rows, pair.student, dtype, chunk_bytes, MATRICES):
+        use(_chunk(pair, target_ids, first, index, out, dtype))
     zero_masked(rows, out)
+
+
+def _chunk(
+    pair: Pair, target_ids: Tensor | None, first: int, index: Tensor, out: DivergenceStatistics, dtype: torch.dtype
+) -> _Rows:
+    """Of tokens (n,), whose ``out`` is written."""
+    log_s, softcap_grad = _log_p(pair.student, pair.temperature, pair.student_hidden, index, dtype)
+    log_t = _log_p(pair.teacher, pair.temperature, pair.teacher_hidden, index, dtype)[0]
+    divergence, dz = divergence_of(log_s, log_t, pair.divergence)
+    outside = torch.zeros_like(divergence)
+    if target_ids is not None:
+        target = target_ids[index]
+        outside = outside.masked_fill_((target < 0) | (target >= log_s.shape[1]), torch.nan)
+        for where, log_p in ((out.student_logp, log_s), (out.teacher_logp, log_t)):
+            if where is not None:
+                where[index] = target_logp(log_p, target)
+    for where, log_p in ((out.student_entropy, log_s), (out.teacher_entropy, log_t)):
+        if where is not None:
+            where[index] = _entropy(log_p) + outside
+    out.divergence[index] = divergence + outside
+    return _Rows(first, index, dz.add_(outside[:, None]), log_s, softcap_grad)
 
 
 def _sums(pair: Pair, target_ids: Tensor | None, rows: Rows, needs: Needs) -> Sums:
@@ -186,9 +193,12 @@ def divergence_pass(
 ) -> Finish:  # fmt: skip
     """See :meth:`~.protocol.DivergenceBackend.divergence_pass`."""
     sums = _sums(pair, target_ids, rows, needs)
-    for chunk in _passes(pair, target_ids, rows, out, chunk_bytes):
+
+    def use(chunk: _Rows) -> None:
         if any(needs[:3]):
             _add(sums, chunk, credit(chunk.first, chunk.tokens.numel()))
+
+    _passes(pair, target_ids, rows, out, chunk_bytes, use)
     return sums.finish()
 
 
@@ -205,9 +215,9 @@ def keep_divergence(
     """See :meth:`~.protocol.DivergenceBackend.keep_divergence`: dD/d(hWᵀ + b) over the temperature's share."""
     size = pair.student.weight.shape[0] * compute_dtype(pair.student_hidden.dtype).itemsize
     first, others = rows.split(min(count(rows, 0), keep_bytes // size))
-    passed = [_without_softcap(x) for x in _passes(pair, target_ids, first, out, chunk_bytes)]
-    for _ in _passes(pair, target_ids, others, out, chunk_bytes):
-        pass
+    passed: list[_Rows] = []
+    _passes(pair, target_ids, first, out, chunk_bytes, lambda chunk: passed.append(_without_softcap(chunk)))
+    _passes(pair, target_ids, others, out, chunk_bytes, lambda chunk: None)
 
     def kept(pair: Pair, gradient: Tensor, needed: Tensor, chunk_bytes: int) -> Finish:
         sums, credit = _sums(pair, target_ids, first, needs), PairCredit(gradient)
@@ -217,8 +227,7 @@ def keep_divergence(
         # Those that may need it, and no more: where no count was asked for, all of them are worked on.
         sums.turn_to(Rows.build(again, again).split(len(others.order))[0])
         known = DivergenceStatistics(torch.zeros_like(gradient))
-        for chunk in _passes(pair, target_ids, sums.rows, known, chunk_bytes):
-            _add(sums, chunk, credit)
+        _passes(pair, target_ids, sums.rows, known, chunk_bytes, lambda chunk: _add(sums, chunk, credit))
         return sums.finish()
 
     return kept

@@ -37,6 +37,8 @@ SMALLEST = 1024  # tokens
 # Graphs of one layer's class: with gradients and without, adapters on and off, two kinds of layers, and the sizes from
 # 1,024 tokens to 65,536, eight to each doubling. What needs more than these would be compiled without an end.
 GRAPHS = 2 * 2 * 2 * 8 * 6
+# Of torch._dynamo: layers that are computed again may set attributes.
+HANDED_ON = "skip_fwd_side_effects_in_bwd_under_checkpoint"
 
 
 def padded_size(tokens: int) -> int:
@@ -109,8 +111,11 @@ def _own(gradient: Tensor) -> Tensor:
 
 
 def _many_graphs() -> AbstractContextManager[None]:
-    limits = {"recompile_limit": GRAPHS, "accumulated_recompile_limit": 4 * GRAPHS}
-    patched: AbstractContextManager[None] = torch._dynamo.config.patch(limits)
+    settings = {"recompile_limit": GRAPHS, "accumulated_recompile_limit": 4 * GRAPHS}
+    # Fused adapters hand one another what they have made, and nothing of it is left when a layer ends.
+    if hasattr(torch._dynamo.config, HANDED_ON):  # not in older PyTorch
+        settings[HANDED_ON] = True
+    patched: AbstractContextManager[None] = torch._dynamo.config.patch(settings)
     return patched
 
 

@@ -248,11 +248,22 @@ def serve(names: Iterable[str]) -> None:
             registry.register(name, functools.partial(attend, own))
 
 
+# By a layer's function and the positions: of layers without a window it is the same one in every forward.
+_windows: weakref.WeakKeyDictionary[Callable[..., Tensor], dict[int, int]] = weakref.WeakKeyDictionary()
+
+
 def window_of(sees: Callable[..., Tensor], positions: int) -> int:
     """How many positions a token sees, itself the last, by a layer's own function; 0 for all of ``positions``.
 
     Unserved where it is another set than that: chunks, or tokens that follow.
     """
+    held = _windows.setdefault(sees, {})
+    if positions not in held:
+        held[positions] = _window_of(sees, positions)
+    return held[positions]
+
+
+def _window_of(sees: Callable[..., Tensor], positions: int) -> int:
     keys, last, none = torch.arange(positions), torch.tensor(positions - 1), torch.tensor(0)
     seen = sees(none, none, last, keys)
     width = int(seen.sum()) if seen.shape == keys.shape else 0

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-PATIENCE = 60  # seconds that a single answer may take
+PATIENCE = 300  # seconds that a single answer may take; the first one is Chromium's start
 # Chromium reads requests at file descriptor 3 and writes answers at 4.
 START = "import os, sys; r, w, *run = sys.argv[1:]; os.dup2(int(r), 3); os.dup2(int(w), 4); os.execv(run[0], run)"
 
