@@ -53,9 +53,9 @@ GIB = 2**30
 LOGITS_IN_16_BITS = 0.1  # nat
 PACKAGES = ["transformers", "peft", "accelerate", "trl", "liger-kernel", "unsloth"]
 SETTINGS = ("", "grpo", "groups-of-16", "largest")
-PROFILED = ("trl", "prefix", "prefix-compiled")
+PROFILED = ("trl", "prefix", "prefix-compiled", "prefix-fused")
 OUT_OF_MEMORY = "out of memory"
-DENSE = 16_384  # tokens of the largest pack that is tried
+LARGEST_PACK = 16_384  # tokens
 
 # ------------------------------------------------------------------------------------------------------------ the cells
 
@@ -100,7 +100,8 @@ class Cell:
 
 def _cells() -> Iterator[str]:
     """In order of worth: where time ends, the last are missing."""
-    first = ("prefix-compiled", "trl", "packed-compiled", "prefix", "padded-compiled", "trl-trie", "padded", "packed")
+    first = ("prefix-compiled", "trl", "packed-compiled", "prefix-fused", "prefix", "padded-compiled", "trl-trie")
+    first += ("padded", "packed")
     yield from (f"{shape}/{way}" for shape in ("1.7b", "4b") for way in first)
     yield from (f"{shape}/{way}" for shape in ("8b", "0.6b") for way in ("prefix-compiled", "trl"))
     for setting in ("groups-of-16", "grpo"):
@@ -130,7 +131,7 @@ def chosen(patterns: str | None) -> list[Cell]:
 def plans(cell: Cell, task: Task, kept: bool) -> list[Plan]:
     """From whole to small."""
     if WAYS[cell.way].packs:
-        return [Plan(kept, DENSE >> halvings) for halvings in range(4 if kept else 2)]
+        return [Plan(kept, LARGEST_PACK >> halvings) for halvings in range(4 if kept else 2)]
     count = len(task.rollouts.responses)
     largest = task.rollouts.group if kept else count
     return [Plan(kept, size) for size in (largest >> halvings for halvings in range(4)) if size and count % size == 0]
@@ -384,18 +385,21 @@ def run_one(cell: Cell, args: argparse.Namespace) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.gib * GIB / torch.cuda.mem_get_info()[1]))
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # a layer that falls back to eager is no compiled one
-    if cell.way == "unsloth":  # which changes what is imported after it
-        attempt(lambda: vars(__import__("unsloth")))
     machine = environment(device, PACKAGES, args.commit)
     measure(cell, args, lambda row: write(args.row, {"environment": machine, "row": row}))
+
+
+# It changes what is imported after it, and wants to.
+UNSLOTH_FIRST = "import unsloth, runpy; runpy.run_module('benchmarks.end_to_end', run_name='__main__')"
 
 
 def run_cell(cell: Cell, args: argparse.Namespace, lane: int, seconds: float) -> dict[str, Any]:
     """A cell's process, stopped after ``seconds``; {"environment", "row"}, the former None where it came to nothing."""
     with tempfile.TemporaryDirectory() as folder:
         path, log = Path(folder, "row.json"), Path(folder, "log")
-        words = [sys.executable, "-m", "benchmarks.end_to_end", *args.given, "--one", cell.name, "--row", str(path)]
-        variables = dict(os.environ, PYTHONUNBUFFERED="1")
+        begin = ["-c", UNSLOTH_FIRST] if cell.way == "unsloth" else ["-m", "benchmarks.end_to_end"]
+        words = [sys.executable, *begin, *args.given, "--one", cell.name, "--row", str(path)]
+        variables = {"UNSLOTH_COMPILE_LOCATION": str(Path(folder, "unsloth")), **os.environ, "PYTHONUNBUFFERED": "1"}
         if args.device == "cuda":  # one alone, or Trainer would spread a batch over all
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(args.lanes)))).split(",")
             variables["CUDA_VISIBLE_DEVICES"] = visible[lane]

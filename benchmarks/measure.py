@@ -218,5 +218,8 @@ def command(module: str, parser: argparse.ArgumentParser, args: argparse.Namespa
 
 
 def write(path: Path, report: dict) -> None:
+    """As JSON, at once: what is interrupted leaves the file that was there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    made = path.with_name(f"{path.name}.new")
+    made.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    made.replace(path)

@@ -10,9 +10,12 @@ from benchmarks.updates import WAYS
 
 PERFORMANCE = (
     "# Where the time of a step goes",
-    "An update of EGRSD is the teacher's forward pass, the student's forward and backward pass, and the loss; no "
-    "generation. Every way below does it for the same rollouts, in a process of its own, with the checkpointing that "
-    "is fastest in the given memory, and is timed only if log p of student and teacher is right. "
+    "An update of EGRSD is the teacher's forward pass, the student's forward and backward pass, and the loss: from "
+    "token ids to gradients, without generation and optimizer. Every way below does it for the same rollouts, in a "
+    "process of its own, with the checkpointing that is fastest in the given memory, and is timed only if log p of "
+    "student and teacher is right. What is not the package's own: TRL's EGRSD is a subclass of GRPOTrainer; its trie "
+    "attends by PyTorch's FlashAttention, where TRL asks the Hub for FlashAttention 3; verl's way has our head. What "
+    "is less: Unsloth's loss takes one advantage a rollout, and no entropies of the teacher. "
     "`benchmarks/updates.py` says what each way does, `benchmarks/end_to_end.py` how it is measured.",
 )
 SETTINGS = {"": "EGRSD", "grpo": "GRPO", "groups-of-16": "EGRSD, groups of 16, a solution of 1,000 tokens"}

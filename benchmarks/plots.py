@@ -195,7 +195,7 @@ def draw_updates(report: dict, path: Path, shapes: tuple[str, ...] = ("1.7b", "4
     canvas.legend(handles, labels, fontsize=8, frameon=False, loc="outside lower right")
     given = report["settings"]
     rollouts = f"{given['groups']} groups of {given['group']} rollouts, {report['device']}"
-    canvas.suptitle(f"An EGRSD update, without generation: LoRA, bfloat16,\n{rollouts}", fontsize=10)
+    canvas.suptitle(f"An EGRSD update from token ids to gradients: LoRA, bfloat16,\n{rollouts}", fontsize=10)
     canvas.savefig(path, dpi=130)
     plt.close(canvas)
 
@@ -218,16 +218,18 @@ def draw_divergences(report: dict, path: Path) -> None:
             at = [place + (number - (len(DIVERGENCES) - 1) / 2) * width for place in range(len(KINDS))]
             axes.bar(at, found, width=width, color=colour, label=label)
             for x, ratio in zip(at, found, strict=True):
-                axes.text(x, ratio + 0.03, f"{ratio:.2f}" if ratio else "–", ha="center", fontsize=6, rotation=90)
+                text = f" {ratio:.2f}" if ratio else " –"
+                axes.text(x, ratio, text, ha="center", va="bottom", fontsize=6, rotation=90)
         axes.axhline(1.0, color="#222222", linestyle=":", linewidth=1)
         axes.set_xticks(range(len(KINDS)), KINDS.values(), fontsize=8)
         axes.set_title(f"{model(entry['hidden_size'])}, N = {entry['tokens']:,}", fontsize=9)
         axes.margins(y=0.15)
     grid[0, 0].set_ylabel("forward and backward, over the bare products", fontsize=8)
-    grid[0, -1].legend(fontsize=7, frameon=False)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    canvas.legend(handles, labels, fontsize=7, frameon=False, ncols=len(labels), loc="outside lower center")
     first = shapes[0]
     about = f"V = {first['vocabulary']:,}, {first['dtype']}, {report['device']}"
-    canvas.suptitle(f"Divergences over the full vocabulary, frozen head, {about}", fontsize=10)
+    canvas.suptitle(f"Divergences over the full vocabulary, frozen head,\n{about}", fontsize=10)
     canvas.savefig(path, dpi=130)
     plt.close(canvas)
 

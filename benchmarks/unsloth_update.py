@@ -7,9 +7,7 @@ Unsloth is to be imported before transformers. Where it falls back from a shared
 
 from __future__ import annotations
 
-import os
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,7 +39,6 @@ def load(task: Task, plan: Plan, folder: str) -> tuple[Any, Any]:
 
 
 def update_of(task: Task, plan: Plan) -> Update:
-    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path(tempfile.gettempdir(), "unsloth_compiled_cache")))
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
     from trl.models.utils import disable_gradient_checkpointing

@@ -15,7 +15,7 @@ under autocast, adapters in float32, SDPA where nothing else is said. What each 
 - ``padded``, ``padded-compiled``: the same padded rows through ``with_head`` and ``fused_egrsd_loss``.
 - ``packed``, ``packed-compiled``: rows without padding, one after another, each with its whole prompt. The second is
   verl's way, but for the head, which is ours.
-- ``prefix``, ``prefix-compiled``: every shared prefix once.
+- ``prefix``, ``prefix-compiled``: every shared prefix once. ``prefix-fused``: compiled, with ``fuse_adapters``.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.rollouts import SHAPES, Rollouts, build
 from egrsd_kernels import Head, credit, fused_egrsd_loss, token_statistics, with_head
+from egrsd_kernels.adapters import fuse_adapters
 from egrsd_kernels.models.adapters import adapters_off
 from egrsd_kernels.packing import Pack, pack_rows, packed
 
@@ -229,10 +230,16 @@ def ours_padded(task: Task, plan: Plan, compiled: bool = False) -> Update:
     return partial(by_fused_loss, task, model, teacher, padded_passes(task, False, plan.size))
 
 
-def ours_packed(task: Task, plan: Plan, compiled: bool = False, shared: bool = True) -> Update:
+def ours_packed(
+    task: Task, plan: Plan, compiled: bool = False, shared: bool = True, fused_adapters: bool = False
+) -> Update:
     teacher = packed_passes(task, True, plan.size, compiled, shared) if task.has_teacher else []
     student = packed_passes(task, False, plan.size, compiled, shared)
-    return partial(by_fused_loss, task, task.model(plan), teacher, student)
+    model = task.model(plan)
+    if fused_adapters:
+        with task.autocast():
+            fuse_adapters(model)
+    return partial(by_fused_loss, task, model, teacher, student)
 
 
 # ----------------------------------------------------------------------------------------------------------------- TRL
@@ -460,6 +467,12 @@ WAYS = {
     "prefix": Way("ours, one prefix", ours_packed, packs=True),
     "prefix-compiled": Way(
         "ours, one prefix, compiled", partial(ours_packed, compiled=True), packs=True, compiled=True
+    ),
+    "prefix-fused": Way(
+        "ours, one prefix, compiled, adapters fused",
+        partial(ours_packed, compiled=True, fused_adapters=True),
+        packs=True,
+        compiled=True,
     ),
 }
 

@@ -20,7 +20,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -140,8 +140,9 @@ def _operands(layer: Any, x: Tensor) -> _Operands | None:
     ):
         return None  # sharded, or on the way to another device
     dtype, dtypes = x.dtype, {x.dtype, weight.dtype, a.dtype, b.dtype}
-    if torch.is_autocast_enabled(x.device.type):
-        dtype, fit = torch.get_autocast_dtype(x.device.type), dtypes <= _CAST
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        dtype, fit = torch.get_autocast_dtype(kind), dtypes <= _CAST
     else:
         fit = len(dtypes) == 1 and x.is_floating_point()
     return _Operands(weight, bias, a, b, float(layer.scaling[name]), dtype, name) if fit else None
@@ -193,22 +194,24 @@ class _Readers:
         self.layers = layers
         self.made: _Made | None = None  # from the first layer's call to the last one's
 
-    def run(self, index: int, x: Tensor, operands: _Operands) -> Tensor:
-        if index and (made := self.made) is not None and made.still(index, x, operands):
-            if index == len(self.layers) - 1:
+    def run(self, number: int, x: Tensor, operands: _Operands) -> Tensor:
+        """The output of layer ``number``, whose own operands these are."""
+        made = self.made
+        if number:
+            if made is None or not made.still(number, x, operands):
+                return _apply(x, [operands])[0]
+            if number == len(self.layers) - 1:
                 self.made = None
-            return made.outputs[index]
-        together = [operands]
-        if not index:
-            others = [_operands(layer, x) for layer in self.layers[1:]]
-            together += [one for one in others if one is not None and one.dtype == operands.dtype]
-            if len(together) < len(self.layers):  # one that is not plain now
-                together = [operands]
-        outputs = _apply(x, together)
-        if not index:
-            alone = len(together) == 1
-            versions = [_versions(x, one) for one in together]
-            self.made = None if alone else _Made(x, together, versions, torch.is_grad_enabled(), outputs)
+            return made.outputs[number]
+        self.made = None
+        together = [operands, *(_operands(layer, x) for layer in self.layers[1:])]
+        plain = [one for one in together if one is not None and one.dtype == operands.dtype]
+        if len(plain) < len(together):  # one of them is not plain now
+            plain = [operands]
+        outputs = _apply(x, plain)
+        if len(plain) > 1:
+            versions = [_versions(x, one) for one in plain]
+            self.made = _Made(x, plain, versions, torch.is_grad_enabled(), outputs)
         return outputs[0]
 
 
@@ -258,9 +261,8 @@ def _apply(x: Tensor, operands: Sequence[_Operands]) -> tuple[Tensor, ...]:
     weights = [one.weight.to(dtype) for one in operands]
     biases = [None if one.bias is None else one.bias.to(dtype) for one in operands]
     a, b, scales = ([one[place] for one in operands] for place in (2, 3, 4))
-    outputs: tuple[Tensor, ...] = _Adapted.apply(  # type: ignore[no-untyped-call]
-        x.to(dtype), scales, *weights, *biases, *a, *b
-    )
+    run: Callable[..., tuple[Tensor, ...]] = _Adapted.apply if torch.is_grad_enabled() else _Adapted.forward
+    outputs = run(x.to(dtype), scales, *weights, *biases, *a, *b)
     return outputs[:-1]
 
 
@@ -459,16 +461,15 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _autocast(layers: Iterable[Any]) -> torch.autocast:
-    """As it is; on in the dtype of the first layer where adapters are in another, which only autocast makes plain."""
+def _autocast(layers: Iterable[Any]) -> AbstractContextManager[Any]:
+    """As it is; on in a layer's dtype where its adapters are in another, which only autocast makes plain."""
     for layer in layers:
         weight = layer.base_layer.weight
-        kind = weight.device.type
         mixed = any(one.weight.dtype != weight.dtype for one in layer.lora_A.values())
-        if mixed and weight.dtype in (torch.bfloat16, torch.float16) and not torch.is_autocast_enabled(kind):
-            return torch.autocast(kind, weight.dtype)
-        return torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))
-    return torch.autocast("cpu", enabled=False)
+        if mixed and weight.dtype in (torch.bfloat16, torch.float16):
+            kind = weight.device.type
+            return nullcontext() if torch.is_autocast_enabled(kind) else torch.autocast(kind, weight.dtype)
+    return nullcontext()
 
 
 def _calls(base: nn.Module, layers: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -507,12 +508,12 @@ def _together(calls: Mapping[str, list[Any]], names: Iterable[str]) -> list[list
 def _proved(name: str, layer: Any) -> str | None:
     """The adapter of a plain layer, whose output and gradients are PEFT's; None of a layer that is not plain."""
     weight = layer.base_layer.weight
-    random = torch.Generator(weight.device).manual_seed(0)
-    x = torch.randn(4, layer.in_features, generator=random, device=weight.device).to(weight.dtype)
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(4, layer.in_features, generator=random, device="cpu").to(weight)
     operands = _operands(layer, x)
     if operands is None:
         return None
-    gradient = torch.randn(4, layer.out_features, generator=random, device=weight.device).to(operands.dtype)
+    gradient = torch.randn(4, layer.out_features, generator=random, device="cpu").to(x.device, operands.dtype)
     leaves = [x, *(one for one in (operands.a, operands.b) if one.requires_grad)]
     with torch.enable_grad():
         x.requires_grad_()

@@ -26,7 +26,7 @@ from .backends import (
 )
 from .head import Head, compute_dtype, widened
 from .once import once
-from .operators import flat, operator, parameters, unflat
+from .operators import flat, operator, parameters, signed, unflat
 
 
 class _Options(NamedTuple):
@@ -202,6 +202,7 @@ class _LinearDivergence(torch.autograd.Function):
     """
 
     @staticmethod
+    @signed
     def forward(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor | None, options: _Options, keeps: bool,
         anchor: Tensor, *others: Tensor | None,

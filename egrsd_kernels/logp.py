@@ -27,7 +27,7 @@ from .backends import (
 )
 from .head import Head, compute_dtype, widened
 from .once import once
-from .operators import flat, operator, parameters, unflat
+from .operators import flat, operator, parameters, signed, unflat
 
 
 class _Options(NamedTuple):
@@ -197,6 +197,7 @@ class _LinearLogp(torch.autograd.Function):
     """
 
     @staticmethod
+    @signed
     def forward(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor | None, target_ids: Tensor, valid: Tensor,
         options: _Options, keeps: bool, anchor: Tensor | None,

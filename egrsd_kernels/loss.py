@@ -31,7 +31,7 @@ from .checks import expect, number
 from .credit import ENTROPY_SCALES, CreditOptions, EntropyScale, Filter, Lookahead, TokenStats, batch_max
 from .head import Head, compute_dtype, widened
 from .once import once
-from .operators import flat, operator, parameters, unflat
+from .operators import flat, operator, parameters, signed, unflat
 from .rows import Rows, Sequences
 
 
@@ -231,6 +231,7 @@ class _FusedLoss(torch.autograd.Function):
     """
 
     @staticmethod
+    @signed
     def forward(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor | None, options: _Options, needs: Needs,
         traced: bool, anchor: Tensor | None, *given: Tensor | None,

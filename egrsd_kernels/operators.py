@@ -5,19 +5,28 @@ An operator knows tensors, numbers and names. It has no derivative of its own: t
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypeVar, get_origin, get_type_hints
 
 import torch
 
 NAMESPACE = "egrsd_kernels"
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+# Of every operator, those of packing among them.
+LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 # What a field of a tuple of options is in a schema.
 _TYPES: dict[Any, str] = {
     bool: "bool", int: "SymInt", float: "float", str: "str", tuple[str, ...]: "str[]",
     int | None: "SymInt?", float | None: "float?", str | None: "str?",
 }  # fmt: skip
 Options = TypeVar("Options", bound=tuple[Any, ...])
+Forward = TypeVar("Forward", bound=Callable[..., Any])
+
+
+def signed(forward: Forward) -> Forward:
+    """An autograd function's forward, with a signature at hand: ``apply`` asks for it with each call."""
+    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    return forward
 
 
 def operator(schema: str, like: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -29,10 +38,10 @@ def operator(schema: str, like: Callable[..., Any]) -> Callable[[Callable[..., A
     name = schema.partition("(")[0]
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         # Without gradients also where it is called by itself, as an exported program does.
-        _library.impl(name, torch.no_grad()(function), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{NAMESPACE}::{name}", like, lib=_library)
+        LIBRARY.impl(name, torch.no_grad()(function), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", like, lib=LIBRARY)
         made: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), name).default
         return made
 

@@ -1,4 +1,4 @@
-"""What functions hold beside their results: chunk_bytes, whatever the number of tokens; and what divergences ask of GPUs.
+"""What functions hold: chunk_bytes, however many tokens there are; and what divergences ask of GPUs.
 
 A CPU's allocations are the profiler's to tell. tests/test_torch_features.py has the loss on a GPU.
 """

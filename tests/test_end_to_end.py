@@ -75,7 +75,8 @@ def once(way: str, objective: str, plan: Plan, made: list[torch.nn.Module]) -> t
 
 OURS = [("padded", Plan(False, 4)), ("packed", Plan(True, 60)), ("prefix", Plan(False, 1000))]
 TRLS = [("trl", Plan(True, 8)), ("trl", Plan(False, 2)), ("trl-trie", Plan(True, 1000)), ("trl-trie", Plan(False, 80))]
-COMPILED = [("padded-compiled", Plan(True, 4)), ("packed-compiled", Plan(True, 60)), ("trl-compiled", Plan(True, 4))]
+COMPILED = [("padded-compiled", Plan(True, 4)), ("packed-compiled", Plan(True, 60)), ("trl-compiled", Plan(True, 4)),
+            ("prefix-fused", Plan(True, 1000))]  # fmt: skip
 
 
 @pytest.mark.parametrize("objective", ["egrsd", pytest.param("grpo", marks=pytest.mark.slow)])

@@ -31,7 +31,7 @@ GRADIENT_ERROR = {torch.float32: 3e-5, torch.float16: 3e-3, torch.bfloat16: 5e-3
 KINDS = [("reverse_kl", 0.5), ("forward_kl", 0.5), ("jsd", 0.5), ("jsd", 0.1)]
 FAMILIES = ["tma", "pointer"]
 N = 24  # rows take the interpreter's time
-SHAPES = [(N, 40, 300), (1, 16, 1), (3, 17, 33), (140, 72, 515)]
+SHAPES = [(N, 40, 300), (1, 16, 1), (3, 17, 33), (140, 72, 515), (N, 72, 256)]  # the last: whole tiles
 if CUDA:
     SHAPES += [(1000, 1000, 5003), (300, 5120, 2049), (2049, 256, 32_003)]
 TRANSFORMS = [{}, {"bias": True, "softcap": 4.0, "temperature": 0.7, "logit_scale": 1.6}]
@@ -54,6 +54,7 @@ everywhere = chosen(
         (SHAPES[2], TRANSFORMS[0], KINDS[3], torch.float32, "tma"),
         (SHAPES[3], TRANSFORMS[1], KINDS[1], torch.float16, "pointer"),
         (SHAPES[0], TRANSFORMS[0], KINDS[1], torch.float32, "pointer"),
+        (SHAPES[4], TRANSFORMS[0], KINDS[0], torch.float16, "tma"),
     ],
 )  # fmt: skip
 by_kind = chosen(
@@ -307,6 +308,20 @@ def test_logits_of_minus_infinity_beside_an_unlikely_one(kind, dtype, family):
             d, _, _ = case.reference(*kind)
             assert (found.divergence.detach() - d).abs().max() <= max(1e-3 * d.max(), 4e-6)
             assert gradients[0].isfinite().all()
+
+
+@special
+@by_kind
+def test_a_model_that_forbids_every_word(kind, dtype, family):
+    """It has no probabilities: NaN, as in PyTorch, and not a divergence from the uniform distribution."""
+    case = Case(8, 16, 40, dtype, bias=True)
+    case.mask[:] = True
+    biases = [case.student.bias, torch.full_like(case.student.bias, -math.inf)]
+    for ours, theirs in (biases, biases[::-1]):
+        case.student, case.teacher = (case.student.frame(case.student.weight, bias) for bias in (ours, theirs))
+        for targets in (False, True):
+            found, gradients = case.package(*kind, trained=False, targets=targets)
+            assert found.divergence.isnan().all() and gradients[0].isnan().all()
 
 
 @special

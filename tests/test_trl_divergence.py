@@ -159,6 +159,7 @@ def test_without_one_nothing_is_kept(tmp_path, monkeypatch):
         ({"loss_type": "grpo"}, "divergence: expected None unless"),
         ({"token_advantage": "grpo"}, "divergence: expected None unless"),
         ({"beta": 0.1}, "divergence: expected None unless"),
+        ({"prefix_weight": 0.5}, "divergence: expected None unless"),
     ],
     ids=str,
 )

@@ -60,9 +60,9 @@ def unknown_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Unknown")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
-    tuning._chosen.cache_clear()
+    tuning.configs.cache_clear()
     yield tmp_path / "new" / "tuning", timed
-    tuning._chosen.cache_clear()
+    tuning.configs.cache_clear()
 
 
 def choose(dtype=torch.bfloat16) -> Configs:
@@ -75,7 +75,7 @@ def test_the_choice_is_measured_once_and_kept(unknown_gpu):
     assert timed == list(tuning.HALF)
     assert chosen.vocab.cols == 256 and chosen.hidden.depth == 32 and chosen.head.warps == 4
     assert choose() == chosen and len(timed) == len(tuning.HALF)
-    tuning._chosen.cache_clear()  # another process
+    tuning.configs.cache_clear()  # another process
     assert choose() == chosen and len(timed) == len(tuning.HALF)
     choose(torch.float16)
     assert len(timed) == 2 * len(tuning.HALF)
@@ -104,7 +104,7 @@ def test_a_damaged_file_is_measured_again(unknown_gpu, caplog, text):
     whole = path.read_text()
     timed.clear()
     path.write_text(text, errors="surrogateescape")
-    tuning._chosen.cache_clear()
+    tuning.configs.cache_clear()
     assert choose() == chosen and timed == list(tuning.HALF) and path.read_text() == whole
     assert f"{path}: expected tiles of the tuning list, ignored" in caplog.text
 
@@ -129,7 +129,7 @@ def test_two_that_measure_at_once_keep_both_choices(unknown_gpu, monkeypatch):
     monkeypatch.setattr(tuning.os, "replace", meanwhile)
     chosen = choose()
     timed.clear()
-    tuning._chosen.cache_clear()
+    tuning.configs.cache_clear()
     assert (choose(), choose(torch.float16)) == (chosen, chosen) and not timed
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
 from torch import Tensor
@@ -51,6 +52,11 @@ def known(name: object) -> str:
     return str(name)
 
 
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def choose(name: object, *hidden: Tensor) -> Backend:
     """The backend that works on these hidden states.
 
@@ -63,7 +69,7 @@ def choose(name: object, *hidden: Tensor) -> Backend:
 
     if name == "torch" or (name == "auto" and hidden[0].device.type != "cuda"):
         return in_torch
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton():
         if name == "auto":
             return in_torch
         raise ModuleNotFoundError('backend: "triton" needs the package triton; install it or use backend="torch"')

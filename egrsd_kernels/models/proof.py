@@ -139,10 +139,10 @@ def prove(model: nn.Module) -> Found:
 def _proof(model: nn.Module, base: nn.Module) -> Found:
     ids = _probe(base)
     arguments, changed = {"input_ids": ids}, {"input_ids": torch.cat([ids[:, :-1], ids[:, :1]], dim=1)}
-    with _random_adapters(model):
-        with _noting_calls(base) as calls:
-            own = logits_of(model(**arguments)).clone()  # nothing that follows may change it in place
-        path, hidden = _head_among(base, calls, own.shape[-1])
+    # Modules that look for hooks on their parts may round otherwise without them: hooks are on in all forwards.
+    with _random_adapters(model), _noting_calls(base) as calls:
+        own = logits_of(model(**arguments)).clone()  # nothing that follows may change it in place
+        path, hidden = _head_among(base, [*calls], own.shape[-1])
         module = module_at(base, path)
         logits, hidden_before_another, dtypes = _ladder_through(model, module, changed)
         roundoff = _roundoff(own, dtypes)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from egrsd_kernels.models import ModelError
+from egrsd_kernels.operators import LIBRARY
 
 from .segments import Copies, copies_of, segment_sum
 from .tree import Pack
@@ -76,15 +77,14 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
 
 # --------------------------------------------------------------------------------------------------------- the operator
 
-_library = torch.library.Library("egrsd_kernels", "FRAGMENT")
 # Where the compiler cuts CUDA graphs: how many keys and segments there are is a pack's own.
 CUT = tuple(tag for tag in [getattr(torch.Tag, "cudagraph_unsafe", None)] if tag is not None)
-_library.define(
+LIBRARY.define(
     "tree_attention(Tensor query, Tensor key, Tensor value, Tensor entries, Tensor sizes, float scale) "
     "-> (Tensor, Tensor)",
     tags=CUT,
 )
-_library.define(
+LIBRARY.define(
     "tree_attention_backward(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, "
     "Tensor entries, Tensor sizes, float scale) -> (Tensor, Tensor, Tensor)",
     tags=CUT,
@@ -201,11 +201,11 @@ def _differentiate(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None
     return *operator(gradient, *ctx.saved_tensors, ctx.scale), None, None, None
 
 
-_library.impl("tree_attention", _forward, "CUDA")
-_library.impl("tree_attention_backward", _backward, "CUDA")
-torch.library.register_fake("egrsd_kernels::tree_attention", _fake_forward, lib=_library)
-torch.library.register_fake("egrsd_kernels::tree_attention_backward", _fake_backward, lib=_library)
-torch.library.register_autograd("egrsd_kernels::tree_attention", _differentiate, setup_context=_keep, lib=_library)
+LIBRARY.impl("tree_attention", _forward, "CUDA")
+LIBRARY.impl("tree_attention_backward", _backward, "CUDA")
+torch.library.register_fake("egrsd_kernels::tree_attention", _fake_forward, lib=LIBRARY)
+torch.library.register_fake("egrsd_kernels::tree_attention_backward", _fake_backward, lib=LIBRARY)
+torch.library.register_autograd("egrsd_kernels::tree_attention", _differentiate, setup_context=_keep, lib=LIBRARY)
 
 
 # ----------------------------------------------------------------------------------------------------------- the layers

@@ -29,7 +29,7 @@ from ..sparsity import Sparse
 from .common import ROW_TILE, ceil_div, interpreted
 from .credit import lookahead_entropy, scales, token_credit
 from .gather import Chunk, gather_kernel
-from .gradient import ExactGradients, Outputs, finishing
+from .gradient import ExactGradients, Outputs
 from .kept import KeptPass
 from .plan import kept_plan
 from .rows import build_rows, by_token
@@ -114,23 +114,20 @@ def keep(
         head: Head, hidden: Tensor, gradient: Tensor, of_entropy: EntropyGradient | None, needed: Tensor,
         chunk_bytes: int,
     ) -> Finish:  # fmt: skip
-        left, sums = len(others.order), None
-        if passed is not None:
-            sums = Outputs.of(head, hidden, needs, whole=not left)
-            product = passed.gradients(head, gradient, of_entropy, sums)
-            if not left:
-                return finishing(head, sums, None if product is None else product.rounded)
-            if product is not None and sums.weight is not None:
-                product(sums.weight)
-            del product
-            passed.forget()  # the others' exponentials take the memory
-        again = needed.index_fill(0, first.order.long(), False)
-        known = VocabularyStatistics(torch.zeros_like(gradient))
-        work = ExactGradients(
-            head, temperature, hidden, how, chunk_bytes, needs, left, Wanted.of(known), of_entropy, sums
-        )
-        left_rows = build_rows(again, again)
-        return work_through(work, hidden, target_ids, left_rows, left, known, lambda *_: gradient)
+        left = len(others.order)
+
+        def rest(begun: Outputs | None) -> Finish:
+            again = needed.index_fill(0, first.order.long(), False)
+            known = VocabularyStatistics(torch.zeros_like(gradient))
+            work = ExactGradients(
+                head, temperature, hidden, how, chunk_bytes, needs, left, Wanted.of(known), of_entropy, begun
+            )
+            left_rows = build_rows(again, again)
+            return work_through(work, hidden, target_ids, left_rows, left, known, lambda *_: gradient)
+
+        if passed is None:
+            return rest(None)
+        return passed.finish(head, hidden, gradient, of_entropy, rest if left else None)
 
     return kept
 

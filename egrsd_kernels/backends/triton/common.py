@@ -37,12 +37,12 @@ class Config:
     warps: int
     stages: int
 
-    @property
+    @functools.cached_property
     def tile(self) -> dict[str, int]:
         """The tile's shape, as the kernels name it."""
         return {"ROWS": self.rows, "COLS": self.cols, "DEPTH": self.depth}
 
-    @property
+    @functools.cached_property
     def launch(self) -> dict[str, int]:
         return {"num_warps": self.warps, "num_stages": self.stages}
 

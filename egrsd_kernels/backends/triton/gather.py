@@ -79,10 +79,10 @@ class Chunk:
         if hidden is None:
             hidden = torch.empty(rows, self.D, dtype=head.weight.dtype, device=device)
         self.hidden = hidden
-        self.logit, self.softcap_grad, self.offset = self.floats(3, rows)
-        self.target = torch.empty(rows, dtype=torch.int32, device=device)
+        self.logit, self.softcap_grad, self.offset = self.floats(3, rows).unbind()
         # 16 bytes apart: Triton compiles a kernel again for a pointer that is less aligned.
-        self.row_counts, self.retry = torch.empty(8, dtype=torch.int32, device=device).split(4)
+        ints = torch.empty(rows + 8, dtype=torch.int32, device=device)
+        self.target, self.row_counts, self.retry = ints.split_with_sizes((rows, 4, 4))
 
     def another(self, rows: int) -> Chunk:
         """A chunk of other rows of the same problem."""

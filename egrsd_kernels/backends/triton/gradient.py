@@ -33,7 +33,7 @@ from .entropy import make_entries, make_slopes
 from .gather import Chunk
 from .launch import kernel
 from .plan import MAX_SPLITS, PARTIAL_STEPS, Plan, chunk_plan
-from .vocab import NOTHING, StoringPass, Wanted
+from .vocab import NOTHING, StoringPass, Wanted, logits_in
 
 REDUCE_ROWS = 8
 SLOTS = 128
@@ -357,9 +357,8 @@ class ChunkGradients:
         self.chunk, self.configs = chunk, chunk.configs
         self.shift = shift_of(chunk.hidden.dtype)
         self.vocab = StoringPass(chunk, plan.slice_tiles) if stored is None else stored
-        e, self.logits = self.vocab.exponentials, self.vocab.logits
-        self.exponentials = e
-        self.others, self.total, self.factor, self.entry, self.head_factor = chunk.floats(5, chunk.rows)
+        self.exponentials = e = self.vocab.exponentials
+        self.others, self.total, self.factor, self.entry, self.head_factor = chunk.floats(5, chunk.rows).unbind()
         self.moment = chunk.floats(chunk.rows) if self.vocab.wanted.moment else None
         self.slope = None if self.vocab.what == "exponentials" else chunk.floats(4, chunk.rows)
         self.aim(out_hidden, plan.partial_tiles)
@@ -403,7 +402,7 @@ class ChunkGradients:
         """Of stored logits make the entries of dL/dz in E."""
         chunk = self.chunk
         make_slopes(gradient, of_entropy, self.total, order, chunk.row_counts, None, self.slope, self.shift)
-        make_entries(self.logits, self.exponentials, self.slope, chunk)
+        make_entries(logits_in(self.exponentials), self.exponentials, self.slope, chunk)
 
     def _attempt(self, row_counts, order, out, retry=None) -> None:
         for first_tile in self.vocab.slices():

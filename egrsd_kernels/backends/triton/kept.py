@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from egrsd_kernels.head import Head
 from egrsd_kernels.rows import Rows
 
-from ..protocol import EntropyGradient, Needs, VocabularyStatistics
+from ..protocol import EntropyGradient, Finish, Needs, VocabularyStatistics
 from .common import Machine
 from .gather import Chunk
-from .gradient import ChunkGradients, HeadProduct, Outputs
+from .gradient import ChunkGradients, HeadProduct, Outputs, finishing
 from .plan import Plan
 from .vocab import StoringPass, Wanted
 
@@ -70,7 +72,19 @@ class KeptPass:
             return None
         return HeadProduct(first.chunk, self.matrix, self.hidden, self.rows.counts, self.needs.first_column)
 
-    def forget(self) -> None:
-        """Give the memory back."""
+    def finish(
+        self, head: Head, hidden: Tensor, gradient: Tensor, of_entropy: EntropyGradient | None,
+        rest: Callable[[Outputs], Finish] | None,
+    ) -> Finish:  # fmt: skip
+        """The gradients of the rows; ``rest`` adds those of others, where there are any."""
+        sums = Outputs.of(head, hidden, self.needs, whole=rest is None)
+        product = self.gradients(head, gradient, of_entropy, sums)
+        if rest is None:
+            return finishing(head, sums, None if product is None else product.rounded)
+        if product is not None and sums.weight is not None:
+            product(sums.weight)
+        del product
+        # The others' take the memory.
         self.chunks.clear()
         del self.matrix, self.hidden
+        return rest(sums)

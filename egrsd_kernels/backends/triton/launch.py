@@ -49,8 +49,9 @@ class Kernel:
                 else:
                     kinds.append(x.dtype)
             key = tuple(kinds)
-            if key in self._known:
-                compiled, constexprs = self._known[key]
+            known = self._known.get(key)
+            if known is not None:
+                compiled, constexprs = known
                 stream = active.get_current_stream(device)
                 compiled[(*grid, 1, 1)[:3]](*arguments, *constexprs, stream=stream)
             else:

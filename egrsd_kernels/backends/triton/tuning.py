@@ -9,6 +9,7 @@ EGRSD_KERNELS_TUNE=0 measures nothing and takes the largest tiles that fit.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import logging
@@ -54,31 +55,24 @@ def machine(weight: torch.Tensor) -> Machine:
     return Machine(programs, tma, configs(weight.dtype, device, tma, shared))
 
 
+@functools.cache
 def configs(dtype: torch.dtype, device: torch.device, tma: bool, shared: int) -> Configs:
     """The tiles of the three products. shared: bytes of shared memory that a program can have."""
     if dtype == torch.float32:
         return Configs(FLOAT32, FLOAT32, FLOAT32)
     fitting = _fitting(shared)
-    largest = Configs(*fitting[:1] * 3)
-    if device.type != "cuda":
-        return largest
-    return _chosen(dtype, device, tma, fitting) or largest
+    if device.type == "cuda":
+        if found := _read(_path(_key(dtype, device, tma)), fitting):
+            return found
+        known = torch.version.hip is None and torch.cuda.get_device_capability(device) in KNOWN
+        if not known and os.environ.get("EGRSD_KERNELS_TUNE") != "0":
+            return measure(dtype, device, tma, fitting)
+    return Configs(*fitting[:1] * 3)
 
 
-@functools.cache
 def _fitting(shared: int) -> tuple[Config, ...]:
     """The list's entries whose operands fit into so many bytes, largest tiles first; at least the smallest."""
     return tuple(c for c in HALF if c.stages * (c.rows + c.cols) * c.depth * 2 <= shared) or HALF[-1:]
-
-
-@functools.cache
-def _chosen(dtype: torch.dtype, device: torch.device, tma: bool, fitting: tuple[Config, ...]) -> Configs | None:
-    if found := _read(_path(_key(dtype, device, tma)), fitting):
-        return found
-    known = torch.version.hip is None and torch.cuda.get_device_capability(device) in KNOWN
-    if known or os.environ.get("EGRSD_KERNELS_TUNE") == "0":
-        return None
-    return measure(dtype, device, tma, fitting)
 
 
 def measure(dtype: torch.dtype, device: torch.device, tma: bool, fitting: tuple[Config, ...]) -> Configs:
@@ -172,7 +166,7 @@ def _keep(key: str, best: Configs) -> None:
 
 
 def _values(config: Config) -> list[int]:
-    return list(vars(config).values())
+    return list(dataclasses.astuple(config))
 
 
 def main() -> None:

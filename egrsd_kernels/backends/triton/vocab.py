@@ -406,6 +406,11 @@ def pointers(out: VocabularyStatistics | None) -> tuple[torch.Tensor | None, ...
     return tuple(x.view(torch.uint8) if x is not None and x.dtype == torch.bool else x for x in out)
 
 
+def logits_in(exponentials: torch.Tensor) -> torch.Tensor:
+    """Logits in that memory: float16 where that is as wide."""
+    return exponentials.view(torch.float32 if exponentials.dtype == torch.float32 else torch.float16)
+
+
 class StoringPass(VocabPass):
     """A pass that stores a matrix, a slice of the vocabulary of ``slice_tiles`` tiles at a time.
 
@@ -413,8 +418,8 @@ class StoringPass(VocabPass):
     memory: uint8, for the matrix; its own where it is None.
 
     Attributes:
-        exponentials: (chunk.rows, whole tiles), in the operands' dtype. logits: the same memory, in float16 where that
-            is as wide. sums: (wanted.stored, tiles, chunk.rows) float32.
+        exponentials: (chunk.rows, whole tiles), in the operands' dtype. sums: (wanted.stored, tiles, chunk.rows)
+            float32.
     """
 
     def __init__(
@@ -430,8 +435,8 @@ class StoringPass(VocabPass):
         super().__init__(chunk, memory=memory)
         self.wanted = wanted
         self.exponentials = memory[:room].view(dtype).view(chunk.rows, width)
-        self.logits = self.exponentials.view(torch.float32 if dtype == torch.float32 else torch.float16)
-        self.stored = chunk.tiled(self.logits if store == "logits" else self.exponentials, c.rows, c.cols)
+        stored = logits_in(self.exponentials) if store == "logits" else self.exponentials
+        self.stored = chunk.tiled(stored, c.rows, c.cols)
         self.sums = chunk.floats(wanted.stored, self.col_tiles, chunk.rows)
 
     def slices(self) -> range:

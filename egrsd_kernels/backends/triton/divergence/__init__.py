@@ -122,20 +122,16 @@ def keep_divergence(
     _pass(pair, means, target_ids, others, out, no_credit, nothing, chunk_bytes)
 
     def kept(pair: Pair, gradient: Tensor, needed: Tensor, chunk_bytes: int) -> Finish:
-        left, sums, head = len(others.order), None, pair.student
-        if passed is not None:
-            sums = Outputs.of(head, pair.student_hidden, needs, whole=not left)
-            product = passed.gradients(head, gradient, None, sums)
-            if not left:
-                return finishing(head, sums, None if product is None else product.rounded)
-            if product is not None and sums.weight is not None:
-                product(sums.weight)
-            del product
-            passed.forget()  # the others' entries take the memory
-        again = needed.index_fill(0, first.order.long(), False)
-        left_rows = Rows.build(again, again).split(left)[0]
-        known = DivergenceStatistics(torch.zeros_like(gradient))
-        weights = PairCredit(gradient)
-        return _pass(pair, means, target_ids, left_rows, known, lambda *_: weights, needs, chunk_bytes, sums)
+        left, weights = len(others.order), PairCredit(gradient)
+
+        def rest(begun: Outputs | None) -> Finish:
+            again = needed.index_fill(0, first.order.long(), False)
+            left_rows = Rows.build(again, again).split(left)[0]
+            known = DivergenceStatistics(torch.zeros_like(gradient))
+            return _pass(pair, means, target_ids, left_rows, known, lambda *_: weights, needs, chunk_bytes, begun)
+
+        if passed is None:
+            return rest(None)
+        return passed.finish(pair.student, pair.student_hidden, gradient, None, rest if left else None)
 
     return kept

@@ -113,19 +113,21 @@ def pair_kernel(
     STEPPED: tl.constexpr, REVERSE: tl.constexpr, FORWARD: tl.constexpr, STUDENT_ENTROPY: tl.constexpr,
     TEACHER_ENTROPY: tl.constexpr,
     STUDENT_BIAS: tl.constexpr, TEACHER_BIAS: tl.constexpr, STUDENT_CAP: tl.constexpr, TEACHER_CAP: tl.constexpr,
-    PLAIN: tl.constexpr, PRECISION: tl.constexpr,
+    PLAIN: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """M and r' (n_slots, tiles COLS) with STORE, M in steps if STEPPED, and sums (planes, tiles, n_slots) float32.
 
     Grid: (PROGRAMS,), persistent over tiles of ROWS x COLS of the n_valid rows. student: (n_slots, D), teacher:
     (n_slots, TEACHER_D), weights: (V, those), biases: (V,), offsets: (n_slots,) float32. SHARED: one weight for both.
-    PLAIN: neither bias nor softcap, and one scale for both.
+    PLAIN: neither bias nor softcap, and one scale for both. EVEN: the vocabulary is whole tiles.
     """
     # The chunk's buffers are whole tiles of rows: what a tile holds past n_valid is computed and never used.
     row_tiles = tl.cdiv(tl.load(row_counts), ROWS)
     col_tiles = tl.cdiv(V, COLS)
     width = GROUP * col_tiles
-    for tile in tl.range(tl.program_id(0), row_tiles * col_tiles, PROGRAMS):
+    # A loop over D of one step is none to Triton: it would hold the operands of many tiles at once instead.
+    ahead: tl.constexpr = 1 if D <= DEPTH and TEACHER_D <= DEPTH else None
+    for tile in tl.range(tl.program_id(0), row_tiles * col_tiles, PROGRAMS, num_stages=ahead):
         group = tile // width
         group_rows = tl.minimum(row_tiles - group * GROUP, GROUP)
         row = (group * GROUP + (tile % width) % group_rows) * ROWS
@@ -164,9 +166,10 @@ def pair_kernel(
             ratio = (s - t) - shift[:, None]
             s -= student_base[:, None]
             t -= teacher_base[:, None]
-        inside = (v < V)[None, :]
-        s = tl.where(inside, s, NEG)
-        t = tl.where(inside, t, NEG)
+        if not EVEN:
+            inside = (v < V)[None, :]
+            s = tl.where(inside, s, NEG)
+            t = tl.where(inside, t, NEG)
         p = tl.exp2(s)
         q = tl.exp2(t)
         at = sums + col_tile * n_slots + r
@@ -206,7 +209,7 @@ def pair_config(student: Head, teacher: Head, shared: int) -> Config:
     """The tile for two heads on a device with so many bytes of shared memory for a program."""
     single = torch.float32 in (student.weight.dtype, teacher.weight.dtype)
     fitting, itemsize = (FLOAT32, 4) if single else (HALF, 2)
-    matrices = 3 if one_head(student, teacher) else 4  # two loops have their operands each
+    matrices = 3 if one_head(student, teacher) else 2  # the second of two loops has the first one's memory
 
     def room(c: Config) -> int:
         """Operands, and a tile on its way out, in halves."""
@@ -266,6 +269,7 @@ class PairPass:
             STUDENT_ENTROPY=self.wanted.student_entropy, TEACHER_ENTROPY=self.wanted.teacher_entropy,
             STUDENT_BIAS=heads[0].bias is not None, TEACHER_BIAS=heads[1].bias is not None,
             STUDENT_CAP=student.softcap is not None, TEACHER_CAP=teacher.softcap is not None, PLAIN=plain,
+            EVEN=student.V % self.config.cols == 0,
             # Were the scaling of one logit fused with the difference, equal models would have unequal ones.
             PRECISION=PRECISION, enable_fp_fusion=plain, **self.config.tile, **self.config.launch,
         )  # fmt: skip

@@ -87,6 +87,9 @@ def combine_pairs_kernel(
         student_base = tl.load(student_offset + r, mask=ours, other=0.0)
         teacher_base = tl.load(teacher_offset + r, mask=ours, other=0.0)
         row = tl.load(order + r, mask=ours, other=0)
+        # A model that forbids every word has no probabilities; exponentials relative to that would all be 1.
+        p = tl.where(student_base <= NEG / 2, float("nan"), p)
+        q = tl.where(teacher_base <= NEG / 2, float("nan"), q)
         if student_logit is not None:
             z = tl.load(student_logit + r, mask=ours, other=0.0)
             y = tl.load(teacher_logit + r, mask=ours, other=0.0)
