@@ -17,10 +17,9 @@ DeepSpeed) leave no trace of it in a tensor's version.
 from __future__ import annotations
 
 import functools
-import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -28,9 +27,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .models import ModelError
-from .models.places import language_model
+from .models.places import every_module, language_model
+from .models.proof import evaluating
 from .once import once
-from .operators import operator
+from .operators import operator, signed
 
 _PLACE = "_fused_adapter"  # on a layer that is fused: its _Place
 _WHOLE = {Tensor, nn.Parameter}
@@ -44,13 +44,15 @@ def fuse_adapters(model: nn.Module, /, **inputs: Any) -> AbstractContextManager[
     >>> model = get_peft_model(model, LoraConfig(r=64, target_modules="all-linear"))
     >>> fuse_adapters(model)
 
-    That holds in each forward, packed or not, and in compiled layers; weights, names and checkpoints stay as they are.
-    Gradients differ from PEFT's by rounding only, and have no gradient of their own (``create_graph=True``).
+    That holds in each forward, packed or not, and in compiled layers (with checkpointing of PyTorch 2.13 and later);
+    weights, names and checkpoints stay as they are. Gradients differ from PEFT's by rounding only. They have no
+    gradient of their own: ``create_graph=True`` raises, as do ``torch.func.vmap`` and forward-mode derivatives.
 
     A layer is plain as long as its class is PEFT's ``lora.Linear`` over ``nn.Linear`` with frozen weights, one adapter
     is active, without dropout in effect, DoRA or another variant, bias of its own or hooks on its parts, nothing is
     merged, and all of it is in one dtype or under autocast. With any other, and with adapters off, PEFT's own forward
-    runs. That is looked at in each call. An adapter that becomes active later is PEFT's own.
+    runs. That is looked at in each call. An adapter that becomes active later is PEFT's own. In compiled layers it is
+    not seen that the model changes the tensor in place between its readers, where it did not do so in its first run.
 
     The model is run once, without gradients and in evaluation mode, to see which layers read the same tensor. Each
     active adapter's layer is compared then with PEFT's forward and its gradients, on random rows.
@@ -70,19 +72,22 @@ def fuse_adapters(model: nn.Module, /, **inputs: Any) -> AbstractContextManager[
 
     base: Any = language_model(model)
     layers: dict[str, Any] = {name: one for name, one in base.named_modules() if type(one) is lora.Linear}
-    with torch.no_grad(), _evaluating(base), _autocast(layers.values()):
+    with torch.inference_mode(False), torch.no_grad(), evaluating(base), _autocast(layers.values()):
         calls = _calls(base, layers, inputs)
         proved = {name: found for name, layer in layers.items() if (found := _proved(name, layer)) is not None}
     if not proved:
+        before = sum(_PLACE in vars(module) for module in every_module(base))
         raise ModelError(
             f"model: {type(base).__name__}: fuse_adapters expects layers that are PEFT's lora.Linear over a frozen "
-            f"nn.Linear, with one active adapter and no variant of LoRA, got none of {len(layers)}"
+            "nn.Linear, unsharded, in one dtype or autocast's, with one active adapter that is on, not merged and no "
+            f"variant of LoRA, without hooks on their parts, got none of {len(layers)}"
+            + (f" ({before} more are fused already)" if before else "")
         )
     undo = ExitStack()
     undo.callback(_give_back, [layers[name] for name in proved])
-    fused = _fused(lora.Linear)
+    fused, slot = _fused(lora.Linear), _Slot()
     for names in _together(calls, proved):
-        readers = _Readers([layers[name] for name in names])
+        readers = _Readers([layers[name] for name in names], slot)
         for index, name in enumerate(names):
             setattr(layers[name], _PLACE, _Place(readers, index, proved[name]))
             layers[name].__class__ = fused
@@ -112,7 +117,7 @@ class _Operands(NamedTuple):
 
 
 def _operands(layer: Any, x: Tensor) -> _Operands | None:
-    """Those of a layer over x (..., D); None where it is not plain."""
+    """Those of a layer over x (..., D); None where it is not plain, or its adapter is not the one that was proved."""
     if layer.disable_adapters or layer.merged:
         return None
     parts = layer._modules
@@ -120,6 +125,9 @@ def _operands(layer: Any, x: Tensor) -> _Operands | None:
     if len(active) != 1:
         return None
     (name,) = active
+    place: _Place | None = getattr(layer, _PLACE, None)
+    if place is not None and place.name != name:
+        return None
     base, dropout = parts["base_layer"], parts["lora_dropout"]._modules[name]
     down, up = parts["lora_A"]._modules[name], parts["lora_B"]._modules[name]
     if (
@@ -160,59 +168,83 @@ def _bare(module: Any) -> bool:
 
 
 class _Made(NamedTuple):
-    """Outputs of layers that read x, in the order of the layers, and what they were made of."""
+    """Outputs of layers that read x, by their numbers, and what they were made of."""
 
+    readers: _Readers
     x: Tensor
     operands: list[_Operands]
-    versions: list[list[int]]
+    versions: list[list[int | None]]
     grad: bool
-    outputs: Sequence[Tensor]
+    outputs: dict[int, Tensor]
 
-    def still(self, index: int, x: Tensor, operands: _Operands) -> bool:
+    def still(self, number: int, x: Tensor, operands: _Operands) -> bool:
         """Whether the output of a layer is what it would be if it were made now."""
-        then = self.operands[index]
+        then = self.operands[number]
         return (
             self.x is x
             and self.grad == torch.is_grad_enabled()
             and all(one is other for one, other in zip(then[:4], operands[:4], strict=True))
             and then[4:] == operands[4:]
-            and self.versions[index] == _versions(x, operands)
+            and self.versions[number] == _versions(x, operands)
         )
 
 
-def _versions(x: Tensor, operands: _Operands) -> list[int]:
-    """How often each was changed in place; nothing is between two calls that are traced together."""
+def _version(one: Tensor | None) -> int | None:
+    return None if one is None or one.is_inference() else one._version
+
+
+def _versions(x: Tensor, operands: _Operands) -> list[int | None]:
+    """How often each was changed in place; within graphs it cannot be asked for."""
     if torch.compiler.is_compiling():
         return []
-    return [one._version for one in (x, *operands[:4]) if one is not None and not one.is_inference()]
+    return [_version(one) for one in (x, *operands[:4])]
+
+
+class _Slot:
+    """Of a model: what was made last and is not yet taken. A forward that fails leaves no more than this behind."""
+
+    def __init__(self) -> None:
+        self.made: _Made | None = None
 
 
 class _Readers:
-    """Layers that read one tensor, in the order of their calls; the first call makes the outputs of all."""
+    """Layers that read one tensor, in the order of their calls; the first call makes the outputs of all.
 
-    def __init__(self, layers: Sequence[Any]):
-        self.layers = layers
-        self.made: _Made | None = None  # from the first layer's call to the last one's
+    From the first time on that another finds nothing it can take, each of them runs by itself.
+    """
 
-    def run(self, number: int, x: Tensor, operands: _Operands) -> Tensor:
-        """The output of layer ``number``, whose own operands these are."""
-        made = self.made
-        if number:
-            if made is None or not made.still(number, x, operands):
-                return _apply(x, [operands])[0]
-            if number == len(self.layers) - 1:
-                self.made = None
-            return made.outputs[number]
-        self.made = None
-        together = [operands, *(_operands(layer, x) for layer in self.layers[1:])]
-        plain = [one for one in together if one is not None and one.dtype == operands.dtype]
-        if len(plain) < len(together):  # one of them is not plain now
-            plain = [operands]
-        outputs = _apply(x, plain)
-        if len(plain) > 1:
-            versions = [_versions(x, one) for one in plain]
-            self.made = _Made(x, plain, versions, torch.is_grad_enabled(), outputs)
-        return outputs[0]
+    def __init__(self, layers: Sequence[Any], slot: _Slot):
+        self.layers, self.slot = layers, slot
+        self.together = len(layers) > 1
+
+    def taken(self, number: int, x: Tensor, operands: _Operands | None) -> Tensor | None:
+        """The output of layer ``number``, whose own operands these are, where it is one of those made together."""
+        if number == 0:
+            self.slot.made = None
+            return None if operands is None else self._first(x, operands)
+        made, output = self.slot.made, None
+        if made is None:  # called by itself
+            return None
+        if made.readers is self and operands is not None and made.still(number, x, operands):
+            output = made.outputs.pop(number, None)
+        if output is None:
+            self.together = False
+        if output is None or number == len(self.layers) - 1:
+            self.slot.made = None
+        return output
+
+    def _first(self, x: Tensor, operands: _Operands) -> Tensor | None:
+        together = [operands]
+        for layer in self.layers[1:]:
+            one = _operands(layer, x)
+            if one is None or one.dtype != operands.dtype:
+                return None
+            together.append(one)
+        outputs = dict(enumerate(_apply(x, together)))
+        output = outputs.pop(0)
+        versions = [_versions(x, one) for one in together]
+        self.slot.made = _Made(self, x, together, versions, torch.is_grad_enabled(), outputs)
+        return output
 
 
 class _Place(NamedTuple):
@@ -234,9 +266,10 @@ def _fused(own: Any) -> Any:
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         operands = None if args or kwargs else _operands(self, x)
         place: _Place = self._fused_adapter
-        if operands is None or operands.name != place.name:
-            return own.forward(self, x, *args, **kwargs)
-        return place.readers.run(place.number, x, operands)
+        output = place.readers.taken(place.number, x, operands) if place.readers.together else None
+        if output is not None:
+            return output
+        return own.forward(self, x, *args, **kwargs) if operands is None else _apply(x, [operands])[0]
 
     def as_own(self: Any, _: Any) -> Any:
         return _class, (own,), {name: value for name, value in vars(self).items() if name != _PLACE}
@@ -254,7 +287,7 @@ def _fused(own: Any) -> Any:
 # --------------------------------------------------------------------------------------------------------- the products
 
 
-def _apply(x: Tensor, operands: Sequence[_Operands]) -> tuple[Tensor, ...]:
+def _apply(x: Tensor, operands: Sequence[_Operands]) -> list[Tensor]:
     """(..., E) for each, of x (..., D)."""
     dtype = operands[0].dtype
     # What is frozen is cast here, to be kept for the backward pass as autocast keeps it.
@@ -262,23 +295,23 @@ def _apply(x: Tensor, operands: Sequence[_Operands]) -> tuple[Tensor, ...]:
     biases = [None if one.bias is None else one.bias.to(dtype) for one in operands]
     a, b, scales = ([one[place] for one in operands] for place in (2, 3, 4))
     run: Callable[..., tuple[Tensor, ...]] = _Adapted.apply if torch.is_grad_enabled() else _Adapted.forward
-    outputs = run(x.to(dtype), scales, *weights, *biases, *a, *b)
-    return outputs[:-1]
+    *outputs, _ = run(x.to(dtype).reshape(-1, x.shape[-1]), scales, *weights, *biases, *a, *b)
+    # Not within the function: autograd lets nobody change its views in place, as models may an output.
+    return [one.view(*x.shape[:-1], one.shape[-1]) for one in outputs]
 
 
 class _Adapted(torch.autograd.Function):
-    """Layers that read x (..., D): y (..., E) for each, and u = x Aᵀ (N, ΣR) of the N rows."""
+    """Layers that read x (N, D): y (N, E) for each, and u = x Aᵀ (N, ΣR)."""
 
     @staticmethod
+    @signed
     def forward(x: Tensor, scales: Sequence[float], *tensors: Tensor | None) -> tuple[Tensor, ...]:
         run: Callable[..., Any] = _forward_operator if torch.compiler.is_compiling() else _forward
-        rows = x.reshape(-1, x.shape[-1])
         weights, biases, a, b = _quarters(tensors)
         stacked, factors = _cast(a, b, x.dtype)
         # By itself: a compiled layer that is computed again for its gradients may need no more than this of its last.
-        u = rows @ stacked.T
-        outputs = run(rows, u, weights, biases, factors, scales)
-        return *(one.view(*x.shape[:-1], one.shape[-1]) for one in outputs), u
+        u = x @ stacked.T
+        return *run(x, u, weights, biases, factors, scales), u
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -290,23 +323,23 @@ class _Adapted(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        count = len(ctx.scales)
+        count, needs = len(ctx.scales), ctx.needs_input_grad
+        result: list[Tensor | None] = [None] * len(needs)
+        # As with PEFT's, the adapter of an output that takes no part has no gradient.
+        part = [number for number in range(count) if gradients[number] is not None]
+        if not part:
+            return tuple(result)
         x, u, *tensors = ctx.saved_tensors
         weights, a, b = (tensors[first : first + count] for first in range(0, 3 * count, count))
-        needs = ctx.needs_input_grad
-        wanted = [needs[0], any(needs[2 + 2 * count : 2 + 3 * count]), any(needs[2 + 3 * count :])]
-        rows = [None if one is None else one.reshape(-1, one.shape[-1]) for one in gradients[:-1]]
-        arguments = (rows, x.reshape(-1, x.shape[-1]), u, weights, a, b, [*ctx.scales], wanted)
-        made = iter(once("fuse_adapters", _gradients, *arguments))
-        to_x, to_a, to_b = (
-            [next(made) if one else None for _ in range(length)]
-            for one, length in zip(wanted, (1, count, count), strict=True)
-        )
-        return *(one if one is None else one.view(x.shape) for one in to_x), None, *[None] * (2 * count), *to_a, *to_b
-
-
-# autograd reads it in each call, which takes as long as a product is begun in.
-_Adapted.forward.__signature__ = inspect.signature(_Adapted.forward)  # type: ignore[attr-defined]
+        of_each = (gradients, _parts(u, [len(one) for one in a]), weights, a, b, ctx.scales)
+        given, us, *others = ([some[number] for number in part] for some in of_each)
+        places = [[0], *([first + number for number in part] for first in (2 + 2 * count, 2 + 3 * count))]
+        wanted = [any(needs[place] for place in some) for some in places]
+        made = once("fuse_adapters", _gradients, given, x, us, *others, wanted)
+        into = [place for some, one in zip(places, wanted, strict=True) if one for place in some]
+        for place, one in zip(into, made, strict=True):
+            result[place] = one
+        return tuple(result)
 
 
 def _quarters(tensors: Sequence[Any]) -> list[list[Any]]:
@@ -330,40 +363,33 @@ def _forward(
 
 
 def _backward(
-    gradients: Sequence[Tensor | None],
+    gradients: Sequence[Tensor],
     x: Tensor,
-    u: Tensor,
+    u: Sequence[Tensor],
     weights: Sequence[Tensor],
     a: Sequence[Tensor],
     b: Sequence[Tensor],
     scales: Sequence[float],
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    """[dx], dA and dB, one for each layer; only those of the three that are wanted. A layer's gradient may be None."""
+    """[dx], dA and dB, one for each layer; only those of the three that are wanted. u: (N, R) of each."""
     for_x, for_a, for_b = wanted
     stacked, b_now = _cast(a, b, x.dtype)
     ranks, made = [len(one) for one in a], []
     if for_x or for_a:
-        t = torch.empty_like(u)
+        t = x.new_empty(len(x), sum(ranks))
         for part, gradient, factor, scale in zip(_parts(t, ranks), gradients, b_now, scales, strict=True):
-            if gradient is None:
-                part.zero_()
-            else:
-                part.addmm_(gradient, factor, beta=0, alpha=scale)
+            part.addmm_(gradient, factor, beta=0, alpha=scale)
     if for_x:
         to_x = _product(t, stacked)
         for gradient, weight in zip(gradients, weights, strict=True):
-            if gradient is not None:
-                to_x.addmm_(gradient, weight)
+            to_x.addmm_(gradient, weight)
         made.append(to_x)
     to_factors: list[Tensor] = []
     if for_a:
         to_factors += _product(t.T, x).split(ranks)
     if for_b:
-        to_factors += [
-            torch.zeros_like(factor) if gradient is None else _product(gradient.T, part, scale)
-            for gradient, part, factor, scale in zip(gradients, _parts(u, ranks), b_now, scales, strict=True)
-        ]
+        to_factors += [_product(one.T, part, scale) for one, part, scale in zip(gradients, u, scales, strict=True)]
     factors = [one for some, one_wanted in ((a, for_a), (b, for_b)) if one_wanted for one in some]
     if factors:
         gradients_of = [torch.empty_like(one) for one in factors]
@@ -420,9 +446,9 @@ def _like_forward(
 
 
 def _like_backward(
-    gradients: Sequence[Tensor | None],
+    gradients: Sequence[Tensor],
     x: Tensor,
-    u: Tensor,
+    u: Sequence[Tensor],
     weights: Sequence[Tensor],
     a: Sequence[Tensor],
     b: Sequence[Tensor],
@@ -440,25 +466,13 @@ _forward_operator = operator(
     _like_forward,
 )(_forward)
 _backward_operator = operator(
-    "lora_backward(Tensor?[] gradients, Tensor x, Tensor u, Tensor[] weights, Tensor[] a, Tensor[] b, float[] scales, "
+    "lora_backward(Tensor[] gradients, Tensor x, Tensor[] u, Tensor[] weights, Tensor[] a, Tensor[] b, float[] scales, "
     "bool[] wanted) -> Tensor[]",
     _like_backward,
 )(_backward)
 
 
 # ---------------------------------------------------------------------------------------------- what is seen beforehand
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, and each module as it was after."""
-    before = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before.items():
-            module.training = training
 
 
 def _autocast(layers: Iterable[Any]) -> AbstractContextManager[Any]:
@@ -479,11 +493,11 @@ def _calls(base: nn.Module, layers: Mapping[str, Any], inputs: Mapping[str, Any]
 
     def seen(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         plain = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
-        calls.setdefault(name, []).append((args[0], args[0]._version) if plain else None)
+        calls.setdefault(name, []).append((args[0], _version(args[0])) if plain else None)
 
     if not inputs:
         device = next(base.parameters()).device
-        inputs = {"input_ids": torch.arange(1, 4, device=device)[None], "use_cache": False}
+        inputs = {"input_ids": torch.arange(1, 4, device=device)[None]}
     with ExitStack() as hooks, torch.compiler.set_stance("force_eager"):
         for name, layer in layers.items():
             hook = layer.register_forward_pre_hook(functools.partial(seen, name), with_kwargs=True)

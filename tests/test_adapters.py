@@ -137,7 +137,7 @@ def test_no_further_from_float64_than_pefts(dtype, autocast, device):
 
 def test_gradients_by_differences():
     torch.manual_seed(0)
-    sizes = [(2, 1, 3), (4, 3), (3, 3), None, (3,), (2, 3), (1, 3), (4, 2), (3, 1)]  # x, and W, bias, A and B of two
+    sizes = [(2, 3), (4, 3), (3, 3), None, (3,), (2, 3), (1, 3), (4, 2), (3, 1)]  # x, and W, bias, A and B of two
     tensors = [size and torch.randn(size, dtype=torch.float64) for size in sizes]
     learned = [0, 5, 6, 7, 8]
 
@@ -171,6 +171,39 @@ def test_transforms_of_torch_func():
     with fuse_adapters(model, x=x):
         found = torch.func.grad(loss, argnums=(0, 1))(weights, x)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+class InPlace(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        q, v, k = self.q(x), self.v(x), self.k(x)
+        q.clamp_(-0.5, 0.5)  # as OLMo's attention does
+        v += 1
+        out = self.o(q * v * k.mul_(2).repeat_interleave(3, dim=-1))
+        out += x
+        return out
+
+
+@pytest.mark.parametrize("shape", [(11,), (2, 7)])
+def test_outputs_may_be_changed_in_place(shape):
+    model, x = adapted(InPlace()), rows(torch.float64, *shape)
+    expected = step(model, x)
+    for one, other in zip(fused(model, x), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
+
+
+def test_an_output_that_takes_no_part_gives_its_adapter_no_gradient(monkeypatch):
+    def forward(self: Attention, x: Tensor) -> Tensor:
+        q, v, k = self.q(x), self.v(x), self.k(x)
+        return self.o(q + k.repeat_interleave(3, dim=-1) if self.training else v)
+
+    monkeypatch.setattr(Attention, "forward", forward)
+    model, x = adapted(target_modules=[*"qkv"]), rows()
+    for training, number in ((True, 1 + 4), (False, 1 + 2)):
+        expected = step(model.train(training), x)
+        found = fused(model, x)
+        assert len(found) == len(expected) == 1 + number
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
 
 
 def test_devices_without_autocast():
@@ -235,6 +268,7 @@ def test_what_changes_between_two_calls_is_seen(change):
     fuse_adapters(model, x=rows())
     with torch.no_grad():
         layer.q(x)
+        assert slot_of(model).made is not None
         if change == "a step of the optimizer":
             layer.k.lora_B["default"].weight.add_(1)
         else:
@@ -242,11 +276,31 @@ def test_what_changes_between_two_calls_is_seen(change):
             x = other if change == "another tensor" else x
         expected = type(layer.k).__base__.forward(layer.k, x)
         torch.testing.assert_close(layer.k(x), expected, rtol=1e-12, atol=1e-12)
-        layer.q(x)
-    leaf = x.detach().requires_grad_()
+        assert slot_of(model).made is None
+
+
+def test_what_was_made_without_a_graph_is_not_taken_with_one():
+    model, leaf = adapted(), rows().requires_grad_()
+    fuse_adapters(model, x=rows())
     with torch.no_grad():
-        layer.q(leaf)
-    assert layer.v(leaf).requires_grad  # made without a graph before
+        model.base_model.model.q(leaf)
+    assert model.base_model.model.v(leaf).requires_grad
+
+
+@torch.no_grad()
+def test_each_output_is_handed_out_once():
+    model, x = adapted(), rows()
+    layer = model.base_model.model
+    expected = layer.v(x)
+    fuse_adapters(model, x=rows())
+    layer.q(x)
+    layer.v(x).mul_(2)
+    torch.testing.assert_close(layer.v(x), expected, rtol=1e-12, atol=1e-13)
+
+
+def slot_of(model: nn.Module) -> adapters._Slot:
+    (slot,) = {vars(one)[adapters._PLACE].readers.slot for one in model.modules() if adapters._PLACE in vars(one)}
+    return slot
 
 
 def test_layers_of_real_models_go_together():
@@ -270,12 +324,94 @@ def test_a_head_is_proved_behind_fused_layers():
         assert head_of(model).weight is model.get_output_embeddings().weight
 
 
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Attention(), Attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
 def test_half_of_a_step_is_kept_for_no_longer_than_the_layers_need_it():
-    model = adapted()
+    model = adapted(Two())
     fuse_adapters(model, x=rows())
-    readers = vars(model.base_model.model.q)[adapters._PLACE].readers
+    slot, (first, second) = slot_of(model), model.base_model.model.children()
     model(x=rows())
-    assert readers.made is None
+    assert slot.made is None
+    with second.v.register_forward_pre_hook(lambda *_: 1 / 0), pytest.raises(ZeroDivisionError):
+        model(x=rows())
+    assert slot.made.readers is vars(second.q)[adapters._PLACE].readers
+    first.o(rows(torch.float64, 2)[..., :18])  # a layer by itself may be between two others'
+    assert slot.made is not None
+    first.q(rows())
+    assert slot.made.readers is vars(first.q)[adapters._PLACE].readers
+    model(x=rows())
+    assert slot.made is None
+
+
+def test_layers_that_find_nothing_to_take_run_by_themselves(monkeypatch):
+    model, x = adapted(), rows()
+    expected = step(model, x)
+    fuse_adapters(model, x=x)
+    model(x=x)
+    for one in parts(model)[:3]:
+        one.register_full_backward_hook(lambda *_: None)  # gives each call a view of its own
+    made, apply = [], adapters._apply
+    monkeypatch.setattr(adapters, "_apply", lambda x, operands: made.append(len(operands)) or apply(x, operands))
+    for counts in ([3, 1, 1, 1], [1, 1, 1, 1]):
+        for one, other in zip(step(model, x), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
+        assert made == counts and slot_of(model).made is None
+        made.clear()
+
+
+def test_another_adapter_on_one_of_the_layers(monkeypatch):
+    model, x = adapted(), rows()
+    fuse_adapters(model, x=x)
+    second_adapter(model)
+    model.set_adapter("default")
+    parts(model)[1].set_adapter("more")  # k, which is called last
+    expected = step(copy.deepcopy(model), x)
+    made, apply = [], adapters._apply
+    monkeypatch.setattr(adapters, "_apply", lambda x, operands: made.append(len(operands)) or apply(x, operands))
+    for one, other in zip(step(model, x), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
+    assert made == [1, 1, 1] and slot_of(model).made is None
+
+
+# ------------------------------------------------------------------------------------------------ the first look at it
+
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.q, self.k = nn.Embedding(9, 24), nn.Linear(24, 9), nn.Linear(24, 9)
+        self.merged = False
+
+    def eval(self) -> Tokens:
+        self.merged = True
+        return super().eval()
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        return self.q(x) + self.k(x)
+
+
+def test_a_model_of_tokens_alone_whose_own_eval_is_not_called():
+    model = peft.get_peft_model(Tokens(), peft.LoraConfig(target_modules=[*"qk"])).train()
+    fuse_adapters(model)
+    assert groups_of(model) == {("q", "k")} and not model.base_model.model.merged
+    assert all(module.training for module in model.modules())
+
+
+def test_fused_in_inference_mode():
+    model = adapted()
+    with torch.inference_mode():
+        fuse_adapters(model, x=rows())
+        assert groups_of(model) == {("q", "v", "k"), ("o",)}
+        model(x=rows())
+    assert len(step(model, rows())) == 10
 
 
 # ---------------------------------------------------------------------------------------------------- what stays PEFT's
@@ -355,7 +491,7 @@ def test_a_model_of_which_no_layer_is_plain_is_refused(settings):
         fuse_adapters(adapted(**settings), x=rows())
     model = adapted()
     fuse_adapters(model, x=rows())
-    with pytest.raises(ModelError, match=r"got none of 0$"):
+    with pytest.raises(ModelError, match=r"got none of 0 \(4 more are fused already\)$"):
         fuse_adapters(model, x=rows())
 
 
@@ -462,7 +598,7 @@ def test_operators(dtype):
     torch.library.opcheck(adapters._casts_operator, (a, b, dtype))
     torch.library.opcheck(adapters._forward_operator, (x, u, weights, biases, factors, [2.0, 0.5]))
     for wanted in ([True] * 3, [False, True, False], [True, False, True]):
-        given = [outputs[0], None], x, u, weights, a, b, [2.0, 0.5], wanted
+        given = outputs, x, u.split([4, 3], 1), weights, a, b, [2.0, 0.5], wanted
         torch.library.opcheck(adapters._backward_operator, given)
 
 

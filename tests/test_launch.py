@@ -9,6 +9,7 @@ import sys
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 
 from tests.support.doc_examples import ROOT
@@ -46,7 +47,7 @@ def calls(rng: random.Random) -> None:
     mask, sparse = torch.rand(b, n) < 0.8, rng.choice([{}, {}, {"grad_mode": "sparse"}])
     per_token, of_bias = torch.randn(b, n), {"student_bias": learned[2]} if bias is not None else {}
     advantages = rng.choice([per_token, per_token[:, 0].to(torch.bfloat16)])
-    window = {"lookahead": rng.choice([0, 1, 5, 16])}
+    window = {"lookahead": rng.choice([0, 1, 5, 16]), "temperature": rng.choice([1.0, 0.7, np.float64(0.7)])}
     loss = fused_egrsd_loss(
         learned[0], learned[1], teacher, ids, advantages, mask=mask, chunk_bytes=chunk_bytes, **of_bias, **window,
         **options, **sparse,

@@ -163,7 +163,7 @@ def test_a_pack_moves_as_a_whole():
     moved = pack.to("meta")
     assert (moved.rows, moved.segments) == (pack.rows, pack.segments)
     tensors = [value for value in (*vars(moved).values(), *moved.places) if isinstance(value, Tensor)]
-    assert len(tensors) == 10 and all(tensor.is_meta for tensor in tensors)
+    assert len(tensors) == 10 and all(tensor.is_meta for tensor in tensors) and moved.targets == 3
 
 
 def test_a_tree_above_the_budget_is_cut_where_its_rows_share_least():
@@ -197,7 +197,8 @@ def test_a_row_longer_than_the_budget_is_a_pack_alone():
     [
         ([], {}, "rows: expected at least one"),
         ([[1], []], {}, "rows: row 1 has no token"),
-        ([[1], [3, -2]], {}, "rows: row 1 has the id -2"),
+        ([[1], [3, -2]], {}, "rows: row 1 has -2, expected integers of at least 0"),
+        (torch.tensor([[1, 2], [3, -2]]), {}, "rows: row 1 has -2, expected integers of at least 0"),
         ([[1.5]], {}, "rows: row 0: expected integers"),
         ([[1]], {"budget": 0}, "budget: expected a number of tokens of at least 1, got 0"),
         ([[1, 2]], {"targets": [[0, 1], [0]]}, "targets: expected one entry for each of 1 rows, got 2"),
@@ -250,6 +251,14 @@ def test_responses_are_targets_in_one_order_behind_any_prompts(data, budget):
         ([[1], []], [[2], [3]], "prompts: row 1 has no token, expected one that predicts the response's first"),
         ([[1.0]], [[2]], "prompts: row 0: expected integers"),
         ([[1]], [["a"]], "responses: row 0: expected integers"),
+        ([[1, 2], [1, -2]], [[], [3]], "prompts: row 1 has -2, expected integers of at least 0"),
+        ([[1, 2], [1, 2]], [[], [-3, 4]], "responses: row 1 has -3, expected integers of at least 0"),
+        (
+            torch.ones(1, 3).long(),
+            [[2]],
+            r"prompts: expected a sequence of rows without padding, got a \(1, 3\) tensor",
+        ),
+        ([[1]], torch.ones(1, 3).long(), r"responses: expected a sequence of rows without padding, got a \(1, 3\) t"),
         ([], [], "responses: expected a token in one of them at least, got 0 empty ones"),
     ],
 )
@@ -383,6 +392,33 @@ def test_adapters_are_proved_by_segments_as_well(name):
         assert fast_road(adapted(name)) is attention.by_segments
 
 
+def test_adapters_stay_in_the_dtype_that_peft_keeps_them_in(monkeypatch):
+    model, dtypes = adapted("LoRA").bfloat16(), set()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    use = proof._use
+    seen = lambda small, name: dtypes.update((p.dtype, "lora_" in n) for n, p in small.named_parameters())  # noqa: E731
+    monkeypatch.setattr(proof, "_use", lambda *given: (seen(*given), use(*given)))
+    with on_cpus():
+        assert fast_road(model) is attention.by_segments
+    assert dtypes == {(torch.bfloat16, False), (torch.float32, True)}
+
+
+def test_what_has_no_product_in_16_bits_takes_a_dense_mask(monkeypatch):
+    model = tiny("qwen3").bfloat16()
+    layer, before = type(model.model.layers[0].mlp), type(model.model.layers[0].mlp).forward
+
+    def forward(self, hidden):
+        if hidden.dtype == torch.bfloat16:
+            raise RuntimeError("not implemented for 'BFloat16'")
+        return before(self, hidden)
+
+    monkeypatch.setattr(layer, "forward", forward)
+    with on_cpus(), pytest.warns(UserWarning, match="^Qwen3ForCausalLM: packs take a dense mask.* 'BFloat16'$"):
+        assert fast_road(model) is None
+
+
 def test_adapters_are_proved_as_they_are_active(monkeypatch):
     made = []
     prove = proof._prove
@@ -417,6 +453,43 @@ def test_adapters_that_no_small_model_can_have_are_refused(tmp_path):
         ModelError, match=r"packing expects PEFT adapters of one wrapper, got adapters within adapters$"
     ):
         row_limit(twice)
+
+
+def test_a_model_that_is_as_small_as_it_can_be_is_proved_with_adapters_of_its_width():
+    peft = pytest.importorskip("peft")
+    config = peft.VBLoRAConfig(target_modules=["q_proj"], num_vectors=8, vector_length=32)
+    assert row_limit(peft.get_peft_model(tiny("qwen3"), config)) == math.inf
+
+
+def test_a_model_whose_width_is_tied_is_proved_with_all_its_layers(monkeypatch):
+    """A smaller one can be built, and has not all of its classes."""
+    model = tiny("llama", num_hidden_layers=4)
+    kind = type(model)
+    own = kind.__init__
+
+    class Last(type(model.model.layers[3].mlp)):
+        pass
+
+    def init(self, config):
+        if config.hidden_size != 32:
+            raise ValueError("hidden_size: expected 32")
+        own(self, config)
+        if len(self.model.layers) == 4:
+            self.model.layers[3].mlp = Last(config)
+
+    Last.__module__ = kind.__module__
+    monkeypatch.setattr(kind, "__init__", init)
+    assert row_limit(kind(model.config).eval()) == math.inf
+
+
+def test_layers_that_have_lost_their_last_adapter_are_what_they_wrap():
+    peft = pytest.importorskip("peft")
+    model = peft.inject_adapter_in_model(config_of("LoRA"), tiny("qwen3"))
+    for module in model.modules():
+        if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
+            module.delete_adapter("default")
+    del model.peft_config
+    assert row_limit(model) == math.inf
 
 
 def test_layers_that_are_computed_again_see_the_same():
@@ -480,14 +553,36 @@ def test_what_is_read_of_all_packs_is_in_the_order_of_the_rows():
     size = torch.stack([gradient.norm() for gradient in got.values()]).norm()
     for name, gradient in gradients(model).items():
         assert (got[name] - gradient).norm() <= 1e-12 * size, name
-    with pytest.raises(ValueError, match=rf"^packs: expected all of one call of pack_rows, got {len(packs) - 1} that"):
-        read_packs(model, packs[1:], statistics)
-    with pytest.raises(ValueError, match=r"^packs: expected all of one call of pack_rows, got 0 that"):
+    without = [[pack for pack in packs if pack is not one] for one in packs]
+    for wrong in (*without, [*packs, packs[0]], [*packs, *packs]):
+        count = sum(len(pack.target_ids) for pack in wrong)
+        words = f"each once, got {len(wrong)} with {count} targets where the call has {len(expected)}"
+        with pytest.raises(ValueError, match=f"^packs: expected all of one call of pack_rows, {words}$"):
+            read_packs(model, wrong, statistics)
+    with pytest.raises(ValueError, match=r"^packs: expected all of one call of pack_rows, got none$"):
         read_packs(model, [], statistics)
     with pytest.raises(ValueError, match=r"^function: expected an entry for each of a pack's \d+ targets, got \(\)$"):
         read_packs(model, packs, lambda hidden, head, ids: hidden.sum())
     with pytest.raises(ModelError, match=r"^compile_layers: LlamaForCausalLM: expected a model on a GPU, in 16 bits"):
         read_packs(model, packs, statistics, compile_layers=True)
+
+
+@pytest.mark.parametrize("by_segments", [False, True])
+def test_packs_that_were_read_without_gradients_are_learned_from(by_segments):
+    rows, targets = group_rows()
+    model = tiny("qwen3")
+    packs = pack_rows(rows, budget=45, targets=targets)
+    with on_cpus() if by_segments else contextlib.nullcontext():
+        with torch.inference_mode():
+            read_packs(model, packs, functools.partial(linear_logp, backend="torch"))
+        for pack in packs:
+            assert not pack.ends.is_inference()
+            logp_packed(model, pack).sum().backward()
+        found = gradients(model)
+        for pack in pack_rows(rows, budget=45, targets=targets):
+            logp_packed(model, pack).sum().backward()
+    for name, gradient in gradients(model).items():
+        assert gradient.equal(found[name]), name
 
 
 # ---------------------------------------------------------------------------------------------------------- the proof

@@ -144,13 +144,17 @@ def read_packs(
         The same with (M, ...).
 
     Raises:
-        ModelError: as :func:`packed`. ValueError: where packs are missing, or the function returns something else.
+        ModelError: as :func:`packed`. ValueError: where packs are missing or given twice, or the function returns
+            something else.
     """
-    numbers = torch.cat([pack.target_numbers.cpu() for pack in packs]) if packs else torch.empty(0)
+    if not packs:
+        raise ValueError("packs: expected all of one call of pack_rows, got none")
+    numbers, targets = torch.cat([pack.target_numbers.cpu() for pack in packs]), packs[0].targets
     order = numbers.argsort()
-    if not packs or not numbers[order].equal(torch.arange(len(numbers))):
+    if not numbers[order].equal(torch.arange(targets)):
         raise ValueError(
-            f"packs: expected all of one call of pack_rows, got {len(packs)} that lack some of its targets"
+            f"packs: expected all of one call of pack_rows, each once, got {len(packs)} with {len(numbers)} targets "
+            f"where the call has {targets}"
         )
 
     if compile_layers == CUDA_GRAPHS and len(packs) > 1 and torch.is_grad_enabled():

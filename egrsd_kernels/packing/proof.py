@@ -11,6 +11,7 @@ longest row's frequencies until a forward that is shorter than the limit: it pac
 from __future__ import annotations
 
 import math
+import re
 import threading
 import warnings
 from collections.abc import Callable
@@ -149,11 +150,11 @@ def _prove_on(base: Any, adapters: Adapters | None, road: Any, device: torch.dev
     small = small_model(base, adapters, max(map(len, rows))).to(dtype).float()
     expected = torch.cat([small(input_ids=row[None]).logits[0].log_softmax(-1) for row in rows])
     autocast = dtype != base.dtype
-    small = small.to(device) if autocast else small.to(device, dtype)
+    small = small.to(device) if autocast else _cast_as(base, small.to(device, dtype))
     _use(small, implementation_of(base))
     with torch.device(device), torch.autocast(device.type, dtype, enabled=autocast):
-        alone = torch.cat([small(input_ids=row[None].to(device)).logits[0] for row in rows])
         try:
+            alone = torch.cat([small(input_ids=row[None].to(device)).logits[0] for row in rows])
             with road(pack, None):
                 logits = small(**inputs_of(pack, device)).logits[0]
         except torch.OutOfMemoryError:
@@ -176,6 +177,16 @@ def _prove_on(base: Any, adapters: Adapters | None, road: Any, device: torch.dev
             f"is off by {rounding:.2g}: attention by segments sees something else"
         )
     return True
+
+
+def _cast_as(base: nn.Module, small: Any) -> Any:
+    """What stays in float32 in a 16-bit ``base``, as PEFT's adapters do, is so in the small model."""
+    of_any_layer = re.compile(r"\.\d+")
+    wide = {of_any_layer.sub("", name) for name, one in base.named_parameters() if one.dtype == torch.float32}
+    for name, one in language_model(small).named_parameters():
+        if of_any_layer.sub("", name) in wide:
+            one.data = one.data.float()
+    return small
 
 
 def _use(model: nn.Module, implementation: str) -> None:

@@ -141,7 +141,8 @@ def small_model(base: Any, adapters: Adapters | None, limit: int) -> Any:
     smaller = False
     # Where a width is tied to another, or layers are told by their numbers, a smaller model cannot be built.
     for layers, narrow in itertools.product(_layers(base.config), (True, False)):
-        if smaller and not narrow and len(layers) == setting(base.config, "num_hidden_layers"):
+        whole = not narrow and len(layers) == setting(base.config, "num_hidden_layers")
+        if adapters is not None and smaller and whole and len(layers) > 2:
             break  # adapters that fit on none smaller are not worth a model as large as the real one
         try:
             with torch.random.fork_rng(devices=[]):
@@ -166,7 +167,9 @@ def small_model(base: Any, adapters: Adapters | None, limit: int) -> Any:
 
 def _classes(model: nn.Module) -> set[str]:
     """The modules of the model's own library that it is made of, whatever wraps them, and the kinds of its adapters."""
-    classes = {base for module in model.modules() for base in type(module).__mro__}
+    # Layers that have lost their last adapter are what they wrap.
+    modules = (module for module in model.modules() if getattr(module, "active_adapters", None) != [])
+    classes = {base for module in modules for base in type(module).__mro__}
     own = {
         one.__name__ for one in classes if one.__module__.startswith(("transformers.models.", "transformers_modules."))
     }

@@ -63,7 +63,8 @@ class Pack:
     target_ids (M,) are the tokens, and hidden_index (M,) is the packed token before each, whose hidden state predicts
     it. One hidden state predicts the first token of every branch after it. target_numbers (M,) count the targets of all
     rows that were packed, row by row: where each stands in a tensor for all packs, whatever shares its prefix. Among M,
-    the targets of a row begin at cu_seqlens (S + 1,), for the S rows that have some.
+    the targets of a row begin at cu_seqlens (S + 1,), for the S rows that have some. targets: how many there are in all
+    packs of the call.
     """
 
     rows: tuple[int, ...]
@@ -77,6 +78,7 @@ class Pack:
     target_numbers: Tensor
     hidden_index: Tensor
     cu_seqlens: Tensor
+    targets: int
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -95,8 +97,9 @@ class Pack:
             parent = self.segments[index].parent
             if parent >= 0:
                 after[parent] = max(after[parent], after[index])
-        lengths = torch.tensor([segment.length for segment in self.segments])
-        return torch.tensor(after).repeat_interleave(lengths)
+        with torch.inference_mode(False):  # it is kept, and a later pass may have gradients
+            lengths = torch.tensor([segment.length for segment in self.segments])
+            return torch.tensor(after).repeat_interleave(lengths)
 
     @functools.cached_property
     def paths(self) -> Paths:
@@ -183,6 +186,9 @@ def pack_responses(
     Raises:
         TypeError, ValueError: naming the argument, what it got and what it expects.
     """
+    for name, given in (("prompts", prompts), ("responses", responses)):
+        if isinstance(given, Tensor):
+            raise TypeError(f"{name}: expected a sequence of rows without padding, got a {tuple(given.shape)} tensor")
     if len(prompts) != len(responses):
         raise ValueError(f"responses: expected one for each of {len(prompts)} prompts, got {len(responses)}")
     kept, rows, targets = [], [], []
@@ -229,8 +235,6 @@ def _read(
     for number, (row, asked) in enumerate(zip(ids, wanted, strict=True)):
         if not len(row):
             raise ValueError(f"rows: row {number} has no token")
-        if int(row.min()) < 0:
-            raise ValueError(f"rows: row {number} has the id {int(row.min())}, expected ids of at least 0")
         if len(asked) != len(row):
             raise ValueError(f"targets: row {number} has {len(row)} tokens, got {len(asked)} entries")
         if asked[0]:
@@ -257,20 +261,25 @@ def _unpadded(
         if (asked & ~valid).any():
             raise ValueError(f"targets: {int((asked & ~valid).sum())} of them are masked")
     pairs = list(zip(rows, asked, valid, strict=True))
-    return [row[kept] for row, _, kept in pairs], [one[kept] for _, one, kept in pairs]
+    ids = [_vector("rows", number, row[kept]) for number, (row, _, kept) in enumerate(pairs)]
+    return ids, [one[kept] for _, one, kept in pairs]
 
 
 def _vector(name: str, number: int, row: Values) -> Tensor:
-    """(L,) int64 of one row."""
+    """(L,) int64 of one row, of at least 0."""
     if isinstance(row, Tensor):
         if row.ndim != 1 or row.is_floating_point():
             raise TypeError(f"{name}: row {number}: expected (L,) integers, got {tuple(row.shape)} {row.dtype}")
-        return row.detach().cpu().long()
-    try:
-        numbers = array("q", row)
-    except (TypeError, OverflowError) as error:
-        raise TypeError(f"{name}: row {number}: expected integers: {error}") from None
-    return torch.frombuffer(numbers, dtype=torch.int64) if numbers else torch.empty(0, dtype=torch.int64)
+        vector = row.detach().cpu().long()
+    else:
+        try:
+            numbers = array("q", row)
+        except (TypeError, OverflowError) as error:
+            raise TypeError(f"{name}: row {number}: expected integers: {error}") from None
+        vector = torch.frombuffer(numbers, dtype=torch.int64) if numbers else torch.empty(0, dtype=torch.int64)
+    if len(vector) and int(vector.min()) < 0:
+        raise ValueError(f"{name}: row {number} has {int(vector.min())}, expected integers of at least 0")
+    return vector
 
 
 def _key(row: Tensor) -> bytes:
@@ -380,4 +389,5 @@ def _pack(
         target_numbers=torch.cat([torch.arange(first[row], first[row + 1]) for row in rows]),
         hidden_index=torch.cat([places[row][one - 1] for row, one in zip(rows, asked, strict=True)]),
         cu_seqlens=functional.pad(counts[counts > 0].cumsum(0), (1, 0)),
+        targets=first[-1],
     )

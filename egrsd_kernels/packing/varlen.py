@@ -61,9 +61,10 @@ def table(pack: Pack, tokens: int, window: int, device: torch.device, dtype: tor
         capacity = 8 * tokens  # shared prefixes that are short beside their branches take three to seven
         while capacity < sum(map(len, parts)):
             capacity *= 2
-        entries = torch.zeros(capacity, dtype=torch.int32)
-        torch.cat([part.int() for part in parts], out=entries[: sum(map(len, parts))])
-        held[tokens, device] = moved(entries, device)
+        with torch.inference_mode(False):  # it is kept, and a later pass may have gradients
+            entries = torch.zeros(capacity, dtype=torch.int32)
+            torch.cat([part.int() for part in parts], out=entries[: sum(map(len, parts))])
+            held[tokens, device] = moved(entries, device)
     sizes = [len(pack), len(paths.keys), len(pack.segments), paths.longest_segment, paths.longest_path, window]
     return Table(held[tokens, device], torch.tensor(sizes), dtype, fixed)
 

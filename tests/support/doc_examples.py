@@ -29,7 +29,7 @@ def language_model() -> dict[str, Any]:
     lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
     model = peft.get_peft_model(transformers.Qwen3ForCausalLM(config), lora)
     return {
-        "torch": torch, "model": model, "device": "cpu", "pad_token_id": 0, "advantages": torch.tensor([1.0, -0.5]),
+        "model": model, "device": "cpu", "pad_token_id": 0, "advantages": torch.tensor([1.0, -0.5]),
         "student_prompts": [[1, 2, 3], [4, 5]], "teacher_prompts": [[1, 2, 3, 9, 9], [4, 5, 9]],
         "responses": [[6, 7, 8, 9], [10, 11]],
     }  # fmt: skip

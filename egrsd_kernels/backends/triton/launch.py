@@ -40,7 +40,7 @@ class Kernel:
                 kind = type(x)
                 if kind is int:
                     kinds += (x >> 31, -1 if x == 1 else x & 15) if special else (x >> 31,)
-                elif x is None or kind is float:
+                elif x is None or isinstance(x, float):  # NumPy's float64 as well
                     kinds.append(kind)
                 elif kind is TensorDescriptor:
                     kinds += x.base.dtype, *x.block_shape
