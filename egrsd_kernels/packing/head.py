@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,14 @@ from egrsd_kernels.models.places import language_model
 from egrsd_kernels.models.proof import found_in
 
 from .attention import FAST, beside, implementation_of, road_of
-from .layers import compiled_layers, hooked, padded_size
+from .layers import CUDA_GRAPHS, compiled_layers, hooked, padded_size
 from .proof import fast_road, inputs_of, remembers, row_limit
 from .segments import Copies, copies_of, take_rows
 from .tree import Pack
 from .varlen import moved
 
 Result = TypeVar("Result")
+CompileLayers: TypeAlias = bool | Literal["cudagraphs"] | None
 _indices: weakref.WeakKeyDictionary[Pack, dict[torch.device, tuple[Tensor, Copies]]] = weakref.WeakKeyDictionary()
 
 
@@ -43,7 +44,7 @@ def packed(
     function: Callable[[Tensor, Head], Result],
     /,
     *,
-    compile_layers: bool | None = False,
+    compile_layers: CompileLayers = False,
     **inputs: Any,
 ) -> tuple[Result, Any]:
     """Run the model's own forward over a pack, and ``function(hidden, head)`` for the targets that were asked for.
@@ -68,6 +69,7 @@ def packed(
         compile_layers: whether the decoder layers run compiled, one by one, in this forward and its backward pass and
             in no other. Packs are padded to one of a few sizes, each of which is compiled once: see
             :func:`padded_size`. None: where the model attends by segments and no layer has a forward of its own.
+            ``"cudagraphs"``: launched as CUDA graphs as well, where each forward's backward pass runs before the next.
         function: of hidden (M, D), the state that predicts each of the pack's M targets, in their order, and a
             :class:`Head`; as :func:`with_head` takes it.
         inputs: the model's further ones, none of which may have an entry for each token.
@@ -107,7 +109,7 @@ def packed(
             return function(take_rows(hidden[0], *_targets(pack, hidden.device)), head)
 
     with (
-        compiled_layers(base) if compiles else nullcontext(),
+        compiled_layers(base, compile_layers == CUDA_GRAPHS) if compiles else nullcontext(),
         road_of(implementation_of(base))(pack) if fast is None else fast(pack, size),
     ):
         return with_head(model, at_targets, **inputs_of(pack, base.device, size), **inputs)
@@ -120,7 +122,7 @@ def read_packs(
     function: Callable[[Tensor, Head, Tensor], Result],
     /,
     *,
-    compile_layers: bool | None = False,
+    compile_layers: CompileLayers = False,
     **inputs: Any,
 ) -> Result:
     """What ``function(hidden, head, target_ids)`` makes of all M targets of these packs, row by row.
@@ -154,6 +156,9 @@ def read_packs(
             f"packs: expected all of one call of pack_rows, each once, got {len(packs)} with {len(numbers)} targets "
             f"where the call has {targets}"
         )
+
+    if compile_layers == CUDA_GRAPHS and len(packs) > 1 and torch.is_grad_enabled():
+        raise ValueError("compile_layers: 'cudagraphs' expects each pack's backward pass before the next: use packed()")
 
     def at_targets(pack: Pack) -> Callable[[Tensor, Head], Result]:
         return lambda hidden, head: function(hidden, head, moved(pack.target_ids, hidden.device))

@@ -5,6 +5,10 @@ table says which of the two runs. Generation through the same layers compiles no
 
 Gradient checkpointing of transformers is compiled as well: what is computed again is part of the backward's graph, with
 nothing in it that no gradient needs (a layer's last product, for one), and no tensor passes through checkpoint's hooks.
+
+With CUDA_GRAPHS what stands before and after a layer's attention is launched as one CUDA graph each, by PyTorch's CUDA
+graph trees: they copy what is new of a pack into a graph's own buffers, look whether weights are still where they were,
+and run a layer as compiled at its first pack of a size. Attention, whose sizes are a pack's own, is launched between.
 """
 
 from __future__ import annotations
@@ -18,13 +22,17 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from egrsd_kernels.models import ModelError
+from egrsd_kernels.models.places import every_module
 
-from .varlen import Table
+from .varlen import CUT, Table
 
+CUDA_GRAPHS = "cudagraphs"
+OPTIONS: dict[str, Any] = {"triton.cudagraphs": True, "graph_partition": True}  # of the compiler
 SMALLEST = 1024  # tokens
 # Graphs of one layer's class: with gradients and without, adapters on and off, two kinds of layers, and the sizes from
 # 1,024 tokens to 65,536, eight to each doubling. What needs more than these would be compiled without an end.
@@ -48,10 +56,13 @@ _layers: weakref.WeakKeyDictionary[nn.Module, list[nn.Module]] = weakref.WeakKey
 
 
 @contextmanager
-def compiled_layers(base: Any) -> Iterator[None]:
+def compiled_layers(base: Any, replayed: bool = False) -> Iterator[None]:
     """Make the decoder layers of a model run compiled where they are given a pack's fixed table, from now on.
 
     A backward pass has the graphs of its forward; layers that it computes again may be compiled then.
+
+    replayed: as CUDA graphs, in forwards while this is entered and in their backward passes. Then one forward follows
+    another only when its backward pass has run: what a graph has kept lies where the next puts its own.
     """
     if hooked(base):
         raise ModelError(
@@ -62,8 +73,41 @@ def compiled_layers(base: Any) -> Iterator[None]:
         own: Any = type(layer)
         if not hasattr(own, "_runs_compiled"):
             layer.__class__ = _compiled(own)
-    with _many_graphs():  # once for all layers: it takes some 30 µs
-        yield
+    if replayed:
+        _begin(base)
+    before, _run.replayed = _run.replayed, replayed
+    try:
+        with _many_graphs():  # once for all layers: it takes some 30 µs
+            yield
+    finally:
+        _run.replayed = before
+
+
+_owned = WeakTensorKeyDictionary()  # trained weights whose gradients are copied out of a graph's buffers
+
+
+def _begin(base: Any) -> None:
+    """The graphs' buffers are free for another pack; a ModelError where a graph would be another function."""
+    refused = f"compile_layers: {type(base).__name__}: CUDA graphs expect"
+    if not CUT:
+        raise ModelError(f"{refused} operators that the compiler cuts a graph at, got torch {torch.__version__}")
+    if torch.is_grad_enabled():
+        for module in itertools.chain.from_iterable(map(every_module, _decoder_layers(base))):
+            if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 and module.training:
+                raise ModelError(f"{refused} layers without dropout, got {module.p:g}")
+            for weight in module._parameters.values():
+                if weight is None:
+                    continue
+                if hasattr(weight, "device_mesh") or hasattr(weight, "ds_id"):
+                    raise ModelError(f"{refused} whole weights that stay where they are, got sharded ones")
+                if weight.requires_grad and weight not in _owned:
+                    _owned[weight] = weight.register_hook(_own)
+    torch.compiler.cudagraph_mark_step_begin()
+
+
+def _own(gradient: Tensor) -> Tensor:
+    """Accumulated gradients outlive the graph that made them, whose buffers the next pack writes to."""
+    return gradient.clone()
 
 
 def _many_graphs() -> AbstractContextManager[None]:
@@ -97,13 +141,14 @@ def _bare(own: type[nn.Module]) -> nn.Module:
     return own.__new__(own)
 
 
-class _Checkpointed(threading.local):
-    """Whether the layer that this thread calls is to be computed again for its gradients, within its own graph."""
+class _Run(threading.local):
+    """How this thread runs layers: again for their gradients, within their own graphs; and as CUDA graphs."""
 
-    now = False
+    again = False
+    replayed = False
 
 
-_checkpointed = _Checkpointed()
+_run = _Run()
 CHECKPOINTING = "_gradient_checkpointing_func"  # of a layer: what transformers calls it through
 
 
@@ -126,11 +171,11 @@ def _within_its_graph(outside: Any, call: Any, *args: Any) -> Any:
         or not _for_a_pack(args, getattr(call, "keywords", {}))
     ):
         return outside(call, *args)
-    before, _checkpointed.now = _checkpointed.now, True
+    before, _run.again = _run.again, True
     try:
         return call(*args)
     finally:
-        _checkpointed.now = before
+        _run.again = before
 
 
 def _for_a_pack(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -143,12 +188,16 @@ def _compiled(own: Any) -> type[nn.Module]:
     from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
     forward: Callable[..., Any] = own.forward
-    run = torch.compile(forward, fullgraph=True, dynamic=False)
 
     def computed_again(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return checkpoint(forward, self, *args, use_reentrant=False, **kwargs)
 
-    run_again = torch.compile(computed_again, fullgraph=True, dynamic=False)
+    runs = {
+        (again, replayed): torch.compile(
+            computed_again if again else forward, fullgraph=True, dynamic=False, options=OPTIONS if replayed else None
+        )
+        for again, replayed in itertools.product((False, True), repeat=2)
+    }
 
     def choose(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not _for_a_pack(args, kwargs):
@@ -156,7 +205,7 @@ def _compiled(own: Any) -> type[nn.Module]:
         try:
             # A layer that is computed again in a backward pass may be compiled there, outside of compiled_layers.
             with nullcontext() if torch._dynamo.config.recompile_limit >= GRAPHS else _many_graphs():
-                return (run_again if _checkpointed.now else run)(self, *args, **kwargs)
+                return runs[_run.again, _run.replayed](self, *args, **kwargs)
         except (TorchDynamoException, FailOnRecompileLimitHit) as failure:
             first = str(failure.__cause__ or failure).strip().partition("\n")[0]
             raise ModelError(f"compile_layers: {own.__name__}: {type(failure).__name__}: {first}") from failure

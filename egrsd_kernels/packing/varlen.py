@@ -78,13 +78,17 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
 
 # --------------------------------------------------------------------------------------------------------- the operator
 
+# Where the compiler cuts CUDA graphs: how many keys and segments there are is a pack's own.
+CUT = tuple(tag for tag in [getattr(torch.Tag, "cudagraph_unsafe", None)] if tag is not None)
 LIBRARY.define(
     "tree_attention(Tensor query, Tensor key, Tensor value, Tensor entries, Tensor sizes, float scale) "
-    "-> (Tensor, Tensor)"
+    "-> (Tensor, Tensor)",
+    tags=CUT,
 )
 LIBRARY.define(
     "tree_attention_backward(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, "
-    "Tensor entries, Tensor sizes, float scale) -> (Tensor, Tensor, Tensor)"
+    "Tensor entries, Tensor sizes, float scale) -> (Tensor, Tensor, Tensor)",
+    tags=CUT,
 )
 
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from egrsd_kernels import Head
 from egrsd_kernels.models.places import every_module
 from egrsd_kernels.packing import packed
+from egrsd_kernels.packing.head import CompileLayers
 from egrsd_kernels.packing.proof import fast_road, row_limit
 
 from .fused_head import score_labels
@@ -64,7 +65,7 @@ class PackedStep:
             where a forward is made twice not with dropout, which a compiled graph may draw otherwise.
     """
 
-    def __init__(self, accelerator: Accelerator, max_tokens_per_pack: int, compile_layers: bool | None = False):
+    def __init__(self, accelerator: Accelerator, max_tokens_per_pack: int, compile_layers: CompileLayers = False):
         self.accelerator = accelerator
         self.max_tokens_per_pack = max_tokens_per_pack
         self.compile_layers = compile_layers
@@ -171,7 +172,7 @@ class PackedStep:
         done()
         return loss
 
-    def _compile(self, model: nn.Module, *, twice: bool) -> bool | None:
+    def _compile(self, model: nn.Module, *, twice: bool) -> CompileLayers:
         """compile_layers of a model's forwards; twice: the second has to be the same function as the first."""
         if self.compile_layers is False:
             return False
@@ -260,7 +261,7 @@ class _Reading:
         model: nn.Module,
         names: Sequence[str],
         scoring: Mapping[str, Any],
-        compile_layers: bool | None,
+        compile_layers: CompileLayers,
     ):
         self.accelerator, self.model, self.names, self.scoring = accelerator, model, names, scoring
         self.compile_layers = compile_layers
@@ -307,7 +308,7 @@ class _Direct:
         parts: Sequence[Part],
         function: Callable[[Part, Tensor, Head], Any],
         finished: Callable[[], None],
-        compile_layers: bool | None,
+        compile_layers: CompileLayers,
     ):
         self.accelerator, self.model, self.parts = accelerator, model, parts
         self.function, self.finished, self.compile_layers = function, finished, compile_layers
