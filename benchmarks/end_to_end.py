@@ -6,8 +6,8 @@
 
 A cell is ``shape/way`` or ``shape/way/setting``. :mod:`benchmarks.updates` says what each way does, and
 :mod:`benchmarks.rollouts` to what. Settings: ``grpo``, GRPO's loss without a teacher; ``groups-of-16``, half as many
-groups of twice the size, whose solution has 1,000 tokens; ``largest``, no time but the largest number of rollouts that
-one forward pass takes in ``--gib`` where layers are computed again.
+groups of twice the size, whose solution has 1,000 tokens; ``one-group``; ``largest``, no time but the largest
+number of rollouts that one forward pass takes in ``--gib`` where layers are computed again.
 
 Each cell is a process of its own, so that a crash or want of memory is its result and no one else's. It has a budget of
 seconds, and all together have ``--seconds``; cells come in order of worth, the file is written after each, and
@@ -52,8 +52,8 @@ from benchmarks.updates import WAYS, Plan, Task, bare_products, exact_logp, rms
 GIB = 2**30
 LOGITS_IN_16_BITS = 0.1  # nat
 PACKAGES = ["transformers", "peft", "accelerate", "trl", "liger-kernel", "unsloth"]
-SETTINGS = ("", "grpo", "groups-of-16", "largest")
-PROFILED = ("trl", "prefix", "prefix-compiled", "prefix-fused")
+SETTINGS = ("", "grpo", "groups-of-16", "one-group", "largest")
+PROFILED = ("trl", "prefix", "prefix-compiled", "prefix-graphs", "prefix-fused")
 OUT_OF_MEMORY = "out of memory"
 LARGEST_PACK = 16_384  # tokens
 
@@ -94,18 +94,20 @@ class Cell:
         groups, group, solution = args.groups, args.group, args.solution
         if self.setting == "groups-of-16":
             groups, group, solution = groups // 2, 2 * group, solution * 5 // 3
+        elif self.setting == "one-group":
+            groups = 1
         vocabulary = {**SHARED_SHAPE, **SHAPES[self.shape]}["vocab_size"]
         return Rollouts.random(vocabulary, groups, group, args.prompt, solution, args.response)
 
 
 def _cells() -> Iterator[str]:
     """In order of worth: where time ends, the last are missing."""
-    first = ("prefix-compiled", "trl", "packed-compiled", "prefix-fused", "prefix", "padded-compiled", "trl-trie")
-    first += ("padded", "packed")
+    first = ("prefix-graphs", "trl", "packed-compiled", "prefix-fused", "prefix-compiled", "prefix", "padded-compiled")
+    first += ("trl-trie", "padded", "packed")
     yield from (f"{shape}/{way}" for shape in ("1.7b", "4b") for way in first)
-    yield from (f"{shape}/{way}" for shape in ("8b", "0.6b") for way in ("prefix-compiled", "trl"))
-    for setting in ("groups-of-16", "grpo"):
-        yield from (f"1.7b/{way}/{setting}" for way in ("prefix-compiled", "trl"))
+    yield from (f"{shape}/{way}" for shape in ("8b", "0.6b") for way in ("prefix-graphs", "trl"))
+    for setting in ("groups-of-16", "one-group", "grpo"):
+        yield from (f"1.7b/{way}/{setting}" for way in ("prefix-graphs", "trl"))
     yield from (f"{shape}/trl-liger" for shape in ("1.7b", "4b"))
     yield from (f"{shape}/{way}/largest" for shape in ("1.7b", "4b") for way in ("trl", "prefix", "padded", "packed"))
     yield from (f"{shape}/{way}" for way in ("trl-compiled", "unsloth") for shape in ("1.7b", "4b"))

@@ -18,7 +18,12 @@ PERFORMANCE = (
     "is less: Unsloth's loss takes one advantage a rollout, and no entropies of the teacher. "
     "`benchmarks/updates.py` says what each way does, `benchmarks/end_to_end.py` how it is measured.",
 )
-SETTINGS = {"": "EGRSD", "grpo": "GRPO", "groups-of-16": "EGRSD, groups of 16, a solution of 1,000 tokens"}
+SETTINGS = {
+    "": "EGRSD",
+    "grpo": "GRPO",
+    "groups-of-16": "EGRSD, groups of 16, a solution of 1,000 tokens",
+    "one-group": "EGRSD, one group",
+}
 
 
 def updates_section(path: Path) -> list[str]:
@@ -46,7 +51,7 @@ def updates_section(path: Path) -> list[str]:
     ]  # fmt: skip
 
 
-LEADS = ("trl", "prefix-compiled")
+LEADS = ("trl", "prefix-graphs")
 PROFILES = (
     "One update under PyTorch's profiler: GPU time by kind of kernel, and what is left of the update's time, in which "
     "the GPU waits for the host."

@@ -15,7 +15,8 @@ under autocast, adapters in float32, SDPA where nothing else is said. What each 
 - ``padded``, ``padded-compiled``: the same padded rows through ``with_head`` and ``fused_egrsd_loss``.
 - ``packed``, ``packed-compiled``: rows without padding, one after another, each with its whole prompt. The second is
   verl's way, but for the head, which is ours.
-- ``prefix``, ``prefix-compiled``: every shared prefix once. ``prefix-fused``: compiled, with ``fuse_adapters``.
+- ``prefix``, ``prefix-compiled``: every shared prefix once. ``prefix-graphs``: compiled, launched as CUDA graphs.
+  ``prefix-fused``: that, with ``fuse_adapters``.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from egrsd_kernels import Head, credit, fused_egrsd_loss, token_statistics, with
 from egrsd_kernels.adapters import fuse_adapters
 from egrsd_kernels.models.adapters import adapters_off
 from egrsd_kernels.packing import Pack, pack_rows, packed
+from egrsd_kernels.packing.head import CompileLayers
 
 GAMMA, LOOKAHEAD, GATE_FLOOR, CLIP_EPS = 0.3, 3, 0.1, 0.2
 Function = Callable[[Tensor, Head], Any]
@@ -168,7 +170,7 @@ def _padded(ids: Tensor, mask: Tensor, places: Tensor, model: nn.Module, functio
     return with_head(model, at_responses, input_ids=ids, attention_mask=mask)[0]
 
 
-def packed_passes(task: Task, teacher: bool, size: int, compiled: bool, shared: bool) -> list[Pass]:
+def packed_passes(task: Task, teacher: bool, size: int, compiled: CompileLayers, shared: bool) -> list[Pass]:
     """Packs of up to ``size`` tokens."""
     rows, contexts = task.rollouts.rows(teacher), task.rollouts.contexts(teacher)
     asked = [torch.arange(len(row)) >= len(context) for row, context in zip(rows, contexts, strict=True)]
@@ -176,7 +178,7 @@ def packed_passes(task: Task, teacher: bool, size: int, compiled: bool, shared: 
     return [Pass.of(task, torch.tensor(pack.rows), partial(_packed, pack.to(task.device), compiled)) for pack in packs]
 
 
-def _packed(pack: Pack, compiled: bool, model: nn.Module, function: Function) -> Any:
+def _packed(pack: Pack, compiled: CompileLayers, model: nn.Module, function: Function) -> Any:
     return packed(model, pack, function, compile_layers=compiled)[0]
 
 
@@ -231,7 +233,7 @@ def ours_padded(task: Task, plan: Plan, compiled: bool = False) -> Update:
 
 
 def ours_packed(
-    task: Task, plan: Plan, compiled: bool = False, shared: bool = True, fused_adapters: bool = False
+    task: Task, plan: Plan, compiled: CompileLayers = False, shared: bool = True, fused_adapters: bool = False
 ) -> Update:
     teacher = packed_passes(task, True, plan.size, compiled, shared) if task.has_teacher else []
     student = packed_passes(task, False, plan.size, compiled, shared)
@@ -468,9 +470,12 @@ WAYS = {
     "prefix-compiled": Way(
         "ours, one prefix, compiled", partial(ours_packed, compiled=True), packs=True, compiled=True
     ),
+    "prefix-graphs": Way(
+        "ours, one prefix, CUDA graphs", partial(ours_packed, compiled="cudagraphs"), packs=True, compiled=True
+    ),
     "prefix-fused": Way(
-        "ours, one prefix, compiled, adapters fused",
-        partial(ours_packed, compiled=True, fused_adapters=True),
+        "ours, one prefix, CUDA graphs, adapters fused",
+        partial(ours_packed, compiled="cudagraphs", fused_adapters=True),
         packs=True,
         compiled=True,
     ),

@@ -446,7 +446,7 @@ def updates_report() -> dict:
         add("1.7b", way, **figure, **time, **({"profile": profile} if way == "trl" else {}))
     for n, error in ((1, "status -11: a|b"), (4, "out of memory")):
         rows[n] = {name: value for name, value in rows[n].items() if isinstance(value, str)} | {"error": error}
-    for way, ms in (("trl", 600.0), ("prefix-compiled", 80.0)):
+    for way, ms in (("trl", 600.0), ("prefix-graphs", 80.0)):
         add("8b", way, "grpo", **figure, ms=ms, tokens_per_second=1.0)
     add("1.7b", "trl", "largest", largest_rollouts=123)
     settings = {"groups": 4, "group": 8, "prompt": 300, "solution": 600, "response": 1024, "layers": None, "gib": 78.0}
