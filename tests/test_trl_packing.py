@@ -31,7 +31,7 @@ from egrsd_kernels.packing import layers, packed, proof, varlen
 from egrsd_kernels.trl import EGRSDConfig, EGRSDTrainer, pack, unpack
 from egrsd_kernels.trl.packed_rows import INDEX, groups_together, parts_of
 from egrsd_kernels.trl.packed_step import PackedStep
-from egrsd_kernels.trl.packing import HOOKED
+from egrsd_kernels.trl.packing import HOOKED, check_rows_in_packs
 from egrsd_kernels.trl.teacher import AdaptersOff
 from tests.support.packing import counted_layers
 from tests.support.tree_attention import on_cpus
@@ -556,6 +556,10 @@ def test_what_packs_may_cost_is_not_the_default(tmp_path, monkeypatch, caplog):
         assert run._packed is None and "padded, not packed: model: packing by default expects a rope" in caplog.text
         run, _ = make(tmp_path / "asked", packing=True, model=type(tiny_model())(config))
         assert run._packed is not None
+        check_rows_in_packs(run.accelerator, tiny_model(), by_default=True)
+        monkeypatch.setattr(type(run.accelerator), "distributed_type", DistributedType.FSDP)
+        with pytest.raises(ModelError, match=r"^model: packing by default expects whole weights, got FSDP"):
+            check_rows_in_packs(run.accelerator, tiny_model(), by_default=True)
 
 
 def test_a_direct_loss_has_no_value_before_its_backward_pass():

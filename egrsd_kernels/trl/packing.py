@@ -92,8 +92,11 @@ def check_rows_in_packs(accelerator: Accelerator, *models: nn.Module | None, by_
     """A ModelError where the rows of a model in a pack are not what each is alone.
 
     by_default: nobody has asked for packs. Then also where they may be slower, take more memory or end a run: by a
-    dense mask, and where a row that is too long for its rope is refused when it comes.
+    dense mask, and where a row that is too long for its rope is refused when it comes; and where weights are sharded,
+    which no GPU has shown.
     """
+    if by_default and is_sharded(accelerator):
+        raise ModelError(f"model: packing by default expects whole weights, got {accelerator.distributed_type.value}")
     for model in models:
         if model is None:
             continue
