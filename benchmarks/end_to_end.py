@@ -285,6 +285,8 @@ def release(device: torch.device) -> None:
     torch._dynamo.reset()
     gc.collect()
     if device.type == "cuda":
+        if trees := sys.modules.get("torch._inductor.cudagraph_trees"):
+            trees.reset_cudagraph_trees()  # the pools of a plan's graphs; Dynamo does it in newer PyTorch alone
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -426,7 +428,7 @@ def run_cell(cell: Cell, args: argparse.Namespace, lane: int, seconds: float) ->
         found = json.loads(path.read_text()) if path.exists() else {"environment": None, "row": {}}
     row = found["row"]
     if status is None:
-        row["note" if "ms" in row else "error"] = f"stopped after {seconds:.0f} s"
+        row |= {"note" if "ms" in row else "error": f"stopped after {seconds:.0f} s", "stopped_s": seconds}
     elif status and not row.get("error"):
         row["error"] = f"status {status}: {lines[-1][:300] if lines else ''}"
     row = {"cell": cell.name, "shape": cell.shape, "way": cell.way, "setting": cell.setting} | row
@@ -437,7 +439,9 @@ def run_cell(cell: Cell, args: argparse.Namespace, lane: int, seconds: float) ->
 
 
 def has_figure(row: dict[str, Any]) -> bool:
-    return "ms" in row or "largest_rollouts" in row
+    """Whether there is one, and the cell was not stopped before its own time was over, when all the time was."""
+    stopped = row.get("stopped_s", math.inf) < Cell.of(row["cell"]).seconds
+    return ("ms" in row or "largest_rollouts" in row) and not stopped
 
 
 def merged(report: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from benchmarks.updates import WAYS, Plan, Task
 from tests.support.tree_attention import dense, on_cpus
 
 CPU = torch.device("cpu")
+RELEASE = end_to_end.release
 SMALL = "--device cpu --groups 2 --group 4 --prompt 9 --solution 7 --response 32 --repeats 2 --commit abc"
 
 
@@ -241,6 +243,14 @@ class Allocator:
         monkeypatch.setattr(end_to_end, "profile", lambda update: {"busy_ms": 1.0})
 
 
+def test_a_plans_graphs_are_gone_before_the_next_is_measured(monkeypatch):
+    calls = Allocator(monkeypatch).calls
+    trees = SimpleNamespace(reset_cudagraph_trees=lambda: calls.append("graphs"))
+    monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", trees)
+    RELEASE(torch.device("cuda"))
+    assert calls == ["graphs", "synchronize", "empty_cache", "reset_peak_memory_stats"]
+
+
 @pytest.mark.parametrize(("name", "peak"), [("prefix-compiled", 2.0), ("prefix-graphs", 7.0)])
 def test_the_memory_of_graphs_is_what_is_reserved(name, peak, monkeypatch):
     allocator = Allocator(monkeypatch)
@@ -412,6 +422,11 @@ def test_the_file_goes_on_where_it_ended(tmp_path, monkeypatch, capsys):
         end_to_end.main([*command, "--prompt", "10"])
     end_to_end.main([*command, "--seconds", "0"])
     assert "not begun" in capsys.readouterr().out and len(calls) == 3
+    # Stopped when all the time was over: not all plans were tried. When its own was, it would end so again.
+    rows["tiny/trl"], rows["tiny/padded"] = (figure | {"stopped_s": seconds} for seconds in (30.0, 1e3))
+    end_to_end.main(command)
+    end_to_end.main([*command, "--missing"])
+    assert calls[3:] == ["tiny/trl", "tiny/padded", "tiny/trl"]
 
 
 def test_rows_of_another_machine_are_not_mixed():
