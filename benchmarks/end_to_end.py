@@ -13,12 +13,15 @@ Each cell is a process of its own, so that a crash or want of memory is its resu
 seconds, and all together have ``--seconds``; cells come in order of worth, the file is written after each, and
 ``--missing`` goes on with those that have no figure there. ``--lanes`` cells run at once, each on a GPU of its own.
 
-A way is cut up so that it is fastest in ``--gib``: activations are kept where they fit, in fewer rollouts or smaller
-packs at a time if need be; unless they fit whole, layers that are computed again are timed too. What counts is the
-fastest, the rest stands in ``tried``. Before a time counts, log p of student and teacher is compared with float32 on
-the first rollouts: off by no more than four times what padded rows in bfloat16 are (heads that round logits to 16 bits,
-by 0.1 nat more). ``products_ms``: the bare products of the layers' frozen weights, none twice and no token twice
-(teacher forward; student forward and hidden gradient), in the same process.
+A way is cut up so that it is fastest in ``--gib``: activations are kept in as many rollouts or tokens at a time as fit,
+and unless they fit whole, layers that are computed again are timed too; of TRL and of what is compared with it, always.
+What counts is the fastest, the rest stands in ``tried``, also what is foreseen not to fit and so not run. Where the
+allocator ran out of memory, freed its cache and asked again (``alloc_retries``), smaller plans are timed as well. Peaks
+are what is allocated; of ways with CUDA graphs, whose pools that leaves out, what is reserved. Before a time counts,
+log p of student and teacher is compared with float32 on the first rollouts: off by no more than four times what padded
+rows in bfloat16 are (heads that round logits to 16 bits, by 0.1 nat more). ``products_ms``: the bare products of the
+layers' frozen weights, none twice and no token twice (teacher forward; student forward and hidden gradient), in the
+same process.
 """
 
 from __future__ import annotations
@@ -47,15 +50,20 @@ from torch import Tensor
 
 from benchmarks.measure import command, environment, failure, write
 from benchmarks.rollouts import SHAPES, SHARED_SHAPE, Rollouts
-from benchmarks.updates import WAYS, Plan, Task, bare_products, exact_logp, rms
+from benchmarks.timeline import profile
+from benchmarks.updates import LEADS, WAYS, Plan, Task, Way, bare_products, exact_logp, fastest_again, rms
 
 GIB = 2**30
 LOGITS_IN_16_BITS = 0.1  # nat
 PACKAGES = ["transformers", "peft", "accelerate", "trl", "liger-kernel", "unsloth"]
 SETTINGS = ("", "grpo", "groups-of-16", "one-group", "largest")
-PROFILED = ("trl", "prefix", "prefix-compiled", "prefix-graphs", "prefix-fused")
+PROFILED = ("trl", "packed-compiled", "prefix", "prefix-compiled", "prefix-graphs", "prefix-fused")
 OUT_OF_MEMORY = "out of memory"
 LARGEST_PACK = 16_384  # tokens
+QUICK = 3_000.0  # ms of an update that may be tried in smaller parts, too
+# What layers keep over the operands of products, attention and activations in 16 bits, as seen at 1.7B on an H200.
+KEPT_OVER_OPERANDS = {"compiled": 1.3, "eager": 2.2}
+TRIED = ("kept", "size", "ms", "peak_gib", "above_weights_gib", "alloc_retries", "error")  # of each plan
 
 # ------------------------------------------------------------------------------------------------------------ the cells
 
@@ -88,7 +96,13 @@ class Cell:
         """It is stopped after these."""
         if self.way in ("trl-compiled", "unsloth"):
             return 270
-        return (170 if WAYS[self.way].compiled or self.setting == "largest" else 110) + 60 * (self.shape == "8b")
+        once = 170 if WAYS[self.way].compiled or self.setting == "largest" else 110
+        return once + 80 * self.always_both + 60 * (self.shape == "8b")
+
+    @property
+    def always_both(self) -> bool:
+        """Whether layers that are computed again are timed even where activations fit whole."""
+        return self.way in LEADS and not self.setting
 
     def rollouts(self, args: argparse.Namespace) -> Rollouts:
         groups, group, solution = args.groups, args.group, args.solution
@@ -102,13 +116,16 @@ class Cell:
 
 def _cells() -> Iterator[str]:
     """In order of worth: where time ends, the last are missing."""
-    first = ("prefix-graphs", "trl", "packed-compiled", "prefix-fused", "prefix-compiled", "prefix", "padded-compiled")
-    first += ("trl-trie", "padded", "packed")
-    yield from (f"{shape}/{way}" for shape in ("1.7b", "4b") for way in first)
-    yield from (f"{shape}/{way}" for shape in ("8b", "0.6b") for way in ("prefix-graphs", "trl"))
-    for setting in ("groups-of-16", "one-group", "grpo"):
-        yield from (f"1.7b/{way}/{setting}" for way in ("prefix-graphs", "trl"))
-    yield from (f"{shape}/trl-liger" for shape in ("1.7b", "4b"))
+    first = ("prefix-fused", "trl", "packed-compiled", "padded-compiled")
+    graphs = ("prefix-graphs", "prefix-compiled")
+    yield from (f"1.7b/{way}" for way in (*first, *graphs, "prefix-fused/one-group"))
+    yield from (f"4b/{way}" for way in first)
+    yield from (f"{shape}/{way}" for shape in ("8b", "0.6b") for way in LEADS)
+    yield from (f"1.7b/{way}/{setting}" for setting in ("groups-of-16", "grpo") for way in LEADS)
+    yield from (f"4b/{way}" for way in graphs)
+    yield "1.7b/trl/one-group"
+    rest = ("prefix", "trl-liger", "trl-trie", "padded", "packed")
+    yield from (f"{shape}/{way}" for shape in ("1.7b", "4b") for way in rest)
     yield from (f"{shape}/{way}/largest" for shape in ("1.7b", "4b") for way in ("trl", "prefix", "padded", "packed"))
     yield from (f"{shape}/{way}" for way in ("trl-compiled", "unsloth") for shape in ("1.7b", "4b"))
 
@@ -135,8 +152,21 @@ def plans(cell: Cell, task: Task, kept: bool) -> list[Plan]:
     if WAYS[cell.way].packs:
         return [Plan(kept, LARGEST_PACK >> halvings) for halvings in range(4 if kept else 2)]
     count = len(task.rollouts.responses)
-    largest = task.rollouts.group if kept else count
-    return [Plan(kept, size) for size in (largest >> halvings for halvings in range(4)) if size and count % size == 0]
+    return [Plan(kept, size) for size in (count >> halvings for halvings in range(6)) if size and count % size == 0]
+
+
+def foreseen_gib(way: Way, task: Task, size: int) -> float:
+    """What an update that keeps its activations is likely to take: a compiled layer takes too long to just try it."""
+    shape: dict[str, Any] = {**SHARED_SHAPE, **SHAPES[task.shape]}
+    hidden, intermediate = shape["hidden_size"], shape["intermediate_size"]
+    attention = 2 * shape["head_dim"] * (shape["num_attention_heads"] + shape["num_key_value_heads"])
+    layers = task.layers or shape["num_hidden_layers"]
+    heads = 1 if shape["tie_word_embeddings"] else 2
+    weights = layers * hidden * (attention + 3 * intermediate) + heads * shape["vocab_size"] * hidden
+    rows = [len(row) for row in task.rollouts.rows(teacher=False)]
+    tokens = min(size, sum(rows)) if way.packs else size * max(rows)
+    kept = tokens * layers * (2 * hidden + attention + 3 * intermediate)
+    return 2 * (weights + KEPT_OVER_OPERANDS["compiled" if way.compiled else "eager"] * kept) / GIB
 
 
 def measure(cell: Cell, args: argparse.Namespace, report: Callable[[dict[str, Any]], None]) -> None:
@@ -151,27 +181,38 @@ def measure(cell: Cell, args: argparse.Namespace, report: Callable[[dict[str, An
     row |= {"products_ms": layers * timed(products, 5, device)[1], "tried": []}
     del products
     release(device)
-    exact = exact_logp(task)
+    exact, way = exact_logp(task), WAYS[cell.way]
     fastest: dict[str, Any] = {}
     for kept in (True, False):
-        for number, plan in enumerate(plans(cell, task, kept)):
+        first = row["tried"][:1]
+        if first and "ms" in first[0] and not first[0].get("alloc_retries") and not cell.always_both:
+            break
+        least = math.inf
+        for plan in plans(cell, task, kept):
+            if kept and (needed := foreseen_gib(way, task, plan.size)) > args.gib:
+                row["tried"].append(plan._asdict() | {"error": f"foreseen to take {needed:.0f} GiB"})
+                continue
             release(device)
-            found = plan._asdict() | attempt(lambda plan=plan: time_plan(cell, task, plan, exact, args))
-            row["tried"].append({name: found[name] for name in ("kept", "size", "ms", "error") if name in found})
-            if found.get("ms", math.inf) <= fastest.get("ms", math.inf):
+            best = fastest.get("ms", math.inf)
+            found = attempt(lambda plan=plan, best=best: time_plan(cell, task, plan, exact, best, args))
+            found = plan._asdict() | found
+            row["tried"].append({name: found[name] for name in TRIED if name in found})
+            if found.get("ms", math.inf) <= best:
                 fastest = found
             report(row | fastest)
-            if kept and number == 0 and "ms" in found:
-                return None
-            if found.get("error") != OUT_OF_MEMORY:
+            if found.get("error") == OUT_OF_MEMORY or found.get("alloc_retries"):
+                continue
+            # Of padded rows that nothing is compiled for it is soon known whether fewer at a time are faster.
+            if way.packs or way.compiled or not found.get("ms", math.inf) < min(least, QUICK):
                 break
-    return None
+            least = found["ms"]
 
 
 def time_plan(
-    cell: Cell, task: Task, plan: Plan, exact: tuple[list[Tensor], list[float]], args: argparse.Namespace
+    cell: Cell, task: Task, plan: Plan, exact: tuple[list[Tensor], list[float]], best: float, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """ms (median, and quartiles), host's ms, GiB, and what log p is off by, in nats."""
+    """ms (median, and quartiles), host's ms, GiB, and what log p is off by, in nats; profiled where faster than
+    ``best``, ms."""
     way, device = WAYS[cell.way], task.device
     update: Any = way.make(task, plan)
     held = torch.cuda.memory_allocated() if device.type == "cuda" else 0
@@ -183,12 +224,18 @@ def time_plan(
             found[f"{name}_off"], found[f"{name}_rounding"] = rms(logp[: len(wanted)], wanted), rounding
             if not found[f"{name}_off"] <= 4 * rounding + way.rounded * LOGITS_IN_16_BITS:  # NaN, too
                 return found | {"error": f"log p of the {name} is off by {found[f'{name}_off']:.2g} nat"}
+    if way.graphs:
+        update()  # the first one compiled, this one records
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # of what compiling took
     start = time.perf_counter()
-    update()  # the first one compiled
+    update()
     synchronize(device)
     once = time.perf_counter() - start
+    retries = 0
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
+        retries = torch.cuda.memory_stats()["num_alloc_retries"]
     hosts: list[float] = []
 
     def step() -> None:
@@ -202,11 +249,17 @@ def time_plan(
     if note := getattr(update, "note", None):
         found["note"] = note
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
+        peak = peak_memory(way)
         found |= {"peak_gib": peak / GIB, "above_weights_gib": (peak - held) / GIB}
-        if cell.way in PROFILED and not cell.setting:
+        found["alloc_retries"] = torch.cuda.memory_stats()["num_alloc_retries"] - retries
+        if cell.way in PROFILED and not cell.setting and found["ms"] < best:
             found["profile"] = attempt(lambda: profile(update))  # a time stands without it
     return found
+
+
+def peak_memory(way: Way) -> int:
+    """Bytes. A graph's pool stays reserved between its launches, in which the allocator counts it as free."""
+    return torch.cuda.max_memory_reserved() if way.graphs else torch.cuda.max_memory_allocated()
 
 
 def timed(run: Callable[[], Any], repeats: int, device: torch.device, warm: bool = False) -> list[float]:
@@ -232,6 +285,8 @@ def release(device: torch.device) -> None:
     torch._dynamo.reset()
     gc.collect()
     if device.type == "cuda":
+        if trees := sys.modules.get("torch._inductor.cudagraph_trees"):
+            trees.reset_cudagraph_trees()  # the pools of a plan's graphs; Dynamo does it in newer PyTorch alone
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -255,63 +310,12 @@ def out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
-# -------------------------------------------------------------------------------------------------- where the time goes
-
-
-def profile(update: Callable[[], Any]) -> dict[str, Any]:
-    """GPU time of one update by kind of kernel: ms and launches."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as record
-
-    with record(activities=[ProfilerActivity.CUDA]) as recorded:
-        update()
-        torch.cuda.synchronize()
-    kernels = [(one.key, one.self_device_time_total / 1e3, one.count) for one in recorded.key_averages()]
-    return by_kind(kernels, head_kernels())
-
-
-def head_kernels() -> set[str]:
-    """The names of the Triton kernels that belong to a head: ours and TRL's, not the compiler's."""
-    modules = [module for name, module in sys.modules.items() if name.startswith(("egrsd_kernels", "trl.kernels"))]
-    found = [
-        one for module in modules for one in vars(module).values() if type(one).__module__.startswith("triton.run")
-    ]
-    return {one.fn.__name__ for one in found if hasattr(one, "fn")}
-
-
-KINDS = {
-    "matrix products": ("gemm", "nvjet", "cutlass", "cublas", "splitk"),
-    "attention": ("flash", "fmha", "attention"),
-    "compiled elementwise": ("triton_",),
-    "copies": ("memcpy", "memset"),
-    "gathers and sums by index": ("index", "scatter", "gather", "segment"),
-    "eager elementwise": ("elementwise", "reduce_kernel", "at::native"),
-}
-
-
-def by_kind(kernels: list[tuple[str, float, int]], head: set[str]) -> dict[str, Any]:
-    """Of (name, ms, launches): ``busy_ms``, ``launches`` and ``kinds``, the largest first."""
-    kinds: dict[str, list[float]] = {}
-    for name, ms, launches in kernels:
-        lower = name.lower()
-        kind = next((kind for kind, marks in KINDS.items() if any(mark in lower for mark in marks)), "other")
-        total = kinds.setdefault("head's kernels" if name in head else kind, [0.0, 0])
-        total[0] += ms
-        total[1] += launches
-    ordered = sorted(kinds.items(), key=lambda kind: -kind[1][0])
-    return {
-        "busy_ms": sum(ms for _, ms, _ in kernels),
-        "launches": sum(launches for *_, launches in kernels),
-        "kinds": [{"kind": kind, "ms": ms, "launches": launches} for kind, (ms, launches) in ordered],
-    }
-
-
 # ---------------------------------------------------------------------------------------------------- the largest batch
 
 
 def largest(cell: Cell, task: Task, args: argparse.Namespace) -> dict[str, Any]:
     """The largest number of rollouts of one forward pass whose layers are computed again."""
-    start = time.perf_counter()
+    way, start = WAYS[cell.way], time.perf_counter()
     peaks: dict[int, float] = {}
 
     def probe(size: int) -> float | None:
@@ -319,14 +323,20 @@ def largest(cell: Cell, task: Task, args: argparse.Namespace) -> dict[str, Any]:
         groups = -(-size // args.group)
         rollouts = cell.rollouts(argparse.Namespace(**{**vars(args), "groups": groups})).part(0, size)
         some = Task(cell.shape, cell.objective, rollouts, task.device, args.layers)
-        plan = Plan(False, 1 << 30 if WAYS[cell.way].packs else size)
-        found = attempt(lambda: {"loss": WAYS[cell.way].make(some, plan)().loss.item()})
+        plan = Plan(False, 1 << 30 if way.packs else size)
+        found = attempt(lambda: run_once(some, plan))
         if found.get("error") == OUT_OF_MEMORY:
             return None
         if "error" in found:
             raise RuntimeError(f"{size} rollouts: {found['error']}")
-        peaks[size] = torch.cuda.max_memory_allocated()
+        peaks[size] = peak_memory(way)
         return peaks[size]
+
+    def run_once(some: Task, plan: Plan) -> dict[str, Any]:
+        update = way.make(some, plan)
+        for _ in range(3 if way.graphs else 1):  # compiled, recorded, replayed
+            loss = update().loss.item()
+        return {"loss": loss}
 
     # Two in a hundred stay out: fragments, and what libraries take beside PyTorch.
     best, fails = largest_batch(probe, 0.98 * args.gib * GIB, args.group, args.largest_seconds)
@@ -418,7 +428,7 @@ def run_cell(cell: Cell, args: argparse.Namespace, lane: int, seconds: float) ->
         found = json.loads(path.read_text()) if path.exists() else {"environment": None, "row": {}}
     row = found["row"]
     if status is None:
-        row["note" if "ms" in row else "error"] = f"stopped after {seconds:.0f} s"
+        row |= {"note" if "ms" in row else "error": f"stopped after {seconds:.0f} s", "stopped_s": seconds}
     elif status and not row.get("error"):
         row["error"] = f"status {status}: {lines[-1][:300] if lines else ''}"
     row = {"cell": cell.name, "shape": cell.shape, "way": cell.way, "setting": cell.setting} | row
@@ -429,7 +439,9 @@ def run_cell(cell: Cell, args: argparse.Namespace, lane: int, seconds: float) ->
 
 
 def has_figure(row: dict[str, Any]) -> bool:
-    return "ms" in row or "largest_rollouts" in row
+    """Whether there is one, and the cell was not stopped before its own time was over, when all the time was."""
+    stopped = row.get("stopped_s", math.inf) < Cell.of(row["cell"]).seconds
+    return ("ms" in row or "largest_rollouts" in row) and not stopped
 
 
 def merged(report: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
@@ -500,6 +512,10 @@ def show(row: dict[str, Any]) -> str:
         words.append(f"{'kept' if row['kept'] else 'again'} {row['size']}")
     if row.get("peak_gib"):
         words.append(f"{row['above_weights_gib']:.1f} of {row['peak_gib']:.1f} GiB above the weights")
+    if row.get("alloc_retries"):
+        words.append(f"{row['alloc_retries']} allocations again")
+    if again := fastest_again(row):
+        words.append(f"again {again['size']}: {again['ms']:.1f} ms, {again.get('above_weights_gib', 0.0):.1f} GiB")
     if "largest_rollouts" in row:
         words.append(f"largest {row['largest_rollouts']} rollouts")
     words += [str(row[name]) for name in ("note", "error") if row.get(name)]

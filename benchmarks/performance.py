@@ -6,16 +6,16 @@ import json
 from pathlib import Path
 
 from benchmarks.markdown import commands_of, commits_of, number, table
-from benchmarks.updates import WAYS
+from benchmarks.updates import LEADS, WAYS, fastest_again
 
 PERFORMANCE = (
     "# Where the time of a step goes",
     "An update of EGRSD is the teacher's forward pass, the student's forward and backward pass, and the loss: from "
     "token ids to gradients, without generation and optimizer. Every way below does it for the same rollouts, in a "
-    "process of its own, with the checkpointing that is fastest in the given memory, and is timed only if log p of "
-    "student and teacher is right. What is not the package's own: TRL's EGRSD is a subclass of GRPOTrainer; its trie "
-    "attends by PyTorch's FlashAttention, where TRL asks the Hub for FlashAttention 3; verl's way has our head. What "
-    "is less: Unsloth's loss takes one advantage a rollout, and no entropies of the teacher. "
+    "process of its own, with activations kept or made again, whichever is faster in the given memory, and is timed "
+    "only if log p of student and teacher is right. What is not the package's own: TRL's EGRSD is a subclass of "
+    "GRPOTrainer; its trie attends by PyTorch's FlashAttention, where TRL asks the Hub for FlashAttention 3; verl's "
+    "way has our head. What is less: Unsloth's loss takes one advantage a rollout, and no entropies of the teacher. "
     "`benchmarks/updates.py` says what each way does, `benchmarks/end_to_end.py` how it is measured.",
 )
 SETTINGS = {
@@ -37,8 +37,14 @@ def updates_section(path: Path) -> list[str]:
         largest = {way: rows.get((shape, way, "largest"), {}).get("largest_rollouts") for way in of_ways}
         blocks += [f"## {shape.upper()}, {SETTINGS[setting]}", *ways_table(of_ways, largest)]
     if pairs := [key for key in sorted(compared) if all((key[0], way, key[1]) in rows for way in LEADS)]:
-        headings = ("", *(WAYS[way].title for way in LEADS), "", "over the bare products")
-        blocks += ["## TRL and ours", table(headings, [lead(rows, *key) for key in pairs])]
+        titles = [WAYS[way].title for way in LEADS]
+        headings = ("", *titles, "", "over the bare products")
+        blocks += [f"## {' and '.join(titles)}", f"Each as it is fastest in {report['settings']['gib']:g} GiB:",
+                   table(headings, [lead(rows, *key) for key in pairs])]  # fmt: skip
+        both = [(key, [fastest_again(rows[key[0], way, key[1]]) for way in LEADS]) for key in pairs]
+        if both := [(key, found) for key, found in both if all(found)]:
+            headings = ("", *titles, "", "GiB above the weights", "")
+            blocks += ["Where both compute layers again:", table(headings, [lead_again(*one) for one in both])]
     if profiled := [row for row in report["rows"] if "kinds" in row.get("profile", {})]:
         blocks += ["## By kind of kernel", PROFILES, *map(profile_table, profiled)]
     versions = {name: report.get(name) for name in ("torch", "triton", "driver")} | report["packages"]
@@ -51,7 +57,6 @@ def updates_section(path: Path) -> list[str]:
     ]  # fmt: skip
 
 
-LEADS = ("trl", "prefix-graphs")
 PROFILES = (
     "One update under PyTorch's profiler: GPU time by kind of kernel, and what is left of the update's time, in which "
     "the GPU waits for the host."
@@ -68,7 +73,8 @@ def about_updates(report: dict) -> str:
         f"{given['solution']:,}, responses of up to {given['response']:,}{mean}; in {given['gib']:g} GiB. × is the "
         "time over the bare products of the layers' frozen weights in the same process, no token counted twice. "
         "*kept*: activations are kept; *again*: layers are computed again in the backward pass; behind it the rollouts "
-        "or, in packs, tokens of a forward pass."
+        "or, in packs, tokens of a forward pass. GiB are the most that is allocated, and with CUDA graphs, whose "
+        "buffers stay where they are between launches, the most that is *reserved*."
     )
 
 
@@ -81,6 +87,7 @@ def ways_table(rows: dict[str, dict], largest: dict[str, int | None]) -> list[st
         ours = way.startswith("prefix")
         name = f"**{WAYS[way].title}**" if ours else WAYS[way].title
         memory = f"{row['above_weights_gib']:.1f} / {row['peak_gib']:.1f}" if row.get("peak_gib") else "–"
+        memory += " reserved" if WAYS[way].graphs else ""
         plan = f"{'kept' if row['kept'] else 'again'}, {row['size']:,}"
         times = (f"{row['ms']:,.0f}", f"{row['ms'] / best:.2f}", f"{row['tokens_per_second']:,.0f}")
         most = f"{largest[way]:,}" if largest[way] else "–"
@@ -89,6 +96,8 @@ def ways_table(rows: dict[str, dict], largest: dict[str, int | None]) -> list[st
                 "GiB above the weights / in all", "cut up", "rollouts in one pass")  # fmt: skip
     failed = [f"{WAYS[way].title} ({row['error'].replace('|', '/')})" for way, row in rows.items() if "ms" not in row]
     notes = [f"{WAYS[way].title}: {row['note']}." for way, row in rows.items() if "ms" in row and row.get("note")]
+    notes += [f"{WAYS[way].title}: in the timed updates memory ran out {row['alloc_retries']} times, and was freed and "
+              "asked for again." for way, row in rows.items() if row.get("alloc_retries")]  # fmt: skip
     return [table(headings, cells), *notes, *([f"Not measured: {'; '.join(failed)}."] if failed else [])]
 
 
@@ -103,6 +112,15 @@ def lead(rows: dict[tuple[str, str, str], dict], shape: str, setting: str) -> li
     times = [f"**{trls['ms'] / ours['ms']:.1f} ×**" if both else "–"]
     products = " / ".join(f"{over_products(row):.2f} ×" if "ms" in row else "–" for row in (trls, ours))
     return [f"{shape.upper()}, {SETTINGS[setting]}", *found, *times, products]
+
+
+def lead_again(key: tuple[str, str], found: list[dict]) -> list[str]:
+    trls, ours = found
+    memory = [one.get("above_weights_gib") for one in found]
+    share = f"**{memory[1] / memory[0]:.2f}**" if all(memory) else "–"
+    return [f"{key[0].upper()}, {SETTINGS[key[1]]}", *(f"{one['ms']:,.0f} ms" for one in found),
+            f"**{trls['ms'] / ours['ms']:.1f} ×**", " / ".join("–" if x is None else f"{x:.1f}" for x in memory),
+            share]  # fmt: skip
 
 
 def profile_table(row: dict) -> str:

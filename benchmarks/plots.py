@@ -208,14 +208,16 @@ KINDS = {"reverse_kl": "reverse KL", "forward_kl": "forward KL", "jsd": "JSD"}
 def draw_divergences(report: dict, path: Path) -> None:
     """Time over the bare products with a frozen head, one panel a shape."""
     shapes = report["shapes"]
+    timed = {row["made_by"] for entry in shapes for row in entry["rows"] if "ms" in row and not row["trained"]}
+    makers = {made_by: shown for made_by, shown in DIVERGENCES.items() if made_by in timed}
     canvas, grid = plt.subplots(1, len(shapes), figsize=(3.6 * len(shapes), 3.4), squeeze=False, sharey=True,
                                 layout="constrained")  # fmt: skip
-    width = 0.8 / len(DIVERGENCES)
+    width = 0.8 / max(1, len(makers))
     for axes, entry in zip(grid[0], shapes, strict=True):
         rows = {(row["kind"], row["made_by"]): row for row in entry["rows"] if not row["trained"]}
-        for number, (made_by, (label, colour)) in enumerate(DIVERGENCES.items()):
+        for number, (made_by, (label, colour)) in enumerate(makers.items()):
             found = [rows.get((kind, made_by), {}).get("ratio", 0.0) for kind in KINDS]
-            at = [place + (number - (len(DIVERGENCES) - 1) / 2) * width for place in range(len(KINDS))]
+            at = [place + (number - (len(makers) - 1) / 2) * width for place in range(len(KINDS))]
             axes.bar(at, found, width=width, color=colour, label=label)
             for x, ratio in zip(at, found, strict=True):
                 text = f" {ratio:.2f}" if ratio else " –"

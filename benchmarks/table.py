@@ -191,9 +191,8 @@ MAKERS = {
 }  # fmt: skip
 
 
-def divergence_section(path: Path) -> list[str]:
-    report = json.loads(path.read_text(encoding="utf-8"))
-    shapes = report["shapes"]
+def divergence_table(shapes: list[dict], made_by: Iterable[str], trained: Iterable[bool]) -> str:
+    """By kind, head and maker: ms, over the bare products, MiB, and the worst row's error."""
 
     def cell(row: dict) -> str:
         if "ms" not in row:
@@ -205,7 +204,36 @@ def divergence_section(path: Path) -> list[str]:
         head = "frozen" if not row["trained"] else "trained, all kept" if row["kept"] else "trained"
         return f"{KINDS_OF_DIVERGENCE[row['kind']]}, {head}: {MAKERS[row['made_by']]}"
 
-    found = [{name(row): row for row in shape["rows"]} for shape in shapes]
+    makers, heads = set(made_by), set(trained)
+    found = [
+        {name(row): row for row in shape["rows"] if row["made_by"] in makers and row["trained"] in heads}
+        for shape in shapes
+    ]
+    headings = [f"{model(shape['hidden_size'])}, N = {shape['tokens']:,}" for shape in shapes]
+    return table(["", *headings], [[row, *(cell(rows[row]) for rows in found)] for row in found[0]])
+
+
+def divergences(results: Path) -> str:
+    """What stands in docs/divergences.md: ours and the two other packages', with a frozen head."""
+    blocks = []
+    for path in sorted(results.glob("divergence-*.json")):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        shapes = report["shapes"]
+        blocks += [
+            "Forward and backward pass with a frozen head; × is the time over the three bare products of the same run, "
+            "MiB the peak above the operands, and the last figure the hidden gradient's error in the row that is most "
+            f"off, relative, against float64. One {report['device']}, {shapes[0]['dtype']}, "
+            f"V = {shapes[0]['vocabulary']:,}:",
+            divergence_table(shapes, ("ours", "trl", "liger"), (False,)),
+            "Liger gives a mean over the tokens alone; the others take a weight for each. [Trained heads, teachers "
+            "nearer and farther, and how to rerun them](../benchmarks/README.md#figures).",
+        ]
+    return "\n\n".join(blocks)
+
+
+def divergence_section(path: Path) -> list[str]:
+    report = json.loads(path.read_text(encoding="utf-8"))
+    shapes = report["shapes"]
     headings = [f"{model(shape['hidden_size'])}, N = {shape['tokens']:,}" for shape in shapes]
     kinds = [(row["kind"], row["teacher"]) for row in shapes[0]["accuracy"] if row["made_by"] == "ours"]
     accuracy = []
@@ -223,7 +251,7 @@ def divergence_section(path: Path) -> list[str]:
         "each token (Liger: a mean), over the bare products of the same run, 3 for a frozen head and 4 for a trained "
         f"one; the peak above the operands; and the worst row's error of the hidden gradient. One {report['device']}, "
         f"{shapes[0]['dtype']}, V = {shapes[0]['vocabulary']:,}:",
-        table(["", *headings], [[row, *(cell(rows[row]) for rows in found)] for row in found[0]]),
+        divergence_table(shapes, MAKERS, (False, True)),
         "How far it is from float64 by the distance of the teacher: the mean divergence, and off by, ours / TRL's, its "
         "mean (nats) and the worst row of the hidden gradient (relative):",
         table(["", *headings], accuracy),
@@ -305,7 +333,9 @@ def _reason(row: dict) -> str:
     return re.sub(r"([<>|_*\[\]`])", r"\\\1", row["reason"])
 
 
-PLACES = {"README.md": summary, "benchmarks/README.md": section, "docs/models.md": models}
+PLACES = {
+    "README.md": summary, "benchmarks/README.md": section, "docs/models.md": models, "docs/divergences.md": divergences,
+}  # fmt: skip
 PAGES = {"docs/performance.md": performance}  # made as a whole, and only where there are results
 
 
@@ -325,7 +355,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     for name, made in PLACES.items():
         text = (args.root / name).read_text(encoding="utf-8")
-        new = replaced(text, made(args.results))
+        found = made(args.results)
+        try:
+            new = replaced(text, found) if found or BEGIN in text else text  # without figures, markers are not needed
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
         if not args.check:
             (args.root / name).write_text(new, encoding="utf-8")
         elif new != text:

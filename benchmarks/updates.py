@@ -445,12 +445,14 @@ def by_unsloth(task: Task, plan: Plan) -> Update:
 
 @dataclass(frozen=True)
 class Way:
-    """title: for people. packs: whether a plan's size is tokens. rounded: whether its head rounds logits to 16 bits."""
+    """title: for people. packs: whether a plan's size is tokens. graphs: whether layers are launched as CUDA graphs.
+    rounded: whether its head rounds logits to 16 bits."""
 
     title: str
     make: Callable[[Task, Plan], Update]
     packs: bool = False
     compiled: bool = False
+    graphs: bool = False
     rounded: bool = False
 
 
@@ -471,15 +473,27 @@ WAYS = {
         "ours, one prefix, compiled", partial(ours_packed, compiled=True), packs=True, compiled=True
     ),
     "prefix-graphs": Way(
-        "ours, one prefix, CUDA graphs", partial(ours_packed, compiled="cudagraphs"), packs=True, compiled=True
+        "ours, one prefix, CUDA graphs",
+        partial(ours_packed, compiled="cudagraphs"),
+        packs=True,
+        compiled=True,
+        graphs=True,
     ),
     "prefix-fused": Way(
         "ours, one prefix, CUDA graphs, adapters fused",
         partial(ours_packed, compiled="cudagraphs", fused_adapters=True),
         packs=True,
         compiled=True,
+        graphs=True,
     ),
 }
+LEADS = ("trl", "prefix-fused")  # TRL's own code, and what is compared with it
+
+
+def fastest_again(row: dict[str, Any]) -> dict[str, Any] | None:
+    """Of a cell's plans, the fastest whose layers are computed again."""
+    timed = [one for one in row.get("tried", ()) if "ms" in one and not one["kept"]]
+    return min(timed, key=lambda one: one["ms"], default=None)
 
 
 # ------------------------------------------------------------------------------------------- what all are held against

@@ -316,8 +316,7 @@ def linear_divergence(
             takes that one). None: the full vocabulary.
         return_stats: True for :class:`egrsd_kernels.DivergenceStatistics`: log p of the targets and entropies beside
             the divergence, of both models, without gradient.
-        backend, chunk_bytes: as in :func:`egrsd_kernels.fused_egrsd_loss`; but "auto" is plain PyTorch on a GPU, too,
-            as long as the kernels are not proven there.
+        backend, chunk_bytes: as in :func:`egrsd_kernels.fused_egrsd_loss`; "auto" is plain PyTorch with top_k, too.
         keep_bytes: the most that is kept between forward and backward where the head is trained: the gradients of the
             logits of as many rows as fit, V · 2 bytes each in 16 bits; on the torch backend in the compute dtype.
             0: nothing. Of each call, and saved-tensor hooks do not see it: pass 0 under

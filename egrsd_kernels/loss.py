@@ -424,8 +424,8 @@ def fused_egrsd_loss(
             divergence_beta, divergence_top_k: its beta and top_k, as in :func:`egrsd_kernels.linear_divergence`.
         divergence_weight, policy_weight: numbers above 0, and at least 0, that weigh the two terms. Without a
             divergence both are 1. With policy_weight = 0 the advantages are of no account but for TokenStats.
-        backend: "triton", "torch" (plain PyTorch), or "auto": Triton on a GPU where it runs, else PyTorch. With a
-            divergence "auto" makes the student's pass as :func:`egrsd_kernels.linear_divergence` does.
+        backend: "triton", "torch" (plain PyTorch), or "auto": Triton on a GPU where it runs, else PyTorch, which
+            also makes the student's pass with a divergence_top_k.
         grad_mode: "exact"; or, experimental, "sparse", which leaves out vocabulary entries that carry little of the
             gradient. What that changes in dL/d(h Wᵀ) is certified to be at most sparse_tol of its L1 norm, on any
             input; tokens whose gradient is not sparse are made exactly. It pays on large models that are mostly sure of

@@ -446,8 +446,10 @@ def updates_report() -> dict:
         add("1.7b", way, **figure, **time, **({"profile": profile} if way == "trl" else {}))
     for n, error in ((1, "status -11: a|b"), (4, "out of memory")):
         rows[n] = {name: value for name, value in rows[n].items() if isinstance(value, str)} | {"error": error}
-    for way, ms in (("trl", 600.0), ("prefix-graphs", 80.0)):
-        add("8b", way, "grpo", **figure, ms=ms, tokens_per_second=1.0)
+    for way, ms in (("trl", 600.0), ("prefix-fused", 80.0)):
+        again = {"kept": False, "size": 32, "ms": 1.5 * ms, "above_weights_gib": ms / 100}
+        add("8b", way, "grpo", **figure, ms=ms, tokens_per_second=1.0, tried=[figure | {"ms": ms}, again])
+    rows[-1]["alloc_retries"] = 2
     add("1.7b", "trl", "largest", largest_rollouts=123)
     settings = {"groups": 4, "group": 8, "prompt": 300, "solution": 600, "response": 1024, "layers": None, "gib": 78.0}
     machine = {"device": "GPU", "torch": "2.11", "triton": "3.6", "driver": "1.2", "packages": {"trl": "1.16.0"}}
@@ -469,7 +471,12 @@ def test_the_page_on_whole_updates(tmp_path, results, pages):
     assert "| TRL | 100 | 1.00 | 160,000 | 2.00 × | 16.0 / 20.0 | kept, 8 | 123 |" in text
     assert "| **ours, one prefix, compiled** | 1,100 | 11.00 | 14,545 | 22.00 × | 16.0 / 20.0 | kept, 8 | – |" in text
     assert "Not measured: TRL, torch_compile (status -11: a/b); Unsloth (out of memory)." in text
-    assert "| 8B, GRPO | 600 ms | 80 ms | **7.5 ×** | 12.00 × / 1.60 × |" in text
+    assert "\n| 8B, GRPO | 600 ms | 80 ms | **7.5 ×** | 12.00 × / 1.60 × |" in text
+    assert "\n| 1.7B, EGRSD | 100 ms | 1,300 ms | **0.1 ×** |" in text
+    again = text.split("Where both compute layers again:")[1]
+    assert "\n| 8B, GRPO | 900 ms | 120 ms | **7.5 ×** | 6.0 / 0.8 | **0.13** |" in again and "1.7B, E" not in again
+    graphs = "| **ours, one prefix, CUDA graphs** | 1,200 | 12.00 | 13,333 | 24.00 × | 16.0 / 20.0 reserved | kept, 8 |"
+    assert graphs in text
     assert "| 1.7B, TRL: 100 ms | ms | of the update | launches |" in text
     assert "| matrix products | 45.0 | 45 % | 20 |" in text and "| the GPU waits | 40.0 | 40 % |  |" in text
     assert "trl 1.16.0; commit 0123456." in text and "(../benchmarks/results/end_to_end-gpu.json)" in text
@@ -481,6 +488,53 @@ def test_the_picture_of_whole_updates(tmp_path):
     path.write_text(json.dumps(updates_report()))
     plots.main([str(path), "--output", str(tmp_path)])
     assert (tmp_path / "end_to_end.png").read_bytes().startswith(b"\x89PNG")
+
+
+def divergence_report() -> dict:
+    """At one shape; TRL's JSD and everything eager came to nothing."""
+    rows = []
+    for n, kind in enumerate(table.KINDS_OF_DIVERGENCE, 1):
+        for trained in (False, True):
+            for factor, made_by in enumerate(("ours", "trl", "liger", "eager"), 1):
+                row = {"kind": kind, "made_by": made_by, "trained": trained, "kept": False}
+                row["error"] = {"dhidden_worst_row": 3e-3 * factor}
+                timed = {"ms": 30.0 * n * factor, "ratio": 1.0 * n * factor, "peak_mib": 1000.0 * factor}
+                failed = made_by == "eager" or (kind, made_by) == ("jsd", "trl")
+                rows.append(row | ({"note": "wrong result: x = 1|2"} if failed else timed))
+    accuracy = [{"kind": "jsd", "teacher": "far", "made_by": made_by, "mean_nat": 0.1, "error": {}}
+                for made_by in ("ours", "trl")]  # fmt: skip
+    shape = {"hidden_size": 2560, "tokens": 4096, "vocabulary": 151_936, "dtype": "bfloat16"}
+    machine = {"device": "GPU", "commit": "0123456789", "command": "go"}
+    return machine | {"shapes": [shape | {"rows": rows, "accuracy": accuracy}]}
+
+
+def test_divergences_on_their_page(tmp_path, results, pages):
+    options = ["--root", str(tmp_path), "--results", str(results)]
+    page = pages["docs/divergences.md"]
+    page.write_text("# no figures yet\n")  # and no place for them
+    table.main(options)
+    assert page.read_text() == "# no figures yet\n"
+    (results / "divergence-gpu.json").write_text(json.dumps(divergence_report()))
+    with pytest.raises(ValueError, match=r"docs/divergences\.md: expected one section between"):
+        table.main(options)
+    page.write_text(f"# figures\n{table.BEGIN}\n{table.END}\n")
+    table.main(options)
+    table.main([*options, "--check"])
+    text = page.read_text()
+    assert "|  | 4B (D = 2560), N = 4,096 |\n" in text and "One GPU, bfloat16, V = 151,936:" in text
+    assert "\n| reverse KL, frozen: **egrsd_kernels** | 30.0 ms, 1.00 ×, 1,000 MiB, 3.0e-3 |\n" in text
+    assert "\n| forward KL, frozen: TRL ChunkedDivergenceFunction | 120 ms, 4.00 ×, 2,000 MiB, 6.0e-3 |\n" in text
+    assert "\n| JSD, frozen: TRL ChunkedDivergenceFunction | wrong result: x = 1/2 |\n" in text
+    assert "eager" not in text and "trained:" not in text
+    whole = pages["benchmarks/README.md"].read_text()
+    assert "reverse KL, trained: **egrsd_kernels**" in whole and "full logits | wrong result: x = 1/2 |" in whole
+
+
+def test_the_picture_of_divergences(tmp_path):
+    path = tmp_path / "divergence-gpu.json"
+    path.write_text(json.dumps(divergence_report()))
+    plots.main([str(path), "--output", str(tmp_path)])
+    assert (tmp_path / "divergence.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_page_without_markers_is_refused():

@@ -137,7 +137,15 @@ def expected(combo: Combo, case: Case, target_ids=None, mask=None, softcap=None,
     )  # fmt: skip
 
 
-def check(combo: Combo, case: Case, keep_bytes: tuple[int, ...] = (0, 1 << 30), **options) -> None:
+# Of a gradient's row that few entries make up and few features hold, nothing averages: an entry's rounding, the
+# result's, that of M, 7e-4, and of r', 2e-3, by the root of their squares; of a single entry and feature by their sum.
+FEW_FEATURES = {torch.bfloat16: 6e-3, torch.float16: 2.3e-3, torch.float32: 5e-3, torch.float64: 5e-3}
+ONE_ENTRY = {torch.bfloat16: 1.1e-2, torch.float16: 3.7e-3}
+
+
+def check(
+    combo: Combo, case: Case, keep_bytes: tuple[int, ...] = (0, 1 << 30), one_entry: bool = False, **options
+) -> None:
     """With a frozen head, and with a trained one of which nothing, some and all is kept."""
     ours = {k: options.pop(k) for k in ("chunk_bytes",) if k in options}
     want = expected(combo, case, **options)
@@ -149,10 +157,12 @@ def check(combo: Combo, case: Case, keep_bytes: tuple[int, ...] = (0, 1 << 30), 
             assert found.dtype == combo.compute_dtype and found.shape == case.incoming.shape
             assert_within(name, found, value, want.tolerances[name])
         assert (got.divergence >= 0).all()
-        assert_gradients(combo, case, gradients, want, frozen)
+        assert_gradients(combo, case, gradients, want, frozen, one_entry)
 
 
-def assert_gradients(combo: Combo, case: Case, gradients: dict, want: Expected, frozen: bool) -> None:
+def assert_gradients(
+    combo: Combo, case: Case, gradients: dict, want: Expected, frozen: bool, one_entry: bool = False
+) -> None:
     student = float64(case.student)
     hidden = student["hidden"].nan_to_num(0).norm(dim=-1)
     more = {"hidden": want.rows.norm() * student["weight"].norm(dim=-1).max(), "weight": (want.rows * hidden).sum()}
@@ -160,7 +170,10 @@ def assert_gradients(combo: Combo, case: Case, gradients: dict, want: Expected, 
     for name, gradient in gradients.items():
         assert gradient.dtype == case.student[name].dtype
         exact = want.gradients[name]
-        allowed = gradient_tolerance(combo, case.targets.numel(), frozen) * exact.norm() + more[name]
+        tolerance = gradient_tolerance(combo, case.targets.numel(), frozen)
+        if one_entry and combo.backend == "triton":
+            tolerance = ONE_ENTRY.get(combo.dtype, tolerance)
+        allowed = tolerance * exact.norm() + more[name]
         assert_within(f"gradient of {name}, in norm", (gradient.double() - exact).norm(), torch.zeros(()), allowed)
     assert not gradients["hidden"][(case.incoming == 0).cpu()].any()
 
@@ -254,7 +267,7 @@ def test_a_teacher_that_is_the_student(combo, kind):
 @kinds
 @pytest.mark.parametrize("apart", [4e-3, 3e-2])
 def test_two_that_are_nearly_alike(combo, kind, apart):
-    """Near 1e-5 and 1e-3 nat on average: each token's within 1e-3 or 4e-6 nat, each row's gradient within 5e-3."""
+    """Near 1e-5 and 1e-3 nat on average: each token's within 1e-3 or 4e-6 nat, and each row's gradient."""
     case = make_case(combo, 4, 8, width=32, vocabulary=300, apart=apart)
     want = expected(combo, case, **kind)
     assert 0 < want.stats["divergence"].mean() < 0.01
@@ -265,13 +278,14 @@ def test_two_that_are_nearly_alike(combo, kind, apart):
     error = (gradients["hidden"].double() - want.gradients["hidden"])[rows].norm(dim=-1)
     size = want.gradients["hidden"][rows].norm(dim=-1)
     smallest = torch.finfo(combo.dtype).smallest_normal * torch.finfo(combo.dtype).eps  # float16's result may be that
-    assert_within("relative error of a row", error, torch.zeros_like(error), 5e-3 * size + 6 * smallest)
+    allowed = FEW_FEATURES[combo.dtype] * size + 6 * smallest
+    assert_within("relative error of a row", error, torch.zeros_like(error), allowed)
 
 
 @combos
 @kinds
 def test_targets_that_are_off(combo, kind):
-    """The teacher finds one entry of each row 5 nats likelier or less likely; each row's gradient is within 5e-3."""
+    """The teacher finds one entry of each row 5 nats likelier or less likely: each row's gradient stays as near."""
     case = make_case(combo, 2, 8, width=62, vocabulary=61)
     case.student["weight"][:, 61] = 0  # a feature that only one entry reads
     case.student["weight"][7] = 0
@@ -286,7 +300,8 @@ def test_targets_that_are_off(combo, kind):
     got, gradients = package(combo, case, True, **kind)
     assert_within("divergence", got.divergence, want.stats["divergence"], want.tolerances["divergence"])
     error = (gradients["hidden"].double() - want.gradients["hidden"]).norm(dim=-1)
-    assert_within("a row's", error, torch.zeros_like(error), 5e-3 * want.gradients["hidden"].norm(dim=-1))
+    allowed = FEW_FEATURES[combo.dtype] * want.gradients["hidden"].norm(dim=-1)
+    assert_within("a row's", error, torch.zeros_like(error), allowed)
 
 
 @combos
@@ -303,6 +318,7 @@ def test_certain_and_uniform(combo, kind):
     check(
         combo,
         Case({"hidden": student, "weight": weight}, {"hidden": teacher, "weight": weight}, nothing, incoming),
+        one_entry=True,
         **kind,
     )
 
@@ -392,6 +408,28 @@ def test_divergences_that_are_made_again(monkeypatch):
     monkeypatch.setattr(module, "choose_divergence", lambda *_: MadeAgain)
     _, got = package(combo, case, True, chunk_bytes=1)
     assert torch.equal(got["hidden"], want["hidden"])
+
+
+def test_auto_takes_kernels_for_what_they_make(monkeypatch):
+    """Where the loss would take them: the choice for a pair is that for its hidden states, but for a top_k."""
+    pytest.importorskip("triton")
+    import egrsd_kernels.backends as backends
+    from egrsd_kernels.backends import torch_divergence
+    from egrsd_kernels.backends.triton import divergence as kernels
+
+    monkeypatch.setattr(kernels, "takes_hidden", lambda x: x.dtype != torch.float64)
+    case = make_case(Combo("torch", "cpu", torch.float32), 2, 3)
+    operands = case.student["hidden"], head(case.student), case.teacher["hidden"], head(case.teacher)
+
+    def chosen(which: backends.Divergence, there: object = backends.triton, name: str = "auto"):
+        monkeypatch.setattr(backends, "choose", lambda *_: there)
+        return backends.choose_divergence(name, backends.Pair(*operands, 1.0, which))
+
+    assert chosen(backends.Divergence("jsd")) is kernels
+    assert chosen(backends.Divergence("jsd", top_k=4)) is torch_divergence
+    assert chosen(backends.Divergence("jsd"), torch_backend) is torch_divergence
+    with pytest.raises(ValueError, match='backend: expected "auto" or "torch", since top_k is given'):
+        chosen(backends.Divergence("jsd", top_k=4), name="triton")
 
 
 def test_counts_that_nobody_asked_for(monkeypatch):
@@ -584,7 +622,10 @@ def test_at_a_models_vocabulary(combo, kind, apart):
     assert_within("divergence", got.divergence, want, (1e-3 * want).clamp(min=4e-6))
     assert_within("their mean", got.divergence.double().mean(), want.mean(), max(1e-6, 1e-4 * want.mean().item()))
     error = (gradients["hidden"].double() - gradient).norm(dim=-1)
-    assert_within("a row's gradient", error, torch.zeros_like(error), 5e-3 * gradient.norm(dim=-1))
+    half = (
+        2.0**-25 * math.sqrt(128) if combo.dtype == torch.float16 else 0.0
+    )  # of its smallest number, for each feature
+    assert_within("a row's gradient", error, torch.zeros_like(error), 5e-3 * gradient.norm(dim=-1) + half)
     rows = (error / gradient.norm(dim=-1)).max()
     print(f"{kind}: mean {want.mean():.1e}, off by {(got.divergence - want).abs().max():.1e}; gradient {rows:.1e}")
 

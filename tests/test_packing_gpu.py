@@ -459,8 +459,9 @@ def test_copies_and_pickles_of_compiled_layers_are_of_the_models_own_class(monke
     torch.testing.assert_close(step(copy.deepcopy(model), 0, True)[0], step(model, 0, False)[0])
 
 
-def some_pack() -> Pack:
-    rows, targets = group_rows()
+def some_pack(rows: list[list[int]] | None = None, targets: list[list[bool]] | None = None) -> Pack:
+    if rows is None:
+        rows, targets = group_rows()
     (pack,) = pack_rows(rows, budget=1000, targets=targets)
     return pack
 
@@ -492,9 +493,9 @@ def rms(tensor: Tensor) -> float:
     return tensor.double().square().mean().sqrt().item()
 
 
-def on_device(model: nn.Module, compile_layers: bool) -> tuple[Tensor, Tensor]:
+def on_device(model: nn.Module, compile_layers: bool, pack: Pack | None = None) -> tuple[Tensor, Tensor]:
     """(log p, gradient of its sum) over a pack."""
-    pack = some_pack()
+    pack = pack or some_pack()
     logp, _ = packed(
         model, pack, lambda hidden, head: linear_logp(hidden, head, pack.target_ids.to(hidden.device)),
         compile_layers=compile_layers,
@@ -516,6 +517,8 @@ def test_on_a_gpu_a_pack_is_off_by_what_the_rows_alone_are(name, autocast):
     if settings.get("attn_implementation") == "flex_attention":
         reference.set_attn_implementation("eager")
     rows, targets = group_rows()
+    if "blocks" in name:  # PyTorch 2.11 has no kernel for fewer queries than a block's, more than one to a key's head
+        rows, targets = (one + more for one, more in zip((rows, targets), group_rows(1), strict=True))
     expected = logp_alone(reference, rows, targets)
     expected.sum().backward()
     wanted = torch.cat([one.flatten() for one in gradients(reference).values()])
@@ -527,7 +530,7 @@ def test_on_a_gpu_a_pack_is_off_by_what_the_rows_alone_are(name, autocast):
             alone = logp_alone(model, rows, targets)
         alone.sum().backward()
         own = torch.cat([one.flatten().cpu().float() for one in gradients(model).values()])
-        found, gradient = on_device(model, False)
+        found, gradient = on_device(model, False, some_pack(rows, targets))
     assert rms(found - expected) <= 4 * rms(alone.detach().cpu() - expected)
     assert rms(gradient - wanted) <= 4 * rms(own - wanted)
 

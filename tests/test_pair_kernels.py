@@ -167,7 +167,9 @@ class Case:
         for name, a, e, bound in zip(("hidden", "weight", "bias"), gradients, expected, bounds, strict=False):
             assert ((a - e).abs() <= bound).all(), name
             if len(d) >= N:
-                assert relative(a, e) <= GRADIENT_ERROR[self.dtype], name
+                half = 2.0**-25 if self.dtype == torch.float16 else 0.0  # of the smallest number that it is rounded to
+                smallest = half * math.sqrt(e.numel()) / e.norm()
+                assert relative(a, e) <= GRADIENT_ERROR[self.dtype] + smallest, name
         assert (gradients[0][~self.mask | (self.incoming == 0)] == 0).all()
         return found
 

@@ -83,17 +83,18 @@ def choose(name: object, *hidden: Tensor) -> Backend:
 
 
 def choose_divergence(name: object, pair: Pair) -> DivergenceBackend:
-    """The one that makes the pair's divergence.
+    """The one that makes the pair's divergence; "auto" leaves to plain PyTorch what kernels do not make.
 
     Raises:
         ValueError, ModuleNotFoundError: as :func:`choose`; or "triton" does not make this divergence.
     """
+    from . import torch as plain
     from . import torch_divergence as in_torch
 
-    choose(name, pair.student_hidden, pair.teacher_hidden)
-    if name != "triton":
+    if choose(name, pair.student_hidden, pair.teacher_hidden) is plain:
         return in_torch
     from .triton import divergence as in_triton
 
-    expect(in_triton.takes(pair), "backend", name, '"auto" or "torch", since top_k is given')
-    return in_triton
+    made = in_triton.takes(pair)
+    expect(made or name == "auto", "backend", name, '"auto" or "torch", since top_k is given')
+    return in_triton if made else in_torch

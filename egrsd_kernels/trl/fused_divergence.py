@@ -23,8 +23,8 @@ def fused_divergence(trls: type) -> type:
     Arguments and result are TRL's: hidden states (N, D), weights (V, D), biases (V,) or None, of student and teacher;
     beta, 0 for KL(p_T ‖ p_S), 1 for KL(p_S ‖ p_T), and the JSD between; the temperature, and the heads' scales and
     caps. Returns (divergence, the student's entropy), (N,) float32, nats; the second has no gradient. Under ZeRO-3,
-    whose heads TRL gathers in its own passes, on a GPU where plain PyTorch would make it, and for arguments that only
-    a later TRL has, it is TRL's.
+    whose heads TRL gathers in its own passes, of float64 on a GPU, which plain PyTorch would make, and for arguments
+    that only a later TRL has, it is TRL's.
     """
 
     class FusedDivergence(trls):

@@ -27,8 +27,8 @@ def fuse_heads() -> AbstractContextManager[Any]:
     ``add_fused_lm_head``: that name becomes :func:`fuse_head`, in every module that has imported it or will. Models
     that have a head already keep theirs. ``DistillationTrainer`` calls TRL's ``ChunkedDivergenceFunction`` at each
     step: that name becomes :func:`egrsd_kernels.linear_divergence`'s. A second call changes nothing. What ours does not
-    do stays TRL's: ``cast_lm_head_to_fp32``, distillation under ZeRO-3, or on a GPU where plain PyTorch would make
-    the divergence, and what later versions of TRL ask for.
+    do stays TRL's: ``cast_lm_head_to_fp32``, distillation under ZeRO-3, or of float64 on a GPU, and what later versions
+    of TRL ask for.
 
     Returns:
         A context whose end undoes what this call has done, as in ``with fuse_heads(): trainer = DPOTrainer(...)``; to

@@ -198,8 +198,8 @@ def combine_jsd_kernel(
 
     The rounding of M would leave some 1e-3 of it where few entries make it up. J = Σ (p_S - p_T) r is known from
     float32 sums, and near proportional to it, term by term: so the ratio of the two is taken of what is stored, and J
-    makes the divergence of it. Where J is beyond FAR, perhaps infinite, it is not, and the sum of m takes its place,
-    which is 1.
+    makes the divergence of it. Where J is beyond FAR, perhaps infinite, it is not: there each model's share is a mean
+    over what is stored of its probabilities, which takes off the rounding that all of these have.
     """
     r = tl.program_id(0) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
     n_valid = tl.load(row_counts)
@@ -224,10 +224,12 @@ def combine_jsd_kernel(
         near = (j > 0) & (exact < FAR)
         # At most beta (1 - beta) of J, since KL is convex: where J is nothing but rounding, so is this.
         share = tl.minimum(jsd / tl.where(near, j, 1.0), beta * (1.0 - beta))
-        jsd = tl.where(near, share * exact, jsd / ((1.0 - beta) * p + beta * q) * LN2)
+        mean = u / p
+        of_student = (1.0 - beta) * u
+        far = (1.0 - beta) * mean + (jsd - of_student) / q
+        jsd = tl.where(near, share * exact, far * LN2)
         row = tl.load(order + r, mask=ours, other=0)
         tl.store(divergence + row, tl.where(jsd < 0, 0.0, jsd), mask=ours)
-        mean = u / p
         tl.store(values + 2 * n_slots + r, mean, mask=ours)
         tl.store(values + 3 * n_slots + r, entry_bound(mean * LN2), mask=ours)
 
