@@ -391,7 +391,8 @@ def test_layers_with_a_forward_of_their_own_are_not_compiled(monkeypatch):
     layer.forward = layer.forward  # as a hook of accelerate's
     with pytest.raises(ModelError, match=r"^compile_layers: LlamaForCausalLM: expected layers with their class's"):
         packed(model, some_pack(), lambda hidden, head: hidden, compile_layers=True)
-    logp, _ = packed(model, some_pack(), lambda h, head: logp_of(h, head, some_pack()), compile_layers=None)
+    with pytest.warns(UserWarning, match="^LlamaForCausalLM: layers run as they are, not compiled: compile_layers: "):
+        logp, _ = packed(model, some_pack(), lambda h, head: logp_of(h, head, some_pack()), compile_layers=None)
     assert logp.equal(expected) and not made
 
 
@@ -418,6 +419,30 @@ def test_layers_that_fall_back_to_eager_raise(monkeypatch):
     with pytest.raises(ModelError, match=r"^compile_layers: LlamaDecoderLayer: \w+: .*recompile") as no:
         step(model, 0, True)  # with gradients and without
     assert "\n" not in str(no.value)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_by_default_layers_that_do_not_compile_run_as_they_are(monkeypatch, grad):
+    """That is said once, and not tried again."""
+    pack, tried = some_pack(), []
+
+    def function(hidden, head):
+        return logp_of(hidden, head, pack)
+
+    def failing(graph, inputs):
+        tried.append(graph)
+        raise RuntimeError("no compiler")
+
+    count_graphs(monkeypatch, failing)
+    model = tiny("llama")
+    expected = packed(model, pack, function)[0]
+    with torch.set_grad_enabled(grad):
+        with pytest.warns(UserWarning, match="layers run as they are, not compiled: .*no compiler") as said:
+            logp = packed(model, pack, function, compile_layers=None)[0]
+        again = packed(model, pack, function, compile_layers=None)[0]
+    assert len(tried) == 1 and len(said) == 1 and logp.equal(expected) and again.equal(expected)
+    with pytest.raises(ModelError, match="no compiler"):
+        packed(model, pack, function, compile_layers=True)
 
 
 def test_copies_and_pickles_of_compiled_layers_are_of_the_models_own_class(monkeypatch):

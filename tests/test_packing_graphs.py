@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,32 +15,15 @@ from torch._inductor.cudagraph_trees import get_manager
 from egrsd_kernels import linear_logp
 from egrsd_kernels.models import ModelError
 from egrsd_kernels.packing import Pack, layers, pack_rows, packed, read_packs, varlen
-from tests.support.packing import gradients, group_rows, tiny
-from tests.support.tree_attention import on_cpus
+from tests.support.packing import counted_layers, gradients, group_rows, tiny
 
 peft = pytest.importorskip("peft")
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """What runs as it is compiled, layer by layer, in the place of the compiler: "graph" or "plain"; and "begin"."""
-    seen: list[str] = []
-
-    def compile_(function: Callable[..., Any], *, options: Any, **_: Any) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            seen.append("graph" if options else "plain")
-            assert options in (None, layers.OPTIONS)
-            return function(*args, **kwargs)
-
-        return run
-
-    layers._compiled.cache_clear()
-    monkeypatch.setattr(layers, "SMALLEST", 128)
-    monkeypatch.setattr(layers.torch, "compile", compile_)
-    monkeypatch.setattr(layers.torch.compiler, "cudagraph_mark_step_begin", lambda: seen.append("begin"))
-    with on_cpus():
+def calls() -> Iterator[list[str]]:
+    with counted_layers() as seen:
         yield seen
-    layers._compiled.cache_clear()
 
 
 def with_lora(model: nn.Module, dropout: float = 0.0) -> nn.Module:

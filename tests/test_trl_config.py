@@ -111,6 +111,13 @@ def config(**options) -> EGRSDConfig:
             {"sync_ref_model": True},
             "sync_ref_model: expected False with beta 0, which has no reference model, got True",
         ),
+        ({"packing": "yes"}, "packing: expected True or False, got 'yes'"),
+        ({"compile_layers": "graphs"}, "compile_layers: expected True, False, None or 'cudagraphs', got 'graphs'"),
+        ({"compile_layers": 1}, "compile_layers: expected True, False, None or 'cudagraphs', got 1"),
+        (
+            {"compile_layers": "cudagraphs", "packing": False},
+            "compile_layers: expected None or False without packing, got 'cudagraphs'",
+        ),
         ({"grad_mode": "sparse", "entropy_coef": 0.1}, 'grad_mode: expected "exact" with an entropy bonus, whose'),
         ({"cast_lm_head_to_fp32": True}, "cast_lm_head_to_fp32: expected False: logits are made in float32 anyway, go"),
         ({"use_liger_kernel": True}, "use_liger_kernel: expected False: TRL gives it up; model_init_kwargs="),
@@ -176,6 +183,20 @@ def test_numbers_come_as_a_command_line_and_as_a_file_pass_them():
         ["--output_dir", "x", "--use_cpu", "true", "--bf16", "false", "--gamma", "0.7", "--entropy_scale", "log_vocab"]
     )
     assert (parsed.gamma, parsed.entropy_scale) == (0.7, "log_vocab")
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [(None, None), (True, True), (False, False), ("true", True), ("0", False), ("cudagraphs", "cudagraphs")],
+)
+def test_how_layers_run_comes_as_a_command_line_and_as_a_file_pass_it(given, expected):
+    assert config(compile_layers=given).compile_layers is expected
+    needed = {"model_name_or_path": "m", "dataset_name": "d", "reward_funcs": ["r"], "output_dir": "x"}
+    _, parsed, _ = parse_settings({**needed, "use_cpu": True, "bf16": False, "compile_layers": given})
+    assert parsed.compile_layers == expected
+    if isinstance(given, str):
+        _, parsed, _ = parse_settings({**needed, "use_cpu": True, "bf16": False}, ["--compile_layers", given])
+        assert parsed.compile_layers == expected
 
 
 def test_the_presets_are_the_papers_settings(monkeypatch):

@@ -18,6 +18,7 @@ import trl.trainer.grpo_trainer
 import trl.trainer.rloo_trainer
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -26,12 +27,14 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from egrsd_kernels import linear_logp
 from egrsd_kernels.models import ModelError
 from egrsd_kernels.models.proof import evaluating
-from egrsd_kernels.packing import packed, proof, varlen
-from egrsd_kernels.trl import EGRSDTrainer, pack, unpack
+from egrsd_kernels.packing import layers, packed, proof, varlen
+from egrsd_kernels.trl import EGRSDConfig, EGRSDTrainer, pack, unpack
 from egrsd_kernels.trl.packed_rows import INDEX, groups_together, parts_of
 from egrsd_kernels.trl.packed_step import PackedStep
-from egrsd_kernels.trl.packing import HOOKED
+from egrsd_kernels.trl.packing import HOOKED, check_rows_in_packs
 from egrsd_kernels.trl.teacher import AdaptersOff
+from tests.support.packing import counted_layers
+from tests.support.tree_attention import on_cpus
 from tests.support.trl_tiny import dataset, make, tiny_config, tiny_model, weights
 from tests.test_trl_resume import Kill, Killed, without_clock
 
@@ -54,12 +57,17 @@ def in_order(monkeypatch):
         monkeypatch.setattr(module, "shuffle_sequence_dict", lambda batch: batch)
 
 
-def trained(path, packing: bool, budget: int = 60, compile_layers: bool = False, **options):
+def trained(path, packing: bool | None, budget: int = 60, compile_layers=False, **options):
     """A run and its logs, after training; a small budget makes several packs of a micro-batch."""
     ours = options.get("cls") is EGRSDTrainer
     if ours:
-        options |= {"packing": packing, "max_tokens_per_pack": budget, "compile_layers": compile_layers and packing}
+        options |= {
+            "packing": packing,
+            "max_tokens_per_pack": budget,
+            "compile_layers": packing is not False and compile_layers,
+        }
     run, logs = make(path / f"packing {packing}", **STEP | options)
+    assert not ours or (run._packed is not None) == (packing is not False)
     if packing and not ours:
         pack(run, max_tokens_per_pack=budget, compile_layers=compile_layers)
     run.train()
@@ -94,9 +102,9 @@ def starting_weights(monkeypatch):
         monkeypatch.setattr(cls, "train", train)
 
 
-def compare(tmp_path, steps: int = 1, tolerance: float = TOLERANCE, **options) -> None:
+def compare(tmp_path, steps: int = 1, tolerance: float = TOLERANCE, packing: bool | None = True, **options) -> None:
     padded, logs = trained(tmp_path, False, max_steps=steps, **options)
-    packed_run, packed_logs = trained(tmp_path, True, max_steps=steps, **options)
+    packed_run, packed_logs = trained(tmp_path, packing, max_steps=steps, **options)
     assert apart(weights(packed_run), weights(padded), dict(START)) <= tolerance
     assert len(logs.steps) == len(packed_logs.steps) == steps
     for expected, got in zip(logs.steps, packed_logs.steps, strict=True):
@@ -203,11 +211,29 @@ def test_a_scaled_loss_is_scaled_once(tmp_path, in_order):
     assert run.accelerator.scaler.get_scale() == factor
 
 
+@pytest.mark.heavy
+@pytest.mark.parametrize("options", [{}, {"loss_type": "grpo", "beta": 0.1}], ids=["direct", "twice"])
+def test_a_step_by_cuda_graphs_is_the_padded_one(tmp_path, in_order, options):
+    """Several packs of each micro-batch: what a graph has given is not read when the next begins."""
+    with counted_layers() as calls:
+        compare(tmp_path, **OURS, gradient_accumulation_steps=3, budget=30, compile_layers="cudagraphs", **options)
+    assert calls.count("begin") > 4 * 3
+    one = ["begin", *["graph"] * tiny_config().num_hidden_layers]
+    assert calls == one * calls.count("begin")
+
+
+@pytest.mark.heavy
+def test_where_attention_is_by_segments_packs_and_compiled_layers_are_the_default(tmp_path, in_order):
+    with counted_layers() as calls:
+        compare(tmp_path, **OURS, gradient_accumulation_steps=3, packing=None, compile_layers=None)
+    assert {*calls} == {"plain"}
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize(
     "options", [TRAINERS["grpo"], OURS, {**OURS, "loss_type": "grpo"}], ids=["grpo", "direct", "ours"]
 )
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "bf16 compiled"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "bf16 compiled", "bf16 cudagraphs"])
 def test_a_step_on_a_gpu_is_the_padded_one(tmp_path, in_order, monkeypatch, options, precision):
     """In 16 bits a packed step is as far from float32's as a padded one, with the scaler that float16 needs."""
 
@@ -223,7 +249,8 @@ def test_a_step_on_a_gpu_is_the_padded_one(tmp_path, in_order, monkeypatch, opti
     exact, _ = trained(tmp_path / "exact", False, **common)
     start = dict(START)
     padded, _ = trained(tmp_path, False, **common | halves)
-    packed_run, _ = trained(tmp_path, True, compile_layers=bool(compiled), **common | halves)
+    compile_layers = compiled if compiled == "cudagraphs" else bool(compiled)
+    packed_run, _ = trained(tmp_path, True, compile_layers=compile_layers, **common | halves)
     off, allowed = (apart(weights(run), weights(exact), start) for run in (packed_run, padded))
     sys.stdout.write(f"{precision} {compiled}: packed {off:.2e}, padded {allowed:.2e} from float32\n")
     assert off <= max(2 * allowed, 1e-5)
@@ -479,6 +506,62 @@ def test_what_would_fail_at_the_first_read_is_said_at_the_start(tmp_path, monkey
     assert "backward" not in vars(run.accelerator)
 
 
+def test_cuda_graphs_are_refused_at_the_start(tmp_path, monkeypatch):
+    ours, trls = {"peft": False, "packing": True, "compile_layers": "cudagraphs"}, {**TRAINERS["grpo"], "peft": False}
+    with pytest.raises(ModelError, match=r"^compile_layers: expects a model on a GPU in 16 bits that attends by segme"):
+        make(tmp_path / "cpu", **ours)
+    with counted_layers() as calls:
+        dropping = {"model": dropout_model()}
+        with pytest.raises(
+            ModelError, match=r"^compile_layers: \w+: CUDA graphs expect layers without dropout, got 0.3"
+        ):
+            make(tmp_path / "dropout", **ours | dropping)
+        run, _ = make(tmp_path / "trl", **STEP, **trls | dropping)
+        with pytest.raises(
+            ModelError, match=r"^compile_layers: \w+: CUDA graphs expect layers without dropout, got 0.3"
+        ):
+            pack(run, compile_layers="cudagraphs")
+        run, _ = make(tmp_path / "whole", **STEP, **trls)
+        with pytest.raises(
+            ValueError, match=r"^compile_layers: expected True, False, None or 'cudagraphs', got 'graphs'"
+        ):
+            pack(run, compile_layers="graphs")
+        with pack(run, compile_layers="cudagraphs"):
+            pass
+        monkeypatch.setattr(type(run.accelerator), "distributed_type", DistributedType.FSDP)
+        with pytest.raises(ModelError, match=r"^compile_layers: \w+: CUDA graphs expect whole weights that stay where"):
+            pack(run, compile_layers="cudagraphs")
+        monkeypatch.undo()
+        monkeypatch.setattr(layers, "CUT", ())
+        with pytest.raises(
+            ModelError, match=r"^compile_layers: \w+: CUDA graphs expect operators that the compiler cut"
+        ):
+            make(tmp_path / "torch", **ours)
+    assert not calls
+
+
+def test_what_packs_may_cost_is_not_the_default(tmp_path, monkeypatch, caplog):
+    """A dense mask; and rows that a rope would refuse in the middle of a run. Asked for, both are packed."""
+    run, _ = make(tmp_path / "cpu", packing=None)
+    assert run._packed is None and not caplog.records  # nor is it said on a CPU
+    assert EGRSDConfig.packing is None and EGRSDConfig.compile_layers is None
+    monkeypatch.setattr(varlen, "DEVICES", ("cpu",))
+    run, _ = make(tmp_path / "dense", packing=None)
+    assert run._packed is None and "padded, not packed: model: packing by default expects a model on" in caplog.text
+    caplog.clear()
+    config = tiny_config()
+    config.rope_scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    with on_cpus():
+        run, _ = make(tmp_path / "rope", packing=None, model=type(tiny_model())(config))
+        assert run._packed is None and "padded, not packed: model: packing by default expects a rope" in caplog.text
+        run, _ = make(tmp_path / "asked", packing=True, model=type(tiny_model())(config))
+        assert run._packed is not None
+        check_rows_in_packs(run.accelerator, tiny_model(), by_default=True)
+        monkeypatch.setattr(type(run.accelerator), "distributed_type", DistributedType.FSDP)
+        with pytest.raises(ModelError, match=r"^model: packing by default expects whole weights, got FSDP"):
+            check_rows_in_packs(run.accelerator, tiny_model(), by_default=True)
+
+
 def test_a_direct_loss_has_no_value_before_its_backward_pass():
     model, accelerator = tiny_model(), Accelerator(cpu=True)
     step = PackedStep(accelerator, 18)
@@ -522,7 +605,7 @@ def test_unpack_gives_a_trainer_its_own_methods_back(tmp_path):
 
 def test_what_cannot_be_packed_is_refused_in_one_line(tmp_path):
     run, _ = make(tmp_path / "ours")
-    assert run._packed is None and run.args.packing is False and run.args.compile_layers is False  # packing is opt-in
+    assert run._packed is None
     with pytest.raises(ValueError, match="EGRSDTrainer overrides: set packing=True in its config"):
         pack(run)
     with pytest.raises(TypeError, match="expected a GRPOTrainer or RLOOTrainer, got object"):
@@ -535,8 +618,9 @@ def test_what_cannot_be_packed_is_refused_in_one_line(tmp_path):
         pack(run)
     with pytest.raises((TypeError, ValueError), match="packing: expected"):
         make(tmp_path / "flag", packing="yes")
-    with pytest.raises(ValueError, match="compile_layers: expected None or False without packing, got True"):
-        make(tmp_path / "layers", packing=False, compile_layers=True)
+    for given in (True, "cudagraphs"):
+        with pytest.raises(ValueError, match=f"compile_layers: expected None or False without packing, got {given!r}"):
+            make(tmp_path / "layers", packing=False, compile_layers=given)
     step = PackedStep(Accelerator(cpu=True), 1000, True)
     with pytest.raises(ValueError, match="compile_layers: expected a model without dropout"):
         step.read(dropout_model().train(), *batch())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -10,6 +11,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
+from egrsd_kernels.checks import expect
 from egrsd_kernels.eager import eager
 from egrsd_kernels.head import Head
 from egrsd_kernels.models import ModelError, with_head
@@ -17,7 +19,7 @@ from egrsd_kernels.models.places import language_model
 from egrsd_kernels.models.proof import found_in
 
 from .attention import FAST, beside, implementation_of, road_of
-from .layers import CUDA_GRAPHS, compiled_layers, hooked, padded_size
+from .layers import CUDA_GRAPHS, NotCompiled, compiled_layers, padded_size
 from .proof import fast_road, inputs_of, remembers, row_limit
 from .segments import Copies, copies_of, take_rows
 from .tree import Pack
@@ -25,6 +27,7 @@ from .varlen import moved
 
 Result = TypeVar("Result")
 CompileLayers: TypeAlias = bool | Literal["cudagraphs"] | None
+_as_they_are: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # whose layers None has found not to compile
 _indices: weakref.WeakKeyDictionary[Pack, dict[torch.device, tuple[Tensor, Copies]]] = weakref.WeakKeyDictionary()
 
 
@@ -68,8 +71,9 @@ def packed(
         pack: of :func:`pack_rows`, on any device.
         compile_layers: whether the decoder layers run compiled, one by one, in this forward and its backward pass and
             in no other. Packs are padded to one of a few sizes, each of which is compiled once: see
-            :func:`padded_size`. None: where the model attends by segments and no layer has a forward of its own.
-            ``"cudagraphs"``: launched as CUDA graphs as well, where each forward's backward pass runs before the next.
+            :func:`padded_size`. None: where the model attends by segments and its layers compile; where they do not,
+            a warning says why, once. ``"cudagraphs"``: launched as CUDA graphs as well, where each forward's backward
+            pass runs before the next.
         function: of hidden (M, D), the state that predicts each of the pack's M targets, in their order, and a
             :class:`Head`; as :func:`with_head` takes it.
         inputs: the model's further ones, none of which may have an entry for each token.
@@ -96,23 +100,40 @@ def packed(
 
     found_in(model)  # with its own forwards, before the pack's
     fast = fast_road(model)
-    if compile_layers and fast is None:
+    if check_compile_layers(compile_layers) and fast is None:
         raise ModelError(
             f"compile_layers: {type(base).__name__}: expected a model on a GPU, in 16 bits, with attn_implementation "
             f"{' or '.join(FAST)}, got {base.dtype} on {base.device.type} with {implementation_of(base)}"
         )
-    compiles = fast is not None and (compile_layers or (compile_layers is None and not hooked(base)))
-    size = padded_size(len(pack)) if compiles else None
 
     def at_targets(hidden: Tensor, head: Head) -> Result:
         with beside():
             return function(take_rows(hidden[0], *_targets(pack, hidden.device)), head)
 
-    with (
-        compiled_layers(base, compile_layers == CUDA_GRAPHS) if compiles else nullcontext(),
-        road_of(implementation_of(base))(pack) if fast is None else fast(pack, size),
-    ):
-        return with_head(model, at_targets, **inputs_of(pack, base.device, size), **inputs)
+    def run(compiles: bool) -> tuple[Result, Any]:
+        size = padded_size(len(pack)) if compiles else None
+        with (
+            compiled_layers(base, compile_layers == CUDA_GRAPHS) if compiles else nullcontext(),
+            road_of(implementation_of(base))(pack) if fast is None else fast(pack, size),
+        ):
+            return with_head(model, at_targets, **inputs_of(pack, base.device, size), **inputs)
+
+    if compile_layers is not None or fast is None or base in _as_they_are:
+        return run(bool(compile_layers))
+    try:
+        return run(True)
+    except NotCompiled as failure:  # in a layer, so the function has not run
+        warnings.warn(f"{type(base).__name__}: layers run as they are, not compiled: {failure}", stacklevel=3)
+        _as_they_are.add(base)
+        return run(False)
+
+
+def check_compile_layers(value: Any) -> CompileLayers:
+    """``value``, which is one of :data:`CompileLayers`; a ValueError otherwise."""
+    allowed = value is None or isinstance(value, bool) or value == CUDA_GRAPHS
+    expect(allowed, "compile_layers", value, f"True, False, None or {CUDA_GRAPHS!r}")
+    found: CompileLayers = value
+    return found
 
 
 @eager

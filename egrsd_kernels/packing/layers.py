@@ -41,6 +41,10 @@ GRAPHS = 2 * 2 * 2 * 8 * 6
 HANDED_ON = "skip_fwd_side_effects_in_bwd_under_checkpoint"
 
 
+class NotCompiled(ModelError):
+    """Decoder layers that cannot run compiled; as they are, they can."""
+
+
 def padded_size(tokens: int) -> int:
     """The number of tokens that a pack is padded to for compiled layers: 8, 9, ..., 15 times a power of two.
 
@@ -64,8 +68,8 @@ def compiled_layers(base: Any, replayed: bool = False) -> Iterator[None]:
     replayed: as CUDA graphs, in forwards while this is entered and in their backward passes. Then one forward follows
     another only when its backward pass has run: what a graph has kept lies where the next puts its own.
     """
-    if hooked(base):
-        raise ModelError(
+    if any("forward" in vars(layer) for layer in _decoder_layers(base)):
+        raise NotCompiled(
             f"compile_layers: {type(base).__name__}: expected layers with their class's forward, got one of their own, "
             "as accelerate's hooks of a device_map put it there"
         )
@@ -88,21 +92,48 @@ _owned = WeakTensorKeyDictionary()  # trained weights whose gradients are copied
 
 def _begin(base: Any) -> None:
     """The graphs' buffers are free for another pack; a ModelError where a graph would be another function."""
+    for weight in check_cudagraphs(base, is_dropping if torch.is_grad_enabled() else None):
+        if weight not in _owned:
+            _owned[weight] = weight.register_hook(_own)
+    torch.compiler.cudagraph_mark_step_begin()
+
+
+def check_cudagraphs(base: Any, drops: Callable[[Any], bool] | None, sharded: bool = False) -> list[Tensor]:
+    """A ModelError where a CUDA graph of a decoder layer would be another function than the layer.
+
+    Args:
+        drops: whether a module draws numbers; None: there are no gradients.
+        sharded: whether weights are going to be spread over processes.
+
+    Returns:
+        The layers' weights that train.
+    """
     refused = f"compile_layers: {type(base).__name__}: CUDA graphs expect"
     if not CUT:
         raise ModelError(f"{refused} operators that the compiler cuts a graph at, got torch {torch.__version__}")
-    if torch.is_grad_enabled():
-        for module in itertools.chain.from_iterable(map(every_module, _decoder_layers(base))):
-            if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 and module.training:
-                raise ModelError(f"{refused} layers without dropout, got {module.p:g}")
-            for weight in module._parameters.values():
-                if weight is None:
-                    continue
-                if hasattr(weight, "device_mesh") or hasattr(weight, "ds_id"):
-                    raise ModelError(f"{refused} whole weights that stay where they are, got sharded ones")
-                if weight.requires_grad and weight not in _owned:
-                    _owned[weight] = weight.register_hook(_own)
-    torch.compiler.cudagraph_mark_step_begin()
+    trained: list[Tensor] = []
+    if drops is None:
+        return trained
+    for module in itertools.chain.from_iterable(map(every_module, _decoder_layers(base))):
+        if drops(module):
+            raise ModelError(f"{refused} layers without dropout, got {module.p:g}")
+        for weight in module._parameters.values():
+            if weight is None:
+                continue
+            if sharded or hasattr(weight, "device_mesh") or hasattr(weight, "ds_id"):
+                raise ModelError(f"{refused} whole weights that stay where they are, got sharded ones")
+            if weight.requires_grad:
+                trained.append(weight)
+    return trained
+
+
+def may_drop(module: nn.Module) -> bool:
+    """Whether it is a dropout that draws in training."""
+    return isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+
+
+def is_dropping(module: nn.Module) -> bool:
+    return may_drop(module) and module.training
 
 
 def _own(gradient: Tensor) -> Tensor:
@@ -119,11 +150,6 @@ def _many_graphs() -> AbstractContextManager[None]:
     return patched
 
 
-def hooked(base: Any) -> bool:
-    """Whether a decoder layer has a forward of its own, which its class's, and so a compiled one, would not replace."""
-    return any("forward" in vars(layer) for layer in _decoder_layers(base))
-
-
 def _decoder_layers(base: Any) -> list[nn.Module]:
     if base in _layers:  # to look through all modules takes as long as a layer does
         return _layers[base]
@@ -134,7 +160,7 @@ def _decoder_layers(base: Any) -> list[nn.Module]:
             if isinstance(module, nn.ModuleList) and len(module) == count:
                 _layers[base] = [*module]
                 return _layers[base]
-    raise ModelError(f"compile_layers: {type(base).__name__}: expected a list of {count} decoder layers")
+    raise NotCompiled(f"compile_layers: {type(base).__name__}: expected a list of {count} decoder layers")
 
 
 def _bare(own: type[nn.Module]) -> nn.Module:
@@ -207,8 +233,9 @@ def _compiled(own: Any) -> type[nn.Module]:
             with nullcontext() if torch._dynamo.config.recompile_limit >= GRAPHS else _many_graphs():
                 return runs[_run.again, _run.replayed](self, *args, **kwargs)
         except (TorchDynamoException, FailOnRecompileLimitHit) as failure:
-            first = str(failure.__cause__ or failure).strip().partition("\n")[0]
-            raise ModelError(f"compile_layers: {own.__name__}: {type(failure).__name__}: {first}") from failure
+            cause = getattr(failure, "inner_exception", None) or failure.__cause__ or failure  # of a backend; another's
+            first = str(cause).strip().partition("\n")[0]
+            raise NotCompiled(f"compile_layers: {own.__name__}: {type(failure).__name__}: {first}") from failure
 
     def as_own(self: nn.Module, _: Any) -> Any:
         return _bare, (own,), self.__getstate__()

@@ -1,5 +1,7 @@
 """Settings of a training run: GRPOConfig's, and the method's own."""
 
+import argparse
+import contextlib
 import json
 import math
 import os
@@ -12,17 +14,25 @@ from types import NoneType
 from typing import Any, ClassVar
 
 from transformers import TrainingArguments
+from transformers.hf_argparser import string_to_bool
 from trl import GRPOConfig
 
 from egrsd_kernels.backends import DEFAULT_SPARSE_TOL, Divergence
 from egrsd_kernels.checks import expect, flag, integer, number
 from egrsd_kernels.credit import ENTROPY_SCALES, FILTER_NUMBERS, FILTERS, TAU_HIGH, TAU_LOW, Lookahead
+from egrsd_kernels.packing.head import check_compile_layers
+from egrsd_kernels.packing.layers import CUDA_GRAPHS
 from egrsd_kernels.rl.token_advantages import WITHOUT_TEACHER
 
 from .former import RENAMED, check_former, in_present_words
 from .grpo_settings import KNOWN
 from .methods import TEACHER, settle
 from .packed_rows import MAX_TOKENS_PER_PACK
+
+if typing.TYPE_CHECKING:
+    from egrsd_kernels.packing.head import CompileLayers
+else:
+    CompileLayers = str | None  # a parser of command lines takes one type
 
 CHOICES = {
     "advantage": ("welford", "group"),
@@ -260,21 +270,23 @@ class EGRSDConfig(GRPOConfig):
     )
     backend: str = field(default="auto", metadata={"help": 'Kernels: "auto", "triton" or "torch".'})
     packing: bool | None = field(
-        default=False,
+        default=None,
         metadata={
             "help": "Whether rollouts are read in packs, every prefix that they share once and no padding, and those "
-            "of a prompt stay beside one another. None: on a GPU, where the model and the other settings allow it."
+            "of a prompt stay beside one another. Default: on a GPU in 16 bits, where the model and the other settings "
+            "allow it; the log says why not."
         },
     )
     max_tokens_per_pack: int = field(
         default=MAX_TOKENS_PER_PACK,
         metadata={"help": "With packing, the most tokens of a forward; a longer rollout is one alone."},
     )
-    compile_layers: bool | None = field(
-        default=False,
+    compile_layers: CompileLayers = field(
+        default=None,
         metadata={
-            "help": "With packing, whether decoder layers run compiled, each size of packs for itself. None: on a GPU "
-            "in 16 bits, unless weights are sharded or a forward with dropout is made twice."
+            "help": "With packing, whether decoder layers run compiled, each size of packs for itself; "
+            '"cudagraphs": as CUDA graphs as well. Default: compiled on a GPU in 16 bits, unless weights are sharded, '
+            "a forward with dropout is made twice, or a layer does not compile."
         },
     )
     chunk_mib: int = field(default=1024, metadata={"help": "The most working memory of the loss, MiB."})
@@ -403,9 +415,9 @@ class EGRSDConfig(GRPOConfig):
             value = getattr(self, name)
             if value is not None or name not in optional or name in CHOICES:
                 setattr(self, name, check(name, value, **bounds))
-        for name in ("packing", "compile_layers"):
-            if getattr(self, name) is not None:
-                flag(name, getattr(self, name))
+        if self.packing is not None:
+            flag("packing", self.packing)
+        self.compile_layers = _compile_layers(self.compile_layers)
         why = "None or False without packing"
         expect(self.packing is not False or not self.compile_layers, "compile_layers", self.compile_layers, why)
         expect(self.tau_low < self.tau_high, "tau_low", self.tau_low, f"less than tau_high = {self.tau_high}")
@@ -474,6 +486,13 @@ def _deprecated(old: str, new: str) -> None:
 def _one_of(name: str, value: Any, allowed: Sequence[str]) -> str:
     expect(value in allowed, name, value, "one of " + ", ".join(allowed))
     return value
+
+
+def _compile_layers(value: Any) -> CompileLayers:
+    if isinstance(value, str) and value != CUDA_GRAPHS:  # a command line passes text
+        with contextlib.suppress(argparse.ArgumentTypeError):
+            value = string_to_bool(value)
+    return check_compile_layers(value)
 
 
 def _scale(name: str, value: Any) -> str | float:

@@ -31,12 +31,18 @@ from egrsd_kernels import Head
 from egrsd_kernels.models.places import every_module
 from egrsd_kernels.packing import packed
 from egrsd_kernels.packing.head import CompileLayers
+from egrsd_kernels.packing.layers import is_dropping
 from egrsd_kernels.packing.proof import fast_road, row_limit
 
 from .fused_head import score_labels
 from .packed_rows import Part, parts_of
 
 FIELDS = ("log_probs", "entropy")
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether weights or gradients may be spread over processes."""
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 class _Pending(Protocol):
@@ -65,7 +71,7 @@ class PackedStep:
             where a forward is made twice not with dropout, which a compiled graph may draw otherwise.
     """
 
-    def __init__(self, accelerator: Accelerator, max_tokens_per_pack: int, compile_layers: CompileLayers = False):
+    def __init__(self, accelerator: Accelerator, max_tokens_per_pack: int, compile_layers: CompileLayers = None):
         self.accelerator = accelerator
         self.max_tokens_per_pack = max_tokens_per_pack
         self.compile_layers = compile_layers
@@ -176,11 +182,11 @@ class PackedStep:
         """compile_layers of a model's forwards; twice: the second has to be the same function as the first."""
         if self.compile_layers is False:
             return False
-        drops = twice and any(map(_drops, every_module(model)))
+        drops = twice and any(map(is_dropping, every_module(model)))
         if self.compile_layers and drops:
             raise ValueError("compile_layers: expected a model without dropout, which it draws anew in each graph")
-        sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        return False if self.compile_layers is None and (drops or sharded) else self.compile_layers
+        safe = not drops and not is_sharded(self.accelerator)
+        return False if self.compile_layers is None and not safe else self.compile_layers
 
     def _wait(self, pending: _Pending) -> None:
         for leaf in pending.leaves:
@@ -353,15 +359,6 @@ def _variables(loss: Tensor) -> dict[int, Tensor]:
 
 
 # -------------------------------------------------------------------------------------------------------------- random
-
-
-def may_drop(module: nn.Module) -> bool:
-    """Whether it is a dropout that draws in training."""
-    return isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
-
-
-def _drops(module: nn.Module) -> bool:
-    return may_drop(module) and module.training
 
 
 def _devices(model: nn.Module) -> set[torch.device]:

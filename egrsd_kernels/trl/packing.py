@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
@@ -12,14 +13,16 @@ from torch import Tensor, nn
 from transformers import ProcessorMixin
 from trl import GRPOTrainer, RLOOTrainer
 
-from egrsd_kernels.checks import expect, flag, integer
+from egrsd_kernels.checks import expect, integer
 from egrsd_kernels.models import ModelError
 from egrsd_kernels.models.places import language_model
 from egrsd_kernels.packing.attention import implementation_of
-from egrsd_kernels.packing.proof import fast_road, row_limit
+from egrsd_kernels.packing.head import CompileLayers, check_compile_layers
+from egrsd_kernels.packing.layers import CUDA_GRAPHS, check_cudagraphs, may_drop
+from egrsd_kernels.packing.proof import fast_road, remembers, row_limit
 
 from .packed_rows import INDEX, MAX_TOKENS_PER_PACK, groups_together
-from .packed_step import PackedStep, may_drop
+from .packed_step import PackedStep, is_sharded
 
 ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
 HOOKED = ("_get_per_token_logps_and_entropies", "_generate_and_score_completions", "_prepare_inputs")
@@ -27,7 +30,7 @@ _KEPT = "_unpack"  # on the trainer: what takes it back
 
 
 def pack(
-    trainer: Any, *, max_tokens_per_pack: int = MAX_TOKENS_PER_PACK, compile_layers: bool | None = False
+    trainer: Any, *, max_tokens_per_pack: int = MAX_TOKENS_PER_PACK, compile_layers: CompileLayers = None
 ) -> AbstractContextManager[Any]:
     """From now on the trainer reads every prefix that its rollouts share once, and no padding; its loss stays its own.
 
@@ -46,8 +49,8 @@ def pack(
             config.
         max_tokens_per_pack: the most tokens of a forward, shared ones counted once. A longer rollout is one alone.
         compile_layers: whether decoder layers run compiled in packs, and nowhere else; see
-            :func:`egrsd_kernels.packing.packed`. None: on a GPU in 16 bits, unless weights are sharded or there is
-            dropout.
+            :func:`egrsd_kernels.packing.packed`. None: on a GPU in 16 bits, unless weights are sharded, there is
+            dropout, or a layer does not compile. ``"cudagraphs"``: as CUDA graphs as well.
 
     Returns:
         A context whose end undoes this, as :func:`unpack` does; to call pack alone is enough.
@@ -63,8 +66,7 @@ def pack(
     if fault := fault_of(trainer):
         raise ValueError(fault)
     budget = integer("max_tokens_per_pack", max_tokens_per_pack, low=1)
-    if compile_layers is not None:
-        flag("compile_layers", compile_layers)
+    check_compile_layers(compile_layers)
     check_rows_in_packs(trainer.accelerator, trainer.model, trainer.ref_model)
     check_training_in_packs(trainer.accelerator, trainer.model, compile_layers, twice=True)
     undo = ExitStack()
@@ -86,17 +88,39 @@ def unpack(trainer: Any) -> None:
         undo.close()
 
 
-def check_rows_in_packs(accelerator: Accelerator, *models: nn.Module | None) -> None:
-    """A ModelError where the rows of a model in a pack are not what each is alone."""
+def check_rows_in_packs(accelerator: Accelerator, *models: nn.Module | None, by_default: bool = False) -> None:
+    """A ModelError where the rows of a model in a pack are not what each is alone.
+
+    by_default: nobody has asked for packs. Then also where they may be slower, take more memory or end a run: by a
+    dense mask, and where a row that is too long for its rope is refused when it comes; and where weights are sharded,
+    which no GPU has shown.
+    """
+    if by_default and is_sharded(accelerator):
+        raise ModelError(f"model: packing by default expects whole weights, got {accelerator.distributed_type.value}")
     for model in models:
-        if model is not None:
-            row_limit(model)
-            with accelerator.autocast():
-                fast_road(model)
+        if model is None:
+            continue
+        limit = row_limit(model)
+        with accelerator.autocast():
+            fast = fast_road(model)
+        if by_default and fast is None:
+            raise ModelError(f"model: packing by default {_expects_segments(model)}")
+        if by_default and limit < math.inf and remembers(model):
+            raise ModelError(
+                f"model: packing by default expects a rope that forgets, got a dynamic one beyond {limit:.0f} tokens"
+            )
+
+
+def _expects_segments(model: nn.Module) -> str:
+    base = language_model(model)
+    return (
+        f"expects a model on a GPU in 16 bits that attends by segments, got {base.dtype} on {base.device.type} with "
+        f"{implementation_of(base)}"
+    )
 
 
 def check_training_in_packs(
-    accelerator: Accelerator, model: nn.Module, compile_layers: bool | None, *, twice: bool
+    accelerator: Accelerator, model: nn.Module, compile_layers: CompileLayers, *, twice: bool
 ) -> None:
     """A ModelError where a model's packs would fail in training; twice: whether a gradient takes a second forward.
 
@@ -111,10 +135,9 @@ def check_training_in_packs(
             if p := getattr(config, name, None):
                 raise ModelError(f"{name}: packing expects 0 where attention is by segments, got {p:g}")
     elif compile_layers and base.device.type == accelerator.device.type:
-        raise ModelError(
-            f"compile_layers: expected a model on a GPU in 16 bits that attends by segments, got {base.dtype} on "
-            f"{base.device.type} with {implementation_of(base)}"
-        )
+        raise ModelError(f"compile_layers: {_expects_segments(model)}")
+    if compile_layers == CUDA_GRAPHS:
+        check_cudagraphs(base, may_drop, is_sharded(accelerator))
     if compile_layers and twice and any(map(may_drop, model.modules())):
         raise ModelError("compile_layers: expected a model without dropout, which it draws anew in each graph")
 

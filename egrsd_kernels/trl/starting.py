@@ -11,6 +11,7 @@ from torch import nn
 from egrsd_kernels import head_of
 from egrsd_kernels.models import ModelError
 from egrsd_kernels.models.places import tensors_of
+from egrsd_kernels.packing import varlen
 
 from .calling import Called, in_training
 from .packed_step import PackedStep
@@ -92,15 +93,15 @@ def packed_step_of(trainer: Any) -> PackedStep | None:
     """What reads rollouts in packs; None: they are read padded."""
     args, accelerator = trainer.args, trainer.accelerator
     wanted = args.packing or args.compile_layers
-    if args.packing is False or (accelerator.device.type == "cpu" and not wanted):
+    if args.packing is False or (accelerator.device.type not in varlen.DEVICES and not wanted):
         return None
     fault = fault_of(trainer)
     if fault is None:
         try:
-            check_rows_in_packs(accelerator, trainer.model, trainer.ref_model)
+            check_rows_in_packs(accelerator, trainer.model, trainer.ref_model, by_default=not wanted)
             if trainer._contexts:
                 with trainer.teacher.active() as teacher:
-                    check_rows_in_packs(accelerator, teacher)
+                    check_rows_in_packs(accelerator, teacher, by_default=not wanted)
             check_training_in_packs(accelerator, trainer.model, args.compile_layers, twice=not trainer._direct)
             return PackedStep(accelerator, args.max_tokens_per_pack, args.compile_layers)
         except ModelError as refusal:

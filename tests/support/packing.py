@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree
 
 from egrsd_kernels import Head, linear_logp
-from egrsd_kernels.packing import Pack, pack_rows, packed
+from egrsd_kernels.packing import Pack, layers, pack_rows, packed
+from tests.support.tree_attention import on_cpus
 
 COMMON = {
     "vocab_size": 90,
@@ -50,6 +57,43 @@ def group_rows(seed: int = 0) -> tuple[list[list[int]], list[list[bool]]]:
     answers.append(answers[0])
     rows = [prompt + answer for prompt, answer in answers]
     return rows, [[False] * len(prompt) + [True] * len(answer) for prompt, answer in answers]
+
+
+@contextmanager
+def counted_layers() -> Iterator[list[str]]:
+    """What runs compiled, on a CPU and without a compiler, layer by layer: "graph" or "plain"; and each "begin".
+
+    As a CUDA graph's, a graph's output is overwritten when the next begin.
+    """
+    seen: list[str] = []
+    outputs: list[Tensor] = []
+
+    def compile_(function: Callable[..., Any], *, options: Any, **_: Any) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            seen.append("graph" if options else "plain")
+            assert options in (None, layers.OPTIONS)
+            output = function(*args, **kwargs)
+            if options:
+                outputs.extend(_pytree.tree_leaves(output))
+            return output
+
+        return run
+
+    def begin() -> None:
+        seen.append("begin")
+        for output in outputs:
+            output.detach().fill_(torch.nan)
+        outputs.clear()
+
+    layers._compiled.cache_clear()
+    with (
+        mock.patch.object(layers, "SMALLEST", 128),
+        mock.patch.object(torch, "compile", compile_),
+        mock.patch.object(torch.compiler, "cudagraph_mark_step_begin", begin),
+        on_cpus(),
+    ):
+        yield seen
+    layers._compiled.cache_clear()
 
 
 class Float64(TorchFunctionMode):
