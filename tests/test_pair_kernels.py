@@ -277,6 +277,28 @@ def test_ratios_far_from_their_mean_are_done_again(kind, dtype, family):
 
 @special
 @by_kind
+def test_one_such_row_has_its_own_tile_alone_done_again(kind, dtype, family):
+    """Rows of the other tiles, before and behind, keep every bit."""
+    case, row = Case(300, 32, 300, dtype, apart=1e-3), 200
+    case.student.weight[:, 31] = torch.where(torch.arange(300, device=DEVICE) < 20, 0.0, -8.0)
+    case.hidden[:, 31] = case.teacher_hidden[:, 31] = 4.0  # 32 nats from the likely 20 to the others
+    case.targets %= 20
+    case.incoming[:], case.mask[:] = 1, True
+    ordinary, plain = case.package(*kind, trained=False)
+    case.teacher_hidden[row, 31] = 7.0  # 24 more
+    found, gradients = case.package(*kind, trained=False)
+    d, expected, _ = case.reference(*kind)
+    assert (found.divergence.detach() - d).abs().max() <= (1e-5 if dtype == torch.float32 else 4e-6)
+    if dtype != torch.float32:
+        assert relative(gradients[0][row], expected[0][row]) <= 1.4 * GRADIENT_ERROR[dtype]
+        assert not gradients[0][row].equal(plain[0][row])
+    others = torch.tensor([*range(128), *range(256, 300)], device=DEVICE)
+    assert found.divergence[others].equal(ordinary.divergence[others])
+    assert gradients[0][others].equal(plain[0][others])
+
+
+@special
+@by_kind
 def test_logits_of_minus_infinity(kind, dtype, family):
     """Words forbidden to both, whole tiles of them; and one that is forbidden to the student alone."""
     case = Case(N, 32, 700, dtype, bias=True)

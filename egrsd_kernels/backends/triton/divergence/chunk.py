@@ -19,7 +19,7 @@ from ..tuning import machine
 from ..vocab import NOTHING, ROW_BLOCK, TILE_BLOCK, VocabPass, Wanted
 from .entries import LARGEST_RATIO, balance_kernel, entries_kernel, row_factor_kernel
 from .offsets import MeanRow, make_offsets
-from .pair import PairPass, Sums, pair_config
+from .pair import TILES, PairPass, Sums, pair_config
 from .sums import BLOCK, SLOTS, VALUES, WARPS, combine, jsd, recentre
 
 
@@ -91,6 +91,8 @@ class PairChunk:
         memory = None if entries is None else entries.view(torch.uint8).view(-1)
         self.exact = VocabPass(self.student, memory=memory), VocabPass(self.teacher, memory=memory)
         self.values = self.student.floats(VALUES, rows)
+        # Tiles of rows: all, and those whose r' is rounded too coarsely.
+        self.tiles, self.again = torch.ones(2, TILES.value, dtype=torch.int32, device=self.values.device).unbind()
 
     def forward(self, pair: Pair, target_ids: Tensor, rows: Rows, first_row: int, out: DivergenceStatistics) -> None:
         """Gather the rows from ``first_row`` on, store M and r', and write ``out``.
@@ -106,40 +108,42 @@ class PairChunk:
             vocab.exact_offset(self.student.retry, 0.0)
         self._attempt(self.student.retry, order, out)
 
-    def _attempt(self, row_counts, order, out: DivergenceStatistics, retry=None) -> None:
-        self.pair(row_counts)
-        combine(self.pair, self.targets, order, row_counts, self.values, out, retry)
+    def _attempt(self, row_counts, order, out: DivergenceStatistics, retry=None, tiles=None) -> None:
+        tiles = self.tiles if tiles is None else tiles
+        self.pair(row_counts, tiles)
+        combine(self.pair, self.targets, order, row_counts, tiles, self.values, out, retry)
         if self.which.kind == "jsd":
-            jsd(self.pair, self.which.beta, order, row_counts, self.values, out)
+            jsd(self.pair, self.which.beta, order, row_counts, tiles, self.values, out)
 
     def make_entries(
         self, order: Tensor, credit: PairCredit | None, gradients: PairGradients, out: DivergenceStatistics
     ) -> None:
         """Of what is stored make the entries of dL/dz, in units of ``gradients.size``; credit: None for D alone.
 
-        Rows whose r' is rounded too coarsely are done again, and ``out`` with them.
+        Tiles with a row whose r' is rounded too coarsely are done again, and ``out`` with them.
         """
-        counts, retry = self.student.row_counts, self.teacher.retry
+        counts, again = self.student.row_counts, self.again
         if gradients.chunk.hidden.dtype == torch.float32:  # and so is r'
-            return self._entries(counts, order, credit, gradients, None)
-        self._entries(counts, order, credit, gradients, retry)
-        recentre(self.pair, self.values, retry)
-        self._attempt(retry, order, out)
-        self._entries(retry, order, credit, gradients, None)
+            return self._entries(self.tiles, order, credit, gradients, None)
+        self._entries(self.tiles, order, credit, gradients, again)
+        recentre(self.pair, self.values, counts, again)
+        self._attempt(counts, order, out, tiles=again)
+        self._entries(again, order, credit, gradients, None)
 
-    def _entries(self, row_counts, order, credit: PairCredit | None, gradients: PairGradients, retry) -> None:
+    def _entries(self, tiles, order, credit: PairCredit | None, gradients: PairGradients, again) -> None:
         student, (rows, width) = self.student, gradients.exponentials.shape
         of_divergence, of_logp = (None, None) if credit is None else credit
         blocks, cap = ceil_div(width, BLOCK), (student.softcap or 0.0) * student.logit_scale
         parts = student.floats(5, blocks, rows)
         entries_kernel[(rows, blocks)](
             self.pair.magnitudes, gradients.exponentials, self.pair.ratios, self.values, of_divergence, of_logp,
-            student.target, order, row_counts, gradients.size, parts, rows, width, 2.0**gradients.shift, cap,
-            self.which.beta, KIND=self.which.kind, SOFTCAP=student.softcap is not None, BLOCK=BLOCK, num_warps=WARPS,
+            student.target, order, student.row_counts, tiles, again, gradients.size, parts, rows, width,
+            2.0**gradients.shift, cap, self.which.beta, KIND=self.which.kind, SOFTCAP=student.softcap is not None,
+            BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
         balance_kernel[(ceil_div(rows, ROW_BLOCK),)](
-            gradients.exponentials, self.values, row_counts, retry, parts, rows, blocks, width, cap, LARGEST_RATIO,
-            SOFTCAP=student.softcap is not None, ROW_BLOCK=ROW_BLOCK, TILE_BLOCK=TILE_BLOCK,
+            gradients.exponentials, self.values, student.row_counts, tiles, again, parts, rows, blocks, width, cap,
+            LARGEST_RATIO, SOFTCAP=student.softcap is not None, ROW_BLOCK=ROW_BLOCK, TILE_BLOCK=TILE_BLOCK,
         )  # fmt: skip
 
 

@@ -11,9 +11,9 @@ The error. An entry has the rounding of M, 7e-4 at most, and its own, 4e-3 in bf
 r', p_S 2^-11 |r'|. This is small as long as |r'| is not much larger than |r - D| where p is, which is what the offsets
 are chosen for. Where one entry has nearly all of p_S it is not: there r is near D. Entries of a row sum to 0, so one
 that has more than ALONE of p_S is made of the others. Where the last error would be more than TOLERANCE of a row's norm
-all the same, the chunk is done again with both logsumexps as offsets, whose r' is r itself; the device decides. A row's
-hidden gradient, rounded to bfloat16, so is off by 2.5e-3 of its norm in the root mean square, and by 5e-3 where a
-single entry makes it up, whatever the target is: sqrt(4^2 + 1.7^2 + 0.7^2 + 2^2) e-3.
+all the same, its tile of rows is done again with both logsumexps as offsets, whose r' is r itself; the device decides.
+A row's hidden gradient, rounded to bfloat16, so is off by 2.5e-3 of its norm in the root mean square, and by 5e-3 where
+a single entry makes it up, whatever the target is: sqrt(4^2 + 1.7^2 + 0.7^2 + 2^2) e-3.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..common import LN2, ROW_TILE
-from .pair import load_magnitudes
+from ..common import LN2
+from .pair import TILE, load_magnitudes, rows_at
 from .sums import both_of, log_share
 
-TILE = tl.constexpr(ROW_TILE)
 # No two entries have so much of p_S, rounded as they are.
 ALONE = tl.constexpr(0.6)
 # Of a row's norm, from the rounding of r'; float16 is off by 0.42 * 2^-11 in the root mean square.
@@ -42,19 +41,21 @@ def damping(logsumexp, p, cap):
 
 @triton.jit(do_not_specialize=["of_divergence", "of_logp", "order"])
 def entries_kernel(
-    magnitudes, entries, ratios, values, of_divergence, of_logp, target, order, row_counts, size, parts,
+    magnitudes, entries, ratios, values, of_divergence, of_logp, target, order, row_counts, tiles, again, size, parts,
     n_slots, width, unit, cap, beta, KIND: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """entries (n_slots, width) = dL/dz (1 - tanh^2) unit / size, 0 in rows without; size (n_slots,) float32.
 
-    In the memory of magnitudes. Grid: (n_slots, blocks). values: as combine_pairs_kernel leaves them. of_divergence: w
-    (N,) float32, or None for 1. of_logp: g (N,), beside target (n_slots,) int32; or None. cap: the softcap in units of
-    ln 2. parts (5, blocks, n_slots) float32: of each BLOCK the sum of entries before the softcap, of their squares, and
-    of squares of the errors that r' leaves; and the place of an entry that has more than ALONE of p_S, which is none of
-    these and 0 for now, or -1, and the largest p_S.
+    In the memory of magnitudes. Grid: (n_slots, blocks). again: becomes 0 for each tile; or None. values: as
+    combine_pairs_kernel leaves them. of_divergence: w (N,) float32, or None for 1. of_logp: g (N,), beside target
+    (n_slots,) int32; or None. cap: the softcap in units of ln 2. parts (5, blocks, n_slots) float32: of each BLOCK the
+    sum of entries before the softcap, of their squares, and of squares of the errors that r' leaves; and the place of
+    an entry that has more than ALONE of p_S, which is none of these and 0 for now, or -1, and the largest p_S.
     """
     i = tl.program_id(0)
-    n_active = tl.load(row_counts + 1)
+    n_active = rows_at(i, row_counts + 1, tiles)
+    if again is not None:
+        tl.store(again + i // TILE, 0, mask=(tl.program_id(1) == 0) & (i % TILE == 0))
     v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = v < width
     at = i.to(tl.int64) * width + v
@@ -125,16 +126,16 @@ def entries_kernel(
 
 @triton.jit
 def balance_kernel(
-    entries, values, row_counts, retry, parts, n_slots, blocks, width, cap, largest_ratio,
+    entries, values, row_counts, tiles, again, parts, n_slots, blocks, width, cap, largest_ratio,
     SOFTCAP: tl.constexpr, ROW_BLOCK: tl.constexpr, TILE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The entry that has more than ALONE of p_S, if a row has one: less the sum of the others, times 1 - tanh^2.
 
-    Grid: (n_slots / ROW_BLOCK,). retry: becomes row_counts if a row's error may be beyond TOLERANCE; or None. Others as
-    entries_kernel has them.
+    Grid: (n_slots / ROW_BLOCK,). again: becomes 1 for a tile with a row whose error may be beyond TOLERANCE; or None.
+    Others as entries_kernel has them.
     """
     r = tl.program_id(0) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
-    n_active = tl.load(row_counts + 1)
+    n_active = rows_at(tl.program_id(0) * ROW_BLOCK, row_counts + 1, tiles)
     if tl.program_id(0) * ROW_BLOCK < n_active:
         ours = r < n_active
         plane = blocks * n_slots
@@ -155,11 +156,9 @@ def balance_kernel(
                 p = tl.maximum(p, tl.max(tl.load(at + 4 * plane, mask=inside, other=0.0), 0))
         has = ours & (alone >= 0)
         e = tl.where(has, -total, 0.0)
-        if retry is not None:
-            again = tl.max((ours & (errors > largest_ratio * (squares + e * e))).to(tl.int32), 0)
-            # Every program that has such a row stores the same two numbers.
-            tl.store(retry, tl.load(row_counts), mask=again > 0)
-            tl.store(retry + 1, n_active, mask=again > 0)
+        if again is not None:
+            coarse = tl.max((ours & (errors > largest_ratio * (squares + e * e))).to(tl.int32), 0)
+            tl.store(again + tl.program_id(0) * ROW_BLOCK // TILE, 1, mask=coarse > 0)
         if SOFTCAP:
             e *= damping(tl.load(values + 4 * n_slots + r, mask=has, other=0.0), tl.where(has, p, 1.0), cap)
         at = r.to(tl.int64) * width + tl.where(has, alone, 0.0).to(tl.int32)

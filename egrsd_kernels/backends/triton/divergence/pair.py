@@ -28,6 +28,7 @@ from egrsd_kernels.head import Head
 
 from ..common import NEG, PRECISION, ROW_TILE, Config, ceil_div, load_tile, logits_of
 from ..gather import Chunk
+from ..plan import MOST_ROWS
 from ..vocab import GROUP
 
 # Two tiles of accumulators, so half as wide as one product's: the largest first that shared memory has room for.
@@ -39,6 +40,9 @@ HALF = (
     Config(ROW_TILE, 64, 32, 4, 2),
 )
 FLOAT32 = (Config(ROW_TILE, 64, 32, 8, 2), Config(ROW_TILE, 64, 16, 8, 2))
+# Rows of a tile, and tiles of a chunk, at most: a kernel is told which of them it is to work on.
+TILE = tl.constexpr(ROW_TILE)
+TILES = tl.constexpr(triton.next_power_of_2(ceil_div(MOST_ROWS, ROW_TILE)))
 # An int16 M counts these steps; LEAST stands for a probability of 0.
 STEPS = tl.constexpr(512.0)
 LEAST = tl.constexpr(-32768.0)
@@ -65,6 +69,12 @@ class Sums(NamedTuple):
     @property
     def planes(self) -> int:
         return 2 + sum(self)
+
+
+@triton.jit
+def rows_at(row, row_counts, tiles):
+    """How many rows there are, or 0 where the tile of ``row`` is not to be worked on."""
+    return tl.where(tl.load(tiles + row // TILE) != 0, tl.load(row_counts), 0)
 
 
 @triton.jit
@@ -107,7 +117,7 @@ def put_halves(out, row, col, tile):
 @triton.jit
 def pair_kernel(
     student, teacher, student_weight, student_sv, student_sd, teacher_weight, teacher_sv, teacher_sd,
-    student_bias, teacher_bias, student_offset, teacher_offset, magnitudes, ratios, sums, row_counts, n_slots, V,
+    student_bias, teacher_bias, student_offset, teacher_offset, magnitudes, ratios, sums, row_counts, tiles, n_slots, V,
     student_cap, student_scale, teacher_cap, teacher_scale,
     D: tl.constexpr, TEACHER_D: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     DEPTH: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr, TMA: tl.constexpr, STORE: tl.constexpr,
@@ -118,12 +128,16 @@ def pair_kernel(
 ):  # fmt: skip
     """M and r' (n_slots, tiles COLS) with STORE, M in steps if STEPPED, and sums (planes, tiles, n_slots) float32.
 
-    Grid: (PROGRAMS,), persistent over tiles of ROWS x COLS of the n_valid rows. student: (n_slots, D), teacher:
+    Grid: (PROGRAMS,), persistent over tiles of ROWS x COLS of the n_valid rows; tiles: (TILES,) int32, 1 for each tile
+    of rows that is worked on, else 0, as for all kernels of a pair. student: (n_slots, D), teacher:
     (n_slots, TEACHER_D), weights: (V, those), biases: (V,), offsets: (n_slots,) float32. SHARED: one weight for both.
     PLAIN: neither bias nor softcap, and one scale for both. EVEN: the vocabulary is whole tiles.
     """
     # The chunk's buffers are whole tiles of rows: what a tile holds past n_valid is computed and never used.
-    row_tiles = tl.cdiv(tl.load(row_counts), ROWS)
+    number = tl.arange(0, TILES)
+    wanted = tl.load(tiles + number, mask=number < tl.cdiv(tl.load(row_counts), ROWS), other=0)
+    up_to = tl.cumsum(wanted, 0)
+    row_tiles = tl.sum(wanted, 0)
     col_tiles = tl.cdiv(V, COLS)
     width = GROUP * col_tiles
     # A loop over D of one step is none to Triton: it would hold the operands of many tiles at once instead.
@@ -131,7 +145,8 @@ def pair_kernel(
     for tile in tl.range(tl.program_id(0), row_tiles * col_tiles, PROGRAMS, num_stages=ahead):
         group = tile // width
         group_rows = tl.minimum(row_tiles - group * GROUP, GROUP)
-        row = (group * GROUP + (tile % width) % group_rows) * ROWS
+        nth = group * GROUP + (tile % width) % group_rows
+        row = tl.sum((up_to <= nth).to(tl.int32), 0) * ROWS
         col_tile = (tile % width) // group_rows
         col = col_tile * COLS
         s = tl.zeros([ROWS, COLS], tl.float32)
@@ -253,7 +268,7 @@ class PairPass:
     def _tiled(self, matrix: torch.Tensor, rows: int, cols: int):
         return self.student.tiled(matrix, rows, cols) if self.tma else matrix
 
-    def __call__(self, row_counts: torch.Tensor) -> None:
+    def __call__(self, row_counts: torch.Tensor, tiles: torch.Tensor) -> None:
         student, teacher = self.student, self.teacher
         (student_hidden, teacher_hidden), (student_weight, teacher_weight) = self.operands
         heads = student.head, teacher.head
@@ -262,7 +277,7 @@ class PairPass:
         pair_kernel[(student.programs,)](
             student_hidden, teacher_hidden, student_weight, *heads[0].weight.stride(), teacher_weight,
             *heads[1].weight.stride(), heads[0].bias, heads[1].bias, student.offset, teacher.offset, *self.stored,
-            self.sums, row_counts, student.rows, student.V, student.softcap or 0.0, student.logit_scale,
+            self.sums, row_counts, tiles, student.rows, student.V, student.softcap or 0.0, student.logit_scale,
             teacher.softcap or 0.0, teacher.logit_scale, D=student.D, TEACHER_D=teacher.D,
             SHARED=one_head(*heads), GROUP=GROUP, PROGRAMS=student.programs, TMA=self.tma,
             STORE=self.magnitudes is not None, STEPPED=self.ratios is not None and self.ratios.dtype == torch.float16,

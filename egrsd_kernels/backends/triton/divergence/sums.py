@@ -9,7 +9,7 @@ from egrsd_kernels.backends.protocol import DivergenceStatistics
 
 from ..common import LN2, NEG, ceil_div
 from ..vocab import ROW_BLOCK, TILE_BLOCK
-from .pair import PairPass, load_magnitudes
+from .pair import TILE, PairPass, load_magnitudes, rows_at
 
 # Between these sums of exponentials a row's offsets are suited: M has a place for all that is 2^-40 of a sum or more.
 LEAST_SUM = 2.0**-24
@@ -40,7 +40,7 @@ def entry_bound(k):
 
 @triton.jit(do_not_specialize=["order", *DivergenceStatistics._fields])
 def combine_pairs_kernel(
-    sums, student_logit, teacher_logit, student_offset, teacher_offset, order, row_counts, retry, values,
+    sums, student_logit, teacher_logit, student_offset, teacher_offset, order, row_counts, tiles, retry, values,
     divergence, student_logp, teacher_logp, student_entropy, teacher_entropy, n_slots, col_tiles, least, limit,
     REVERSE: tl.constexpr, FORWARD: tl.constexpr, ROW_BLOCK: tl.constexpr, TILE_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -50,7 +50,7 @@ def combine_pairs_kernel(
     the vocabulary, or None without targets. retry: becomes row_counts if offsets do not suit a row; or None.
     REVERSE, FORWARD: which sums there are: of one, the divergence is made here; both are what jsd_kernel needs.
     """
-    n_valid = tl.load(row_counts)
+    n_valid = rows_at(tl.program_id(0) * ROW_BLOCK, row_counts, tiles)
     r = tl.program_id(0) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
     ours = r < n_valid
     if tl.program_id(0) * ROW_BLOCK < n_valid:
@@ -127,10 +127,10 @@ def combine_pairs_kernel(
 
 
 @triton.jit
-def recentre_kernel(values, student_offset, teacher_offset, row_counts, n_slots, BLOCK: tl.constexpr):
-    """Make both offsets (n_slots,) float32 the logsumexps that the sums gave. Grid: (n_slots / BLOCK,)."""
-    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    ours = r < tl.load(row_counts)
+def recentre_kernel(values, student_offset, teacher_offset, row_counts, tiles, n_slots):
+    """Make both offsets (n_slots,) float32 the logsumexps that the sums gave. Grid: (n_slots / TILE,)."""
+    r = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    ours = r < rows_at(tl.program_id(0) * TILE, row_counts, tiles)
     log_p = -tl.load(values + r, mask=ours, other=0.0)
     log_q = log_p - tl.load(values + n_slots + r, mask=ours, other=0.0)
     tl.store(student_offset + r, tl.load(student_offset + r, mask=ours, other=0.0) + log_p, mask=ours)
@@ -163,12 +163,12 @@ def log_share(less, r, beta):
 
 @triton.jit
 def jsd_kernel(
-    magnitudes, ratios, values, row_counts, parts, n_slots, width, beta, BLOCK: tl.constexpr
+    magnitudes, ratios, values, row_counts, tiles, parts, n_slots, width, beta, BLOCK: tl.constexpr
 ):  # fmt: skip
     """parts (5, blocks, n_slots) float32: of each BLOCK of a row Σ p_S, Σ p_T, Σ p_S u, Σ (p_S - p_T) r and its share
     of the divergence, Σ (1 - beta) p_S u + beta p_T (u - r), in units of ln 2. Grid: (n_slots, blocks)."""
     i = tl.program_id(0)
-    if i < tl.load(row_counts):
+    if i < rows_at(i, row_counts, tiles):
         v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         at = i.to(tl.int64) * width + v
         m = load_magnitudes(magnitudes + at, v < width)
@@ -191,7 +191,7 @@ def jsd_kernel(
 
 @triton.jit(do_not_specialize=["order", "divergence"])
 def combine_jsd_kernel(
-    parts, values, order, row_counts, divergence, n_slots, blocks, beta, ROW_BLOCK: tl.constexpr,
+    parts, values, order, row_counts, tiles, divergence, n_slots, blocks, beta, ROW_BLOCK: tl.constexpr,
     TILE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """divergence (N,) and, in ``values``, Σ p_S u and the bound of entries. Grid: (n_slots / ROW_BLOCK,).
@@ -202,7 +202,7 @@ def combine_jsd_kernel(
     over what is stored of its probabilities, which takes off the rounding that all of these have.
     """
     r = tl.program_id(0) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
-    n_valid = tl.load(row_counts)
+    n_valid = rows_at(tl.program_id(0) * ROW_BLOCK, row_counts, tiles)
     if tl.program_id(0) * ROW_BLOCK < n_valid:
         ours = r < n_valid
         plane = blocks * n_slots
@@ -235,36 +235,37 @@ def combine_jsd_kernel(
 
 
 def combine(
-    pair: PairPass, targets: bool, order, row_counts, values, out: DivergenceStatistics,
+    pair: PairPass, targets: bool, order, row_counts, tiles, values, out: DivergenceStatistics,
     retry=None,
 ) -> None:  # fmt: skip
     """Write ``values`` (VALUES, rows) float32, and ``out`` of row i at order[i], but for a jsd. See the kernel."""
     student, teacher = pair.student, pair.teacher
     combine_pairs_kernel[(ceil_div(student.rows, ROW_BLOCK),)](
         pair.sums, student.logit if targets else None, teacher.logit if targets else None, student.offset,
-        teacher.offset, order, row_counts, retry, values, *out, student.rows, pair.col_tiles, LEAST_SUM, SUM_LIMIT,
+        teacher.offset, order, row_counts, tiles, retry, values, *out, student.rows, pair.col_tiles, LEAST_SUM,
+        SUM_LIMIT,
         REVERSE=pair.wanted.reverse, FORWARD=pair.wanted.forward, ROW_BLOCK=ROW_BLOCK, TILE_BLOCK=TILE_BLOCK,
     )  # fmt: skip
 
 
-def recentre(pair: PairPass, values, row_counts) -> None:
+def recentre(pair: PairPass, values, row_counts, tiles) -> None:
     """Make the offsets of rows that are to be done again exact; see the kernel."""
     student, teacher = pair.student, pair.teacher
-    recentre_kernel[(ceil_div(student.rows, SLOTS),)](
-        values, student.offset, teacher.offset, row_counts, student.rows, BLOCK=SLOTS
+    recentre_kernel[(ceil_div(student.rows, TILE.value),)](
+        values, student.offset, teacher.offset, row_counts, tiles, student.rows
     )
 
 
-def jsd(pair: PairPass, beta: float, order, row_counts, values, out: DivergenceStatistics) -> None:
+def jsd(pair: PairPass, beta: float, order, row_counts, tiles, values, out: DivergenceStatistics) -> None:
     """Write the jsd of row i at order[i] of ``out``, out of what is stored; see the kernel."""
     assert pair.magnitudes is not None
     rows, width = pair.magnitudes.shape
     blocks = ceil_div(width, BLOCK)
     parts = pair.student.floats(5, blocks, rows)
     jsd_kernel[(rows, blocks)](
-        pair.magnitudes, pair.ratios, values, row_counts, parts, rows, width, beta, BLOCK=BLOCK, num_warps=WARPS
+        pair.magnitudes, pair.ratios, values, row_counts, tiles, parts, rows, width, beta, BLOCK=BLOCK, num_warps=WARPS
     )
     combine_jsd_kernel[(ceil_div(rows, ROW_BLOCK),)](
-        parts, values, order, row_counts, out.divergence, rows, blocks, beta, ROW_BLOCK=ROW_BLOCK,
+        parts, values, order, row_counts, tiles, out.divergence, rows, blocks, beta, ROW_BLOCK=ROW_BLOCK,
         TILE_BLOCK=TILE_BLOCK,
     )  # fmt: skip
