@@ -159,7 +159,7 @@ def _operands(layer: Any, x: Tensor) -> _Operands | None:
     return _Operands(weight, bias, a, b, float(layer.scaling[name]), dtype, name) if fit else None
 
 
-@torch.compiler.assume_constant_result  # PyTorch before 2.12 cannot trace the question
+@torch.compiler.assume_constant_result  # PyTorch 2.11 cannot trace the question
 def _can_autocast(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind)
 

@@ -622,9 +622,8 @@ def test_at_a_models_vocabulary(combo, kind, apart):
     assert_within("divergence", got.divergence, want, (1e-3 * want).clamp(min=4e-6))
     assert_within("their mean", got.divergence.double().mean(), want.mean(), max(1e-6, 1e-4 * want.mean().item()))
     error = (gradients["hidden"].double() - gradient).norm(dim=-1)
-    half = (
-        2.0**-25 * math.sqrt(128) if combo.dtype == torch.float16 else 0.0
-    )  # of its smallest number, for each feature
+    # Half of the smallest number that a result is rounded to, for each feature.
+    half = 2.0**-25 * math.sqrt(128) if combo.dtype == torch.float16 else 0.0
     assert_within("a row's gradient", error, torch.zeros_like(error), 5e-3 * gradient.norm(dim=-1) + half)
     rows = (error / gradient.norm(dim=-1)).max()
     print(f"{kind}: mean {want.mean():.1e}, off by {(got.divergence - want).abs().max():.1e}; gradient {rows:.1e}")
