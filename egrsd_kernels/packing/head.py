@@ -111,9 +111,10 @@ def packed(
             return function(take_rows(hidden[0], *_targets(pack, hidden.device)), head)
 
     def run(compiles: bool) -> tuple[Result, Any]:
-        size = padded_size(len(pack)) if compiles else None
+        replayed = compile_layers == CUDA_GRAPHS
+        size = (padded_size(len(pack)) if replayed else len(pack)) if compiles else None
         with (
-            compiled_layers(base, compile_layers == CUDA_GRAPHS) if compiles else nullcontext(),
+            compiled_layers(base, replayed) if compiles else nullcontext(),
             road_of(implementation_of(base))(pack) if fast is None else fast(pack, size),
         ):
             return with_head(model, at_targets, **inputs_of(pack, base.device, size), **inputs)

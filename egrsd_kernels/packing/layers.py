@@ -6,6 +6,8 @@ table says which of the two runs. Generation through the same layers compiles no
 Gradient checkpointing of transformers is compiled as well: what is computed again is part of the backward's graph, with
 nothing in it that no gradient needs (a layer's last product, for one), and no tensor passes through checkpoint's hooks.
 
+Each kind of graph is compiled once, for packs of any number of tokens.
+
 With CUDA_GRAPHS what stands before and after a layer's attention is launched as one CUDA graph each, by PyTorch's CUDA
 graph trees: they copy what is new of a pack into a graph's own buffers, look whether weights are still where they were,
 and run a layer as compiled at its first pack of a size. Attention, whose sizes are a pack's own, is launched between.
@@ -46,7 +48,7 @@ class NotCompiled(ModelError):
 
 
 def padded_size(tokens: int) -> int:
-    """The number of tokens that a pack is padded to for compiled layers: 8, 9, ..., 15 times a power of two.
+    """The number of tokens that a pack is padded to for CUDA graphs: 8, 9, ..., 15 times a power of two.
 
     At least 1,024. At most a ninth is padding; a budget of such a size loses least.
     """
@@ -220,7 +222,10 @@ def _compiled(own: Any) -> type[nn.Module]:
 
     runs = {
         (again, replayed): torch.compile(
-            computed_again if again else forward, fullgraph=True, dynamic=False, options=OPTIONS if replayed else None
+            computed_again if again else forward,
+            fullgraph=True,
+            dynamic=not replayed,
+            options=OPTIONS if replayed else None,
         )
         for again, replayed in itertools.product((False, True), repeat=2)
     }
