@@ -70,10 +70,10 @@ def packed(
             or with ``"flex_attention"`` a mask of blocks, which long packs with softcaps or sinks want.
         pack: of :func:`pack_rows`, on any device.
         compile_layers: whether the decoder layers run compiled, one by one, in this forward and its backward pass and
-            in no other. Packs are padded to one of a few sizes, each of which is compiled once: see
-            :func:`padded_size`. None: where the model attends by segments and its layers compile; where they do not,
-            a warning says why, once. ``"cudagraphs"``: launched as CUDA graphs as well, where each forward's backward
-            pass runs before the next.
+            in no other; they are compiled once, for packs of any number of tokens. None: where the model attends by
+            segments and its layers compile; where they do not, a warning says why, once. ``"cudagraphs"``: launched as
+            CUDA graphs as well, each for one of a few sizes that packs are padded to (:func:`padded_size`), where
+            each forward's backward pass runs before the next.
         function: of hidden (M, D), the state that predicts each of the pack's M targets, in their order, and a
             :class:`Head`; as :func:`with_head` takes it.
         inputs: the model's further ones, none of which may have an entry for each token.

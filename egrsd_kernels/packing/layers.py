@@ -36,8 +36,8 @@ from .varlen import CUT, Table
 CUDA_GRAPHS = "cudagraphs"
 OPTIONS: dict[str, Any] = {"triton.cudagraphs": True, "graph_partition": True}  # of the compiler
 SMALLEST = 1024  # tokens
-# Graphs of one layer's class: with gradients and without, adapters on and off, two kinds of layers, and the sizes from
-# 1,024 tokens to 65,536, eight to each doubling. What needs more than these would be compiled without an end.
+# Graphs of one layer's class: with gradients and without, adapters on and off, two kinds of layers, and as CUDA graphs
+# the sizes from 1,024 tokens to 65,536, eight to each doubling. What needs more would be compiled without an end.
 GRAPHS = 2 * 2 * 2 * 8 * 6
 # Of torch._dynamo: layers that are computed again may set attributes.
 HANDED_ON = "skip_fwd_side_effects_in_bwd_under_checkpoint"
@@ -144,7 +144,12 @@ def _own(gradient: Tensor) -> Tensor:
 
 
 def _many_graphs() -> AbstractContextManager[None]:
-    settings = {"recompile_limit": GRAPHS, "accumulated_recompile_limit": 4 * GRAPHS}
+    # A layer's own floats, its scale and epsilon, are no sizes: as symbols they make the compiler begin again.
+    settings = {
+        "recompile_limit": GRAPHS,
+        "accumulated_recompile_limit": 4 * GRAPHS,
+        "specialize_float": True,
+    }
     # Fused adapters hand one another what they have made, and nothing of it is left when a layer ends.
     if hasattr(torch._dynamo.config, HANDED_ON):  # not in older PyTorch
         settings[HANDED_ON] = True

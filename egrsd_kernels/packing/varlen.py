@@ -4,8 +4,8 @@ That is variable-length attention of as many sequences as there are segments, ea
 two aligned at their ends: torch's own FlashAttention, which :func:`torch.nn.attention.varlen.varlen_attn` calls as
 well. No mask is made, and a window is an argument.
 
-It is one operator for the compiler, forward and backward. How many keys and segments there are stands in tensors of a
-fixed size, so a layer compiled for N tokens serves every tree of N tokens or less. Rows beyond the tree are 0.
+It is one operator for the compiler, forward and backward. How many keys and segments there are stands in tensors, whose
+size is that of N tokens, so a CUDA graph of N tokens serves every tree of N tokens or less. Rows beyond it are 0.
 """
 
 from __future__ import annotations

@@ -284,7 +284,7 @@ class EGRSDConfig(GRPOConfig):
     compile_layers: CompileLayers = field(
         default=None,
         metadata={
-            "help": "With packing, whether decoder layers run compiled, each size of packs for itself; "
+            "help": "With packing, whether decoder layers run compiled; "
             '"cudagraphs": as CUDA graphs as well. Default: compiled on a GPU in 16 bits, unless weights are sharded, '
             "a forward with dropout is made twice, or a layer does not compile."
         },
