@@ -648,7 +648,6 @@ def test_compiled_layers_of_packs(monkeypatch, checkpointing):
         return aot_eager(graph, inputs, **options)
 
     monkeypatch.setattr(layers.torch, "compile", functools.partial(torch.compile, backend=counted))
-    monkeypatch.setattr(layers, "SMALLEST", 128)
     lora = peft.LoraConfig(target_modules=MODULES, init_lora_weights=False)
     model = peft.get_peft_model(tiny("qwen3", num_hidden_layers=3), lora).train()
     if checkpointing:

@@ -246,7 +246,6 @@ def count_graphs(monkeypatch: pytest.MonkeyPatch, run: Callable[..., Any] = aot_
         return run(graph, inputs, **options)
 
     monkeypatch.setattr(layers.torch, "compile", functools.partial(torch.compile, backend=counted))
-    monkeypatch.setattr(layers, "SMALLEST", 128)
     return made
 
 

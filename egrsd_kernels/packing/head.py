@@ -112,7 +112,8 @@ def packed(
 
     def run(compiles: bool) -> tuple[Result, Any]:
         replayed = compile_layers == CUDA_GRAPHS
-        size = (padded_size(len(pack)) if replayed else len(pack)) if compiles else None
+        tokens = padded_size(len(pack)) if replayed else len(pack)
+        size = tokens if compiles else None
         with (
             compiled_layers(base, replayed) if compiles else nullcontext(),
             road_of(implementation_of(base))(pack) if fast is None else fast(pack, size),
