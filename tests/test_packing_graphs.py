@@ -123,37 +123,53 @@ def test_the_compiler_cuts_graphs_at_attention():
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_on_a_gpu_graphs_change_no_bit(checkpointing):
-    """Trees of two sizes and new rows, the teacher between, gradients accumulated over packs, weights replaced."""
-    model = with_lora(tiny("qwen3", hidden_size=64, head_dim=16)).to("cuda", torch.bfloat16)
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
+def test_on_a_gpu_graphs_change_no_bit(checkpointing, monkeypatch):
+    """Trees of two sizes and new rows, the teacher between, gradients accumulated over packs, weights replaced.
+
+    Beside layers that are compiled in the same way and launched one kernel at a time.
+    """
     packs = [a_pack(seed, repeats) for seed in range(4) for repeats in (1, 14)]
     assert len({layers.padded_size(len(pack)) for pack in packs}) >= 2
 
-    def steps(compile_layers: Any) -> Iterator[dict[str, Tensor]]:
+    def a_model() -> nn.Module:
+        model = with_lora(tiny("qwen3", hidden_size=64, head_dim=16)).to("cuda", torch.bfloat16)
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.enable_input_require_grads()
+        return model
+
+    def steps(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         for pack in packs:
             with torch.no_grad(), model.disable_adapter():
-                teacher = logp(model, pack, compile_layers)
-            found = logp(model, pack, compile_layers)
+                teacher = logp(model, pack, "cudagraphs")
+            found = logp(model, pack, "cudagraphs")
             (found - teacher).sum().backward()
             yield {"teacher": teacher, "student": found.detach(), **gradients_so_far(model)}
         model.zero_grad()
 
-    expected = [*steps(True)]
+    layers._compiled.cache_clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(layers, "OPTIONS", {**layers.OPTIONS, "triton.cudagraphs": False})
+        expected = [*steps(a_model())]
+    layers._compiled.cache_clear()
     counters.clear()
-    for expected_of, found in zip(expected, steps("cudagraphs"), strict=True):
+    model, before = a_model(), graphs_so_far()
+    for expected_of, found in zip(expected, steps(model), strict=True):
         for name, value in expected_of.items():
             assert torch.equal(found[name], value), name
-    manager = get_manager(torch.cuda.current_device(), create_if_none_exists=False)
-    assert not counters["inductor"]["cudagraph_skips"] and manager.new_graph_id().id > 2 * 2 * 2  # sizes, layers, ways
+    assert not counters["inductor"]["cudagraph_skips"]
+    assert graphs_so_far() - before > 2 * 2 * 2  # sizes, layers, ways
     with torch.no_grad():
         for weight in model.parameters():
             weight.data = weight.data.clone()  # elsewhere
-    for expected_of, found in zip(expected, steps("cudagraphs"), strict=True):
+    for expected_of, found in zip(expected, steps(model), strict=True):
         for name, value in expected_of.items():
             assert torch.equal(found[name], value), name
+
+
+def graphs_so_far() -> int:
+    manager = get_manager(torch.cuda.current_device(), create_if_none_exists=False)
+    return 0 if manager is None else manager.new_graph_id().id
 
 
 def gradients_so_far(model: nn.Module) -> dict[str, Tensor]:
