@@ -11,8 +11,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from egrsd_kernels import Head, linear_divergence
+from egrsd_kernels.backends.triton.divergence.sums import log2_of_share
 from reference import divergence as exact_divergence
 from tests.support import bfloat16
 from tests.support.cases import Draw, draw_head, draw_hidden
@@ -124,3 +127,25 @@ def test_a_jsd_of_what_one_model_excludes(combo, excluding, beta):
     logits = [x.double() @ head.double().T + bias.double() for x, bias in zip(hidden, biases, strict=True)]
     want = exact_divergence(*logits, "jsd", beta)
     assert_within("divergence", got, want, 1e-3 * want.cpu())
+
+
+@triton.jit
+def _log2_kernel(x, out, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    v = tl.arange(0, BLOCK)
+    tl.store(out + v, log2_of_share(tl.load(x + v), HALF))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("half", [True, False])
+def test_the_logarithm_of_a_share(half, device):
+    """Off by 2e-6 of itself, and below that by the rounding of 1 + x, unless x is at least -1/2."""
+    if device == "cpu" and not INTERPRETED:
+        pytest.skip("a GPU is there")
+    sizes = torch.cat([torch.logspace(-7, 0, 3071), torch.rand(1024), torch.zeros(1)])
+    x = -((0.5 if half else 0.999) * sizes).to(device)
+    out = torch.empty_like(x)
+    _log2_kernel[(1,)](x, out, HALF=half, BLOCK=len(x))
+    want = torch.log1p(x.double()) / math.log(2)
+    rounding = 0.0 if half else 2.0**-25 / math.log(2) / (1 + x.double())
+    assert ((out - want).abs() <= 2e-6 * want.abs() + rounding).all()
+    assert (out[x == 0] == 0).all()

@@ -138,8 +138,8 @@ class PairChunk:
         entries_kernel[(rows, blocks)](
             self.pair.magnitudes, gradients.exponentials, self.pair.ratios, self.values, of_divergence, of_logp,
             student.target, order, student.row_counts, tiles, again, gradients.size, parts, rows, width,
-            2.0**gradients.shift, cap, self.which.beta, KIND=self.which.kind, SOFTCAP=student.softcap is not None,
-            BLOCK=BLOCK, num_warps=WARPS,
+            2.0**gradients.shift, cap, self.which.beta, KIND=self.which.kind, HALF=self.which.beta == 0.5,
+            SOFTCAP=student.softcap is not None, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
         balance_kernel[(ceil_div(rows, ROW_BLOCK),)](
             gradients.exponentials, self.values, student.row_counts, tiles, again, parts, rows, blocks, width, cap,

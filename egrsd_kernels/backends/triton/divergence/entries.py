@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from ..common import LN2
-from .pair import TILE, load_magnitudes, rows_at
+from .pair import TILE, load_stored, rows_at
 from .sums import both_of, log_share
 
 # No two entries have so much of p_S, rounded as they are.
@@ -42,15 +42,17 @@ def damping(logsumexp, p, cap):
 @triton.jit(do_not_specialize=["of_divergence", "of_logp", "order"])
 def entries_kernel(
     magnitudes, entries, ratios, values, of_divergence, of_logp, target, order, row_counts, tiles, again, size, parts,
-    n_slots, width, unit, cap, beta, KIND: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+    n_slots, width, unit, cap, beta, KIND: tl.constexpr, HALF: tl.constexpr, SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """entries (n_slots, width) = dL/dz (1 - tanh^2) unit / size, 0 in rows without; size (n_slots,) float32.
 
     In the memory of magnitudes. Grid: (n_slots, blocks). again: becomes 0 for each tile; or None. values: as
     combine_pairs_kernel leaves them. of_divergence: w (N,) float32, or None for 1. of_logp: g (N,), beside target
-    (n_slots,) int32; or None. cap: the softcap in units of ln 2. parts (5, blocks, n_slots) float32: of each BLOCK the
-    sum of entries before the softcap, of their squares, and of squares of the errors that r' leaves; and the place of
-    an entry that has more than ALONE of p_S, which is none of these and 0 for now, or -1, and the largest p_S.
+    (n_slots,) int32; or None. cap: the softcap in units of ln 2. HALF: beta = 1/2. parts (5, blocks, n_slots) float32:
+    of each BLOCK the sum of entries before the softcap, of their squares, and of squares of the errors that r' leaves;
+    and the place of an entry that has more than ALONE of p_S, which is none of these and 0 for now, or -1, and the
+    largest p_S.
     """
     i = tl.program_id(0)
     n_active = rows_at(i, row_counts + 1, tiles)
@@ -72,26 +74,26 @@ def entries_kernel(
         bound += tl.abs(g)
         weight += tl.abs(g)
     if weight != 0:
-        m = load_magnitudes(magnitudes + at, inside)
-        ratio = tl.load(ratios + at, mask=inside, other=0.0).to(tl.float32)
+        exponent, ratio = load_stored(
+            magnitudes, ratios, i.to(tl.int64) * width, tl.program_id(1) * BLOCK, width, tl.load(values + i), BLOCK
+        )
         if tl.program_id(1) == 0:
             tl.store(size + i, bound)
-        log_p = tl.load(values + i)
         c = tl.load(values + n_slots + i)
         mean = tl.load(values + 2 * n_slots + i)
         w *= unit / bound
         slope = w * LN2
         if KIND == "reverse_kl":
-            p = tl.exp2(m + tl.minimum(ratio, 0.0) + log_p)
+            p = tl.exp2(exponent + tl.minimum(ratio, 0.0))
             e = (p * (w * LN2)) * (ratio - (c + mean))
             error = p * ratio
         else:
-            larger, less, r = both_of(m, ratio, log_p, c)
+            larger, less, r = both_of(exponent, ratio, c)
             p = tl.where(r < 0, larger * less, larger)
             if KIND == "forward_kl":
                 e = tl.where(r < 0, -w, w) * (larger * (1.0 - less))
             else:
-                e = (p * (w * (1.0 - beta) * LN2)) * (log_share(less, r, beta) - mean)
+                e = (p * (w * (1.0 - beta) * LN2)) * (log_share(less, r, beta, HALF) - mean)
                 slope *= beta * (1.0 - beta)  # at r = 0; beyond, the smaller of both is small
             error = larger * less * ratio
         if of_logp is not None:

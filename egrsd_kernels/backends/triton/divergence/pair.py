@@ -95,14 +95,25 @@ def whole_steps(x):
 
 
 @triton.jit
-def load_magnitudes(magnitudes, inside):
-    """M, far below all others where it is LEAST or not ``inside``, so that 2^M is 0."""
-    if magnitudes.dtype.element_ty == tl.int16:
-        # Triton 3.6 compiles a negative 16-bit ``other`` to -1 in every second place.
-        steps = tl.load(magnitudes, mask=inside, other=0).to(tl.float32)
-        return tl.where(inside & (steps > LEAST), steps * (1.0 / STEPS), NEG)
+def load_stored(magnitudes, ratios, first, start, width, log_p, BLOCK: tl.constexpr):
+    """M + log_p and r' of BLOCK entries of a row that begins at ``first``, from ``start`` on.
+
+    The former is far below all others, so that its power is 0, past the row's end and where M is LEAST.
+    """
+    v = start + tl.arange(0, BLOCK)
+    stepped: tl.constexpr = magnitudes.dtype.element_ty == tl.int16
+    unit: tl.constexpr = 1.0 / STEPS if stepped else 1.0
+    if start + BLOCK <= width:
+        exponent = tl.fma(tl.load(magnitudes + first + v).to(tl.float32), unit, log_p)
+        ratio = tl.load(ratios + first + v)
     else:
-        return tl.load(magnitudes, mask=inside, other=NEG)
+        # Triton 3.6 compiles a negative 16-bit ``other`` to -1 in every second place.
+        m = tl.load(magnitudes + first + v, mask=v < width, other=0).to(tl.float32)
+        exponent = tl.where(v < width, tl.fma(m, unit, log_p), NEG)
+        ratio = tl.load(ratios + first + v, mask=v < width, other=0.0)
+    if stepped:
+        exponent = tl.where(exponent > log_p + (LEAST + 0.5) / STEPS, exponent, NEG)
+    return exponent, ratio.to(tl.float32)
 
 
 @triton.jit

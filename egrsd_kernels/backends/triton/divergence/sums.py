@@ -9,7 +9,7 @@ from egrsd_kernels.backends.protocol import DivergenceStatistics
 
 from ..common import LN2, NEG, ceil_div
 from ..vocab import ROW_BLOCK, TILE_BLOCK
-from .pair import TILE, PairPass, load_magnitudes, rows_at
+from .pair import TILE, PairPass, load_stored, rows_at
 
 # Between these sums of exponentials a row's offsets are suited: M has a place for all that is 2^-40 of a sum or more.
 LEAST_SUM = 2.0**-24
@@ -18,13 +18,16 @@ SUM_LIMIT = 2.0**63
 LARGEST = tl.constexpr(1.0e15)
 # Of Σ (p_S - p_T) r in nats.
 FAR = tl.constexpr(10.0)
+# Of a float32: the bits of 2/3, and those of its power of two.
+TWO_THIRDS = tl.constexpr(0x3F2AAAAB)
+EXPONENT = tl.constexpr(-0x800000)
 # Of entries: where K is nothing but rounding errors, of 4e-6 nat, its root is not 0.
 ROUNDING = tl.constexpr(2.0e-3)
 # What a row has in ``values``, in units of ln 2: log2(1/S_S), log2(S_S/S_T), what its gradient takes off (KL,
 # or Σ p_S u, and before that Σ (p_S - p_T) r), a bound of its entries, and the student's logsumexp.
 VALUES = 5
-# Entries of a row that a program of an elementwise pass takes.
-BLOCK, WARPS = 2048, 4
+# Entries of a row that a program of an elementwise pass takes, at once or one after another.
+BLOCK, STRIPE, WARPS = 2048, 8192, 4
 SLOTS = 128
 
 
@@ -138,60 +141,98 @@ def recentre_kernel(values, student_offset, teacher_offset, row_counts, tiles, n
 
 
 @triton.jit
-def both_of(m, ratio, log_p, c):
-    """(the larger of p_S and p_T, the smaller over the larger, r) of M, r', log2(1/S_S) and log2(S_S/S_T).
+def both_of(exponent, ratio, c):
+    """(the larger of p_S and p_T, the smaller over the larger, r) of M + log2(1/S_S), r' and log2(S_S/S_T).
 
     All of these logarithms in units of ln 2. Off by 2^-21 of the larger, whatever they differ by; equal ones are equal.
     """
     r = ratio - c
-    larger = tl.exp2(m + log_p + tl.maximum(tl.minimum(ratio, 0.0), c - tl.maximum(ratio, 0.0)))
+    larger = tl.exp2(exponent + tl.maximum(tl.minimum(ratio, 0.0), c - tl.maximum(ratio, 0.0)))
     return larger, tl.exp2(-tl.abs(r)), r
 
 
 @triton.jit
-def larger_share(less, r, beta):
-    """log2(larger / m) with m = (1 - beta) p_S + beta p_T, of the smaller over the larger and r = log2(p_S / p_T)."""
-    w = tl.where(r < 0, 1.0 - beta, beta)
-    return -tl.log2(1.0 + w * (less - 1.0))
+def log2_of_share(x, HALF: tl.constexpr):
+    """log2(1 + x) for -1 < x <= 0, off by 2e-6 of it and by the rounding of 1 + x. HALF: -1/2 <= x."""
+    if HALF:
+        s = tl.fma(x, 1.39601874351, 0.86689776182)
+        s = tl.fma(x, s, 0.72105395794)
+        s = tl.fma(x, s, -0.28036400676)
+        s = tl.fma(x, s, 0.48754110932)
+        s = tl.fma(x, s, -0.72116798162)
+        return x * tl.fma(x, s, 1.44269504089)
+    else:
+        bits = (1.0 + x).to(tl.int32, bitcast=True)
+        power = (bits - TWO_THIRDS) & EXPONENT  # leaves 2/3 to 4/3
+        f = (bits - power).to(tl.float32, bitcast=True) - 1.0
+        s = tl.fma(f, 0.24550306797, -0.27970358729)
+        s = tl.fma(f, s, 0.28584620357)
+        s = tl.fma(f, s, -0.35843503475)
+        s = tl.fma(f, s, 0.48095050454)
+        s = tl.fma(f, s, -0.72137826681)
+        s = tl.fma(f, s, 1.44269504089)
+        return tl.fma(power.to(tl.float32), 2.0**-23, f * s)
 
 
 @triton.jit
-def log_share(less, r, beta):
-    """u = log2(p_S / m), of the same."""
-    return larger_share(less, r, beta) + tl.minimum(r, 0.0)
+def smaller_weight(r, beta, HALF: tl.constexpr):
+    """Of the smaller of p_S and p_T in m = (1 - beta) p_S + beta p_T. HALF: beta = 1/2."""
+    return 0.5 if HALF else tl.where(r < 0, 1.0 - beta, beta)
+
+
+@triton.jit
+def log_share(less, r, beta, HALF: tl.constexpr):
+    """u = log2(p_S / m) of the smaller over the larger and r = log2(p_S / p_T)."""
+    return tl.minimum(r, 0.0) - log2_of_share(smaller_weight(r, beta, HALF) * (less - 1.0), HALF)
 
 
 @triton.jit
 def jsd_kernel(
-    magnitudes, ratios, values, row_counts, tiles, parts, n_slots, width, beta, BLOCK: tl.constexpr
+    magnitudes, ratios, values, row_counts, tiles, parts, n_slots, width, beta, HALF: tl.constexpr,
+    STRIPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """parts (5, blocks, n_slots) float32: of each BLOCK of a row Σ p_S, Σ p_T, Σ p_S u, Σ (p_S - p_T) r and its share
-    of the divergence, Σ (1 - beta) p_S u + beta p_T (u - r), in units of ln 2. Grid: (n_slots, blocks)."""
+    """parts (4, stripes, n_slots) float32: of each STRIPE of a row Σ p_S, Σ p_S u, its share of the divergence,
+    Σ (1 - beta) p_S u + beta p_T (u - r), in units of ln 2, and Σ (p_S - p_T) r, or Σ p_T where that is beyond FAR.
+
+    Grid: (n_slots, stripes). HALF: beta = 1/2.
+    """
     i = tl.program_id(0)
     if i < rows_at(i, row_counts, tiles):
-        v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        at = i.to(tl.int64) * width + v
-        m = load_magnitudes(magnitudes + at, v < width)
-        ratio = tl.load(ratios + at, mask=v < width, other=0.0).to(tl.float32)
-        larger, less, r = both_of(m, ratio, tl.load(values + i), tl.load(values + n_slots + i))
-        other = larger * less
-        p = tl.where(r < 0, other, larger)
-        q = tl.where(r < 0, larger, other)
-        # Not u and u - r: of a word that the student alone excludes r has no last digits for p_T's share.
-        share = larger_share(less, r, beta)
-        u = share + tl.minimum(r, 0.0)
+        log_p = tl.load(values + i)
+        c = tl.load(values + n_slots + i)
+        far = tl.load(values + 2 * n_slots + i) * LN2 >= FAR
+        p = tl.zeros([BLOCK], tl.float32)
+        by_u = tl.zeros([BLOCK], tl.float32)
+        jsd = tl.zeros([BLOCK], tl.float32)
+        last = tl.zeros([BLOCK], tl.float32)
+        begin = tl.program_id(1) * STRIPE
+        for start in range(begin, tl.minimum(begin + STRIPE, width), BLOCK):
+            exponent, ratio = load_stored(magnitudes, ratios, i.to(tl.int64) * width, start, width, log_p, BLOCK)
+            larger, less, r = both_of(exponent, ratio, c)
+            # All by |r|, and not by u and u - r: of a word that one model excludes these have no last digits.
+            distance = tl.abs(r)
+            weight = smaller_weight(r, beta, HALF)
+            rest = 1.0 - less
+            share = -log2_of_share(-weight * rest, HALF)  # log2(larger / m)
+            mean = 1.0 - weight * rest  # m / larger
+            p += larger * tl.where(r < 0, less, 1.0)
+            by_u += larger * tl.where(r < 0, less * (share - distance), share)
+            jsd += larger * (mean * share - weight * less * distance)
+            if far:
+                last += larger * tl.where(r < 0, 1.0, less)
+            else:
+                last += larger * (rest * distance)
         at = parts + tl.program_id(1) * n_slots + i
         plane = tl.num_programs(1) * n_slots
         tl.store(at, tl.sum(p, 0))
-        tl.store(at + plane, tl.sum(q, 0))
-        tl.store(at + 2 * plane, tl.sum(p * u, 0))
-        tl.store(at + 3 * plane, tl.sum((p - q) * r, 0))
-        tl.store(at + 4 * plane, tl.sum((1.0 - beta) * p * u + beta * q * (share - tl.maximum(r, 0.0)), 0))
+        tl.store(at + plane, tl.sum(by_u, 0))
+        tl.store(at + 2 * plane, tl.sum(jsd, 0))
+        tl.store(at + 3 * plane, tl.sum(last, 0))
 
 
 @triton.jit(do_not_specialize=["order", "divergence"])
 def combine_jsd_kernel(
-    parts, values, order, row_counts, tiles, divergence, n_slots, blocks, beta, ROW_BLOCK: tl.constexpr,
+    parts, values, order, row_counts, tiles, divergence, n_slots, stripes, beta, ROW_BLOCK: tl.constexpr,
     TILE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """divergence (N,) and, in ``values``, Σ p_S u and the bound of entries. Grid: (n_slots / ROW_BLOCK,).
@@ -205,29 +246,27 @@ def combine_jsd_kernel(
     n_valid = rows_at(tl.program_id(0) * ROW_BLOCK, row_counts, tiles)
     if tl.program_id(0) * ROW_BLOCK < n_valid:
         ours = r < n_valid
-        plane = blocks * n_slots
+        plane = stripes * n_slots
         p = tl.zeros([ROW_BLOCK], tl.float32)
-        q = tl.zeros([ROW_BLOCK], tl.float32)
-        u = tl.zeros([ROW_BLOCK], tl.float32)
-        j = tl.zeros([ROW_BLOCK], tl.float32)
+        by_u = tl.zeros([ROW_BLOCK], tl.float32)
         jsd = tl.zeros([ROW_BLOCK], tl.float32)
-        for start in range(0, blocks, TILE_BLOCK):
-            block = start + tl.arange(0, TILE_BLOCK)
-            inside = (block < blocks)[:, None] & ours[None, :]
-            at = parts + block[:, None] * n_slots + r[None, :]
+        last = tl.zeros([ROW_BLOCK], tl.float32)
+        for start in range(0, stripes, TILE_BLOCK):
+            stripe = start + tl.arange(0, TILE_BLOCK)
+            inside = (stripe < stripes)[:, None] & ours[None, :]
+            at = parts + stripe[:, None] * n_slots + r[None, :]
             p += tl.sum(tl.load(at, mask=inside, other=0.0), 0)
-            q += tl.sum(tl.load(at + plane, mask=inside, other=0.0), 0)
-            u += tl.sum(tl.load(at + 2 * plane, mask=inside, other=0.0), 0)
-            j += tl.sum(tl.load(at + 3 * plane, mask=inside, other=0.0), 0)
-            jsd += tl.sum(tl.load(at + 4 * plane, mask=inside, other=0.0), 0)
+            by_u += tl.sum(tl.load(at + plane, mask=inside, other=0.0), 0)
+            jsd += tl.sum(tl.load(at + 2 * plane, mask=inside, other=0.0), 0)
+            last += tl.sum(tl.load(at + 3 * plane, mask=inside, other=0.0), 0)
         exact = tl.load(values + 2 * n_slots + r, mask=ours, other=0.0) * LN2
-        near = (j > 0) & (exact < FAR)
+        mean = tl.where(exact == exact, by_u / p, exact)  # log2_of_share knows no NaN
         # At most beta (1 - beta) of J, since KL is convex: where J is nothing but rounding, so is this.
-        share = tl.minimum(jsd / tl.where(near, j, 1.0), beta * (1.0 - beta))
-        mean = u / p
-        of_student = (1.0 - beta) * u
-        far = (1.0 - beta) * mean + (jsd - of_student) / q
-        jsd = tl.where(near, share * exact, far * LN2)
+        most = beta * (1.0 - beta)
+        near = exact * tl.where(last > 0, tl.minimum(jsd / last, most), 0.0)
+        of_student = (1.0 - beta) * by_u
+        far = ((1.0 - beta) * mean + (jsd - of_student) / last) * LN2
+        jsd = tl.where(exact < FAR, near, far)
         row = tl.load(order + r, mask=ours, other=0)
         tl.store(divergence + row, tl.where(jsd < 0, 0.0, jsd), mask=ours)
         tl.store(values + 2 * n_slots + r, mean, mask=ours)
@@ -260,12 +299,13 @@ def jsd(pair: PairPass, beta: float, order, row_counts, tiles, values, out: Dive
     """Write the jsd of row i at order[i] of ``out``, out of what is stored; see the kernel."""
     assert pair.magnitudes is not None
     rows, width = pair.magnitudes.shape
-    blocks = ceil_div(width, BLOCK)
-    parts = pair.student.floats(5, blocks, rows)
-    jsd_kernel[(rows, blocks)](
-        pair.magnitudes, pair.ratios, values, row_counts, tiles, parts, rows, width, beta, BLOCK=BLOCK, num_warps=WARPS
-    )
+    stripes = ceil_div(width, STRIPE)
+    parts = pair.student.floats(4, stripes, rows)
+    jsd_kernel[(rows, stripes)](
+        pair.magnitudes, pair.ratios, values, row_counts, tiles, parts, rows, width, beta, HALF=beta == 0.5,
+        STRIPE=STRIPE, BLOCK=STRIPE // 8, num_warps=WARPS,
+    )  # fmt: skip
     combine_jsd_kernel[(ceil_div(rows, ROW_BLOCK),)](
-        parts, values, order, row_counts, tiles, out.divergence, rows, blocks, beta, ROW_BLOCK=ROW_BLOCK,
+        parts, values, order, row_counts, tiles, out.divergence, rows, stripes, beta, ROW_BLOCK=ROW_BLOCK,
         TILE_BLOCK=TILE_BLOCK,
     )  # fmt: skip
