@@ -740,6 +740,26 @@ def test_the_proof_is_made_once_and_leaves_no_trace(monkeypatch):
     assert len(made) == 1
 
 
+@pytest.mark.parametrize(
+    ("model_type", "settings", "lora_dropout", "expected"),
+    [
+        ("llama", {}, None, False),
+        ("llama", {"attention_dropout": 0.1}, None, True),
+        ("opt", {"ffn_dim": 64, "dropout": 0.3}, None, True),  # without a module
+        ("opt", {"ffn_dim": 64, "dropout": 0.0}, None, False),
+        ("llama", {}, 0.1, True),
+    ],
+)
+def test_what_draws_in_training_is_seen_in_a_forward(model_type, settings, lora_dropout, expected):
+    model = tiny(model_type, **settings)
+    if lora_dropout is not None:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=lora_dropout))
+    state = torch.get_rng_state()
+    assert proof.draws(model) is expected and proof.draws(model) is expected
+    assert torch.get_rng_state().equal(state)
+
+
 def test_the_proof_leaves_random_numbers_of_all_devices_alone(monkeypatch):
     model, seeds = tiny("llama"), []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)

@@ -199,9 +199,7 @@ def test_what_segments_do_not_serve_takes_the_mask(model_type, settings, words):
     model = tiny(model_type, **settings)
     (pack,) = pack_rows(group_rows()[0], budget=1000)
     with pytest.warns(UserWarning, match=f"packs take a dense mask, not attention by segments: {words}"):
-        logp, _ = packed(
-            model, pack, lambda hidden, head: linear_logp(hidden, head, pack.target_ids), compile_layers=None
-        )
+        logp, _ = packed(model, pack, lambda hidden, head: linear_logp(hidden, head, pack.target_ids))
     rows, _ = group_rows()
     torch.testing.assert_close(logp, logp_alone(model, rows, [[i > 0 for i in range(len(row))] for row in rows]))
     with pytest.raises(ModelError, match=r"^compile_layers: \w+: expected a model on a GPU, in 16 bits"):
@@ -211,9 +209,9 @@ def test_what_segments_do_not_serve_takes_the_mask(model_type, settings, words):
 def test_dropout_of_attention_is_refused():
     model = tiny("llama", attention_dropout=0.1)
     (pack,) = pack_rows([[3, 4, 5], [3, 4, 6]], budget=9)
-    packed(model, pack, lambda hidden, head: hidden)
+    packed(model, pack, lambda hidden, head: hidden, compile_layers=False)
     with pytest.raises(ModelError, match=r"attention dropout 0.1: packing expects 0 in training$"):
-        packed(model.train(), pack, lambda hidden, head: hidden)
+        packed(model.train(), pack, lambda hidden, head: hidden, compile_layers=False)
 
 
 def test_a_forward_in_another_dtype_than_the_proved_one_is_refused():
@@ -323,7 +321,7 @@ def test_a_graph_serves_packs_of_any_number_of_tokens(monkeypatch):
         for count in (31, 18, 20, 57):
             (pack,) = pack_rows([[*range(10, 10 + count)]], budget=1000)
             logp, _ = packed(model, pack, lambda h, head, p=pack: logp_of(h, head, p), compile_layers=True)
-            expected, _ = packed(model, pack, lambda h, head, p=pack: logp_of(h, head, p))
+            expected, _ = packed(model, pack, lambda h, head, p=pack: logp_of(h, head, p), compile_layers=False)
             torch.testing.assert_close(logp, expected)
             logp.sum().backward()
 
@@ -421,9 +419,11 @@ def test_layers_that_fall_back_to_eager_raise(monkeypatch):
     assert "\n" not in str(no.value)
 
 
-@pytest.mark.parametrize("grad", [False, True])
-def test_by_default_layers_that_do_not_compile_run_as_they_are(monkeypatch, grad):
-    """That is said once, and not tried again."""
+@pytest.mark.parametrize("graph", ["forward", "forward with gradients", "backward"])
+def test_by_default_layers_that_do_not_compile_run_as_they_are(monkeypatch, graph):
+    """That is said once, and not tried again: also of the graph of a backward pass, before there is one."""
+    if graph == "backward" and not hasattr(layers.functorch, layers.AT_ONCE):
+        pytest.skip("this PyTorch compiles it in the backward pass")
     pack, tried = some_pack(), []
 
     def function(hidden, head):
@@ -433,15 +433,16 @@ def test_by_default_layers_that_do_not_compile_run_as_they_are(monkeypatch, grad
         tried.append(graph)
         raise RuntimeError("no compiler")
 
-    count_graphs(monkeypatch, failing)
+    of_gradients = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph.forward), bw_compiler=failing)
+    count_graphs(monkeypatch, of_gradients if graph == "backward" else failing)
     model = tiny("llama")
-    expected = packed(model, pack, function)[0]
-    with torch.set_grad_enabled(grad):
+    expected = packed(model, pack, function, compile_layers=False)[0]
+    with torch.set_grad_enabled(graph != "forward"):
         with pytest.warns(UserWarning, match="layers run as they are, not compiled: .*no compiler") as said:
-            logp = packed(model, pack, function, compile_layers=None)[0]
-        again = packed(model, pack, function, compile_layers=None)[0]
+            logp = packed(model, pack, function)[0]
+        again = packed(model, pack, function)[0]
     assert len(tried) == 1 and len(said) == 1 and logp.equal(expected) and again.equal(expected)
-    with pytest.raises(ModelError, match="no compiler"):
+    with pytest.raises(ModelError, match="no compiler"), torch.set_grad_enabled(graph != "forward"):
         packed(model, pack, function, compile_layers=True)
 
 

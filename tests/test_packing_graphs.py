@@ -104,6 +104,10 @@ def test_what_a_graph_would_get_wrong_is_refused(calls, monkeypatch):
         logp(model, a_pack(), "cudagraphs")
     with torch.no_grad():
         logp(model.eval(), a_pack(), "cudagraphs")
+    model = tiny("opt", dropout=0.3, ffn_dim=64).train()  # it draws without a module
+    with pytest.raises(ModelError, match=r"^compile_layers: OPTForCausalLM: CUDA graphs expect layers without dropout"):
+        logp(model, a_pack(), "cudagraphs")
+    logp(model.eval(), a_pack(), "cudagraphs")
     model = with_lora(tiny("qwen3"))
     with pytest.raises(ValueError, match=r"^compile_layers: 'cudagraphs' expects each pack's backward pass before the"):
         read_packs(model, pack_rows([[3, 4, 5], [6, 7, 8]], budget=3), linear_logp, compile_layers="cudagraphs")

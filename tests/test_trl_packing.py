@@ -282,6 +282,14 @@ def a_loss(logp: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
     return logp.sum(1).exp().sum() + logp.square().mean() + 0.3 * (entropy.sum(1) ** 2).mean()
 
 
+def test_a_rollout_beyond_the_budget_is_said_once():
+    step, model = PackedStep(Accelerator(cpu=True), 5), tiny_model()
+    with pytest.warns(UserWarning, match="max_tokens_per_pack=5: rows that are longer are packs alone"):
+        parts = step.parts(model, *batch())
+    assert max(len(part.pack) for part in parts) > 5
+    step.remove()
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize("budget", [18, 1000])
 def test_both_passes_drop_the_same(budget, device):

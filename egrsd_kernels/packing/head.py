@@ -19,8 +19,8 @@ from egrsd_kernels.models.places import language_model
 from egrsd_kernels.models.proof import found_in
 
 from .attention import FAST, beside, implementation_of, road_of
-from .layers import CUDA_GRAPHS, NotCompiled, compiled_layers, padded_size
-from .proof import fast_road, inputs_of, remembers, row_limit
+from .layers import CUDA_GRAPHS, NotCompiled, compiled_layers, has_spread_layers, padded_size
+from .proof import draws, fast_road, inputs_of, remembers, row_limit
 from .segments import Copies, copies_of, take_rows
 from .tree import Pack
 from .varlen import moved
@@ -47,7 +47,7 @@ def packed(
     function: Callable[[Tensor, Head], Result],
     /,
     *,
-    compile_layers: CompileLayers = False,
+    compile_layers: CompileLayers = None,
     **inputs: Any,
 ) -> tuple[Result, Any]:
     """Run the model's own forward over a pack, and ``function(hidden, head)`` for the targets that were asked for.
@@ -70,10 +70,10 @@ def packed(
             or with ``"flex_attention"`` a mask of blocks, which long packs with softcaps or sinks want.
         pack: of :func:`pack_rows`, on any device.
         compile_layers: whether the decoder layers run compiled, one by one, in this forward and its backward pass and
-            in no other; they are compiled once, for packs of any number of tokens. None: where the model attends by
-            segments and its layers compile; where they do not, a warning says why, once. ``"cudagraphs"``: launched as
-            CUDA graphs as well, each for one of a few sizes that packs are padded to (:func:`padded_size`), where
-            each forward's backward pass runs before the next.
+            in no other; they are compiled once, for packs of any number of tokens. None, the default: where the model
+            attends by segments and its layers are whole and compile; where they do not compile, a warning says why,
+            once. ``"cudagraphs"``: launched as CUDA graphs as well, each for one of a few sizes that packs are padded
+            to (:func:`padded_size`), where each forward's backward pass runs before the next.
         function: of hidden (M, D), the state that predicts each of the pack's M targets, in their order, and a
             :class:`Head`; as :func:`with_head` takes it.
         inputs: the model's further ones, none of which may have an entry for each token.
@@ -112,6 +112,8 @@ def packed(
 
     def run(compiles: bool) -> tuple[Result, Any]:
         replayed = compile_layers == CUDA_GRAPHS
+        if replayed and torch.is_grad_enabled() and base.training and draws(model):
+            raise ModelError(f"compile_layers: {type(base).__name__}: CUDA graphs expect layers without dropout")
         tokens = padded_size(len(pack)) if replayed else len(pack)
         size = tokens if compiles else None
         with (
@@ -123,7 +125,7 @@ def packed(
     if compile_layers is not None or fast is None or base in _as_they_are:
         return run(bool(compile_layers))
     try:
-        return run(True)
+        return run(not has_spread_layers(base))
     except NotCompiled as failure:  # in a layer, so the function has not run
         warnings.warn(f"{type(base).__name__}: layers run as they are, not compiled: {failure}", stacklevel=3)
         _as_they_are.add(base)
@@ -145,7 +147,7 @@ def read_packs(
     function: Callable[[Tensor, Head, Tensor], Result],
     /,
     *,
-    compile_layers: CompileLayers = False,
+    compile_layers: CompileLayers = None,
     **inputs: Any,
 ) -> Result:
     """What ``function(hidden, head, target_ids)`` makes of all M targets of these packs, row by row.

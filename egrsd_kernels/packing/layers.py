@@ -20,11 +20,12 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch
 from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -41,6 +42,8 @@ SMALLEST = 1024  # tokens
 GRAPHS = 2 * 2 * 2 * 8 * 6
 # Of torch._dynamo: layers that are computed again may set attributes.
 HANDED_ON = "skip_fwd_side_effects_in_bwd_under_checkpoint"
+# Of torch._functorch, in newer PyTorch.
+AT_ONCE = "force_non_lazy_backward_lowering"
 
 
 class NotCompiled(ModelError):
@@ -122,11 +125,20 @@ def check_cudagraphs(base: Any, drops: Callable[[Any], bool] | None, sharded: bo
         for weight in module._parameters.values():
             if weight is None:
                 continue
-            if sharded or hasattr(weight, "device_mesh") or hasattr(weight, "ds_id"):
+            if sharded or _is_spread(weight):
                 raise ModelError(f"{refused} whole weights that stay where they are, got sharded ones")
             if weight.requires_grad:
                 trained.append(weight)
     return trained
+
+
+def has_spread_layers(base: Any) -> bool:
+    """Whether the decoder layers' weights are spread over processes, by FSDP2 or DeepSpeed."""
+    return any(map(_is_spread, _decoder_layers(base)[0].parameters()))
+
+
+def _is_spread(weight: Tensor) -> bool:
+    return hasattr(weight, "device_mesh") or hasattr(weight, "ds_id")
 
 
 def may_drop(module: nn.Module) -> bool:
@@ -143,9 +155,10 @@ def _own(gradient: Tensor) -> Tensor:
     return gradient.clone()
 
 
-def _many_graphs() -> AbstractContextManager[None]:
+@contextmanager
+def _many_graphs() -> Iterator[None]:
     # A layer's own floats, its scale and epsilon, are no sizes: as symbols they make the compiler begin again.
-    settings = {
+    settings: dict[str, Any] = {
         "recompile_limit": GRAPHS,
         "accumulated_recompile_limit": 4 * GRAPHS,
         "specialize_float": True,
@@ -153,8 +166,10 @@ def _many_graphs() -> AbstractContextManager[None]:
     # Fused adapters hand one another what they have made, and nothing of it is left when a layer ends.
     if hasattr(torch._dynamo.config, HANDED_ON):  # not in older PyTorch
         settings[HANDED_ON] = True
-    patched: AbstractContextManager[None] = torch._dynamo.config.patch(settings)
-    return patched
+    # A backward graph of any size that does not compile is an error of the forward, where it is caught.
+    at_once: dict[str, Any] = {AT_ONCE: True} if hasattr(functorch, AT_ONCE) else {}
+    with torch._dynamo.config.patch(settings), functorch.patch(at_once):
+        yield
 
 
 def _decoder_layers(base: Any) -> list[nn.Module]:

@@ -88,6 +88,29 @@ def fast_road(model: nn.Module) -> Callable[[Pack, int | None], AbstractContextM
     return road if served else None
 
 
+def draws(model: nn.Module) -> bool:
+    """Whether a forward draws random numbers in training, by modules of dropout or otherwise; kept with the model.
+
+    Raises:
+        ModelError: where there is no small model to see it by.
+    """
+    base: Any = language_model(model)
+    adapters = _adapters_of(model, base)
+    return bool(_kept(base, adapters, "draws", lambda: _draws(base, adapters)))
+
+
+def _draws(base: Any, adapters: Adapters | None) -> bool:
+    row = _probe(base, adapters)[0]
+    small = small_model(base, adapters, len(row)).train()
+    with torch.random.fork_rng(devices=[]):
+        before = torch.get_rng_state()
+        try:
+            small(input_ids=row[None])
+        except Exception:  # whatever a model's forward may raise in training: it may draw as well
+            return True
+        return not torch.get_rng_state().equal(before)
+
+
 class _Finding(NamedTuple):
     of: str
     adapters: Adapters | None

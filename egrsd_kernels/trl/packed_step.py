@@ -18,6 +18,7 @@ of an optimizer step are.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
@@ -32,7 +33,7 @@ from egrsd_kernels.models.places import every_module
 from egrsd_kernels.packing import packed
 from egrsd_kernels.packing.head import CompileLayers
 from egrsd_kernels.packing.layers import is_dropping
-from egrsd_kernels.packing.proof import fast_road, row_limit
+from egrsd_kernels.packing.proof import draws, fast_road, row_limit
 
 from .fused_head import score_labels
 from .packed_rows import Part, parts_of
@@ -93,7 +94,7 @@ class PackedStep:
         """As :func:`parts_of` has them, for a model; a ModelError where it cannot be packed."""
         with self.accelerator.autocast():  # proved before a random state is kept
             fast_road(model)
-        return parts_of(
+        parts = parts_of(
             input_ids,
             attention_mask,
             completion_length,
@@ -101,6 +102,10 @@ class PackedStep:
             row_limit=row_limit(model),
             as_many_as=self._most,
         )
+        if any(len(part.pack) > self.max_tokens_per_pack for part in parts if part.counted):
+            most = self.max_tokens_per_pack  # said once: the warning's words are always the same
+            warnings.warn(f"max_tokens_per_pack={most}: rows that are longer are packs alone", stacklevel=2)
+        return parts
 
     def read(
         self,
@@ -182,7 +187,7 @@ class PackedStep:
         """compile_layers of a model's forwards; twice: the second has to be the same function as the first."""
         if self.compile_layers is False:
             return False
-        drops = twice and any(map(is_dropping, every_module(model)))
+        drops = twice and (any(map(is_dropping, every_module(model))) or (model.training and draws(model)))
         if self.compile_layers and drops:
             raise ValueError("compile_layers: expected a model without dropout, which it draws anew in each graph")
         safe = not drops and not is_sharded(self.accelerator)

@@ -121,7 +121,8 @@ def logp_alone(model: nn.Module, rows: list[list[int]], targets: list[list[bool]
 
 
 def logp_packed(model: nn.Module, pack: Pack) -> Tensor:
-    logp, _ = packed(model, pack, lambda hidden, head: logp_of(hidden, head, pack))
+    """By layers as they are."""
+    logp, _ = packed(model, pack, lambda hidden, head: logp_of(hidden, head, pack), compile_layers=False)
     return logp
 
 
