@@ -93,7 +93,7 @@ def by_small_blocks(pack: Pack) -> AbstractContextManager[None]:
 def by_segments(pack: Pack, size: int | None = None) -> AbstractContextManager[None]:
     """The same for torch's own FlashAttention, over the keys and values of each segment's path.
 
-    size: the number of tokens that the pack is padded to, for layers that run compiled.
+    size: for layers that run compiled the number of tokens, and for CUDA graphs what the pack is padded to; else None.
     """
     serve(FAST)
     return _making(pack, functools.partial(_table, size))

@@ -66,7 +66,7 @@ _layers: weakref.WeakKeyDictionary[nn.Module, list[nn.Module]] = weakref.WeakKey
 
 @contextmanager
 def compiled_layers(base: Any, replayed: bool = False) -> Iterator[None]:
-    """Make the decoder layers of a model run compiled where they are given a pack's fixed table, from now on.
+    """Make a model's decoder layers run compiled where a pack's table asks for it, from now on.
 
     A backward pass has the graphs of its forward; layers that it computes again may be compiled then.
 
