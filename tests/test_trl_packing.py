@@ -175,9 +175,12 @@ def test_what_tools_answer_is_read_in_packs_and_not_learned(tmp_path, in_order, 
 
 
 @pytest.mark.slow
-def test_a_divergence_is_made_in_packs(tmp_path, in_order):
-    """The teacher's hidden states are read padded."""
-    compare(tmp_path, **OURS, gradient_accumulation_steps=3, divergence="reverse_kl", peft=True)
+@pytest.mark.parametrize(
+    "teacher", [{"peft": True}, {"peft": False, "teacher_model_kind": "ema", "teacher_update_rate": 0.3}]
+)
+def test_a_divergence_is_made_in_packs(tmp_path, in_order, teacher):
+    """By the teacher's hidden states, which are read in packs as well."""
+    compare(tmp_path, **OURS, gradient_accumulation_steps=3, divergence="reverse_kl", **teacher)
 
 
 @pytest.mark.slow

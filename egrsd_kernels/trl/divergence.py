@@ -1,6 +1,6 @@
 """What a divergence needs of the teacher when the loss is made: its hidden states and the head that reads them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from egrsd_kernels import Head
 from egrsd_kernels.checks import autocast
 
+from .packed_rows import Part
 from .teacher import AdaptersOff, SeparateModel, Teacher
 
 
@@ -32,6 +33,13 @@ class TeacherStates:
             return function(hidden, head)
 
         return keep
+
+    def place(self, parts: Sequence[Part], rows: int, columns: int) -> None:
+        """Of packs: what was kept of each, (M, D), to its places in the batch, and 0 elsewhere."""
+        hidden = self._parts[0].new_zeros(rows, columns, self._parts[0].shape[-1])
+        for part, states in zip(parts, self._parts, strict=True):
+            part.put(hidden, states)
+        self._parts = [hidden]
 
     def take(self) -> tuple[Tensor, Head]:
         """The hidden states (B, T, D) of all parts, in the dtype that the head reads them in; and the head."""

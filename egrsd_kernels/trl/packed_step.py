@@ -35,6 +35,7 @@ from egrsd_kernels.packing.head import CompileLayers
 from egrsd_kernels.packing.layers import is_dropping
 from egrsd_kernels.packing.proof import draws, fast_road, row_limit
 
+from .divergence import TeacherStates
 from .fused_head import score_labels
 from .packed_rows import Part, parts_of
 
@@ -116,6 +117,7 @@ class PackedStep:
         *,
         compute_entropy: bool = True,
         entropy_grad: bool = False,
+        states: TeacherStates | None = None,
         **scoring: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """log p and entropy of a batch's completions, each row as it is alone.
@@ -127,6 +129,7 @@ class PackedStep:
             completion_length: T, the last columns of L.
             compute_entropy: otherwise it is None.
             entropy_grad: whether a gradient of the entropy may come.
+            states: what keeps the hidden states of all completions beside it.
             scoring: how :func:`.fused_head.score_labels` reads the head.
 
         Returns:
@@ -144,10 +147,12 @@ class PackedStep:
             for part in reading.parts:
                 if grad:
                     reading.random.append(_random_states(devices))
-                scored = reading.scored(part, names, False)
+                scored = reading.scored(part, names, False, states)
                 found = found or [values.new_zeros(shape, device=input_ids.device) for values in scored]
                 for into, values in zip(found, scored, strict=True):
                     part.put(into, values)
+        if states is not None:
+            states.place(reading.parts, *shape)
         if grad:
             reading.leaves = found[: 1 + entropy_grad]
             self._wait(reading)
@@ -280,7 +285,9 @@ class _Reading:
         self.random: list[dict[torch.device, Tensor]] = []  # of each part, before its first forward
         self.leaves: list[Tensor] = []
 
-    def scored(self, part: Part, names: Sequence[str], entropy_grad: bool) -> list[Tensor]:
+    def scored(
+        self, part: Part, names: Sequence[str], entropy_grad: bool, states: TeacherStates | None = None
+    ) -> list[Tensor]:
         """(M,) for each of the names."""
 
         def score(hidden: Tensor, head: Head) -> list[Tensor]:
@@ -289,8 +296,9 @@ class _Reading:
             )
             return [fields[name] for name in names]
 
+        read = score if states is None else states.keeping(score)
         with self.accelerator.autocast():
-            return packed(self.model, part.pack, score, compile_layers=self.compile_layers)[0]
+            return packed(self.model, part.pack, read, compile_layers=self.compile_layers)[0]
 
     def forward(self, number: int, gradients: Sequence[Tensor | None]) -> Tensor:
         part = self.parts[number]

@@ -402,8 +402,9 @@ class EGRSDTrainer(ResumableTrainer):
             fields, output = self._read(score, model, *row, router=output_router_logits, **images)
             return FusedCausalLMOutput(**fields, aux_loss=output.aux_loss if output_router_logits else None)
 
-        if self._packed is not None and self._teacher_states is None:  # hidden states are kept padded
-            found = *self._packed.read(model, input_ids, attention_mask, logits_to_keep, **self._scoring), None
+        if self._packed is not None:
+            options = {**self._scoring, "states": self._teacher_states}
+            found = *self._packed.read(model, input_ids, attention_mask, logits_to_keep, **options), None
         else:
             found = super()._get_per_token_logps_and_entropies(
                 read, input_ids, attention_mask, logits_to_keep, *args, **kwargs
