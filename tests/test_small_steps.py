@@ -7,7 +7,8 @@ from unittest import mock
 import pytest
 import torch
 
-from egrsd_kernels import checks, fused_egrsd_loss, linear_logp, token_statistics
+from egrsd_kernels import checks, fused_egrsd_loss, linear_divergence, linear_logp, token_statistics
+from reference import divergence as exact_divergence
 from tests.support.devices import INTERPRETED
 from tests.support.launches import TensorWork, launches
 
@@ -208,3 +209,47 @@ def test_beyond_two_to_the_31st(n, vocabulary, width, trained):
         g = factor * ((ids == entry).float() - p)
         want_row = g @ hidden.detach().float()
         assert (weight.grad[entry].float() - want_row).norm() < 2**-6 * want_row.norm()
+
+
+@pytest.mark.cuda
+@pytest.mark.slow
+@pytest.mark.parametrize(("n", "vocabulary", "width"), [(65_613, 151_936, 64), (300, 151_936, 16_384)])
+def test_losses_beyond_two_to_the_31st(n, vocabulary, width):
+    """The loss and a divergence, and some rows of their gradients, against float32 logits and float64 behind them."""
+    assert max(n * vocabulary, vocabulary * width) > 2**31
+    given = on_the_gpu(n, vocabulary, width)
+    given["mask"][[0, 1, n // 2, n - 2, n - 1]] = True
+    check_losses(given)
+
+
+def check_losses(given: dict) -> None:
+    hidden, weight, teacher, ids = (
+        given[k] for k in ("student_hidden", "student_weight", "teacher_hidden", "target_ids")
+    )
+    n, vocabulary = len(ids), len(weight)
+    ids[-1] = vocabulary - 1
+    rows = torch.tensor([0, 1, n // 2, n - 2, n - 1], device=ids.device)
+    parts = weight.float().split(8192)
+    z, y = (torch.cat([h[rows].detach().float() @ part.t() for part in parts], 1).double() for h in (hidden, teacher))
+
+    loss, stats = fused_egrsd_loss(**given, lookahead=3, backend="triton", return_stats=True)
+    loss.backward()
+    log_p = z.log_softmax(1)
+    assert (stats.student_logp[rows] - log_p.gather(1, ids[rows, None]).squeeze(1)).abs().max() < 1e-3
+    teacher_entropy = -(y.softmax(1) * y.log_softmax(1)).sum(1)
+    assert (stats.teacher_entropy[rows] - teacher_entropy).abs().max() < 1e-3
+    dz = log_p.exp() - torch.nn.functional.one_hot(ids[rows], vocabulary)
+    dz *= (stats.token_advantage[rows] / given["mask"].sum())[:, None]
+    gradients = [(hidden.grad[rows].clone(), dz)]
+
+    hidden.grad = None
+    found = linear_divergence(hidden, weight, teacher, weight, kind="jsd", target_ids=ids, backend="triton")
+    found.sum().backward()
+    z.requires_grad_()
+    want = exact_divergence(z, y, "jsd")
+    assert ((found[rows] - want).abs() <= (1e-3 * want).clamp(min=4e-6)).all()
+    gradients.append((hidden.grad[rows], *torch.autograd.grad(want.sum(), z)))
+    for got, dz in gradients:
+        exact = sum(g.float() @ part for g, part in zip(dz.split(8192, 1), parts, strict=True))
+        # Entries and results are rounded to bfloat16, each by at most 2^-8.
+        assert (got.float() - exact).norm() < 2**-6 * exact.norm()
