@@ -23,6 +23,7 @@ from egrsd_kernels.packing import Pack, attention, pack_responses, pack_rows, pa
 from egrsd_kernels.packing.proof import fast_road, row_limit
 from egrsd_kernels.packing.varlen import attend
 from tests.support.packing import (
+    BUDGETS,
     Float64,
     check_same_in_float64,
     gradients,
@@ -30,6 +31,7 @@ from tests.support.packing import (
     logp_alone,
     logp_of,
     logp_packed,
+    logp_padded,
     tiny,
 )
 from tests.support.tree_attention import on_cpus
@@ -308,6 +310,94 @@ def check_same(model: nn.Module) -> None:
 def test_rows_of_a_pack_are_what_each_is_alone(name):
     model_type, settings_ = MODELS[name]
     check_same(tiny(model_type, **settings_).double())
+
+
+def test_the_rows_of_a_group_are_one_pack_and_several():
+    rows, targets = group_rows()
+    assert [len(pack_rows(rows, budget=budget, targets=targets)) > 1 for budget in BUDGETS] == [False, True]
+
+
+# (which earlier row a row goes on from, how much of it, further ids): every depth, equal rows, rows within rows.
+BRANCHES = st.lists(
+    st.tuples(st.integers(0, 9), st.integers(0, 24), st.lists(st.integers(10, 13), max_size=9)), min_size=1, max_size=8
+)
+
+
+@functools.cache
+def doubled(name: str) -> nn.Module:
+    model_type, settings_ = MODELS[name]
+    model = tiny(model_type, **settings_)
+    row_limit(model)
+    return model.double()
+
+
+@pytest.mark.parametrize("name", ["llama", "a window in each layer"])
+def test_rows_of_any_tree_are_what_each_is_alone(name):
+    asked = []
+
+    @settings(max_examples=40, deadline=None)
+    @given(data=st.data(), branches=BRANCHES, budget=st.integers(1, 40), seed=st.integers(0, 9))
+    def check_tree(data, branches, budget, seed):
+        rows: list[list[int]] = []
+        for parent, length, ids in branches:
+            trunk = rows[parent % len(rows)][:length] if rows else []
+            rows.append([*trunk, *ids] or [10])
+        targets = []
+        for row in rows:
+            prompt = data.draw(st.sampled_from([1, len(row)]) | st.integers(1, len(row)))
+            tools = data.draw(st.integers(0, 2 ** (len(row) - prompt) - 1))  # a bit for each token of the response
+            targets.append([n >= prompt and not tools >> (n - prompt) & 1 for n in range(len(row))])
+        with Float64():
+            check_same_in_float64(doubled(name), rows, targets, budgets=(1000, budget), seed=seed)
+        asked.append(sum(map(sum, targets)))
+
+    check_tree()
+    assert max(asked) > 0
+
+
+@pytest.mark.parametrize("name", ["llama", "a window in each layer"])
+def test_a_tree_with_all_of_it(name):
+    """Prompts of one token, two prompts that begin alike, a tool's answer, an empty response, equal rows."""
+    one, two = [10, *[11] * 7], [10, *[11] * 5, 12, 12]
+    responses = [(one, [13] * 9), (one, [13] * 9), (one, []), (two, [13, 14] * 5), ([10], [11] * 3), ([15], [16] * 8)]
+    rows = [prompt + response for prompt, response in responses]
+    targets = [[False] * len(prompt) + [n % 5 != 3 for n in range(len(response))] for prompt, response in responses]
+    with Float64():
+        check_same_in_float64(doubled(name), rows, targets, budgets=(1000, 20, 1))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_float32_is_as_near_to_float64_in_packs_as_it_is_padded(name):
+    """Sums in another order are rounded otherwise, and no more: twice as far would be something else."""
+    model_type, settings_ = MODELS[name]
+    rows, targets = group_rows()
+    model = tiny(model_type, **settings_)
+    exact = copy.deepcopy(model).double()
+    weights = torch.randn(sum(map(sum, targets)), generator=torch.Generator().manual_seed(0))
+    with Float64():
+        expected = logp_alone(exact, rows, targets)
+    (weights * expected).sum().backward()
+    wanted = gradients(exact)
+    assert expected.dtype == torch.float64
+
+    def off(logp: Tensor) -> Tensor:
+        """(2,): how far log p and all gradients are from float64's."""
+        found = gradients(model)
+        assert logp.dtype == torch.float32 and found.keys() == wanted.keys()
+        apart = torch.stack([(found[one] - gradient).norm() for one, gradient in wanted.items()])
+        return torch.stack([(logp - expected).norm(), apart.norm()]).detach()
+
+    padded = logp_padded(model, rows, targets)
+    (weights * padded).sum().backward()
+    allowed = 2 * off(padded)
+    for budget in BUDGETS:
+        found = torch.full_like(padded, torch.nan)
+        for pack in pack_rows(rows, budget=budget, targets=targets):
+            logp = logp_packed(model, pack)
+            (weights[pack.target_numbers] * logp).sum().backward()
+            found[pack.target_numbers] = logp.detach()
+        apart = off(found)
+        assert (apart <= allowed).all(), (apart, allowed)
 
 
 LAYERS = ["q_proj", "v_proj", "up_proj"]
@@ -663,6 +753,41 @@ def test_a_rope_that_depends_on_the_longest_row_has_a_limit(rope, limit):
     model(input_ids=torch.tensor(rows[:1]))  # generation, say
     (short,) = pack_rows([[3, *[5] * 62]], budget=100, targets=targets)
     torch.testing.assert_close(logp_packed(model, short), expected, rtol=0, atol=1e-5)
+
+
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [3.0, 6.0, 9.0, 12.0]}
+
+
+@pytest.mark.parametrize("model_type", ["phi3", "llama"])
+def test_a_longrope_packs_rows_on_its_short_side(model_type):
+    """Rows of the limit and below are short, those above it long; unlike a dynamic rope, it keeps nothing."""
+    model = tiny(
+        model_type,
+        rope_scaling=LONGROPE | {"original_max_position_embeddings": 32},
+        original_max_position_embeddings=32,
+    )
+    assert row_limit(model) == 32
+    model.double()
+    trunk = [3, *[4, 5] * 8]
+    short = [[*trunk, *[6] * 15], [*trunk, *[7] * 9], trunk, [8] * 12]  # of the limit, and below
+    long = [*trunk, *[9] * 16]
+    assert (max(map(len, short)), len(long)) == (32, 33)
+
+    def asked(rows: list[list[int]]) -> list[list[bool]]:
+        return [[False] + [True] * (len(row) - 1) for row in rows]
+
+    with Float64():
+        for rows in (short, [long], short):
+            check_same_in_float64(model, rows, asked(rows), budgets=(100,))
+        # The sides differ.
+        alone = logp_alone(model, [long[:32]], asked([long[:32]]))
+        beside = logp_alone(model, [long], asked([long]))[:31]
+        assert (alone - beside).abs().max() > 1e-2
+    for rows in ([*short, long], [long, long[:-1]], [long, long]):
+        (pack,) = pack_rows(rows, budget=100)
+        words = r"rows up to 32 tokens can be packed, where its rope does not yet depend on the longest, got one of 33$"
+        with pytest.raises(ModelError, match=words):
+            packed(model, pack, lambda hidden, head: hidden)
 
 
 def test_a_scale_that_counts_packed_tokens_is_refused():
