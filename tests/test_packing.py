@@ -797,6 +797,16 @@ def test_a_scale_that_counts_packed_tokens_is_refused():
         row_limit(tiny("llama4_text", **of_experts, no_rope_layers=[0, 1], intermediate_size_mlp=48, floor_scale=8192))
 
 
+def test_blocks_of_keys_that_are_longer_than_the_probe_are_refused():
+    """MiniMax M3 chooses 16 blocks of 128 packed tokens: all that a short pack has, and none of a long one's."""
+    pytest.importorskip("transformers.models.minimax_m3_vl")
+    sparse = {"layer_types": ["minimax_m3_sparse", "full_attention"], "index_n_heads": 2, "index_head_dim": 8}
+    model = tiny("minimax_m3_vl_text", **sparse, num_local_experts=2, num_experts_per_tok=1, rotary_dim=8)
+    assert (model.config.index_block_size, model.config.index_topk_blocks) == (128, 16)
+    with pytest.raises(ModelError, match=r"off by \S+ nat from the row alone where rounding allows"):
+        row_limit(model)
+
+
 @pytest.mark.parametrize("wrong", [None, "no window", "no blocks"])
 def test_the_blocks_of_flex_attention_are_proved(monkeypatch, wrong):
     pytest.importorskip("torch.nn.attention.flex_attention")
