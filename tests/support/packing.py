@@ -47,6 +47,16 @@ def tiny(model_type: str, **settings_: object) -> nn.Module:
     return model.float().eval()
 
 
+def sum_experts_one_by_one(model: nn.Module) -> nn.Module:
+    """The grouped product knows no float64."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        for one in (config, getattr(config, "text_config", None)):
+            if hasattr(one, "_experts_implementation"):
+                one._experts_implementation = "eager"
+    return model
+
+
 def group_rows(seed: int = 0) -> tuple[list[list[int]], list[list[bool]]]:
     """Rollouts of two prompts that begin alike, an empty response, equal rows, and a row of another tree."""
     random = torch.Generator().manual_seed(seed)
@@ -106,6 +116,8 @@ class Float64(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is Tensor.float:
             return args[0].double()  # positions, too
+        if func is torch.full and isinstance(args[1], float):
+            kwargs.setdefault("dtype", torch.float64)  # the least number, as a mask
         if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
             args = tuple(torch.float64 if one is torch.float32 else one for one in args)
             if kwargs.get("dtype") is torch.float32:
