@@ -7,7 +7,9 @@ For every architecture of transformers' causal, image-text-to-text and sequence-
 model with random weights, in float32, whose scales, caps, biases and windows have values that show. It asks the package
 for the head (``head_of``), reads log p and entropy of the last tokens of a left-padded batch through ``with_head``, and
 compares them with the softmax of the model's own logits; and the gradient of a weighted sum of both, in every weight,
-with autograd's through the logits. Vision-language models get an image, where one can be made by hand. Outcomes:
+with autograd's through the logits. Vision-language models get an image, where one can be made by hand. Of a model that
+is read right it asks whether it packs, and from which length on it does not (``row_limit``); where it does not, why.
+Outcomes:
 
     right      log p and entropy agree to ``TOLERANCE`` nat, and gradients to ``GRADIENT_TOLERANCE``
     refused    the package raised a ValueError
@@ -50,6 +52,7 @@ from transformers.models.auto.modeling_auto import (
 from benchmarks import table
 from benchmarks.measure import environment, write
 from egrsd_kernels import Head, head_of, linear_logp, with_head
+from egrsd_kernels.packing.proof import row_limit
 
 RESULTS = table.ROOT / "benchmarks" / "results" / "models.json"
 TOLERANCE = 1e-4  # nat: 26 roundings of a float32 logit of 100; a head that is read otherwise is off by 1e-2 and more
@@ -246,7 +249,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 8},
     "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "minimax_m3_vl_text": {"layer_types": ["minimax_m3_sparse", "full_attention"] * 2},
     "zamba": {
         "layers_block_type": ["linear_attention", "hybrid"] * 2,
         "attention_hidden_size": 128,
@@ -556,6 +561,15 @@ def compare(model: nn.Module, given: Batch, own: Numbers, seen: float) -> dict[s
     return {"outcome": "right", **row}
 
 
+def packing(model: nn.Module) -> dict[str, Any]:
+    """Whether rows of text may be packed, and up to which length where that has an end; else why not."""
+    try:
+        limit = row_limit(model)
+    except ValueError as error:
+        return {"packs": False, "not_packed": one_line(error)}
+    return {"packs": True, "row_limit": None if limit == math.inf else int(limit)}
+
+
 def refusal(model: nn.Module) -> dict[str, Any]:
     """The outcome for a model that has to be refused, whatever its own forward needs."""
     try:
@@ -590,7 +604,7 @@ def judge(architecture: Architecture) -> dict[str, Any]:
             alone = [our_numbers(model, given.row(i, n)) for i, n in enumerate(PADDING)]
             padded = Numbers(*map(torch.cat, zip(*alone, strict=True)))
             row["padding"] = max(our_numbers(model, given).off(padded).values())
-        return row
+        return row | packing(model) if row["outcome"] == "right" else row
     except Exception as error:
         return {"outcome": "fails", "reason": one_line(error)}
 
@@ -647,14 +661,15 @@ def line(row: dict[str, Any]) -> str:
     figures = ""
     if row["outcome"] == "right":
         figures = f"off by {max(row['logp'], row['entropy']):.1e} nat, gradient {row['gradient'] or math.nan:.1e}"
-        figures += ", an image" * row["image"]
+        figures += ", an image" * row["image"] + ", packs" * row["packs"]
     return f"{row['kind']:<22}{row['model_type']:<28}{row['outcome']:<10}{row.get('reason', figures)}"
 
 
 def summary(rows: list[dict[str, Any]]) -> Iterator[str]:
     for kind in sorted({row["kind"] for row in rows}):
         counted = Counter(row["outcome"] for row in rows if row["kind"] == kind)
-        yield f"{kind}: " + ", ".join(f"{n} {outcome}" for outcome, n in counted.most_common())
+        packs = sum(row.get("packs", False) for row in rows if row["kind"] == kind)
+        yield f"{kind}: " + ", ".join(f"{n} {outcome}" for outcome, n in counted.most_common()) + f"; {packs} pack"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -305,16 +305,29 @@ def models(results: Path) -> str:
     packages = report["environment"]
     outcomes = ("right", "refused", "WRONG", "fails", "not built")
     counted = {kind: Counter(row["outcome"] for row in report["rows"] if row["kind"] == kind) for kind in KINDS}
+    packs = Counter(row["kind"] for row in report["rows"] if row.get("packs"))
     shown = [outcome for outcome in outcomes if any(counted[kind][outcome] for kind in KINDS)]
     blocks = [
         f"transformers {packages['packages']['transformers']}, torch {packages['torch']}, on a CPU in float32:",
-        table(["", *shown], [[name, *(str(counted[kind][o]) for o in shown)] for kind, name in KINDS.items()]),
+        table(
+            ["", *shown, "packs"],
+            [[name, *(str(counted[kind][o]) for o in shown), str(packs[kind])] for kind, name in KINDS.items()],
+        ),
     ]
     for kind, name in KINDS.items():
         rows = [row for row in report["rows"] if row["kind"] == kind]
         blocks.append(f"## {name} models")
         if right := [row for row in rows if row["outcome"] == "right"]:
-            headings = ["`model_type`", "scale", "softcap", "log p, nat", "entropy, nat", "gradient", "read with"]
+            headings = [
+                "`model_type`",
+                "scale",
+                "softcap",
+                "log p, nat",
+                "entropy, nat",
+                "gradient",
+                "read with",
+                "packs",
+            ]
             blocks.append(table(headings, map(_right, right)))
         for outcome in shown[1:]:
             if others := [row for row in rows if row["outcome"] == outcome]:
@@ -326,7 +339,13 @@ def models(results: Path) -> str:
 def _right(row: dict) -> list[str]:
     scale, cap = (f"{x:.6g}" if x not in (None, 1) else "" for x in (row["scale"], row["softcap"]))
     off = [power(row[name]) for name in ("logp", "entropy", "gradient")]
-    return [f"`{row['model_type']}`", scale, cap, *off, "an image" if row["image"] else "text"]
+    return [f"`{row['model_type']}`", scale, cap, *off, "an image" if row["image"] else "text", _packs(row)]
+
+
+def _packs(row: dict) -> str:
+    if not row.get("packs"):
+        return "no" if "packs" in row else ""  # it was not asked
+    return "yes" if row["row_limit"] is None else f"rows up to {row['row_limit']}"
 
 
 def _reason(row: dict) -> str:

@@ -31,6 +31,7 @@ RIGHT = {
     "vision-language": ("vision-language", "qwen2_5_vl", 1, None, True),
     "vision-language, another body": ("vision-language", "llava", 1, None, True),
 }
+NO_PACKS = ("falcon_h1", "llama4", "mamba2")  # of these: state spaces, and a scale that counts a forward's tokens
 REFUSED = {
     "masked logits": ("vision-language", "chameleon"),
     "cut vocabulary": ("causal", "inkling_text"),
@@ -54,6 +55,15 @@ def test_heads_that_are_read_right(kind, model_type, scale, softcap, image):
     assert row["scale"] == pytest.approx(scale, rel=1e-6)
     assert row["softcap"] == (softcap and pytest.approx(softcap, rel=1e-6))
     assert row["image"] == image
+    assert row["packs"] == (model_type not in NO_PACKS) and ("not_packed" in row) != row["packs"]
+
+
+@pytest.mark.parametrize("rope, limit", [("dynamic", 511), ("linear", None)])
+def test_up_to_which_length_a_model_packs(rope, limit):
+    """One less than the length that its tiny config has."""
+    config = models.tiny_config(models.CONFIG_MAPPING["llama"])
+    config.rope_parameters = {"rope_type": rope, "factor": 2.0, "rope_theta": 1e4}
+    assert models.packing(models.build("LlamaForCausalLM", config)) == {"packs": True, "row_limit": limit}
 
 
 @pytest.mark.parametrize("key", REFUSED.values(), ids=REFUSED)
@@ -71,6 +81,7 @@ def test_every_architecture_is_right_or_refused():
     right = [row for row in rows if row["outcome"] == "right"]
     assert sum(row["kind"] == "causal" for row in right) >= 140
     assert sum(row["kind"] == "vision-language" and row["image"] for row in right) >= 20
+    assert sum(row["packs"] for row in right) >= 170
 
 
 @pytest.mark.heavy
@@ -131,13 +142,13 @@ def test_the_command_ends_with_a_status(monkeypatch, capsys, tmp_path, outcome, 
     row = (
         {"outcome": outcome, "reason": "because"}
         if outcome != "right"
-        else {"outcome": "right", "logp": 0, "entropy": 0, "gradient": None, "image": False}
+        else {"outcome": "right", "logp": 0, "entropy": 0, "gradient": None, "image": False, "packs": True}
     )
     monkeypatch.setattr(models, "judge", lambda architecture: row)
     file = tmp_path / "models.json"
     assert models.main(["qwen3", "--jobs", "1", "--output", str(file)]) == status
     printed = capsys.readouterr().out.splitlines()
-    assert printed[-1] == f"causal: 1 {outcome}"
+    assert printed[-1] == f"causal: 1 {outcome}; {int(outcome == 'right')} pack"
     assert len(printed) == (1 if outcome == "right" else 2)
     assert f'"outcome": "{outcome}"' in file.read_text()
 
@@ -152,12 +163,15 @@ def test_the_page_of_models(tmp_path):
     path = tmp_path / "models.json"
     figures = {"scale": 0.125, "softcap": None, "logp": 1e-6, "entropy": 2e-6, "gradient": None, "image": True}
     rows = [
-        {"kind": "causal", "model_type": "one", "outcome": "right", **figures},
+        {"kind": "causal", "model_type": "one", "outcome": "right", **figures, "packs": True, "row_limit": None},
+        {"kind": "causal", "model_type": "six", "outcome": "right", **figures, "packs": True, "row_limit": 63},
+        {"kind": "causal", "model_type": "ten", "outcome": "right", **figures, "packs": False, "not_packed": "off"},
         {"kind": "causal", "model_type": "two", "outcome": "refused", "reason": "a_b <c>"},
     ]
     versions = {"torch": "2", "packages": {"transformers": "5"}}
     path.write_text(json.dumps({"environment": versions, "rows": rows}), encoding="utf-8")
     text = table.models(tmp_path)
-    assert "| Causal | 1 | 1 |" in text
-    assert "| `one` | 0.125 |  | 1.0e-6 | 2.0e-6 |  | an image |" in text
+    assert "| Causal | 3 | 1 | 2 |" in text
+    for name, packs in (("one", "yes"), ("six", "rows up to 63"), ("ten", "no")):
+        assert f"| `{name}` | 0.125 |  | 1.0e-6 | 2.0e-6 |  | an image | {packs} |" in text
     assert "- `two`: a\\_b \\<c\\>" in text

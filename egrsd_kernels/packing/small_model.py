@@ -241,7 +241,7 @@ def _small_config(config: Any, layers: list[int], narrow: bool, limit: int) -> A
 
 def _reaches(name: str, value: float) -> bool:
     """Whether a setting says how far a layer sees, or may be a length that the probe would not come to."""
-    far = any(part in name for part in ("window", "chunk", "local_attention", "index_topk", "floor"))
+    far = any(part in name for part in ("window", "chunk", "local_attention", "index_topk", "block_size", "floor"))
     return (far or (value > TOKENS and not SIZES.search(name))) and not name.endswith(("layers", "pattern"))
 
 

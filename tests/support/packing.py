@@ -33,6 +33,9 @@ COMMON = {
 }
 
 
+BUDGETS = (1000, 45)  # of group_rows: one pack, and several that repeat the system's prompt
+
+
 def tiny(model_type: str, **settings_: object) -> nn.Module:
     transformers = pytest.importorskip("transformers")
     config = transformers.AutoConfig.for_model(model_type, **{**COMMON, **settings_})
@@ -42,6 +45,16 @@ def tiny(model_type: str, **settings_: object) -> nn.Module:
         config, attn_implementation=settings_.get("attn_implementation", "eager" if model_type == "gemma2" else None)
     )
     return model.float().eval()
+
+
+def sum_experts_one_by_one(model: nn.Module) -> nn.Module:
+    """The grouped product knows no float64."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        for one in (config, getattr(config, "text_config", None)):
+            if hasattr(one, "_experts_implementation"):
+                one._experts_implementation = "eager"
+    return model
 
 
 def group_rows(seed: int = 0) -> tuple[list[list[int]], list[list[bool]]]:
@@ -103,6 +116,8 @@ class Float64(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is Tensor.float:
             return args[0].double()  # positions, too
+        if func is torch.full and isinstance(args[1], float):
+            kwargs.setdefault("dtype", torch.float64)  # the least number, as a mask
         if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
             args = tuple(torch.float64 if one is torch.float32 else one for one in args)
             if kwargs.get("dtype") is torch.float32:
@@ -118,6 +133,18 @@ def logp_alone(model: nn.Module, rows: list[list[int]], targets: list[list[bool]
         logp = model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
         found.append(logp[torch.tensor(asked[1:], dtype=torch.bool)])
     return torch.cat(found)
+
+
+def logp_padded(model: nn.Module, rows: list[list[int]], targets: list[list[bool]]) -> Tensor:
+    """(M,) of the targets, row by row, of one padded batch with its mask."""
+    width = max(map(len, rows))
+    ids, mask = torch.zeros(2, len(rows), width, dtype=torch.int64)
+    asked = torch.zeros(len(rows), width, dtype=torch.bool)
+    for number, (row, wanted) in enumerate(zip(rows, targets, strict=True)):
+        ids[number, : len(row)], mask[number, : len(row)] = torch.tensor(row), 1
+        asked[number, : len(row)] = torch.tensor(wanted)
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+    return logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0][asked[:, 1:]]
 
 
 def logp_packed(model: nn.Module, pack: Pack) -> Tensor:
@@ -136,23 +163,42 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def check_same_in_float64(model: nn.Module) -> None:
-    rows, targets = group_rows()
+def check_same_in_float64(
+    model: nn.Module,
+    rows: list[list[int]] | None = None,
+    targets: list[list[bool]] | None = None,
+    *,
+    budgets: tuple[int, ...] = BUDGETS,
+    seed: int = 0,
+    grad: bool = True,
+) -> None:
+    """log p over packs is that of the rows alone to 1e-12 nat, and every gradient to 1e-12 of the whole one's size.
+
+    The gradient is that of a sum of all targets with random weights. Without rows: those of :func:`group_rows`.
+    """
+    if rows is None or targets is None:
+        rows, targets = group_rows()
     expected = logp_alone(model, rows, targets)
-    weights = torch.linspace(-1, 1, len(expected), dtype=expected.dtype)
-    (weights * expected).sum().backward()
-    alone = gradients(model)
-    first = dict(zip(range(len(rows)), torch.tensor([0, *map(sum, targets)]).cumsum(0).tolist(), strict=False))
-    for budget in (1000, 45):  # one pack, and several that repeat the system's prompt
-        packs = pack_rows(rows, budget=budget, targets=targets)
-        assert (len(packs) == 1) == (budget == 1000)
-        for pack in packs:
+    assert expected.dtype == torch.float64
+    weights = torch.randn(len(expected), dtype=expected.dtype, generator=torch.Generator().manual_seed(seed))
+    alone = {}
+    if grad:
+        (weights * expected).sum().backward()
+        alone = gradients(model)
+        assert alone
+    first = torch.tensor([0, *map(sum, targets)]).cumsum(0).tolist()
+    for budget in budgets:
+        seen = 0
+        for pack in pack_rows(rows, budget=budget, targets=targets):
             logp = logp_packed(model, pack)
-            mine = torch.cat([torch.arange(first[row], first[row] + sum(targets[row])) for row in pack.rows])
-            torch.testing.assert_close(logp.to(expected.dtype), expected[mine].detach(), rtol=0, atol=1e-12)
-            (weights[mine] * logp).sum().backward()
+            mine = torch.cat([torch.arange(first[row], first[row + 1]) for row in pack.rows])
+            seen += len(mine)
+            torch.testing.assert_close(logp, expected[mine].detach(), rtol=0, atol=1e-12)
+            if grad:
+                (weights[mine] * logp).sum().backward()
+        assert seen == len(expected)
         found = gradients(model)
-        assert found.keys() == alone.keys() and found
-        size = torch.cat([gradient.flatten() for gradient in alone.values()]).norm()
+        assert found.keys() == alone.keys()
+        size = torch.cat([gradient.flatten() for gradient in alone.values()]).norm() if grad else 0
         for name, gradient in alone.items():
             assert (found[name] - gradient).norm() <= 1e-12 * size, name
