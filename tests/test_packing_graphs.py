@@ -154,7 +154,9 @@ def test_on_a_gpu_graphs_change_no_bit(checkpointing, monkeypatch):
     layers._compiled.cache_clear()
     with monkeypatch.context() as patched:
         patched.setattr(layers, "OPTIONS", {**layers.OPTIONS, "triton.cudagraphs": False})
+        before = graphs_so_far()
         expected = [*steps(a_model())]
+        assert graphs_so_far() == before + 1  # the number that it took
     layers._compiled.cache_clear()
     counters.clear()
     model, before = a_model(), graphs_so_far()
@@ -172,8 +174,11 @@ def test_on_a_gpu_graphs_change_no_bit(checkpointing, monkeypatch):
 
 
 def graphs_so_far() -> int:
-    manager = get_manager(torch.cuda.current_device(), create_if_none_exists=False)
-    return 0 if manager is None else manager.new_graph_id().id
+    """The number of the next graph, which it takes."""
+    manager = get_manager(torch.cuda.current_device())
+    assert manager is not None
+    number: int = manager.new_graph_id().id
+    return number
 
 
 def gradients_so_far(model: nn.Module) -> dict[str, Tensor]:

@@ -336,6 +336,29 @@ def test_logits_of_minus_infinity_beside_an_unlikely_one(kind, dtype, family):
 
 @special
 @by_kind
+@pytest.mark.parametrize("mask", [-1e4, -6e4])
+def test_a_mask_that_is_finite(mask, kind, dtype, family):
+    """In one model alone: as a logit, or beyond what 16 bits say of a ratio as -inf; the JSD is right with either."""
+    case = Case(N, 16, 40, dtype, bias=True)
+    biases = [case.student.bias.clone() for _ in range(2)]
+    biases[0][5], biases[1][5] = -3.0, mask
+    for infinite, (ours, theirs) in (("reverse_kl", biases), ("forward_kl", biases[::-1])):
+        case.student, case.teacher = (case.student.frame(case.student.weight, bias) for bias in (ours, theirs))
+        if kind[0] == infinite and mask < -2e4 and dtype != torch.float32:
+            found, _ = case.package(*kind, trained=False)
+            assert found.divergence[case.mask].isinf().all()
+            plain = linear_divergence(
+                case.hidden, case.student, case.teacher_hidden, case.teacher, kind=kind[0], backend="triton"
+            )
+            assert plain.isinf().all()  # also where nothing is stored
+        elif kind[0] != infinite:
+            found, _ = case.package(*kind, trained=False)
+            d, *_ = case.reference(*kind)
+            assert ((found.divergence.detach() - d)[case.mask].abs() <= (2e-3 * d[case.mask]).clamp(min=4e-6)).all()
+
+
+@special
+@by_kind
 def test_a_model_that_forbids_every_word(kind, dtype, family):
     """It has no probabilities: NaN, as in PyTorch, and not a divergence from the uniform distribution."""
     case = Case(8, 16, 40, dtype, bias=True)

@@ -23,7 +23,7 @@ import triton.language as tl
 
 from ..common import LN2
 from .pair import TILE, load_stored, rows_at
-from .sums import both_of, log_share
+from .sums import both_of, log_shares
 
 # No two entries have so much of p_S, rounded as they are.
 ALONE = tl.constexpr(0.6)
@@ -93,7 +93,8 @@ def entries_kernel(
             if KIND == "forward_kl":
                 e = tl.where(r < 0, -w, w) * (larger * (1.0 - less))
             else:
-                e = (p * (w * (1.0 - beta) * LN2)) * (log_share(less, r, beta, HALF) - mean)
+                of_larger, of_smaller = log_shares(less, r, beta, HALF)
+                e = (p * (w * (1.0 - beta) * LN2)) * (tl.where(r < 0, of_smaller, of_larger) - mean)
                 slope *= beta * (1.0 - beta)  # at r = 0; beyond, the smaller of both is small
             error = larger * less * ratio
         if of_logp is not None:

@@ -48,9 +48,9 @@ STEPS = tl.constexpr(512.0)
 LEAST = tl.constexpr(-32768.0)
 # A float32 of this size counts whole numbers, in its last bits: adding it rounds to them.
 WHOLE = tl.constexpr(12582912.0)  # 1.5 * 2^23
-# Where float16 ends: beyond it, one of the two probabilities is 0 in float32.
+# Of |r'|, where float16 ends, some 20,800 nats: what is beyond has no gradient, so one model excludes the entry.
 RATIO = tl.constexpr(30000.0)
-# Of |r'|, between all that finite logits make and what NEG does.
+# Of |r'| in float32, between all that finite logits make and what NEG does.
 FORBIDDEN = tl.constexpr(1.0e20)
 
 
@@ -137,7 +137,7 @@ def pair_kernel(
     STUDENT_BIAS: tl.constexpr, TEACHER_BIAS: tl.constexpr, STUDENT_CAP: tl.constexpr, TEACHER_CAP: tl.constexpr,
     PLAIN: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """M and r' (n_slots, tiles COLS) with STORE, M in steps if STEPPED, and sums (planes, tiles, n_slots) float32.
+    """M and r' (n_slots, tiles COLS) with STORE, in 16 bits if STEPPED, and sums (planes, tiles, n_slots) float32.
 
     Grid: (PROGRAMS,), persistent over tiles of ROWS x COLS of the n_valid rows; tiles: (TILES,) int32, 1 for each tile
     of rows that is worked on, else 0, as for all kernels of a pair. student: (n_slots, D), teacher:
@@ -207,7 +207,8 @@ def pair_kernel(
         by_q = q * ratio
         if STUDENT_BIAS or TEACHER_BIAS:
             # -inf in one model alone makes a sum infinite, however small the other's probability: NEG would not.
-            infinite = tl.where(tl.abs(ratio) > FORBIDDEN, ratio * float("inf"), ratio)
+            excluded: tl.constexpr = RATIO if STEPPED else FORBIDDEN
+            infinite = tl.where(tl.abs(ratio) > excluded, ratio * float("inf"), ratio)
             by_p = tl.where(p > 0, p * infinite, 0.0)
             by_q = tl.where(q > 0, q * infinite, 0.0)
         if REVERSE:
@@ -291,7 +292,7 @@ class PairPass:
             self.sums, row_counts, tiles, student.rows, student.V, student.softcap or 0.0, student.logit_scale,
             teacher.softcap or 0.0, teacher.logit_scale, D=student.D, TEACHER_D=teacher.D,
             SHARED=one_head(*heads), GROUP=GROUP, PROGRAMS=student.programs, TMA=self.tma,
-            STORE=self.magnitudes is not None, STEPPED=self.ratios is not None and self.ratios.dtype == torch.float16,
+            STORE=self.magnitudes is not None, STEPPED=student.hidden.dtype != torch.float32,
             REVERSE=self.wanted.reverse, FORWARD=self.wanted.forward,
             STUDENT_ENTROPY=self.wanted.student_entropy, TEACHER_ENTROPY=self.wanted.teacher_entropy,
             STUDENT_BIAS=heads[0].bias is not None, TEACHER_BIAS=heads[1].bias is not None,

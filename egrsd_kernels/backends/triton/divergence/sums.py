@@ -26,8 +26,9 @@ ROUNDING = tl.constexpr(2.0e-3)
 # What a row has in ``values``, in units of ln 2: log2(1/S_S), log2(S_S/S_T), what its gradient takes off (KL,
 # or Σ p_S u, and before that Σ (p_S - p_T) r), a bound of its entries, and the student's logsumexp.
 VALUES = 5
-# Entries of a row that a program of an elementwise pass takes, at once or one after another.
-BLOCK, STRIPE, WARPS = 2048, 8192, 4
+# Entries of a row that a program of an elementwise pass takes: at once; and for sums alone STEP at a time, one after
+# another, so that four running sums and what an entry needs fit into the registers of 4 warps.
+BLOCK, STRIPE, STEP, WARPS = 2048, 8192, 1024, 4
 SLOTS = 128
 
 
@@ -153,7 +154,10 @@ def both_of(exponent, ratio, c):
 
 @triton.jit
 def log2_of_share(x, HALF: tl.constexpr):
-    """log2(1 + x) for -1 < x <= 0, off by 2e-6 of it and by the rounding of 1 + x. HALF: -1/2 <= x."""
+    """log2(1 + x) for -1 < x <= 1, off by 2e-6 of it, and by the rounding of 1 + x where that is beyond 2/3 to 4/3.
+
+    HALF: -1/2 <= x <= 0.
+    """
     if HALF:
         s = tl.fma(x, 1.39601874351, 0.86689776182)
         s = tl.fma(x, s, 0.72105395794)
@@ -163,8 +167,8 @@ def log2_of_share(x, HALF: tl.constexpr):
         return x * tl.fma(x, s, 1.44269504089)
     else:
         bits = (1.0 + x).to(tl.int32, bitcast=True)
-        power = (bits - TWO_THIRDS) & EXPONENT  # leaves 2/3 to 4/3
-        f = (bits - power).to(tl.float32, bitcast=True) - 1.0
+        power = (bits - TWO_THIRDS) & EXPONENT
+        f = tl.where(power == 0, x, (bits - power).to(tl.float32, bitcast=True) - 1.0)
         s = tl.fma(f, 0.24550306797, -0.27970358729)
         s = tl.fma(f, s, 0.28584620357)
         s = tl.fma(f, s, -0.35843503475)
@@ -175,15 +179,22 @@ def log2_of_share(x, HALF: tl.constexpr):
 
 
 @triton.jit
-def smaller_weight(r, beta, HALF: tl.constexpr):
-    """Of the smaller of p_S and p_T in m = (1 - beta) p_S + beta p_T. HALF: beta = 1/2."""
-    return 0.5 if HALF else tl.where(r < 0, 1.0 - beta, beta)
+def log_shares(less, r, beta, HALF: tl.constexpr):
+    """log2(larger / m) and log2(smaller / m), of the smaller over the larger and r = log2(p_S / p_T).
 
-
-@triton.jit
-def log_share(less, r, beta, HALF: tl.constexpr):
-    """u = log2(p_S / m) of the smaller over the larger and r = log2(p_S / p_T)."""
-    return tl.minimum(r, 0.0) - log2_of_share(smaller_weight(r, beta, HALF) * (less - 1.0), HALF)
+    Never as one less the other where that is the smaller number: of a word that one model excludes r has no last
+    digits, and where m is nearly p_S, for a small beta, neither has its logarithm over m. HALF: beta = 1/2.
+    """
+    distance = tl.abs(r)
+    if HALF:
+        of_larger = -log2_of_share(0.5 * (less - 1.0), HALF)
+        return of_larger, of_larger - distance
+    else:
+        student_near = (r < 0) & (less >= beta)  # p_S is the smaller, and at least half of m
+        x = tl.where(r < 0, 1.0 - beta, beta) * (less - 1.0)
+        x = tl.where(student_near, beta * (tl.exp2(distance) - 1.0), x)
+        share = -log2_of_share(x, HALF)
+        return tl.where(student_near, share + distance, share), tl.where(student_near, share, share - distance)
 
 
 @triton.jit
@@ -194,7 +205,7 @@ def jsd_kernel(
     """parts (4, stripes, n_slots) float32: of each STRIPE of a row Σ p_S, Σ p_S u, its share of the divergence,
     Σ (1 - beta) p_S u + beta p_T (u - r), in units of ln 2, and Σ (p_S - p_T) r, or Σ p_T where that is beyond FAR.
 
-    Grid: (n_slots, stripes). HALF: beta = 1/2.
+    Grid: (n_slots, stripes). BLOCK: entries at a time. HALF: beta = 1/2.
     """
     i = tl.program_id(0)
     if i < rows_at(i, row_counts, tiles):
@@ -209,19 +220,15 @@ def jsd_kernel(
         for start in range(begin, tl.minimum(begin + STRIPE, width), BLOCK):
             exponent, ratio = load_stored(magnitudes, ratios, i.to(tl.int64) * width, start, width, log_p, BLOCK)
             larger, less, r = both_of(exponent, ratio, c)
-            # All by |r|, and not by u and u - r: of a word that one model excludes these have no last digits.
-            distance = tl.abs(r)
-            weight = smaller_weight(r, beta, HALF)
-            rest = 1.0 - less
-            share = -log2_of_share(-weight * rest, HALF)  # log2(larger / m)
-            mean = 1.0 - weight * rest  # m / larger
+            of_larger, of_smaller = log_shares(less, r, beta, HALF)
+            weight = tl.where(r < 0, beta, 1.0 - beta)
             p += larger * tl.where(r < 0, less, 1.0)
-            by_u += larger * tl.where(r < 0, less * (share - distance), share)
-            jsd += larger * (mean * share - weight * less * distance)
+            by_u += larger * tl.where(r < 0, less * of_smaller, of_larger)
+            jsd += larger * (weight * of_larger + (1.0 - weight) * less * of_smaller)
             if far:
                 last += larger * tl.where(r < 0, 1.0, less)
             else:
-                last += larger * (rest * distance)
+                last += larger * ((1.0 - less) * tl.abs(r))
         at = parts + tl.program_id(1) * n_slots + i
         plane = tl.num_programs(1) * n_slots
         tl.store(at, tl.sum(p, 0))
@@ -261,9 +268,10 @@ def combine_jsd_kernel(
             last += tl.sum(tl.load(at + 3 * plane, mask=inside, other=0.0), 0)
         exact = tl.load(values + 2 * n_slots + r, mask=ours, other=0.0) * LN2
         mean = tl.where(exact == exact, by_u / p, exact)  # log2_of_share knows no NaN
-        # At most beta (1 - beta) of J, since KL is convex: where J is nothing but rounding, so is this.
+        # From 0 to beta (1 - beta) of J, since KL is convex: where J is nothing but rounding, so is this.
         most = beta * (1.0 - beta)
-        near = exact * tl.where(last > 0, tl.minimum(jsd / last, most), 0.0)
+        share = tl.minimum(tl.maximum(jsd / last, 0.0), most)
+        near = tl.maximum(exact, 0.0) * tl.where(last > 0, share, 0.0)
         of_student = (1.0 - beta) * by_u
         far = ((1.0 - beta) * mean + (jsd - of_student) / last) * LN2
         jsd = tl.where(exact < FAR, near, far)
@@ -303,7 +311,7 @@ def jsd(pair: PairPass, beta: float, order, row_counts, tiles, values, out: Dive
     parts = pair.student.floats(4, stripes, rows)
     jsd_kernel[(rows, stripes)](
         pair.magnitudes, pair.ratios, values, row_counts, tiles, parts, rows, width, beta, HALF=beta == 0.5,
-        STRIPE=STRIPE, BLOCK=STRIPE // 8, num_warps=WARPS,
+        STRIPE=STRIPE, BLOCK=STEP, num_warps=WARPS,
     )  # fmt: skip
     combine_jsd_kernel[(ceil_div(rows, ROW_BLOCK),)](
         parts, values, order, row_counts, tiles, out.divergence, rows, stripes, beta, ROW_BLOCK=ROW_BLOCK,
