@@ -82,7 +82,7 @@ def test_attention_by_segments_is_that_of_a_dense_mask(device, seed, window, siz
     query, key, value, go = (
         torch.randn(size, heads, 64, generator=random, dtype=torch.float64).to(dtype) for heads in (4, 2, 2, 4)
     )
-    table = varlen.table(pack, size, window, torch.device(device), dtype, True)
+    table = varlen.table(pack, window, torch.device(device), dtype, True)
     leaves = [one.to(device).requires_grad_() for one in (query, key, value)]
     out, _ = torch.ops.egrsd_kernels.tree_attention(*leaves, table.entries, table.sizes, 0.2)
     found = [out, *torch.autograd.grad(out, leaves, go.to(device))]

@@ -176,7 +176,7 @@ def _table(size: int | None, pack: Pack, _: Maker, asked: dict[str, Any]) -> Any
     if dtype not in varlen.DTYPES:
         raise ModelError(f"its layers compute in {dtype}, where attention by segments was proved in 16 bits")
     window = window_of(asked["mask_function"], max(map(len, pack.places)))
-    return table(pack, tokens, window, device, dtype, size is not None)
+    return table(pack, window, device, dtype, size is not None)
 
 
 def _device(asked: dict[str, Any]) -> torch.device:

@@ -37,9 +37,9 @@ from .varlen import CUT, Table
 CUDA_GRAPHS = "cudagraphs"
 OPTIONS: dict[str, Any] = {"triton.cudagraphs": True, "graph_partition": True}  # of the compiler
 SMALLEST = 1024  # tokens
-# Graphs of one layer's class: with gradients and without, adapters on and off, two kinds of layers, and as CUDA graphs
-# the sizes from 1,024 tokens to 65,536, eight to each doubling. What needs more would be compiled without an end.
-GRAPHS = 2 * 2 * 2 * 8 * 6
+# Graphs of one layer's class: with gradients and without, adapters on and off, as CUDA graphs or not, two kinds of
+# layers, and as many for what a first pack's sizes happen to equal. What needs more would be compiled without an end.
+GRAPHS = 2 * 2 * 2 * 2 * 4
 # Of torch._dynamo: layers that are computed again may set attributes.
 HANDED_ON = "skip_fwd_side_effects_in_bwd_under_checkpoint"
 # Of torch._functorch, in newer PyTorch.
@@ -244,7 +244,7 @@ def _compiled(own: Any) -> type[nn.Module]:
         (again, replayed): torch.compile(
             computed_again if again else forward,
             fullgraph=True,
-            dynamic=not replayed,
+            dynamic=True,
             options=OPTIONS if replayed else None,
         )
         for again, replayed in itertools.product((False, True), repeat=2)

@@ -4,8 +4,8 @@ That is variable-length attention of as many sequences as there are segments, ea
 two aligned at their ends: torch's own FlashAttention, which :func:`torch.nn.attention.varlen.varlen_attn` calls as
 well. No mask is made, and a window is an argument.
 
-It is one operator for the compiler, forward and backward. How many keys and segments there are stands in tensors, whose
-size is that of N tokens, so a CUDA graph of N tokens serves every tree of N tokens or less. Rows beyond it are 0.
+It is one operator for the compiler, forward and backward. How many keys and segments there are stands in tensors, so
+that what is compiled or recorded for N tokens serves every tree of N tokens or less. Rows beyond it are 0.
 """
 
 from __future__ import annotations
@@ -49,24 +49,19 @@ class Table(NamedTuple):
     fixed: bool
 
 
-# A pack's, by padded size and device: each kind of layer and each pass over a pack has the same.
-_entries: weakref.WeakKeyDictionary[Pack, dict[tuple[int, torch.device], Tensor]] = weakref.WeakKeyDictionary()
+# A pack's, by device: each kind of layer and each pass over a pack has the same.
+_entries: weakref.WeakKeyDictionary[Pack, dict[torch.device, Tensor]] = weakref.WeakKeyDictionary()
 
 
-def table(pack: Pack, tokens: int, window: int, device: torch.device, dtype: torch.dtype, fixed: bool) -> Table:
-    """The table of a pack that is padded to ``tokens``, for layers that see ``window`` positions, or 0 for all."""
+def table(pack: Pack, window: int, device: torch.device, dtype: torch.dtype, fixed: bool) -> Table:
+    """The table of a pack, for layers that see ``window`` positions, or 0 for all."""
     paths, held = pack.paths, _entries.setdefault(pack, {})
-    if (tokens, device) not in held:
+    if device not in held:
         parts = [paths.cu_queries, paths.cu_keys, paths.keys, *copies_of(paths.keys, len(pack))]
-        capacity = 8 * tokens  # shared prefixes that are short beside their branches take three to seven
-        while capacity < sum(map(len, parts)):
-            capacity *= 2
         with torch.inference_mode(False):  # it is kept, and a later pass may have gradients
-            entries = torch.zeros(capacity, dtype=torch.int32)
-            torch.cat([part.int() for part in parts], out=entries[: sum(map(len, parts))])
-            held[tokens, device] = moved(entries, device)
+            held[device] = moved(torch.cat([part.int() for part in parts]), device)
     sizes = [len(pack), len(paths.keys), len(pack.segments), paths.longest_segment, paths.longest_path, window]
-    return Table(held[tokens, device], torch.tensor(sizes), dtype, fixed)
+    return Table(held[device], torch.tensor(sizes), dtype, fixed)
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
