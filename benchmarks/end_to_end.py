@@ -51,13 +51,13 @@ from torch import Tensor
 from benchmarks.measure import command, environment, failure, write
 from benchmarks.rollouts import SHAPES, SHARED_SHAPE, Rollouts
 from benchmarks.timeline import profile
-from benchmarks.updates import LEADS, WAYS, Plan, Task, Way, bare_products, exact_logp, fastest_again, rms
+from benchmarks.updates import LEADS, OURS, WAYS, Plan, Task, Way, bare_products, exact_logp, fastest_again, rms
 
 GIB = 2**30
 LOGITS_IN_16_BITS = 0.1  # nat
 PACKAGES = ["transformers", "peft", "accelerate", "trl", "liger-kernel", "unsloth"]
 SETTINGS = ("", "grpo", "groups-of-16", "one-group", "largest")
-PROFILED = ("trl", "packed-compiled", "prefix", "prefix-compiled", "prefix-graphs", "prefix-fused")
+PROFILED = ("trl", "packed-compiled", *OURS)
 OUT_OF_MEMORY = "out of memory"
 LARGEST_PACK = 16_384  # tokens
 QUICK = 3_000.0  # ms of an update that may be tried in smaller parts, too
@@ -117,14 +117,14 @@ class Cell:
 def _cells() -> Iterator[str]:
     """In order of worth: where time ends, the last are missing."""
     first = ("prefix-fused", "trl", "packed-compiled", "padded-compiled")
-    graphs = ("prefix-graphs", "prefix-compiled")
-    yield from (f"1.7b/{way}" for way in (*first, *graphs, "prefix-fused/one-group"))
+    others = ("prefix-compiled", "prefix-fused-graphs")
+    yield from (f"1.7b/{way}" for way in (*first, *others, "prefix-fused-graphs/one-group"))
     yield from (f"4b/{way}" for way in first)
     yield from (f"{shape}/{way}" for shape in ("8b", "0.6b") for way in LEADS)
     yield from (f"1.7b/{way}/{setting}" for setting in ("groups-of-16", "grpo") for way in LEADS)
-    yield from (f"4b/{way}" for way in graphs)
+    yield from (f"4b/{way}" for way in others)
     yield "1.7b/trl/one-group"
-    rest = ("prefix", "trl-liger", "trl-trie", "padded", "packed")
+    rest = ("prefix", "trl-liger", "trl-trie", "padded", "packed", "prefix-graphs")
     yield from (f"{shape}/{way}" for shape in ("1.7b", "4b") for way in rest)
     yield from (f"{shape}/{way}/largest" for shape in ("1.7b", "4b") for way in ("trl", "prefix", "padded", "packed"))
     yield from (f"{shape}/{way}" for way in ("trl-compiled", "unsloth") for shape in ("1.7b", "4b"))

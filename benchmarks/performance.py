@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.markdown import commands_of, commits_of, number, table
-from benchmarks.updates import LEADS, WAYS, fastest_again
+from benchmarks.updates import OURS, WAYS, fastest_again
 
 PERFORMANCE = (
     "# Where the time of a step goes",
@@ -36,15 +37,17 @@ def updates_section(path: Path) -> list[str]:
         of_ways = {way: rows[shape, way, setting] for way in WAYS if (shape, way, setting) in rows}
         largest = {way: rows.get((shape, way, "largest"), {}).get("largest_rollouts") for way in of_ways}
         blocks += [f"## {shape.upper()}, {SETTINGS[setting]}", *ways_table(of_ways, largest)]
-    if pairs := [key for key in sorted(compared) if all((key[0], way, key[1]) in rows for way in LEADS)]:
-        titles = [WAYS[way].title for way in LEADS]
-        headings = ("", *titles, "", "over the bare products")
-        blocks += [f"## {' and '.join(titles)}", f"Each as it is fastest in {report['settings']['gib']:g} GiB:",
-                   table(headings, [lead(rows, *key) for key in pairs])]  # fmt: skip
-        both = [(key, [fastest_again(rows[key[0], way, key[1]]) for way in LEADS]) for key in pairs]
-        if both := [(key, found) for key, found in both if all(found)]:
-            headings = ("", *titles, "", "GiB above the weights", "")
-            blocks += ["Where both compute layers again:", table(headings, [lead_again(*one) for one in both])]
+    best = {key: (rows.get((key[0], "trl", key[1])), fastest_of_ours(rows, key)) for key in sorted(compared)}
+    if pairs := [lead(key, *pair) for key, pair in best.items() if all(pair)]:
+        headings = ("", "TRL", "ours", "", "over the bare products", "ours is")
+        blocks += ["## TRL and ours", f"Each as it is fastest in {report['settings']['gib']:g} GiB:",
+                   table(headings, pairs)]  # fmt: skip
+    again = {
+        key: (fastest_again(pair[0] or {}), fastest_of_ours(rows, key, fastest_again)) for key, pair in best.items()
+    }
+    if pairs := [lead_again(key, *pair) for key, pair in again.items() if all(pair)]:
+        headings = ("", "TRL", "ours", "", "GiB above the weights", "")
+        blocks += ["Where both compute layers again:", table(headings, pairs)]
     if profiled := [row for row in report["rows"] if "kinds" in row.get("profile", {})]:
         blocks += ["## By kind of kernel", PROFILES, *map(profile_table, profiled)]
     versions = {name: report.get(name) for name in ("torch", "triton", "driver")} | report["packages"]
@@ -84,8 +87,7 @@ def ways_table(rows: dict[str, dict], largest: dict[str, int | None]) -> list[st
     for way, row in rows.items():
         if "ms" not in row:
             continue
-        ours = way.startswith("prefix")
-        name = f"**{WAYS[way].title}**" if ours else WAYS[way].title
+        name = f"**{WAYS[way].title}**" if way in OURS else WAYS[way].title
         memory = f"{row['above_weights_gib']:.1f} / {row['peak_gib']:.1f}" if row.get("peak_gib") else "–"
         memory += " reserved" if WAYS[way].graphs else ""
         plan = f"{'kept' if row['kept'] else 'again'}, {row['size']:,}"
@@ -105,20 +107,29 @@ def over_products(row: dict) -> float:
     return row["ms"] / row["products_ms"]
 
 
-def lead(rows: dict[tuple[str, str, str], dict], shape: str, setting: str) -> list[str]:
-    trls, ours = (rows[shape, way, setting] for way in LEADS)
-    found = [f"{row['ms']:,.0f} ms" if "ms" in row else row["error"].replace("|", "/") for row in (trls, ours)]
-    both = "ms" in trls and "ms" in ours
-    times = [f"**{trls['ms'] / ours['ms']:.1f} ×**" if both else "–"]
-    products = " / ".join(f"{over_products(row):.2f} ×" if "ms" in row else "–" for row in (trls, ours))
-    return [f"{shape.upper()}, {SETTINGS[setting]}", *found, *times, products]
+def fastest_of_ours(
+    rows: dict[tuple[str, str, str], dict], key: tuple[str, str], part: Callable[[dict], dict | None] = dict
+) -> dict | None:
+    """Of a shape and a setting; or the fastest of what ``part`` takes from a way's row."""
+    shape, setting = key
+    found = [part(row) for way in OURS if (row := rows.get((shape, way, setting)))]
+    return min((one for one in found if one and "ms" in one), key=lambda one: one["ms"], default=None)
 
 
-def lead_again(key: tuple[str, str], found: list[dict]) -> list[str]:
-    trls, ours = found
-    memory = [one.get("above_weights_gib") for one in found]
+def lead(key: tuple[str, str], trls: dict, ours: dict) -> list[str]:
+    known = "ms" in trls
+    time = f"{trls['ms']:,.0f} ms" if known else trls["error"].replace("|", "/")
+    ratio = f"**{trls['ms'] / ours['ms']:.1f} ×**" if known else "–"
+    products = f"{over_products(trls):.2f} × / " if known else "– / "
+    title = WAYS[ours["way"]].title.removeprefix("ours, ")
+    return [f"{key[0].upper()}, {SETTINGS[key[1]]}", time, f"{ours['ms']:,.0f} ms", ratio,
+            f"{products}{over_products(ours):.2f} ×", title]  # fmt: skip
+
+
+def lead_again(key: tuple[str, str], trls: dict, ours: dict) -> list[str]:
+    memory = [one.get("above_weights_gib") for one in (trls, ours)]
     share = f"**{memory[1] / memory[0]:.2f}**" if all(memory) else "–"
-    return [f"{key[0].upper()}, {SETTINGS[key[1]]}", *(f"{one['ms']:,.0f} ms" for one in found),
+    return [f"{key[0].upper()}, {SETTINGS[key[1]]}", f"{trls['ms']:,.0f} ms", f"{ours['ms']:,.0f} ms",
             f"**{trls['ms'] / ours['ms']:.1f} ×**", " / ".join("–" if x is None else f"{x:.1f}" for x in memory),
             share]  # fmt: skip
 

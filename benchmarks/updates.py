@@ -15,8 +15,8 @@ under autocast, adapters in float32, SDPA where nothing else is said. What each 
 - ``padded``, ``padded-compiled``: the same padded rows through ``with_head`` and ``fused_egrsd_loss``.
 - ``packed``, ``packed-compiled``: rows without padding, one after another, each with its whole prompt. The second is
   verl's way, but for the head, which is ours.
-- ``prefix``, ``prefix-compiled``: every shared prefix once. ``prefix-graphs``: compiled, launched as CUDA graphs.
-  ``prefix-fused``: that, with ``fuse_adapters``.
+- ``prefix``, ``prefix-compiled``: every shared prefix once. ``prefix-fused``: compiled, with ``fuse_adapters``.
+  ``prefix-graphs``, ``prefix-fused-graphs``: the two launched as CUDA graphs.
 """
 
 from __future__ import annotations
@@ -472,6 +472,12 @@ WAYS = {
     "prefix-compiled": Way(
         "ours, one prefix, compiled", partial(ours_packed, compiled=True), packs=True, compiled=True
     ),
+    "prefix-fused": Way(
+        "ours, one prefix, compiled, adapters fused",
+        partial(ours_packed, compiled=True, fused_adapters=True),
+        packs=True,
+        compiled=True,
+    ),
     "prefix-graphs": Way(
         "ours, one prefix, CUDA graphs",
         partial(ours_packed, compiled="cudagraphs"),
@@ -479,7 +485,7 @@ WAYS = {
         compiled=True,
         graphs=True,
     ),
-    "prefix-fused": Way(
+    "prefix-fused-graphs": Way(
         "ours, one prefix, CUDA graphs, adapters fused",
         partial(ours_packed, compiled="cudagraphs", fused_adapters=True),
         packs=True,
@@ -487,7 +493,8 @@ WAYS = {
         graphs=True,
     ),
 }
-LEADS = ("trl", "prefix-fused")  # TRL's own code, and what is compared with it
+OURS = tuple(way for way in WAYS if way.startswith("prefix"))
+LEADS = ("trl", "prefix-fused")  # whose layers are timed kept and computed again
 
 
 def fastest_again(row: dict[str, Any]) -> dict[str, Any] | None:

@@ -81,7 +81,7 @@ def once(way: str, objective: str, plan: Plan, made: list[torch.nn.Module]) -> t
 OURS = [("padded", Plan(False, 4)), ("packed", Plan(True, 60)), ("prefix", Plan(False, 1000))]
 TRLS = [("trl", Plan(True, 8)), ("trl", Plan(False, 2)), ("trl-trie", Plan(True, 1000)), ("trl-trie", Plan(False, 80))]
 COMPILED = [("padded-compiled", Plan(True, 4)), ("packed-compiled", Plan(True, 60)), ("trl-compiled", Plan(True, 4)),
-            ("prefix-fused", Plan(True, 1000))]  # fmt: skip
+            ("prefix-fused-graphs", Plan(True, 1000))]  # fmt: skip
 
 
 @pytest.mark.parametrize("objective", ["egrsd", pytest.param("grpo", marks=pytest.mark.slow)])
@@ -377,6 +377,7 @@ def test_the_cells():
     for shape in ("1.7b", "4b"):  # every way at two sizes, and the extremes at the others
         assert {cell.way for cell in CELLS if cell.shape == shape and not cell.setting} == set(WAYS)
     assert {"8b/trl", "0.6b/prefix-fused", "1.7b/trl/grpo", "1.7b/prefix-fused/groups-of-16"} <= set(names)
+    assert set(updates.OURS) >= {"prefix", "prefix-fused-graphs"} and not set(updates.OURS) & {"packed", "trl-trie"}
     some = [cell.name for cell in end_to_end.chosen("8b/trl/grpo,tiny/padded,4b/trl*")]
     assert some[-2:] == ["tiny/padded", "8b/trl/grpo"] and some[:-2] == [n for n in names if n.startswith("4b/trl")]
     assert {cell.way for cell in end_to_end.chosen("tiny/*")} == set(WAYS)
