@@ -35,6 +35,7 @@ def test_beside_the_bare_products(tmp_path, capsys):
         elif row["made_by"] == "eager" or (row["made_by"] == "trl" and version("trl")):
             assert row["ms"] > 0, row
     assert {row["teacher"] for row in entry["accuracy"]} == {*divergence.NOISE, "targets moved"}
+    assert {row["made_by"] for row in entry["accuracy"]} == {"ours", "trl", "eager"}
     assert "reverse_kl, frozen: ours" in capsys.readouterr().out
     shown = "\n".join(table.divergence_section(tmp_path / "divergence.json"))
     ours = entry["rows"][0]
@@ -51,6 +52,19 @@ def test_a_wrong_result_is_not_timed(tmp_path, monkeypatch):
     for row in report(tmp_path / "divergence.json")["rows"]:
         if row["made_by"] == "ours":
             assert "ms" not in row and row["note"].startswith("wrong result")
+
+
+def test_plain_pytorchs_times_count_whatever_its_logits_are_rounded_by(monkeypatch):
+    right = divergence.MAKERS["eager"]
+    wrong = divergence.MAKERS | {"eager": lambda *args: 3 * right(*args), "trl": lambda *args: 3 * right(*args)}
+    monkeypatch.setattr(divergence, "MAKERS", wrong)
+    p = divergence.Problem.draw(64, 40, 500, "peaked", torch.device("cpu"))
+    incoming = torch.ones(40)
+    exact = divergence.Exact(p, incoming)
+    for made_by, counts in (("eager", True), ("trl", False)):
+        row = {}
+        assert divergence.check(row, divergence.Subject("reverse_kl", False, made_by), p, incoming, exact) == counts
+        assert row["error"]["dhidden_relative"] > 1
 
 
 @pytest.mark.parametrize("kind", divergence.KINDS)
