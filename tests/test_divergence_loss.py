@@ -96,6 +96,14 @@ def test_layouts(combo, options):
     check(combo, make_case(combo, **options), **more)
 
 
+@pytest.mark.parametrize("combo", CPU_COMBOS[3:])
+@pytest.mark.parametrize("kind", KINDS[:3], ids=str)
+def test_parity_in_the_interpreter(combo, kind):
+    """Packed, one sequence of it empty, with holes in the mask and a normalizer: all that meets in one pass."""
+    packed = {"layout": "packed", "lengths": (5, 0, 6), "mask": "holes", "normalizer": 7.5}
+    check(combo, make_case(combo, bias=True, lookahead=2, **packed, **kind))
+
+
 @pytest.mark.heavy
 @pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
 @pytest.mark.parametrize("kind", [KINDS[2], KINDS[4]], ids=str)
