@@ -84,8 +84,10 @@ def values_checked(tensor: torch.Tensor) -> bool:
 def tensor(
     name: str, value: object, *, shape: tuple[int, ...] | None = None, like: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """A dense tensor with values."""
+    """A dense tensor with values, all of them on this process."""
     value = instance(name, value, torch.Tensor, "a tensor")
+    whole = not hasattr(value, "full_tensor")  # not by its class, whose module is slow to import
+    expect(whole, name, value, "a whole tensor, not a DTensor: its full_tensor(), or what with_head gives", TypeError)
     dense = value.layout == torch.strided and not value.is_nested and not value.is_quantized
     expect(dense, name, value, "a dense tensor, neither sparse nor nested nor quantised", TypeError)
     if shape is not None:

@@ -328,8 +328,10 @@ def linear_divergence(
         For ordinary logits a token's is off by at most the larger of 1e-3 of it and 4e-6 nat, and the gradient of a row
         of hidden states beside 16-bit operands by 3e-3 of its norm in the root mean square: 8e-3 was seen, and 1.1e-2
         where the mean divergence is 2e-5 nat; in float16 by its smallest number, 6e-8, in each feature as well.
-        Where p_S > 0 = p_T (a logit of -inf), KL(p_S ‖ p_T) is inf and has no finite gradient; the same vice versa. By
-        the kernels, beside 16-bit operands, a bias that puts a logit 20,800 nats below the other model's is -inf.
+        Where p_S > 0 = p_T (a logit of -inf), KL(p_S ‖ p_T) is inf, and its gradient is NaN in that row of hidden
+        states and all over a trained head. Where p_T > 0 = p_S, KL(p_T ‖ p_S) is inf, and its gradient p_S - p_T. Where
+        dL/dD is 0, neither has one. By the kernels, beside 16-bit operands, a bias that puts a logit 20,800 nats below
+        the other model's is -inf.
 
     Raises:
         TypeError, ValueError: naming the argument, what it got and what it expects. Values of target_ids and mask are

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from egrsd_kernels import fused_egrsd_loss
+from egrsd_kernels import Head, fused_egrsd_loss, linear_divergence, linear_logp, token_statistics
 from tests.support.cases import make_case
 from tests.support.devices import CPU_COMBOS, Combo
 from tests.support.processes import in_processes
@@ -95,3 +95,38 @@ def test_one_process_needs_no_group(combo):
     case = make_batch(combo)
     loss = fused_egrsd_loss(**case, backend=combo.backend)
     assert loss.item() == pytest.approx(reference_result(case).loss.item(), rel=1e-12)
+
+
+def refusals(rank: int) -> dict[str, str]:
+    """What each function says of an operand that is sharded, by rows or columns, or replicated."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh, said = init_device_mesh("cpu", (WORLD,)), {}
+    hidden, whole, ids = torch.ones(2, 3, 4), torch.ones(8, 4), torch.zeros(2, 3, dtype=torch.long)
+    for placement in (Shard(0), Shard(1), Replicate()):
+        weight = distribute_tensor(whole.clone(), mesh, [placement])
+        row = distribute_tensor(torch.ones(8), mesh, [Replicate()])
+        states = distribute_tensor(hidden.clone(), mesh, [placement])
+        tries = {
+            "student_weight": lambda w=weight: fused_egrsd_loss(hidden, w, hidden, ids, torch.ones(2)),
+            "weight": lambda w=weight: linear_logp(hidden, w, ids),
+            "hidden": lambda h=states: token_statistics(h, whole, ids),
+            "student_head": lambda w=weight: linear_divergence(hidden, w, hidden, whole),
+            "teacher_head": lambda w=weight: linear_divergence(hidden, whole, hidden, w),
+            "student_head.bias": lambda b=row: linear_divergence(hidden, Head(whole, b), hidden, whole),
+            "student_hidden": lambda h=states: linear_divergence(h, whole, hidden, whole),
+        }
+        for name, function in tries.items():
+            with pytest.raises(TypeError) as caught:
+                function()
+            said[f"{name}: {placement}"] = str(caught.value)
+    return said
+
+
+def test_sharded_operands_are_refused():
+    """By name, whichever function they go to: a part of a head has another softmax."""
+    for said in in_processes(refusals, world=WORLD):
+        assert len(said) == 21
+        for name, message in said.items():
+            assert message.startswith(f"{name.split(':')[0]}: expected a whole tensor, not a DTensor"), name

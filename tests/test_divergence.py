@@ -360,6 +360,44 @@ def test_excluded_by_one(combo):
         side["bias"].copy_(before)
 
 
+@pytest.mark.parametrize("combo", IN_TORCH + KERNELS + CPU_COMBOS[3:])
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd"])
+def test_gradients_of_an_infinite_row(combo, name):
+    """NaN in it alone for a reverse KL, also where the student says nothing else; a forward KL's is p_S - p_T.
+
+    Rows of one model: certain of a word that the other forbids, never saying it, and saying it among others.
+    """
+    forbids = torch.zeros(8).index_fill(0, torch.tensor(5), -math.inf)
+    one = {"hidden": 0.3 * Draw(1).normal(3, 8), "bias": torch.zeros(8), "weight": torch.eye(8)}
+    one["hidden"][:, 5] = torch.tensor([1000.0, -1000.0, 0.0])
+    other = {**one, "hidden": 0.3 * Draw(2).normal(3, 8), "bias": forbids}
+    pair = (other, one) if name == "forward_kl" else (one, other)
+
+    def case_of(weights: list[float], **more: torch.Tensor) -> Case:
+        sides = ({k: x.to(combo.device, combo.dtype) for k, x in (side | more).items()} for side in pair)
+        incoming = torch.tensor(weights, dtype=combo.compute_dtype, device=combo.device)
+        return Case(*sides, torch.zeros(3, dtype=torch.long), incoming)
+
+    infinite = torch.tensor([True, False, True]) & (name != "jsd")
+    for weights in ([1.0, 1, 1], [0.0, 1, 0]):
+        case = case_of(weights)
+        want = expected(combo, case, kind=name)
+        rows, bounds = want.gradients["hidden"], want.rows
+        # To the reference 0 · inf is no number: there the row that never says it, which both then forbid.
+        both = expected(combo, case_of(weights, bias=forbids), kind=name)
+        rows[1], bounds[1] = both.gradients["hidden"][1], both.rows[1]
+        lost = infinite & (torch.tensor(weights) != 0) & (name == "reverse_kl")
+        assert rows[lost].isnan().all()
+        rows[torch.tensor(weights) == 0] = 0
+        for frozen in (False, True):
+            found, gradients = package(combo, case, frozen, kind=name)
+            assert torch.equal(found.divergence.isinf(), infinite) and not found.divergence.isnan().any()
+            got = gradients.pop("hidden")
+            assert_within("rows", got, rows, 5e-3 * rows.abs() + bounds.nan_to_num(0)[:, None])
+            for x in gradients.values():  # of the head
+                assert x.isnan().all() if lost.any() else x.isfinite().all()
+
+
 @combos
 @kinds
 def test_masks(combo, kind):
@@ -597,7 +635,7 @@ def test_autocast(combo):
     assert torch.equal(gradient, torch.autograd.grad(want, rounded, case.incoming)[0].to(combo.dtype))
 
 
-@pytest.mark.parametrize("kind", [*KINDS, TOP[1]], ids=str)
+@pytest.mark.parametrize("kind", [*KINDS, *({**kind, "top_k": 3} for kind in KINDS)], ids=str)
 @pytest.mark.parametrize(
     "options", [{}, {"softcap": 3.0, "temperature": 1.4, "chunk_bytes": 1, "keep_bytes": 60}], ids=str
 )
@@ -611,7 +649,14 @@ def test_gradcheck(kind, options):
         return linear_divergence(hidden, student, case.teacher["hidden"], teacher, **kind, **options)
 
     # A second backward pass makes what was kept again, in other products.
-    assert torch.autograd.gradcheck(d, [x.requires_grad_() for x in case.student.values()], nondet_tol=1e-13)
+    leaves = [x.requires_grad_() for x in case.student.values()]
+    assert torch.autograd.gradcheck(d, leaves, nondet_tol=1e-13)
+    for wanted in (leaves[:1], leaves):  # what is made ahead for a frozen head, and what waits for a trained one
+        given = [x if i < len(wanted) else x.detach() for i, x in enumerate(leaves)]
+        slopes = torch.autograd.grad(d(*given).sum(), wanted, create_graph=True)
+        for slope in slopes:
+            with pytest.raises(RuntimeError, match="linear_divergence is differentiable once only"):
+                torch.autograd.grad(slope.sum(), wanted, retain_graph=True)
 
 
 @pytest.mark.slow

@@ -52,11 +52,12 @@ SETTINGS = {
         "cls": functools.partial(EGRSDTrainer, contexts={"right": hint, "wrong": no_hint}, token_advantage=contrast),
         "rollout_steps": 0,
     },
+    "divergence": {"peft": False, "divergence": "reverse_kl", "divergence_weight": 0.5},
     "two updates": {"peft": True, "loss_type": "grpo", "num_iterations": 2, "epsilon": 0.02, "beta": 0.3},
 }
 SAME = ("teacher_entropy/mean", "gate/mean", "magnitude/clipped", "reward", "abs_log_ratio/entropy_decile_3",
         "regime/fork", "teacher_entropy/bin_7", "restored/fork", "right_entropy/mean", "token_advantage/abs_mean",
-        "rewards/unjudged", "rewards/infinite")  # fmt: skip
+        "rewards/unjudged", "rewards/infinite", "divergence/mean")  # fmt: skip
 
 
 def fixed_completions(self, prompt_ids, *_, **__):
@@ -132,6 +133,10 @@ def test_two_processes_export_the_rollouts_of_both(one, two, name):
 def test_the_rollouts_that_nothing_judged_are_of_every_kind(one):
     rows = one[0]["unjudged"]["rows"]
     assert any(0 < row["rewards/infinite"] < row["rewards/unjudged"] < 1 for row in rows)
+
+
+def test_the_divergence_is_one(one):
+    assert all(row["divergence/mean"] > 0.01 for row in one[0]["divergence"]["rows"])
 
 
 def test_two_processes_resume_bit_for_bit(two):

@@ -172,3 +172,13 @@ def test_a_function_of_ones_own_has_none(tmp_path):
     with pytest.raises(ValueError, match="divergence: expected None, as the trainer is given a token_advantage"):
         own = functools.partial(EGRSDTrainer, token_advantage=lambda evidence: evidence.student_logp)
         make(tmp_path, cls=own, **DIVERGENCE)
+
+
+def test_sharded_weights_have_none(tmp_path):
+    from egrsd_kernels.trl.starting import check_constructed
+
+    run, _ = make(tmp_path, **DIVERGENCE)
+    check_constructed(run)
+    run._sharded = True  # as under FSDP and ZeRO-3
+    with pytest.raises(ValueError, match=r"^divergence: expected None, not supported with sharded weights$"):
+        check_constructed(run)

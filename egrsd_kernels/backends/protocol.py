@@ -268,7 +268,10 @@ class DivergenceStatistics(NamedTuple):
     """
 
     divergence: Tensor
-    """D of the student's and the teacher's distribution, at least 0; inf where the other's support does not suffice."""
+    """D of the student's and the teacher's distribution, at least 0; inf where the other's support does not suffice.
+
+    dL/dz of a row whose reverse KL is inf is NaN, unless dL/dD is 0.
+    """
     student_logp: Tensor | None = None
     """log p_S(y), beside targets only."""
     teacher_logp: Tensor | None = None

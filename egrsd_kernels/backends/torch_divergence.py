@@ -110,7 +110,7 @@ class _Rows(NamedTuple):
     first: int
     tokens: Tensor
     dz: Tensor
-    """dD/dz; NaN where the target is outside the vocabulary."""
+    """dD/dz; NaN where the target is outside the vocabulary, and where a reverse KL is infinite."""
     log_p: Tensor | None
     """The student's."""
     softcap_grad: Tensor | None
@@ -157,7 +157,10 @@ def _chunk(
         if where is not None:
             where[index] = _entropy(log_p) + outside
     out.divergence[index] = divergence + outside
-    return _Rows(first, index, dz.add_(outside[:, None]), log_s, softcap_grad)
+    # An infinite reverse KL has no derivative, also where that of a student with a single word would round to 0. An
+    # infinite forward KL has one, p_S - p_T.
+    lost = outside.masked_fill(divergence.isinf(), torch.nan) if pair.divergence.kind == "reverse_kl" else outside
+    return _Rows(first, index, dz.add_(lost[:, None]), log_s, softcap_grad)
 
 
 def _sums(pair: Pair, target_ids: Tensor | None, rows: Rows, needs: Needs) -> Sums:
