@@ -43,6 +43,7 @@ from egrsd_kernels.models.adapters import adapters_off
 from egrsd_kernels.packing import Pack, pack_rows, packed
 from egrsd_kernels.packing.head import CompileLayers
 
+WITHOUT_GRAPH = 4  # of egrsd_kernels.trl.packed_step, which wants TRL
 GAMMA, LOOKAHEAD, GATE_FLOOR, CLIP_EPS = 0.3, 3, 0.1, 0.2
 Function = Callable[[Tensor, Head], Any]
 
@@ -51,7 +52,7 @@ class Plan(NamedTuple):
     """How an update is cut up.
 
     kept: activations are kept; else each layer is computed again in the backward pass. size: rollouts in a forward
-    pass, or tokens in a pack.
+    pass, or tokens in a pack of the student's; WITHOUT_GRAPH times as many in the teacher's, as trainers have them.
     """
 
     kept: bool
@@ -235,7 +236,7 @@ def ours_padded(task: Task, plan: Plan, compiled: bool = False) -> Update:
 def ours_packed(
     task: Task, plan: Plan, compiled: CompileLayers = False, shared: bool = True, fused_adapters: bool = False
 ) -> Update:
-    teacher = packed_passes(task, True, plan.size, compiled, shared) if task.has_teacher else []
+    teacher = packed_passes(task, True, WITHOUT_GRAPH * plan.size, compiled, shared) if task.has_teacher else []
     student = packed_passes(task, False, plan.size, compiled, shared)
     model = task.model(plan)
     if fused_adapters:

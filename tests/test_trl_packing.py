@@ -7,6 +7,7 @@ import math
 import random
 import sys
 import types
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -290,6 +291,19 @@ def test_a_rollout_beyond_the_budget_is_said_once():
     with pytest.warns(UserWarning, match="max_tokens_per_pack=5: rows that are longer are packs alone"):
         parts = step.parts(model, *batch())
     assert max(len(part.pack) for part in parts) > 5
+    step.remove()
+
+
+def test_packs_without_a_gradient_are_larger_where_no_mask_is_made():
+    step, model = PackedStep(Accelerator(cpu=True), 6), tiny_model()
+    sizes = {}
+    for by_segments in (False, True):
+        with on_cpus() if by_segments else nullcontext():
+            for grad in (True, False):
+                with torch.set_grad_enabled(grad):
+                    sizes[by_segments, grad] = [len(part.pack) for part in step.parts(model, *batch())]
+    few, *many = (sizes.pop((True, False)), *sizes.values())
+    assert len({*map(tuple, many)}) == 1 and len(few) < len(many[0]) and 12 < max(few) <= 4 * 6
     step.remove()
 
 

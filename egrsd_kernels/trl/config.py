@@ -279,7 +279,10 @@ class EGRSDConfig(GRPOConfig):
     )
     max_tokens_per_pack: int = field(
         default=MAX_TOKENS_PER_PACK,
-        metadata={"help": "With packing, the most tokens of a forward; a longer rollout is one alone."},
+        metadata={
+            "help": "With packing, the most tokens of a forward, and four times as many of one on a GPU without a "
+            "gradient; a longer rollout is one alone."
+        },
     )
     compile_layers: CompileLayers = field(
         default=None,

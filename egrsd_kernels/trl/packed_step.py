@@ -40,6 +40,9 @@ from .fused_head import score_labels
 from .packed_rows import Part, parts_of
 
 FIELDS = ("log_probs", "entropy")
+# Times as many tokens in a pack, where attention makes no mask of them. In layers that are computed again a graph takes
+# as much of a token: 36 layers' inputs and one layer's activations and gradients, for one layer's activations.
+WITHOUT_GRAPH = 4
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
@@ -68,7 +71,8 @@ class PackedStep:
 
     Args:
         accelerator: whose ``backward`` is this one's until :meth:`remove`.
-        max_tokens_per_pack: the most tokens of a forward; a longer row is one alone.
+        max_tokens_per_pack: the most tokens of a forward; a longer row is one alone. WITHOUT_GRAPH times as many where
+            no gradient is asked for and attention is by segments.
         compile_layers: as :func:`egrsd_kernels.packing.packed` has it. None: also not where weights are sharded, and
             where a forward is made twice not with dropout, which a compiled graph may draw otherwise.
     """
@@ -94,16 +98,19 @@ class PackedStep:
     def parts(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> list[Part]:
         """As :func:`parts_of` has them, for a model; a ModelError where it cannot be packed."""
         with self.accelerator.autocast():  # proved before a random state is kept
-            fast_road(model)
+            by_segments = fast_road(model) is not None
+        budget = self.max_tokens_per_pack
+        if by_segments and not torch.is_grad_enabled():
+            budget *= WITHOUT_GRAPH
         parts = parts_of(
             input_ids,
             attention_mask,
             completion_length,
-            budget=self.max_tokens_per_pack,
+            budget=budget,
             row_limit=row_limit(model),
             as_many_as=self._most,
         )
-        if any(len(part.pack) > self.max_tokens_per_pack for part in parts if part.counted):
+        if any(len(part.pack) > budget for part in parts if part.counted):
             most = self.max_tokens_per_pack  # said once: the warning's words are always the same
             warnings.warn(f"max_tokens_per_pack={most}: rows that are longer are packs alone", stacklevel=2)
         return parts

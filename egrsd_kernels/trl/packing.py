@@ -48,7 +48,8 @@ def pack(
     Args:
         trainer: a GRPOTrainer or RLOOTrainer of text, before it trains. An EGRSDTrainer has ``packing=True`` in its
             config.
-        max_tokens_per_pack: the most tokens of a forward, shared ones counted once. A longer rollout is one alone.
+        max_tokens_per_pack: the most tokens of a forward, shared ones counted once, and four times as many of one on a
+            GPU without a gradient. A longer rollout is one alone.
         compile_layers: whether decoder layers run compiled in packs, and nowhere else; see
             :func:`egrsd_kernels.packing.packed`. None: on a GPU in 16 bits, unless weights are sharded, there is
             dropout, or a layer does not compile. ``"cudagraphs"``: as CUDA graphs as well.
