@@ -42,8 +42,9 @@ from egrsd_kernels.adapters import fuse_adapters
 from egrsd_kernels.models.adapters import adapters_off
 from egrsd_kernels.packing import Pack, pack_rows, packed
 from egrsd_kernels.packing.head import CompileLayers
+from egrsd_kernels.packing.layers import CUDA_GRAPHS
+from egrsd_kernels.packing.varlen import WITHOUT_GRAPH
 
-WITHOUT_GRAPH = 4  # of egrsd_kernels.trl.packed_step, which wants TRL
 GAMMA, LOOKAHEAD, GATE_FLOOR, CLIP_EPS = 0.3, 3, 0.1, 0.2
 Function = Callable[[Tensor, Head], Any]
 
@@ -457,6 +458,12 @@ class Way:
     rounded: bool = False
 
 
+def _packs(title: str, compiled: CompileLayers = False, **how: bool) -> Way:
+    """The way of :func:`ours_packed`."""
+    make = partial(ours_packed, compiled=compiled, **how)
+    return Way(title, make, packs=True, compiled=bool(compiled), graphs=compiled == CUDA_GRAPHS)
+
+
 WAYS = {
     "trl": Way("TRL", by_trl, rounded=True),
     "trl-compiled": Way("TRL, torch_compile", partial(by_trl, compiled=True), compiled=True, rounded=True),
@@ -465,33 +472,14 @@ WAYS = {
     "unsloth": Way("Unsloth", by_unsloth, rounded=True),
     "padded": Way("ours, padded", ours_padded),
     "padded-compiled": Way("ours, padded, compiled", partial(ours_padded, compiled=True), compiled=True),
-    "packed": Way("ours, packed", partial(ours_packed, shared=False), packs=True),
-    "packed-compiled": Way(
-        "packed, compiled (verl's way)", partial(ours_packed, shared=False, compiled=True), packs=True, compiled=True
-    ),
-    "prefix": Way("ours, one prefix", ours_packed, packs=True),
-    "prefix-compiled": Way(
-        "ours, one prefix, compiled", partial(ours_packed, compiled=True), packs=True, compiled=True
-    ),
-    "prefix-fused": Way(
-        "ours, one prefix, compiled, adapters fused",
-        partial(ours_packed, compiled=True, fused_adapters=True),
-        packs=True,
-        compiled=True,
-    ),
-    "prefix-graphs": Way(
-        "ours, one prefix, CUDA graphs",
-        partial(ours_packed, compiled="cudagraphs"),
-        packs=True,
-        compiled=True,
-        graphs=True,
-    ),
-    "prefix-fused-graphs": Way(
-        "ours, one prefix, CUDA graphs, adapters fused",
-        partial(ours_packed, compiled="cudagraphs", fused_adapters=True),
-        packs=True,
-        compiled=True,
-        graphs=True,
+    "packed": _packs("ours, packed", shared=False),
+    "packed-compiled": _packs("packed, compiled (verl's way)", shared=False, compiled=True),
+    "prefix": _packs("ours, one prefix"),
+    "prefix-compiled": _packs("ours, one prefix, compiled", compiled=True),
+    "prefix-fused": _packs("ours, one prefix, compiled, adapters fused", compiled=True, fused_adapters=True),
+    "prefix-graphs": _packs("ours, one prefix, CUDA graphs", compiled=CUDA_GRAPHS),
+    "prefix-fused-graphs": _packs(
+        "ours, one prefix, CUDA graphs, adapters fused", compiled=CUDA_GRAPHS, fused_adapters=True
     ),
 }
 OURS = tuple(way for way in WAYS if way.startswith("prefix"))

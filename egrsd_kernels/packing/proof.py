@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from egrsd_kernels.models import ModelError
-from egrsd_kernels.models.places import language_model
+from egrsd_kernels.models.places import every_module, language_model
 
 from . import varlen
 from .attention import FAST, ROADS, Road, by_small_blocks, implementation_of, road_of
+from .layers import is_dropping, may_drop
 from .small_model import LIMIT, STANDS_FOR, TOKENS, Adapters, adapters_of, limits, one_line, ropes, setting, small_model
 from .tree import Pack, pack_rows
 
@@ -97,6 +98,13 @@ def draws(model: nn.Module) -> bool:
     base: Any = language_model(model)
     adapters = _adapters_of(model, base)
     return bool(_kept(base, adapters, "draws", lambda: _draws(base, adapters)))
+
+
+def drops(model: nn.Module, *, in_training: bool = False) -> bool:
+    """Whether a forward drops anything as the model is set, or would in training: by a module of dropout, or as
+    :func:`draws` finds."""
+    dropping = may_drop if in_training else is_dropping
+    return any(map(dropping, every_module(model))) or ((in_training or model.training) and draws(model))
 
 
 def _draws(base: Any, adapters: Adapters | None) -> bool:

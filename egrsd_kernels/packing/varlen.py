@@ -28,6 +28,9 @@ from .tree import Pack
 DEVICES = ("cuda",)
 DTYPES = (torch.bfloat16, torch.float16)
 LARGEST_HEAD = 256  # of FlashAttention
+# Times as many tokens in a pack as in one with a graph, which takes as much of a token in layers that are computed
+# again: 36 layers' inputs and one layer's activations and gradients, for one layer's activations.
+WITHOUT_GRAPH = 4
 
 
 class Unserved(ModelError):

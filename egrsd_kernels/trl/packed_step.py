@@ -32,17 +32,14 @@ from egrsd_kernels import Head
 from egrsd_kernels.models.places import every_module
 from egrsd_kernels.packing import packed
 from egrsd_kernels.packing.head import CompileLayers
-from egrsd_kernels.packing.layers import is_dropping
-from egrsd_kernels.packing.proof import draws, fast_road, row_limit
+from egrsd_kernels.packing.proof import drops, fast_road, row_limit
+from egrsd_kernels.packing.varlen import WITHOUT_GRAPH
 
 from .divergence import TeacherStates
 from .fused_head import score_labels
 from .packed_rows import Part, parts_of
 
 FIELDS = ("log_probs", "entropy")
-# Times as many tokens in a pack, where attention makes no mask of them. In layers that are computed again a graph takes
-# as much of a token: 36 layers' inputs and one layer's activations and gradients, for one layer's activations.
-WITHOUT_GRAPH = 4
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
@@ -199,10 +196,10 @@ class PackedStep:
         """compile_layers of a model's forwards; twice: the second has to be the same function as the first."""
         if self.compile_layers is False:
             return False
-        drops = twice and (any(map(is_dropping, every_module(model))) or (model.training and draws(model)))
-        if self.compile_layers and drops:
+        redrawn = twice and drops(model)
+        if self.compile_layers and redrawn:
             raise ValueError("compile_layers: expected a model without dropout, which it draws anew in each graph")
-        safe = not drops and not is_sharded(self.accelerator)
+        safe = not redrawn and not is_sharded(self.accelerator)
         return False if self.compile_layers is None and not safe else self.compile_layers
 
     def _wait(self, pending: _Pending) -> None:

@@ -20,7 +20,7 @@ from egrsd_kernels.models.places import language_model
 from egrsd_kernels.packing.attention import implementation_of
 from egrsd_kernels.packing.head import CompileLayers, check_compile_layers
 from egrsd_kernels.packing.layers import CUDA_GRAPHS, check_cudagraphs, may_drop
-from egrsd_kernels.packing.proof import draws, fast_road, remembers, row_limit
+from egrsd_kernels.packing.proof import drops, fast_road, remembers, row_limit
 
 from .packed_rows import INDEX, MAX_TOKENS_PER_PACK, groups_together
 from .packed_step import PackedStep, is_sharded
@@ -138,14 +138,14 @@ def check_training_in_packs(
                 raise ModelError(f"{name}: packing expects 0 where attention is by segments, got {p:g}")
     elif compile_layers and base.device.type == accelerator.device.type:
         raise ModelError(f"compile_layers: {_expects_segments(model)}")
-    drops = any(map(may_drop, model.modules())) or draws(model)
+    dropping = drops(model, in_training=True)
     if compile_layers == CUDA_GRAPHS:
         check_cudagraphs(base, may_drop, is_sharded(accelerator))
-        if drops:
+        if dropping:
             raise ModelError(f"compile_layers: {type(base).__name__}: CUDA graphs expect layers without dropout")
-    if compile_layers and twice and drops:
+    if compile_layers and twice and dropping:
         raise ModelError("compile_layers: expected a model without dropout, which it draws anew in each graph")
-    if drops:
+    if dropping:
         warnings.warn("packing: dropout draws once for a prefix that rollouts share, not once for each", stacklevel=2)
 
 
