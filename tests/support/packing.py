@@ -39,12 +39,11 @@ BUDGETS = (1000, 45)  # of group_rows: one pack, and several that repeat the sys
 def tiny(model_type: str, **settings_: object) -> nn.Module:
     transformers = pytest.importorskip("transformers")
     config = transformers.AutoConfig.for_model(model_type, **{**COMMON, **settings_})
-    config._experts_implementation = "eager"  # the grouped product knows no float64
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(
         config, attn_implementation=settings_.get("attn_implementation", "eager" if model_type == "gemma2" else None)
     )
-    return model.float().eval()
+    return sum_experts_one_by_one(model).float().eval()
 
 
 def sum_experts_one_by_one(model: nn.Module) -> nn.Module:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from egrsd_kernels.operators import LIBRARY
 from egrsd_kernels.packing import varlen
 from egrsd_kernels.packing.segments import segment_sum
 
@@ -63,9 +64,8 @@ def _backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, _: Te
     )
 
 
-_library = torch.library.Library("egrsd_kernels", "FRAGMENT")
-_library.impl("tree_attention", _forward, "CPU")
-_library.impl("tree_attention_backward", _backward, "CPU")
+LIBRARY.impl("tree_attention", _forward, "CPU")
+LIBRARY.impl("tree_attention_backward", _backward, "CPU")
 
 
 @contextmanager
